@@ -1,0 +1,57 @@
+"""Compilers: from a profile and a cost table to a schedule, by arithmetic alone.
+
+One file a policy, one signature: (model, sampler, profile | None, cost, budget, knobs) -> Schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..cost import load_cost
+from ..errors import BudgetError
+from ..legal import verify
+from ..profiles import load_inspection, load_profile
+from ..schedule import Schedule
+from .fora import compile_fora
+from .soda import compile_soda
+
+POLICIES: dict[str, Callable[..., Schedule]] = {"soda": compile_soda, "fora": compile_fora}
+
+
+def compile_schedule(
+    folder: str | Path,
+    budget: str | float = "2.0x",
+    policy: str = "soda",
+    cost: str | Path = "flops",
+    knobs: dict[str, Any] | None = None,
+) -> Schedule:
+    """Returns the schedule that `policy` compiles from the profile in `folder` for a speed-up of the denoising loop.
+
+    budget: "2.0x" or 2.0. cost: "flops" for the folder's own count, or the path of a cost.json. Raises BudgetError
+    where the budget cannot be met, FormatError where a file is broken.
+    """
+    ratio = parse_budget(budget)
+    if policy not in POLICIES:
+        raise BudgetError(f"No policy {policy!r}; there are {', '.join(POLICIES)}. Try --policy soda")
+    folder = Path(folder)
+    has_tables = (folder / "manifest.json").exists() or policy != "fora"
+    source = load_profile(folder) if has_tables else load_inspection(folder)
+    table = load_cost(folder / "cost.flops.json" if str(cost) == "flops" else cost)
+    profile = source if has_tables else None
+    schedule = POLICIES[policy](source.model, source.sampler, profile, table, ratio, knobs or {})
+    verify(schedule)
+    return schedule
+
+
+def parse_budget(text: str | float) -> float:
+    """Returns the speed-up that `2.0x` (or `2.0`) asks for; BudgetError unless it is a finite number of at least 1."""
+    try:
+        value = float(str(text).strip().removesuffix("x").removesuffix("X"))
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 1:
+        raise BudgetError(f"The budget is {str(text)!r}; expected a speed-up of at least 1, as in --budget 2.0x")
+    return value

@@ -1,0 +1,112 @@
+"""From anchors and prune rates to a schedule: the one place where compilers draw rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..cost import CostModel, check_covers
+from ..errors import BudgetError, UnsupportedModelError
+from ..profiles import Profile
+from ..schedule import Plan, Schedule, TokenRule
+from ..sites import Model, Sampler
+from ..version import __version__
+
+FEATURE_MEAN = TokenRule(base="feature_mean")
+
+
+def draw_schedule(model: Model, sampler: Sampler, anchors: list[int], prune: dict[str, np.ndarray]) -> Schedule:
+    """Returns the schedule with these anchors, P where prune[transformer][t, s] >= 0 (k tokens), R elsewhere."""
+    plans = {}
+    for name, transformer in model.transformers.items():
+        rows, ks = {}, {}
+        for i, site in enumerate(transformer.sites):
+            k = prune[name][:, i] if name in prune else np.full(sampler.steps, -1)
+            row = ["P" if k[t] >= 0 else "R" for t in range(sampler.steps)]
+            for t in anchors:
+                row[t] = "C"
+            rows[site.key] = "".join(row)
+            if "P" in row:
+                ks[site.key] = tuple(int(k[t]) for t in range(sampler.steps) if row[t] == "P")
+        plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, "." * sampler.steps, ks)
+    pruned = any(plan.k for plan in plans.values())
+    return Schedule(plans, sampler, model.shape, {}, token_rule=FEATURE_MEAN if pruned else None)
+
+
+def sign(
+    schedule: Schedule,
+    policy: str,
+    knobs: dict[str, Any],
+    profile: Profile | None,
+    model: Model,
+    cost: CostModel,
+    error: float | None,
+) -> Schedule:
+    """Returns the schedule with policy, origin and predictions filled in; cache bytes are for one generation."""
+    predicted = {
+        "unit": cost.unit,
+        "speedup": cost.speedup(schedule),
+        "cost": cost.schedule(schedule),
+        "error": error,
+        "cache_bytes": cache_bytes(schedule, model),
+    }
+    return replace(
+        schedule,
+        policy={"name": policy, "knobs": knobs},
+        profile=None if profile is None else profile.reference(),
+        predicted=predicted,
+        made_by=f"sodaprof {__version__}",
+    )
+
+
+def cache_bytes(schedule: Schedule, model: Model) -> int:
+    """Bytes that the caches of one generation take, both guidance branches included."""
+    branches = 1 if schedule.sampler.guidance_form == "none" else 2
+    size = 4 if model.shape["dtype"] == "float32" else 2
+    total = 0
+    for name, plan in schedule.transformers.items():
+        for site in model.transformers[name].sites:
+            if set(plan.rows[site.key]) & set("RFP"):
+                total += site.tokens * site.width * size * branches
+    return total
+
+
+def one_transformer(model: Model, policy: str) -> str:
+    """Returns the name of the model's only transformer; this release's policies know no others."""
+    if len(model.transformers) != 1:
+        names = ", ".join(model.transformers)
+        raise UnsupportedModelError(f"{model.name} has several transformers ({names}); --policy {policy} takes one.")
+    return next(iter(model.transformers))
+
+
+def reuse_only_cost(model: Model, sampler: Sampler, cost: CostModel) -> tuple[float, Callable[[int], float]]:
+    """Returns the loop's cost with every step full, and a function: its cost with k full steps and the rest all R."""
+    check_covers(cost, {name: [s.key for s in t.sites] for name, t in model.transformers.items()})
+    steps, tables = sampler.steps, [cost.transformers[name] for name in model.transformers]
+    loop = steps * cost.loop_step(False)
+    full, cached = sum(t.full for t in tables), sum(t.step.all_cached for t in tables)
+    return loop + steps * full, lambda k: loop + k * full + (steps - k) * cached
+
+
+def take_knobs(policy: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the defaults with the given knobs in place, each of its default's type; BudgetError on any other."""
+    knobs = dict(defaults)
+    for name, value in given.items():
+        if name not in defaults:
+            raise BudgetError(f"Policy {policy} has no knob {name!r}; it has {', '.join(defaults)}.")
+        kind = type(defaults[name])
+        try:
+            knobs[name] = kind(value)
+        except ValueError:
+            raise BudgetError(f"Knob {name} is {value!r}; expected {kind.__name__}.") from None
+    return knobs
+
+
+def unreachable(budget: float, reachable: float, cost: CostModel) -> BudgetError:
+    return BudgetError(
+        f"A budget of {budget:.4g}x cannot be met: at most {reachable:.3g}x ({cost.unit}) can. "
+        f"Ask for --budget {np.floor(reachable * 100) / 100:.2f}x or less."
+    )

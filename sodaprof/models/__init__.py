@@ -1,0 +1,1 @@
+"""Pipelines: loading them, finding their sites, counting their FLOPs; and the reference models that ship."""

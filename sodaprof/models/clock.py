@@ -1,0 +1,152 @@
+"""The clock of a run: which step, which guidance branch. It is read off the scheduler and the transformers' calls."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import nn
+
+from ..errors import MismatchError
+from ..sites import Sampler
+from .discover import is_halved
+
+
+@dataclass
+class Moment:
+    """Where the run is: set by the transformer's hook at each call, read by the sites' hooks."""
+
+    step: int = 0
+    branch: int = 0
+    forward: int = 0  # counts transformer calls, so that a site can tell its first call within one
+    executed: Counter[str] = field(default_factory=Counter)  # cells, not calls: counted on branch 0
+
+
+class Clock:
+    """Wraps `set_timesteps` and `step` of one scheduler instance while attached.
+
+    `set_timesteps` starts a run (whatever happened before, so that an aborted run harms nothing) and checks the
+    timesteps; `step` ends a step. The transformer calls between two `step`s are the guidance branches.
+    """
+
+    def __init__(self, scheduler: Any, sampler: Sampler, on_start: Callable[[], None], on_end: Callable[[], None]):
+        self.scheduler, self.sampler = scheduler, sampler
+        self.on_start, self.on_end = on_start, on_end
+        self.step: int | None = None  # None: no run under way
+        self.branches = 0  # transformer calls since the last scheduler step
+        self._saved = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
+
+    def attach(self) -> None:
+        set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
+
+        @functools.wraps(set_timesteps)
+        def start(*args: Any, **kwargs: Any) -> Any:
+            self.step = None
+            result = set_timesteps(*args, **kwargs)
+            self._check_timesteps()
+            self.step, self.branches = 0, 0
+            self.on_start()
+            return result
+
+        @functools.wraps(step)
+        def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.step is not None:
+                self._check_step(timestep, sample)
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            if self.step is not None:
+                self.step, self.branches = self.step + 1, 0
+                if self.step == self.sampler.steps:
+                    self.step = None
+                    self.on_end()
+            return result
+
+        self.scheduler.set_timesteps, self.scheduler.step = start, advance
+        self.scheduler._sodaprof = self  # so that a second schedule on the same scheduler is refused
+
+    def detach(self) -> None:
+        vars(self.scheduler).pop("_sodaprof", None)
+        for name, own in self._saved.items():
+            if own is None:
+                vars(self.scheduler).pop(name, None)
+            else:
+                setattr(self.scheduler, name, own)
+
+    def _check_timesteps(self) -> None:
+        found = tuple(self.scheduler.timesteps.tolist())
+        if found != self.sampler.timesteps:
+            wanted = self.sampler.timesteps
+            how = (
+                f"num_inference_steps={len(wanted)}"
+                if len(found) != len(wanted)
+                else "the sampler it was profiled with"
+            )
+            raise MismatchError(
+                f"The schedule is for {len(wanted)} timesteps {_brief(wanted)}, the pipeline runs {len(found)}: "
+                f"{_brief(found)}. Call it with {how}, or profile and compile for these timesteps."
+            )
+
+    def _check_step(self, timestep: Any, sample: torch.Tensor) -> None:
+        assert self.step is not None
+        wanted = self.sampler.timesteps[self.step]
+        on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no synchronisation for the check
+        if on_host and float(timestep) != float(wanted):
+            raise MismatchError(
+                f"Step {self.step} of the schedule is at timestep {wanted:g}, the pipeline is at {float(timestep):g}. "
+                "Run the whole trajectory (no strength below 1), or remove() the schedule."
+            )
+        if self.step == 0:
+            self._check_guidance()
+
+    def _check_guidance(self) -> None:
+        wanted = self.sampler.guidance_form
+        if (self.branches > 1) != (wanted == "passes"):
+            self._refuse("passes" if self.branches > 1 else "one network call a step", wanted)
+
+    def enter(self, hidden: torch.Tensor) -> tuple[int, int]:
+        """Returns (step, branch) of the transformer call that begins; MismatchError outside a run.
+
+        The first call of a run compares the two halves of the batch: one synchronisation, before the loop is under way.
+        """
+        if self.step is None:
+            raise MismatchError(
+                "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). "
+                "Call the pipeline, or take the schedule off: handle.remove()"
+            )
+        branch = self.branches
+        self.branches += 1
+        if self.step == 0 and branch == 0 and is_halved(hidden) != (self.sampler.guidance_form == "halves"):
+            self._refuse("both branches in one batch" if is_halved(hidden) else "one branch a network call",
+                         self.sampler.guidance_form)  # fmt: skip
+        return self.step, branch
+
+    def _refuse(self, found: str, wanted: str) -> None:
+        self.step = None
+        raise MismatchError(
+            f"The schedule was made for guidance form {wanted!r} (scale {self.sampler.guidance_scale}), found {found}. "
+            "Call the pipeline with guidance on as profiled (guidance_scale above 1), or profile without guidance."
+        )
+
+
+class TransformerHook(ModelHook):  # type: ignore[misc]
+    """The diffusers hook on a transformer: sets the moment before each of its calls."""
+
+    def __init__(self, clock: Clock, moment: Moment, check: Callable[[], None]) -> None:
+        super().__init__()
+        self.clock, self.moment, self.check = clock, moment, check
+
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.check()
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self.moment.step, self.moment.branch = self.clock.enter(hidden)
+        self.moment.forward += 1
+        return args, kwargs
+
+
+def _brief(values: tuple[float, ...]) -> str:
+    shown = [f"{v:g}" for v in values]
+    return ", ".join(shown if len(shown) < 6 else [*shown[:3], "…", shown[-1]])

@@ -1,0 +1,108 @@
+"""Counts FLOPs per site and action on the meta device: no weights, no arithmetic, a multiply-add is 2.
+
+Matrix products, convolutions and attention count, and the sums of forecasts; elementwise work does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..cost import CostModel, SiteCost, StepCost, TransformerCost
+from ..sites import Model, Site
+from .discover import Step, find_modules, tapped, with_rows
+
+SOURCES = 4
+
+
+def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
+    """Returns the cost table of one generation (both guidance branches) at the shapes of the recorded step."""
+    transformers = {}
+    for name in model.transformers:
+        calls = [(args, kwargs) for n, args, kwargs in step.calls if n == name]
+        transformers[name] = _count(pipe.components[name], model.transformers[name].sites, calls)
+    return CostModel(
+        unit="flops",
+        device="meta",
+        dtype=model.shape["dtype"],
+        batch=1,
+        tokens=model.shape["tokens"],
+        transformers=transformers,
+        loop={"scheduler": 0.0, "update": 0.0, "guidance": 0.0},
+        outside={"text_encoder": None, "vae": None},
+    )
+
+
+def on_meta(transformer: Any) -> torch.nn.Module:
+    """Returns a copy of the transformer on the meta device, made from its configuration."""
+    with torch.device("meta"):
+        copy = type(transformer).from_config(transformer.config)
+    return copy.to("meta", dtype=transformer.dtype).eval()
+
+
+def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
+    shell = on_meta(transformer)
+    found = find_modules(shell)
+    by_key = {site.key: site for site in sites}
+    full: dict[str, float] = {}
+    pruned: dict[str, float] = {}
+    numbers: dict[str, int] = {}
+    index: dict[str, int] = {}
+
+    def tap(path: str) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            call = index[path] = index.get(path, -1) + 1
+            key = path + (f"#{call}" if call else "")
+            before = counter.get_total_flops()
+            out = forward(*args, **kwargs)
+            full[key] = full.get(key, 0.0) + counter.get_total_flops() - before
+            first = out[0] if isinstance(out, tuple) else out
+            numbers[key] = numbers.get(key, 0) + first.numel()
+            if by_key[key].prunable:
+                one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device="meta")
+                rows = with_rows(by_key[key].kind.endswith("attn"), args, kwargs, one)
+                with FlopCounterMode(display=False) as single:
+                    forward(*rows[0], **rows[1])
+                pruned[key] = pruned.get(key, 0.0) + single.get_total_flops()
+            return out
+
+        return run
+
+    to_meta = lambda x: x.to("meta") if torch.is_tensor(x) else x  # noqa: E731
+    blocks_flops = 0.0
+
+    def block_tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal blocks_flops
+        before = counter.get_total_flops()
+        out = forward(*args, **kwargs)
+        blocks_flops += counter.get_total_flops() - before
+        return out
+
+    paths = {site.path for site in sites}
+    stacks = {path.split(".")[0] for path in paths}
+    last_hidden = 0
+    with torch.no_grad(), ExitStack() as stack, FlopCounterMode(display=False) as counter:
+        for path in paths:
+            stack.enter_context(tapped(found[path][4], tap(path), "sodaprof.count"))
+        for name in stacks:
+            for block in getattr(shell, name):
+                stack.enter_context(tapped(block, block_tap, "sodaprof.count"))
+        for args, kwargs in calls:
+            index.clear()
+            shell(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+        total = counter.get_total_flops()
+    last_hidden = numbers[sites[-1].key]
+    costs = {}
+    for site in sites:
+        c, n = float(full[site.key]), site.tokens
+        points = ((1, float(pruned[site.key])), (n, c)) if site.prunable else ((n, c),)
+        costs[site.key] = SiteCost(c, 0.0, tuple(2.0 * k * numbers[site.key] for k in range(1, SOURCES + 1)), points)
+    fixed = total - sum(full.values())
+    outside_blocks = float(total - blocks_flops)
+    forecast = tuple(outside_blocks + 2.0 * k * last_hidden for k in range(1, SOURCES + 1))
+    return TransformerCost(StepCost(float(fixed), float(fixed), forecast), costs)

@@ -1,0 +1,130 @@
+"""Loads a pipeline by folder, reference name or hub id, and calls it: labels or prompts, a seed for each generation."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import FormatError, SodaprofError, UnsupportedModelError
+
+REFERENCE = Path(__file__).parent / "reference"
+HUB_TIMEOUT_S = 10
+
+
+def reference_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(p.parent.name for p in REFERENCE.glob("*/model_index.json"))
+
+
+def find_model(model: str) -> Path | str:
+    """Returns the folder of a pipeline, or the hub id; SodaprofError where `model` is neither."""
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if model in reference_models():
+        return REFERENCE / model
+    if folder.exists():
+        raise SodaprofError(f"{model}: a folder without model_index.json, so no diffusers pipeline. Save one there.")
+    if model.count("/") == 1 and not model.startswith((".", "/")):
+        return model
+    names = ", ".join(reference_models())
+    raise SodaprofError(f"{model}: no such folder and no reference model ({names}). Give a folder, a name or a hub id.")
+
+
+def load_pipeline(model: str, dtype: str | None = None, device: str | None = None) -> Any:
+    """Returns the diffusers pipeline of `model`, on `device`, ready to call.
+
+    dtype: float32, bfloat16 or float16; by default float32 on a CPU (where half precision is slow) and bfloat16 on a
+    GPU. Raises SodaprofError where the model cannot be found or read (within 30 s where the hub is out of reach).
+    """
+    where = find_model(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise SodaprofError(f"dtype {dtype!r}; expected float32, bfloat16 or float16.")
+    import diffusers
+    from huggingface_hub import constants
+
+    constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = HUB_TIMEOUT_S
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=getattr(torch, dtype))
+        pipe = pipe.to(device)
+    except Exception as error:  # the loaders below raise whatever their parts raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(where, str):
+            raise SodaprofError(
+                f"{model}: not in this machine's cache and not fetched from the hub ({reason[:200]}). "
+                "Check the name and the network, or give a local folder."
+            ) from None
+        raise FormatError(f"{where}: not loadable as a diffusers pipeline ({reason[:300]}).") from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Returns the pipeline's denoising networks by component name; UnsupportedModelError where there is none."""
+    found = {
+        name: part
+        for name, part in pipe.components.items()
+        if "transformer" in name and isinstance(part, torch.nn.Module)
+    }
+    if not found:
+        parts = ", ".join(n for n, p in pipe.components.items() if isinstance(p, torch.nn.Module))
+        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer (its networks: {parts}).")
+    return found
+
+
+def takes_labels(pipe: Any) -> bool:
+    """Whether the pipeline is called with class labels rather than prompts."""
+    return "class_labels" in inspect.signature(pipe.__call__).parameters
+
+
+def default_guidance(pipe: Any) -> float | None:
+    """The guidance scale that the pipeline uses when none is given."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return None if parameter is None else float(parameter.default)
+
+
+def read_prompts(path: str | Path) -> list[int | str]:
+    """Returns the entries of a prompt file: one a line, # comments, integers are labels. FormatError where empty."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"{path}: not readable ({error}). Give a text file with one prompt or label a line."
+        ) from None
+    entries = [line for line in lines if line and not line.startswith("#")]
+    if not entries:
+        raise FormatError(f"{path}: no prompts. Write one prompt (or one integer label) a line.")
+    return [int(e) if e.lstrip("-").isdigit() else e for e in entries]
+
+
+def call(
+    pipe: Any,
+    entries: Sequence[int | str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float | None = None,
+    output_type: str = "np",
+) -> Any:
+    """Returns the pipeline's own output for one entry and one seed a generation.
+
+    Each generation draws from its own generator, so that a picture does not depend on what else is in the batch.
+    """
+    labels = takes_labels(pipe)
+    if wrong := [e for e in entries if isinstance(e, int) != labels]:
+        want = "integer labels" if labels else "text prompts"
+        raise SodaprofError(
+            f"{type(pipe).__name__} takes {want}; found {wrong[0]!r}. Use --prompts FILE to give others."
+        )
+    arguments: dict[str, Any] = {"class_labels" if labels else "prompt": list(entries)}
+    if guidance_scale is not None:
+        arguments["guidance_scale"] = guidance_scale
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe(**arguments, generator=generators, num_inference_steps=steps, output_type=output_type)

@@ -1,0 +1,1 @@
+"""Measures a pipeline: trajectories in, Parquet tables out."""

@@ -1,0 +1,1 @@
+"""Runs any legal schedule on a diffusers pipeline."""

@@ -1,0 +1,222 @@
+"""`apply`: attaches a schedule to a pipeline instance, checks that they fit, and reports what ran."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from diffusers.hooks import HookRegistry
+
+from ..errors import MismatchError, UnsupportedModelError
+from ..legal import verify
+from ..models.clock import Clock, Moment, TransformerHook
+from ..models.discover import config_of, find_modules, fingerprint
+from ..models.load import transformers_of
+from ..schedule import Plan, Schedule, load_schedule
+from .actions import SiteHook, SiteRow
+from .tokens import BASES
+
+HOOK = "sodaprof"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run was to do and what it did, in cells of the picture (one site at one step)."""
+
+    planned: dict[str, int]
+    executed: dict[str, int]
+    complete: bool  # all steps ran
+    speedup: float | None  # predicted, in the unit below
+    unit: str | None
+    guidance_scale: float | None  # the scale that the schedule was profiled at; another one runs too
+
+    def __str__(self) -> str:
+        counts = "  ".join(f"{a} {self.executed.get(a, 0)}/{n}" for a, n in sorted(self.planned.items()))
+        speed = "" if self.speedup is None else f", {self.speedup:.2f}x {self.unit} predicted"
+        return f"executed/planned: {counts}{speed}, fitted at guidance {self.guidance_scale}"
+
+
+class Handle:
+    """A schedule on a pipeline. A context manager; `remove()` takes it off, bit for bit as it was before."""
+
+    def __init__(self, pipe: Any, schedule: Schedule) -> None:
+        self.pipe, self.schedule = pipe, schedule
+        self.moment = Moment()
+        self.rows: list[SiteRow] = []
+        self._hooked: list[Any] = []
+        self._complete = False
+        self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
+        self._attached = False
+        self._attach()
+
+    def _attach(self) -> None:
+        try:
+            for name, plan in self.schedule.transformers.items():
+                transformer = self.pipe.components[name]
+                self._hook(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler))
+                for path, rows in _rows_by_module(transformer, plan, self.schedule).items():
+                    self._hook(transformer.get_submodule(path), SiteHook(rows, self.moment))
+                    self.rows += rows
+            self.clock.attach()
+            self._attached = True
+        except BaseException:
+            self.remove()
+            raise
+
+    def _hook(self, module: Any, hook: Any) -> None:
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
+        self._hooked.append(module)
+
+    def _check_scheduler(self) -> None:
+        if self.pipe.scheduler is not self.clock.scheduler:
+            raise MismatchError(
+                f"The pipeline's scheduler was replaced (now {type(self.pipe.scheduler).__name__}) after the schedule "
+                "was applied. remove() the schedule first, then apply one made for the new scheduler."
+            )
+
+    def _start(self) -> None:
+        for row in self.rows:
+            row.reset()
+        self.moment.executed = Counter()
+        self._complete = False
+
+    def _end(self) -> None:
+        for row in self.rows:
+            row.reset()
+        self._complete = True
+
+    def report(self) -> Report:
+        """Returns planned and executed actions of the latest run."""
+        predicted = self.schedule.predicted or {}
+        return Report(
+            planned=dict(self.schedule.counts()),
+            executed=dict(self.moment.executed),
+            complete=self._complete,
+            speedup=predicted.get("speedup"),
+            unit=predicted.get("unit"),
+            guidance_scale=self.schedule.sampler.guidance_scale,
+        )
+
+    def remove(self) -> None:
+        """Takes the schedule off. Safe to call twice, and after an exception inside a run."""
+        if self._attached:
+            self.clock.detach()
+            self._attached = False
+        while self._hooked:
+            self._hooked.pop()._diffusers_hook.remove_hook(HOOK, recurse=False)
+        for row in self.rows:
+            row.reset()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.remove()
+
+
+def apply(pipe: Any, schedule: Schedule | str | Path) -> Handle:
+    """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
+
+    Inside, call the pipeline as ever. Raises MismatchError where the schedule does not fit the pipeline,
+    UnsupportedModelError where it holds actions that this release does not run.
+    """
+    if not isinstance(schedule, Schedule):
+        schedule = load_schedule(schedule)
+    verify(schedule)
+    check_runs(schedule)
+    check_fits(pipe, schedule)
+    return Handle(pipe, schedule)
+
+
+def check_runs(schedule: Schedule) -> None:
+    """Raises UnsupportedModelError for legal schedules that this release cannot run yet."""
+    reason = None
+    if schedule.update is not None:
+        reason = "a fitted state update"
+    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - {"."}):
+        reason = f"stack action {odd[0]!r}"
+    elif schedule.token_rule is not None:
+        rule = schedule.token_rule
+        if rule.base not in BASES or rule.age_weight or rule.bonus or rule.share_halves:
+            reason = f"the token rule {rule.base!r} with its age, bonus or sharing"
+    if reason:
+        raise UnsupportedModelError(
+            f"The schedule holds {reason}, which this release does not run. Upgrade sodaprof, or compile with "
+            "--policy soda or fora."
+        )
+
+
+def check_fits(pipe: Any, schedule: Schedule) -> None:
+    """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do."""
+    parts = transformers_of(pipe)
+    for name, plan in schedule.transformers.items():
+        if name not in parts:
+            raise MismatchError(
+                f"The schedule is for {name!r}, the pipeline has {', '.join(parts)}. Compile for this one."
+            )
+        _check_transformer(name, parts[name], plan)
+        registry = getattr(parts[name], "_diffusers_hook", None)
+        if registry is not None and registry.get_hook(HOOK) is not None:
+            raise MismatchError(f"{name} carries a schedule already. Take it off first: handle.remove()")
+    sampler, scheduler = schedule.sampler, pipe.scheduler
+    if type(scheduler).__name__ != sampler.class_name:
+        raise MismatchError(
+            f"The schedule is for {sampler.class_name}, the pipeline has {type(scheduler).__name__}. "
+            f"Type: pipe.scheduler = diffusers.{sampler.class_name}.from_config(pipe.scheduler.config)"
+        )
+    if "_sodaprof" in vars(scheduler):
+        raise MismatchError("The scheduler carries a schedule already. Take it off first: handle.remove()")
+    config = config_of(scheduler)
+    for key, wanted in sampler.config.items():
+        found = config.get(key)
+        if _plain(found) != _plain(wanted):
+            raise MismatchError(
+                f"The scheduler's {key} is {found!r}, {wanted!r} in the schedule. Set it back, or profile and compile anew."
+            )
+
+
+def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
+    if type(transformer).__name__ != plan.class_name:
+        raise MismatchError(
+            f"{name} is a {type(transformer).__name__}, the schedule is for {plan.class_name}. Compile for this model."
+        )
+    found = fingerprint(transformer, ())
+    for key, wanted in plan.fingerprint.items():
+        if key != "tokens" and found.get(key) != wanted:
+            raise MismatchError(
+                f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
+            )
+    known = find_modules(transformer)
+    if missing := [site for site in plan.rows if site.split("#")[0] not in known]:
+        raise MismatchError(f"{name} has no module {missing[0]}, which the schedule drives. Compile for this model.")
+    if missing := sorted(set(known) - {site.split("#")[0] for site in plan.rows}):
+        raise MismatchError(
+            f"{name} has the site {missing[0]}, the schedule has no row for it. Compile for this model."
+        )
+
+
+def _rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:
+    known = find_modules(transformer)
+    modules: dict[str, list[SiteRow]] = {}
+    for site, row in plan.rows.items():
+        path = site.split("#")[0]
+        attends = known[path][3] == "attn"
+        modules.setdefault(path, []).append(
+            SiteRow(
+                site,
+                row,
+                plan.k.get(site, ()),
+                plan.forecasts.get(site, ()),
+                plan.tokens(site),
+                attends,
+                schedule.token_rule,
+            )
+        )
+    return modules
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
