@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .errors import FormatError, MismatchError
-from .files import checked, exact_keys, header, is_number, read_json, write_json
+from .files import checked, exact_keys, header, is_number, of_type, read_json, write_json
 from .schedule import Plan, Schedule
 
 FORMAT, VERSION = "sodaprof.cost", 1
@@ -154,6 +154,10 @@ def _from_json(data: dict[str, Any], where: str) -> CostModel:
     def amounts(values: Any, make: Callable[[Any], Any] = amount) -> tuple[Any, ...]:
         return tuple(make(v) for v in values)
 
+    def point(pair: Any) -> tuple[int, float]:
+        k, value = pair
+        return of_type(k, int, f"{where}: k"), amount(value)
+
     transformers = {}
     for name, entry in data["transformers"].items():
         exact_keys(entry, {"step", "sites"}, f"{where}: {name}")
@@ -161,11 +165,13 @@ def _from_json(data: dict[str, Any], where: str) -> CostModel:
         sites = {}
         for key, site in entry["sites"].items():
             exact_keys(site, {"C", "R", "F", "P"}, f"{where}: {name}: {key}")
-            points = amounts(site["P"], lambda point: (int(point[0]), amount(point[1])))
+            points = amounts(site["P"], point)
             if not points or list(points) != sorted(points) or len(site["F"]) != 4:
                 raise FormatError(f"{where}: {name}: {key}: P needs points in order of k, and F four costs.")
             sites[key] = SiteCost(amount(site["C"]), amount(site["R"]), amounts(site["F"]), points)
         stack = amounts(step["stack"])
+        if len(stack) != 4:
+            raise FormatError(f"{where}: {name}: step: stack needs four costs, found {len(stack)}.")
         transformers[name] = TransformerCost(StepCost(amount(step["fixed"]), amount(step["all_cached"]), stack), sites)
     return CostModel(
         unit=data["unit"],

@@ -27,8 +27,13 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"{text} overflows")
         return value
 
+    def whole(text: str) -> int:
+        number(text)
+        return int(text)
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, parse_float=number)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file. Check the path.") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
@@ -96,7 +101,7 @@ def header(data: Any, name: str, version: int, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != name:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise FormatError(f"{where}: found format {found!r}, expected {name!r}. Is this the right file?")
-    if not isinstance(data.get("version"), int) or not 1 <= data["version"] <= version:
+    if type(data.get("version")) is not int or not 1 <= data["version"] <= version:
         raise FormatError(
             f"{where}: found version {data.get('version')!r} of {name}, this release reads up to {version}. "
             "Upgrade sodaprof: pip install -U sodaprof"
@@ -123,9 +128,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def of_type(value: Any, kind: Any, where: str) -> Any:
+    """Returns `value` where it is of `kind` (a bool is no int); FormatError otherwise."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = getattr(kind, "__name__", str(kind))
+        raise FormatError(f"{where}: found {type(value).__name__}, expected {expected}. Write the file again.")
+    return value
+
+
 def checked(build: Callable[[], Any], where: str) -> Any:
     """Returns build(); a value of the wrong type or shape anywhere inside becomes one FormatError that names `where`."""
     try:
         return build()
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise FormatError(f"{where}: a value has the wrong type or shape ({error}). Write the file again.") from None

@@ -125,7 +125,7 @@ def forecasts_have_sources(s: Schedule) -> Iterator[str]:
             if len(cells) != len(steps):
                 yield f"site {name}/{site} has {len(steps)} F cells and {len(cells)} forecasts"
             for step, cell in zip(steps, cells, strict=False):
-                yield from _forecast_complaints(cell, step, lambda t, row=row: row[t] == "C", f"{name}/{site}")
+                yield from _forecast_complaints(cell, step, _is(row, "C"), f"{name}/{site}")
 
 
 def stack_forecasts_have_sources(s: Schedule) -> Iterator[str]:
@@ -137,7 +137,11 @@ def stack_forecasts_have_sources(s: Schedule) -> Iterator[str]:
         for step, cell in zip(steps, plan.stack_forecasts, strict=False):
             if cell.form not in ("output", "drift"):
                 yield f"{name} has an S cell of form {cell.form!r}"
-            yield from _forecast_complaints(cell, step, lambda t, plan=plan: plan.stack[t] == ".", f"{name}/stack")
+            yield from _forecast_complaints(cell, step, _is(plan.stack, "."), f"{name}/stack")
+
+
+def _is(row: str, action: str) -> Callable[[int], bool]:
+    return lambda step: row[step] == action
 
 
 def _forecast_complaints(cell: Forecast, step: int, computed: Callable[[int], bool], where: str) -> Iterator[str]:
@@ -145,7 +149,7 @@ def _forecast_complaints(cell: Forecast, step: int, computed: Callable[[int], bo
     if not 1 <= count <= MAX_SOURCES or len(set(cell.sources)) != count or len(cell.weights) != count:
         yield f"{where} has {count} sources and {len(cell.weights)} weights at step {step}"
     for source in cell.sources:
-        if not isinstance(source, int) or not 0 <= source < step or not computed(source):
+        if type(source) is not int or not 0 <= source < step or not computed(source):
             yield f"{where} forecasts step {step} from step {source}, which is no earlier computed one"
     for weight in cell.weights:
         if not is_number(weight) or not math.isfinite(weight):

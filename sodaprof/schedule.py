@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import checked, digest, exact_keys, header, read_json, write_json
+from .files import checked, digest, exact_keys, header, of_type, read_json, write_json
 from .legal import verify
 from .sites import Sampler, sampler_from_json
 
@@ -140,7 +140,7 @@ def load_schedule(path: str | Path) -> Schedule:
     where = str(path)
     data = header(read_json(Path(path)), FORMAT, VERSION, where)
     schedule = checked(lambda: _schedule_from_json(data, where), where)
-    verify(schedule)
+    checked(lambda: verify(schedule), where)
     return schedule
 
 
@@ -176,6 +176,8 @@ def _plan_from_json(data: Any, where: str) -> Plan:
     exact_keys(data, {"class", "fingerprint", "rows", "stack", "k", "forecasts"}, where)
     stack = exact_keys(data["stack"], {"row", "form", "sources", "weights"}, f"{where}: stack")
     given = exact_keys(data["forecasts"], {"sources", "weights"}, f"{where}: forecasts")
+    for row in [*data["rows"].values(), stack["row"]]:
+        of_type(row, str, f"{where}: a row")
     forecasts: dict[str, tuple[Forecast, ...]] = {}
     for site, weights in given["weights"].items():
         steps = [t for t, action in enumerate(data["rows"][site]) if action == "F"]
@@ -183,8 +185,8 @@ def _plan_from_json(data: Any, where: str) -> Plan:
         sources = [column[site] if isinstance(column, dict) else column for column in columns]
         forecasts[site] = tuple(Forecast(tuple(s), tuple(w)) for s, w in zip(sources, weights, strict=True))
     return Plan(
-        class_name=data["class"],
-        fingerprint=data["fingerprint"],
+        class_name=of_type(data["class"], str, f"{where}: class"),
+        fingerprint=of_type(data["fingerprint"], dict, f"{where}: fingerprint"),
         rows=dict(data["rows"]),
         stack=stack["row"],
         k={site: tuple(k) for site, k in data["k"].items()},
@@ -202,21 +204,33 @@ def _schedule_from_json(data: dict[str, Any], where: str) -> Schedule:
     rule, update, profile = data["token_rule"], data["update"], data["profile"]
     if rule is not None:
         exact_keys(rule, {f.name for f in dataclasses.fields(TokenRule)}, f"{where}: token_rule")
+        for key, kind in (("base", str), ("share_halves", bool), ("seed", int)):
+            of_type(rule[key], kind, f"{where}: token_rule: {key}")
     if update is not None:
         exact_keys(update, {f.name for f in dataclasses.fields(Update)}, f"{where}: update")
+        for key, kind in (("basis", str), ("history", int), ("fitted", dict)):
+            of_type(update[key], kind, f"{where}: update: {key}")
         update = update | {"coefficients": tuple(tuple(row) for row in update["coefficients"])}
     if profile is not None:
         exact_keys(profile, {"digest", "seed", "samples"}, f"{where}: profile")
-    exact_keys(data["policy"], {"name", "knobs"}, f"{where}: policy")
+        for key, kind in (("digest", str), ("seed", int), ("samples", int)):
+            of_type(profile[key], kind, f"{where}: profile: {key}")
+    policy = exact_keys(data["policy"], {"name", "knobs"}, f"{where}: policy")
+    of_type(policy["name"], str, f"{where}: policy: name")
+    of_type(policy["knobs"], dict, f"{where}: policy: knobs")
+    for record in of_type(data["measured"], list, f"{where}: measured"):
+        of_type(record, dict, f"{where}: measured")
+    if data["predicted"] is not None:
+        of_type(data["predicted"], dict, f"{where}: predicted")
     return Schedule(
         transformers={n: _plan_from_json(p, f"{where}: transformer {n}") for n, p in data["transformers"].items()},
         sampler=sampler_from_json(data["sampler"], f"{where}: sampler"),
-        shape=dict(data["shape"]),
-        policy=data["policy"],
+        shape=of_type(data["shape"], dict, f"{where}: shape"),
+        policy=policy,
         profile=profile,
         token_rule=None if rule is None else TokenRule(**rule),
         update=None if update is None else Update(**update),
         predicted=data["predicted"],
         measured=tuple(data["measured"]),
-        made_by=str(data["made_by"]),
+        made_by=of_type(data["made_by"], str, f"{where}: made_by"),
     )

@@ -90,6 +90,8 @@ def sampler_from_json(data: Any, where: str) -> Sampler:
     guidance = exact_keys(data["guidance"], {"form", "scale"}, f"{where}: guidance")
     if guidance["form"] not in ("halves", "passes", "none"):
         raise FormatError(f"{where}: guidance form {guidance['form']!r}; expected halves, passes or none.")
+    if guidance["scale"] is not None and not is_number(guidance["scale"]):
+        raise FormatError(f"{where}: guidance scale {guidance['scale']!r}; expected a number or null.")
     timesteps = data["timesteps"]
     if not isinstance(timesteps, list) or not timesteps or not all(is_number(t) for t in timesteps):
         raise FormatError(f"{where}: timesteps must be a list of at least one number.")

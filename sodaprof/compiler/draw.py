@@ -19,13 +19,16 @@ FEATURE_MEAN = TokenRule(base="feature_mean")
 
 
 def draw_schedule(model: Model, sampler: Sampler, anchors: list[int], prune: dict[str, np.ndarray]) -> Schedule:
-    """Returns the schedule with these anchors, P where prune[transformer][t, s] >= 0 (k tokens), R elsewhere."""
+    """Returns the schedule with these anchors, P where prune[transformer][t, s] >= 0 (k tokens), R elsewhere.
+
+    A P cell that would recompute every token is drawn as the C that it is.
+    """
     plans = {}
     for name, transformer in model.transformers.items():
         rows, ks = {}, {}
         for i, site in enumerate(transformer.sites):
             k = prune[name][:, i] if name in prune else np.full(sampler.steps, -1)
-            row = ["P" if k[t] >= 0 else "R" for t in range(sampler.steps)]
+            row = ["R" if k[t] < 0 else "P" if k[t] < site.tokens else "C" for t in range(sampler.steps)]
             for t in anchors:
                 row[t] = "C"
             rows[site.key] = "".join(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,18 +18,22 @@ FEATURES = 32  # width of the penultimate layer: the feature space of the Fréch
 class Classifier(nn.Module):
     """RGB [B, 3, H, W] in [-1, 1] -> logits [B, classes]; `features` gives the penultimate [B, 32]."""
 
-    def __init__(self, classes: tuple[str, ...], width: int = 24) -> None:
+    def __init__(self, classes: tuple[str, ...], width: int = 16) -> None:
         super().__init__()
         self.classes, self.width = tuple(classes), width
         layers: list[nn.Module] = []
-        for before, after, stride in ((3, width, 1), (width, 2 * width, 2), (2 * width, 3 * width, 2)):
-            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
-        self.embed = nn.Linear(3 * width * 16, FEATURES)
+        widths = [3, width, 3 * width, 4 * width, 6 * width, 6 * width]
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(before, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+            if i in (0, 2):
+                layers.append(nn.MaxPool2d(2))
+        self.body = nn.Sequential(*layers)
+        self.embed = nn.Linear(12 * width, FEATURES)
         self.head = nn.Linear(FEATURES, len(self.classes))
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.embed(self.body(pictures)))
+        maps = self.body(pictures)
+        return torch.relu(self.embed(torch.cat([maps.amax((2, 3)), maps.mean((2, 3))], dim=1)))
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(pictures))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,14 +41,19 @@ class _Tap(ModelHook):  # type: ignore[misc]
 
 
 @contextmanager
-def tapped(module: nn.Module, function: Callable[..., Any], name: str) -> Iterator[None]:
-    """Replaces the module's forward by function(original_forward, args, kwargs) while the block runs."""
+def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
+    """Attaches a diffusers hook to a module while the block runs."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(_Tap(function), name)
+    registry.register_hook(hook, name)
     try:
         yield
     finally:
         registry.remove_hook(name, recurse=False)
+
+
+def tapped(module: nn.Module, function: Callable[..., Any], name: str) -> AbstractContextManager[None]:
+    """Replaces the module's forward by function(original_forward, args, kwargs) while the block runs."""
+    return hooked(module, _Tap(function), name)
 
 
 @dataclass

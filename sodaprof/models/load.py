@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,10 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
     from huggingface_hub import constants
 
     constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = HUB_TIMEOUT_S
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where, torch_dtype=getattr(torch, dtype))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(where, dtype=getattr(torch, dtype))
         pipe = pipe.to(device)
     except Exception as error:  # the loaders below raise whatever their parts raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -36,9 +36,10 @@ class Statistics:
 
     def save(self, path: Path, progress: dict[str, int]) -> None:
         """Writes the sums and how far the run is, atomically."""
-        tokens = {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
+        arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
+        arrays |= {"whole": self.whole, "pruned": self.pruned, "samples": self.samples, **progress}
         with replacing(path, force=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, whole=self.whole, pruned=self.pruned, samples=self.samples, **progress, **tokens)
+            np.savez(file, **arrays)
 
     def restore(self, path: Path) -> dict[str, int]:
         """Reads what `save` wrote and returns how far the run is."""

@@ -1,0 +1,45 @@
+# make demo: profile -> compile -> run -> eval on the shipped model.   make test: the tests.   make check: what CI runs.
+# TORCH=torch==2.13.0 chooses what is installed where the base Python has no torch of its own.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+DEMO := build/demo
+
+.PHONY: demo test check format lint types clean train
+
+# The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
+.venv/ready: pyproject.toml
+	@if $(PYTHON) -c "import torch" 2>/dev/null; \
+	then $(PYTHON) -m venv --clear --system-site-packages .venv; \
+	else $(PYTHON) -m venv --clear .venv && $(BIN)/pip install -q "$(TORCH)"; fi
+	$(BIN)/pip install -q -e ".[dev]"
+	@touch $@
+
+demo: .venv/ready
+	rm -rf $(DEMO)
+	$(BIN)/sodaprof profile tiny-dit -o $(DEMO)/profile --samples 16
+	$(BIN)/sodaprof compile $(DEMO)/profile --budget 2.0x -o $(DEMO)/soda-2.0x.json
+	$(BIN)/sodaprof show $(DEMO)/soda-2.0x.json
+	$(BIN)/sodaprof run tiny-dit $(DEMO)/soda-2.0x.json --label 5 --label 7 -o $(DEMO)/star-and-heart.png
+	$(BIN)/sodaprof eval tiny-dit $(DEMO)/soda-2.0x.json --samples 16 -o $(DEMO)/eval.json --picture $(DEMO)/side-by-side.png
+	@echo "Look at $(DEMO)/side-by-side.png"
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Makes the weights of tiny-dit again (hours on a CPU, minutes on a GPU).
+train: .venv/ready
+	$(BIN)/python -m sodaprof.models.train_tiny_dit build/train
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,127 @@
+"""Hooks that push every output of the profiled sites through its ring while the pipeline samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from ..errors import MismatchError
+from ..models.clock import Clock, Moment, TransformerHook
+from ..models.discover import hooked, tapped
+from .errors import Ring, StaleErrors
+from .plan import RATES, ProfilePlan
+from .statistics import Statistics
+
+
+class Stopwatch:
+    """Adds up the time spent inside `with`: on a GPU by events in the stream, without synchronising."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
+        self.total, self.begin = 0.0, 0.0
+        self.events: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        if self.cuda:
+            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            self.events[-1][0].record()
+        self.begin = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.cuda:
+            self.events[-1][1].record()
+        else:
+            self.total += time.perf_counter() - self.begin
+
+    def seconds(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.total += sum(a.elapsed_time(b) for a, b in self.events) / 1e3
+            self.events.clear()
+        return self.total
+
+
+class Taps:
+    """Hooks on the sites of one group for one batch: pushes every output through its ring, adds up the errors."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        plan: ProfilePlan,
+        group: list[int],
+        statistics: Statistics,
+        watch: Stopwatch,
+        on_step: Callable[[int], None],
+    ) -> None:
+        self.pipe, self.plan, self.group, self.statistics, self.watch = pipe, plan, group, statistics, watch
+        self.moment = Moment()
+        self.clock = Clock(pipe.scheduler, plan.sampler, lambda: None, lambda: None)
+        self.on_step = on_step
+        self.rings: dict[tuple[int, int], Ring] = {}
+        self.calls: dict[str, tuple[int, int]] = {}
+        self.found: dict[tuple[int, int], list[StaleErrors]] = {}  # (step, site) -> the branches' errors, on the device
+        device = next(pipe.components[next(iter(plan.model.transformers))].parameters()).device
+        self.rates = torch.tensor(RATES, device=device)
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Taps:
+        self.clock.attach()
+        self.stack.callback(self.clock.detach)
+        for name, transformer in self.plan.model.transformers.items():
+            module = self.pipe.components[name]
+            numbers = {s.key: i for i, (n, s) in enumerate(self.plan.sites) if n == name and i in self.group}
+            begin = TransformerHook(self.clock, self.moment, lambda: None)
+            self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
+            for path in dict.fromkeys(s.path for s in transformer.sites):
+                self.stack.enter_context(
+                    tapped(module.get_submodule(path), self._tap(path, numbers), "sodaprof.profile")
+                )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stack.close()
+
+    def _tap(self, path: str, numbers: dict[str, int]) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = forward(*args, **kwargs)
+            forward_seen, call_ = self.calls.get(path, (-1, 0))
+            call_ = call_ + 1 if forward_seen == self.moment.forward else 0
+            self.calls[path] = (self.moment.forward, call_)
+            site = numbers.get(path + (f"#{call_}" if call_ else ""))
+            if site is not None:
+                with self.watch:
+                    self._push(site, out[0] if isinstance(out, tuple) else out)
+            return out
+
+        return run
+
+    def _push(self, site: int, out: torch.Tensor) -> None:
+        halves = self.plan.sampler.guidance_form == "halves"
+        for i, x in enumerate(out.chunk(2) if halves else (out,)):
+            branch = i if halves else self.moment.branch
+            ring = self.rings.setdefault((site, branch), Ring(self.plan.request["max_interval"] - 1, self.rates))
+            errors = ring.push(x)
+            if errors is not None:
+                self.found.setdefault((self.moment.step, site), []).append(errors)
+        if site == self.group[-1]:
+            self.on_step(self.moment.step + 1)
+
+    def flush(self) -> None:
+        """Moves the batch's errors off the device and into the statistics."""
+        if len(self.found) != (self.plan.sampler.steps - 1) * len(self.group):
+            raise MismatchError(
+                f"The pipeline ran {len(self.found)} cells of {(self.plan.sampler.steps - 1) * len(self.group)}: it "
+                "leaves out calls of its transformer. Profile without options that skip steps or guidance."
+            )
+        with self.watch:
+            for (step, site), branches in self.found.items():
+                whole, pruned = (
+                    torch.stack([getattr(b, part) for b in branches]).cpu().numpy() for part in ("whole", "pruned")
+                )
+                tokens = sum(b.tokens.double().cpu().numpy() for b in branches)
+                self.statistics.add(step, site, whole, pruned, tokens)
+        self.found.clear()

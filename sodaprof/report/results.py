@@ -1,0 +1,83 @@
+"""Tables of an evaluation, an inspection and a profile's plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..cost import CostModel
+from ..sites import Model, Sampler
+
+
+def evaluation_view(result: dict[str, Any]) -> RenderableType:
+    """Returns the table of an evaluation and its notes."""
+    accurate = "accuracy" in result["full"]
+    table = Table(
+        title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}"
+    )
+    for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst 10 %", "SSIM", "latent L2"):
+        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
+    if accurate:
+        table.add_column("class", justify="right")
+    full = ["full", "1.00x", "1.00x", "–", "–", "–", "–"]
+    table.add_row(*full, *([f"{result['full']['accuracy']:.1%}"] if accurate else []))
+    for row in result["rows"]:
+        q = row["psnr_db"]
+        table.add_row(
+            f"{row['name']}\n[dim]{row['detail']}[/]",
+            f"{row['flops_speedup']:.2f}x",
+            f"{row['wall_speedup']:.2f}x",
+            f"{q['mean']:.1f} [{q['low']:.1f} {q['high']:.1f}]".replace("[", r"\["),
+            f"{q['worst_decile']:.1f}",
+            f"{row['ssim']:.3f}",
+            "–" if row["latent_l2"] is None else f"{row['latent_l2']:.3f}",
+            *([f"{row['accuracy']:.1%}"] if accurate else []),
+        )
+    return Group(table, *(Text(line) for line in _lines(result)))
+
+
+def _lines(result: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in result["rows"]:
+        if "over_fora_db" in row:
+            d = row["over_fora_db"]
+            lines.append(
+                f"{row['name']} {row['flops_speedup']:.2f}x is {d['mean']:+.2f} dB from FORA at {d['fora_speedup']:.2f}x "
+                f"(paired 95 % interval {d['low']:+.2f} to {d['high']:+.2f})."
+            )
+        if "frechet" in row:
+            lines.append(f"{row['name']}: Fréchet {row['frechet']:.4f}, kernel {row['kernel']:.6f} to the full run.")
+    for row in result["rows"]:
+        if row.get("executed") is not None:
+            counts = ", ".join(f"{a} {row['executed'].get(a, 0)}/{n}" for a, n in sorted(row["planned"].items()))
+            lines.append(f"{row['name']} {row['flops_speedup']:.2f}x executed/planned: {counts}.")
+    return lines + result["notes"]
+
+
+def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> RenderableType:
+    """Returns the sites by module, with shapes and shares of the FLOPs."""
+    parts: list[RenderableType] = []
+    for name, transformer in model.transformers.items():
+        table_cost = cost.transformers[name]
+        table = Table(title=f"{name}: {transformer.class_name}", box=None)
+        for column in ("module", "kind", "layers", "tokens", "width", "FLOPs", "prunable"):
+            table.add_column(column, justify="left" if column in ("module", "kind") else "right")
+        groups: dict[tuple[str, str, str], list[Any]] = {}
+        for site in transformer.sites:
+            call = f"#{site.call}" if site.call else ""
+            groups.setdefault((site.stack, site.module + call, site.kind), []).append(site)
+        for (stack, module, kind), sites in groups.items():
+            flops = sum(table_cost.sites[s.key].C for s in sites)
+            table.add_row(
+                f"{stack}.*.{module}", kind, str(len(sites)), str(sites[0].tokens), str(sites[0].width),
+                f"{flops / table_cost.full:.1%}", "yes" if all(s.prunable for s in sites) else "no",
+            )  # fmt: skip
+        table.add_row("outside the sites", "", "", "", "", f"{table_cost.step.fixed / table_cost.full:.1%}", "")
+        parts.append(table)
+        parts.append(Text(f"{table_cost.full / 1e9:.4g} GFLOP a step and generation, both guidance branches included"))
+    guidance = f"guidance {sampler.guidance_scale} in {sampler.guidance_form}"
+    parts.append(Text(f"{sampler.steps} steps of {sampler.class_name}, {guidance}, latents {model.shape['latent']}"))
+    return Group(*parts)

@@ -1,0 +1,146 @@
+"""A schedule as people and scripts look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..schedule import Plan, Schedule
+
+STYLES = {"C": "bold black on green", "R": "bright_black", "F": "black on cyan", "P": "black on yellow", "-": "dim"}
+BARS = " ▁▂▃▄▅▆▇█"
+
+
+def schedule_data(schedule: Schedule) -> dict[str, Any]:
+    """Returns anchors, intervals, and for each site its row, reuse ages and prune rates, as plain data."""
+    transformers = {}
+    for name, plan in schedule.transformers.items():
+        anchors = plan.anchors()
+        sites = {}
+        for site, row in plan.rows.items():
+            ages = list(_ages(row))
+            rates = {str(t): round(1 - k / plan.tokens(site), 4) for t, k in _pruned(plan, site)}
+            reused = {str(t): age for t, (age, action) in enumerate(zip(ages, row, strict=True)) if action in "RP"}
+            sites[site] = {"row": row, "reuse_ages": reused, "prune_rates": rates}
+        ends = [*anchors[1:], schedule.steps]
+        intervals = [end - start for start, end in zip(anchors, ends, strict=True)]
+        transformers[name] = {"anchors": anchors, "intervals": intervals, "sites": sites}
+    return {
+        "policy": schedule.policy,
+        "steps": schedule.steps,
+        "predicted": schedule.predicted,
+        "measured": list(schedule.measured),
+        "counts": dict(schedule.counts()),
+        "digest": schedule.digest(),
+        "transformers": transformers,
+    }
+
+
+def schedule_view(schedule: Schedule, width: int = 80) -> RenderableType:
+    """Returns the picture, the cache intervals and the prune rates by step, layer and module."""
+    parts: list[RenderableType] = [_headline(schedule)]
+    for name, plan in schedule.transformers.items():
+        parts += [Text(), _picture(name, plan, width), Text(), _intervals(plan, schedule.steps)]
+        if plan.k:
+            parts += [Text(), _prune_table(plan)]
+    return Group(*parts)
+
+
+def _headline(schedule: Schedule) -> Text:
+    knobs = ", ".join(f"{k}={v}" for k, v in schedule.policy["knobs"].items())
+    text = Text.assemble((schedule.policy["name"], "bold"), f"  {knobs}\n")
+    sampler = schedule.sampler
+    text.append(
+        f"{schedule.steps} steps of {sampler.class_name}, guidance {sampler.guidance_scale} in {sampler.guidance_form}"
+    )
+    if schedule.predicted:
+        p = schedule.predicted
+        error = "" if p["error"] is None else f", error {p['error']:.4g}"
+        text.append(f"\npredicted {p['speedup']:.2f}x {p['unit']}{error}, {p['cache_bytes'] / 2**20:.2f} MiB of cache")
+    for record in schedule.measured:
+        quality = record["psnr_db"]
+        text.append(
+            f"\nmeasured {record['wall_speedup']:.2f}x wall-clock, {quality['mean']:.1f} dB PSNR "
+            f"({record['samples']} seeds, {record['device']})"
+        )
+    return text
+
+
+def _picture(name: str, plan: Plan, width: int) -> Text:
+    """Rows of coloured characters, in as many bands as the terminal's width needs; under them the mean prune rate."""
+    labels = {site: _label(plan, site) for site in plan.rows}
+    margin = max(len(label) for label in [*labels.values(), "not computed"]) + 1
+    band = max(10, width - margin)
+    text = Text(no_wrap=True)
+    for start in range(0, len(plan.stack), band):
+        columns = range(start, min(start + band, len(plan.stack)))
+        ruler = "".join(f"{t:<10}" for t in columns if t % 10 == 0)[: len(columns)]
+        text.append(f"{name if not start else '':<{margin}.{margin}}{' ' * (-start % 10)}{ruler}\n", "dim")
+        for site, row in plan.rows.items():
+            text.append(f"{labels[site]:<{margin}}")
+            for t in columns:
+                text.append(row[t], STYLES.get(row[t], ""))
+            text.append("\n")
+        shares = [_not_computed(plan, t) for t in columns]
+        text.append(
+            f"{'not computed':<{margin}}" + "".join(BARS[round(s * (len(BARS) - 1))] for s in shares) + "\n", "dim"
+        )
+    text.append("C computes  R reuses  P recomputes k tokens  F forecasts", "dim")
+    return text
+
+
+def _label(plan: Plan, site: str) -> str:
+    stacks = {s.split(".")[0] for s in plan.rows}
+    return site if len(stacks) > 1 else site.split(".", 1)[1]
+
+
+def _intervals(plan: Plan, steps: int) -> Text:
+    anchors = plan.anchors()
+    lengths = [b - a for a, b in zip(anchors, [*anchors[1:], steps], strict=True)]
+    return Text(f"{len(anchors)} anchors at {_list(anchors)}\ncache intervals {_list(lengths)}")
+
+
+def _prune_table(plan: Plan) -> Table:
+    """Mean prune rate over the P cells, by layer and module."""
+    modules = list(dict.fromkeys(site.split(".", 2)[2] for site in plan.rows))
+    table = Table("layer", *modules, title="mean prune rate of pruned cells (number of cells)", box=None)
+    layers: dict[str, dict[str, list[float]]] = {}
+    for site in plan.rows:
+        stack, layer, module = site.split(".", 2)
+        rates = [1 - k / plan.tokens(site) for _, k in _pruned(plan, site)]
+        layers.setdefault(f"{stack}.{layer}", {})[module] = rates
+        layers.setdefault("all", {}).setdefault(module, []).extend(rates)
+    layers["all"] = layers.pop("all")
+    for layer, cells in layers.items():
+        shown = [cells.get(m) for m in modules]
+        table.add_row(layer, *(f"{sum(r) / len(r):.2f} ({len(r)})" if r else "–" for r in shown))
+    return table
+
+
+def _ages(row: str) -> Iterator[int]:
+    age = 0
+    for action in row:
+        age = 0 if action == "C" else age + 1
+        yield age
+
+
+def _pruned(plan: Plan, site: str) -> Iterator[tuple[int, int]]:
+    steps = (t for t, action in enumerate(plan.rows[site]) if action == "P")
+    return zip(steps, plan.k.get(site, ()), strict=True)
+
+
+def _not_computed(plan: Plan, step: int) -> float:
+    """Share of the tokens of all sites that are not computed at this step."""
+    shares = []
+    for site, row in plan.rows.items():
+        k = plan.k[site][plan.cell(site, step, "P")] if row[step] == "P" else 0
+        shares.append(0.0 if row[step] == "C" else 1 - k / plan.tokens(site))
+    return sum(shares) / len(shares)
+
+
+def _list(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
