@@ -149,7 +149,7 @@ def _from_json(data: dict[str, Any], where: str) -> CostModel:
     def amount(value: Any) -> float:
         if not is_number(value) or value < 0:
             raise FormatError(f"{where}: found the cost {value!r}; expected a number of at least 0.")
-        return value
+        return float(value)
 
     def amounts(values: Any, make: Callable[[Any], Any] = amount) -> tuple[Any, ...]:
         return tuple(make(v) for v in values)

@@ -120,10 +120,10 @@ def load_profile(folder: str | Path) -> Profile:
     manifest = exact_keys(header(read_json(path), FORMAT, VERSION, str(path)), MANIFEST, str(path))
     for table in TABLES:
         version = manifest["tables"].get(table) if isinstance(manifest["tables"], dict) else None
-        if version != 1:
+        if type(version) is not int or version != 1:
             raise FormatError(f"{path}: table {table} has version {version!r}, this release reads 1. Upgrade sodaprof.")
     for key, least in (("seed", 0), ("samples", 1), ("max_interval", 2)):
-        if not isinstance(manifest[key], int) or manifest[key] < least:
+        if type(manifest[key]) is not int or manifest[key] < least:
             raise FormatError(f"{path}: {key} is {manifest[key]!r}; expected a whole number of at least {least}.")
     return Profile(inspection.folder, inspection.model, inspection.sampler, manifest)
 
@@ -148,6 +148,9 @@ def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.nda
         if found.names != list(TABLES[table]):
             odd = sorted(set(found.names) ^ set(TABLES[table])) or ["their order"]
             raise FormatError(f"{path}: columns differ from this release's: {', '.join(odd)}. Profile again.")
+        types = schema(table)
+        if odd := [c for c in columns if found.field(c).type != types.field(c).type]:
+            raise FormatError(f"{path}: column {odd[0]} is of another type than this release's. Profile again.")
         data = pq.read_table(path, columns=columns)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file. Profile again: sodaprof profile MODEL -o {folder} --force") from None

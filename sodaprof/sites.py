@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import FormatError
-from .files import exact_keys, is_number
+from .files import exact_keys, is_number, of_type
 
+FIELDS = {
+    "stack": str, "layer": int, "module": str, "kind": str, "tokens": int, "width": int, "prunable": bool, "call": int,
+}  # of a site in a file
 KINDS = ("attn", "joint_attn", "cross_attn", "mlp", "fused")  # canonical, in the order in which blocks run them
 
 
@@ -107,9 +110,18 @@ def model_from_json(data: Any, where: str) -> Model:
     for name, entry in data["transformers"].items():
         at = f"{where}: transformer {name}"
         exact_keys(entry, {"class", "fingerprint", "sites"}, at)
-        fields = {"stack", "layer", "module", "kind", "tokens", "width", "prunable", "call"}
-        sites = tuple(Site(**exact_keys(s, fields, f"{at}: site")) for s in entry["sites"])
+        for s in entry["sites"]:
+            exact_keys(s, set(FIELDS), f"{at}: site")
+            for key, kind in FIELDS.items():
+                of_type(s[key], kind, f"{at}: site: {key}")
+        of_type(entry["class"], str, f"{at}: class")
+        of_type(entry["fingerprint"], dict, f"{at}: fingerprint")
+        sites = tuple(Site(**s) for s in entry["sites"])
         if not sites:
             raise FormatError(f"{at}: no sites. Run `sodaprof inspect` again.")
         transformers[name] = Transformer(entry["class"], entry["fingerprint"], sites)
-    return Model(data["name"], data["pipeline"], transformers, data["shape"])
+    shape = exact_keys(data["shape"], {"latent", "tokens", "batch_profiled", "dtype"}, f"{where}: shape")
+    of_type(shape["dtype"], str, f"{where}: shape: dtype")
+    for key in ("name", "pipeline"):
+        of_type(data[key], str, f"{where}: {key}")
+    return Model(data["name"], data["pipeline"], transformers, shape)

@@ -234,12 +234,22 @@ def make_profile(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.fixture
-def random_errors() -> np.ndarray:
-    """Errors of reuse [T = 12, S = 4, ages + 1 = 5] that grow with age, float32 values (what Parquet keeps)."""
+def grown_errors() -> np.ndarray:
     rng = np.random.default_rng(0)
     grown = rng.uniform(0.01, 0.1, (12, 4, 5)).cumsum(axis=2)
     return grown.astype(np.float32).astype(np.float64)
+
+
+@pytest.fixture
+def random_errors() -> np.ndarray:
+    """Errors of reuse [T = 12, S = 4, ages + 1 = 5] that grow with age, float32 values (what Parquet keeps)."""
+    return grown_errors()
+
+
+@pytest.fixture(scope="session")
+def random_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The profile folder of `random_errors`, written once: copy it before changing it."""
+    return build_profile(tmp_path_factory.mktemp("random") / "profile", grown_errors())
 
 
 # ---- pipelines (torch below here) -------------------------------------------------------------------------------------

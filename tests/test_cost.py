@@ -128,6 +128,11 @@ def test_round_trip(cost, tmp_path):
         save_cost(cost, tmp_path / "cost.json")
 
 
+def short(value: Any) -> str:
+    """Returns a readable test id."""
+    return ".".join(map(str, value[-2:])) if isinstance(value, tuple) else repr(value)[:20]
+
+
 FF0 = ("transformers", "transformer", "sites", "transformer_blocks.0.ff")
 STEP0 = ("transformers", "transformer", "step")
 
@@ -176,6 +181,7 @@ STEP0 = ("transformers", "transformer", "step")
         (("format",), "sodaprof.schedule"),
         (("colour",), 1),
     ],
+    ids=short,
 )
 def test_broken_tables_are_refused(cost, tmp_path, where, value):
     data = copy.deepcopy(cost.to_json())

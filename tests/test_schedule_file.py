@@ -36,6 +36,11 @@ def changed(schedule: Schedule, path: tuple[Any, ...], value: Any) -> Any:
     return data
 
 
+def short(value: Any) -> str:
+    """Returns a readable test id."""
+    return ".".join(map(str, value[-2:])) if isinstance(value, tuple) else repr(value)[:20]
+
+
 PLAN = ("transformers", "transformer")
 
 # ---- what goes in comes out -------------------------------------------------------------------------------------------
@@ -342,6 +347,7 @@ def test_numbers_are_finite(schedule, tmp_path, word, where):
         (("measured",), {"device": "cpu"}),
         (("made_by",), None),
     ],
+    ids=short,
 )
 def test_wrong_types(schedule, tmp_path, where, value):
     """A FormatError, or IllegalScheduleError where a rule of the format sees it first; never another exception."""
@@ -365,6 +371,7 @@ def test_wrong_types(schedule, tmp_path, where, value):
         ("coefficients", [[True, 0, 0]] * 6),
         ("fitted", 3),
     ],
+    ids=short,
 )
 def test_wrong_types_in_the_update(skipping, tmp_path, key, value):
     with pytest.raises((FormatError, IllegalScheduleError)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -103,7 +104,9 @@ def take_knobs(policy: str, defaults: dict[str, Any], given: dict[str, Any]) -> 
         kind = type(defaults[name])
         try:
             knobs[name] = kind(value)
-        except ValueError:
+            if kind is not str and (not math.isfinite(knobs[name]) or knobs[name] != float(value)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError):
             raise BudgetError(f"Knob {name} is {value!r}; expected {kind.__name__}.") from None
     return knobs
 

@@ -9,7 +9,7 @@ from ..errors import BudgetError
 from ..profiles import Profile
 from ..schedule import Schedule
 from ..sites import Model, Sampler
-from .draw import draw_schedule, reuse_only_cost, sign, take_knobs, unreachable
+from .draw import draw_schedule, one_transformer, reuse_only_cost, sign, take_knobs, unreachable
 
 KNOBS: dict[str, Any] = {"anchors": 0}  # 0: as many as the budget allows
 
@@ -19,6 +19,7 @@ def compile_fora(
 ) -> Schedule:
     """Returns the schedule with anchors at round(i · T / k), k the largest within the budget (or the knob `anchors`)."""
     chosen = take_knobs("fora", KNOBS, knobs)
+    one_transformer(model, "fora")
     steps = sampler.steps
     full, spent = reuse_only_cost(model, sampler, cost)
     counts = [k for k in range(1, steps + 1) if spent(k) <= full / budget]

@@ -62,8 +62,9 @@ def compile_soda(
     tables = [cost.transformers[name].sites[s.key] for s in sites]
     prunable = np.array([s.prunable for s in sites])
     tokens = np.array([s.tokens for s in sites])
-    # a step with a pruned site pays `fixed` where a fully cached one pays `all_cached`
-    surcharge = cost.transformers[name].step.fixed - cost.transformers[name].step.all_cached
+    # a step with a pruned site pays `fixed` and each R by itself, where a fully cached one pays `all_cached`
+    step_cost = cost.transformers[name].step
+    surcharge = step_cost.fixed + sum(table.R for table in tables) - step_cost.all_cached
     best: tuple[float, list[int], np.ndarray] | None = None
     for count, anchors in affordable.items():
         cells = Cells(anchors, caching, pruning[name], rates, tables, prunable, tokens, surcharge)
@@ -146,9 +147,9 @@ def prune_priced(cells: Cells, left: float, scale: float) -> tuple[np.ndarray, f
     """
     keep = np.rint((1 - cells.rates) * cells.tokens[:, None]).astype(int)  # [S, G]
     k = np.broadcast_to(keep, (*cells.reuse.shape, keep.shape[1]))
-    gain = (cells.reuse[..., None] - cells.prune) * cells.prunable[..., None]
+    gain = np.where(cells.prunable[..., None] & (k > 0), cells.reuse[..., None] - cells.prune, -np.inf)
     cost = cells.cost_of(k)
-    cost = np.maximum(cost, 1e-30)
+    cost = np.maximum(cost, 1e-9 * cost.max())  # what seems free gets a price too, or the bisection had no upper end
 
     def choose(price: float) -> np.ndarray:
         value = gain - price * cost

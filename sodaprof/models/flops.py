@@ -53,9 +53,11 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
     pruned: dict[str, float] = {}
     numbers: dict[str, int] = {}
     index: dict[str, int] = {}
+    trials = 0.0  # what trying the pruned calls cost: the outer counter sees them too
 
     def tap(path: str) -> Callable[..., Any]:
         def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal trials
             call = index[path] = index.get(path, -1) + 1
             key = path + (f"#{call}" if call else "")
             before = counter.get_total_flops()
@@ -69,6 +71,7 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
                 with FlopCounterMode(display=False) as single:
                     forward(*rows[0], **rows[1])
                 pruned[key] = pruned.get(key, 0.0) + single.get_total_flops()
+                trials += single.get_total_flops()
             return out
 
         return run
@@ -78,14 +81,13 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
 
     def block_tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal blocks_flops
-        before = counter.get_total_flops()
+        before = counter.get_total_flops() - trials
         out = forward(*args, **kwargs)
-        blocks_flops += counter.get_total_flops() - before
+        blocks_flops += counter.get_total_flops() - trials - before
         return out
 
     paths = {site.path for site in sites}
     stacks = {path.split(".")[0] for path in paths}
-    last_hidden = 0
     with torch.no_grad(), ExitStack() as stack, FlopCounterMode(display=False) as counter:
         for path in paths:
             stack.enter_context(tapped(found[path][4], tap(path), "sodaprof.count"))
@@ -95,7 +97,7 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
         for args, kwargs in calls:
             index.clear()
             shell(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
-        total = counter.get_total_flops()
+        total = counter.get_total_flops() - trials
     last_hidden = numbers[sites[-1].key]
     costs = {}
     for site in sites:

@@ -1,0 +1,77 @@
+"""Tiny pipelines with random weights, made in memory, and schedules drawn by hand for them."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+from sodaprof.models.discover import inspect_pipeline
+from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule
+
+STEPS = 8
+SITES = ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "transformer_blocks.1.attn1", "transformer_blocks.1.ff")
+
+
+def tiny_vae() -> AutoencoderKL:
+    torch.manual_seed(1)
+    return AutoencoderKL(block_out_channels=(8,), layers_per_block=1, latent_channels=4, norm_num_groups=1).eval()
+
+
+def tiny_pipe(layers: int = 2, seed: int = 0, cls: type = DiTPipeline) -> DiTPipeline:
+    """16 tokens of width 16, two heads."""
+    torch.manual_seed(seed)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000,
+    ).eval()  # fmt: skip
+    pipe = cls(transformer, tiny_vae(), DDIMScheduler(clip_sample=False))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def draw(pipe, labels=(1, 2), steps=STEPS, seed=0, guidance_scale=4.0):
+    """The pipeline's own call; pictures as an array."""
+    generator = [torch.Generator().manual_seed(seed + i) for i in range(len(labels))]
+    return pipe(
+        class_labels=list(labels), num_inference_steps=steps, generator=generator, guidance_scale=guidance_scale,
+        output_type="np",
+    ).images  # fmt: skip
+
+
+def schedule_for(pipe, rows=None, k=None, forecasts=None, rule=None, steps=STEPS, guidance_scale=4.0) -> Schedule:
+    """A schedule of this pipeline: the given rows, C everywhere else."""
+    model, sampler, _ = inspect_pipeline(pipe, "tiny", steps, guidance_scale, 0)
+    transformer = model.transformers["transformer"]
+    all_rows = {site.key: "C" * steps for site in transformer.sites} | (rows or {})
+    plan = Plan(transformer.class_name, transformer.fingerprint, all_rows, "." * steps, k or {}, forecasts or {})
+    rule = rule or (TokenRule("feature_mean") if k else None)
+    return Schedule({"transformer": plan}, sampler, model.shape, {"name": "test", "knobs": {}}, token_rule=rule)
+
+
+MIXED_ROWS = dict(zip(SITES, ("CRRCPRFC", "CPRCRRFC", "CRPCCRRC", "CRRCPPRC"), strict=True))
+MIXED_K = {SITES[0]: (5,), SITES[1]: (7,), SITES[2]: (0,), SITES[3]: (3, 16)}
+MIXED_FORECASTS = {SITES[0]: (Forecast((3, 0), (1.5, -0.5)),), SITES[1]: (Forecast((3,), (1.0,)),)}
+
+
+def mixed_schedule(pipe) -> Schedule:
+    """All four actions."""
+    return schedule_for(pipe, MIXED_ROWS, MIXED_K, MIXED_FORECASTS)
+
+
+class TwoPassPipeline(DiTPipeline):
+    """DiT with one network call a guidance branch, as Wan or Qwen-Image call theirs."""
+
+    @torch.no_grad()
+    def __call__(self, class_labels, guidance_scale=4.0, generator=None, num_inference_steps=50, output_type="np"):
+        n = len(class_labels)
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator])
+        labels = torch.tensor(class_labels)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            time = t.expand(n)
+            cond = self.transformer(x, timestep=time, class_labels=labels).sample
+            if guidance_scale > 1:
+                uncond = self.transformer(x, timestep=time, class_labels=torch.full((n,), 1000)).sample
+                cond = uncond + guidance_scale * (cond - uncond)
+            x = self.scheduler.step(cond, t, x).prev_sample
+        return type("Out", (), {"images": self.vae.decode(x).sample.permute(0, 2, 3, 1).numpy()})()
