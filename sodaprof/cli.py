@@ -170,9 +170,7 @@ def run(
     if not entries:
         raise SodaprofError("Nothing to draw. Give --label N or --prompt TEXT, once or more.")
     loaded = load_schedule(schedule)
-    import numpy as np
-
-    from .models.load import call, load_pipeline
+    from .models.load import call, load_pipeline, pictures_of
     from .report.pictures import save_picture, save_side_by_side
     from .runtime.attach import apply
 
@@ -181,7 +179,7 @@ def run(
     pipe.set_progress_bar_config(disable=not console.is_terminal)
     scale = loaded.sampler.guidance_scale if guidance_scale is None else guidance_scale
     with apply(pipe, loaded) as handle:
-        pictures = np.asarray(call(pipe, entries, [seed + i for i in range(len(entries))], loaded.steps, scale).images)
+        pictures = pictures_of(call(pipe, entries, [seed + i for i in range(len(entries))], loaded.steps, scale))
     if len(pictures) == 1:
         save_picture(pictures[0], output, force=force)
     else:
@@ -296,19 +294,19 @@ def main() -> None:
     """Runs the command line; every error that sodaprof understands ends in one message, without a traceback."""
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
     except SodaprofError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
-        code = _fail("Interrupted. Nothing was lost; the same command goes on where it can.", 130)
+        code = _fail("Interrupted. A profile goes on when the same command is repeated; nothing else was written.", 130)
     except MemoryError:
         code = _fail("Out of memory. Lower --batch-size.")
     except OSError as error:
         reason = "The disk is full" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
         code = _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}. Nothing was left half-written.")
     except Exception as error:
-        if type(error).__name__ == "Abort":
-            code = _fail("Interrupted.", 130)
-        elif hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             print(f"sodaprof: {error.format_message()} See: sodaprof --help", file=sys.stderr)
             code = error.exit_code
         elif type(error).__name__ == "OutOfMemoryError":

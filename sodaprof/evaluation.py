@@ -29,7 +29,7 @@ from .metrics import (
 from .models.classifier import Classifier, load_classifier
 from .models.discover import inspect_pipeline
 from .models.flops import count_flops
-from .models.load import call, takes_labels
+from .models.load import call, pictures_of, takes_labels
 from .profiler.run import versions
 from .runtime.attach import Handle, apply
 from .schedule import Schedule
@@ -109,29 +109,16 @@ def evaluate(
         for i, s in enumerate(schedules)
     ]
     candidates = _control_candidates(schedules, model, cost) if controls else []
-    run = _Run(pipe, entries, batch_size, scale, classifier)
-    full = Contender("full", f"{sampler.steps} steps", sampler.steps, 1.0)
-    chosen: list[Contender] = []
     fewer = [c for c in candidates if c.control is not None]
-    calibration = _calibration_seeds(schedules)
     fora = [c for c in candidates if c.control is None]
-    total = samples * (1 + len(contenders) + len(fora) + len({(c.name, c.beside) for c in fewer}))
-    total += len(calibration) * (1 + len(fewer)) if fewer else 0
-    run.count(total, on_progress)
-    tried = []
-    if fewer:
-        run.all([full, *fewer], calibration)
-        for c in fewer:
-            quality = float(psnr_db(_cat(c.pictures), _cat(full.pictures)).mean())
-            tried.append({"name": c.name, "detail": c.detail, "steps": c.steps, "psnr_db": round(quality, 3)})
-            c.clear()
-        full.clear()
-        best: dict[tuple[str, float], int] = {}
-        for i, c in enumerate(fewer):
-            group = c.name, c.beside
-            if group not in best or tried[i]["psnr_db"] > tried[best[group]]["psnr_db"]:
-                best[group] = i
-        chosen = [fewer[i] for i in best.values()]
+    full = Contender("full", f"{sampler.steps} steps", sampler.steps, 1.0)
+    calibration = _calibration_seeds(schedules)
+    run = _Run(pipe, entries, batch_size, scale, classifier, on_progress)
+    run.total = 1 + (len(calibration) * (1 + len(fewer)) if fewer else 0)
+    run.total += samples * (1 + len(contenders) + len(fora) + len({(c.name, c.beside) for c in fewer}))
+    run.all([full], calibration[:1])  # warms up: the first call is slow and would flatter the schedules
+    full.clear()
+    chosen, tried = _choose(run, full, fewer, calibration)
     contenders += fora + chosen
     run.all([full, *contenders], range(seed, seed + samples))
     rows = [_row(c, full) for c in contenders]
@@ -144,9 +131,7 @@ def evaluate(
         "rows": rows, "candidates": tried,
         "notes": _notes(samples, classifier, candidates, controls),
     }  # fmt: skip
-    shown = {
-        c.name if c.schedule is None else f"{c.name} {c.speedup:.2f}x": _cat(c.pictures)[:SHOWN] for c in contenders
-    }
+    shown = {f"{c.name} {c.speedup:.2f}x": _cat(c.pictures)[:SHOWN] for c in contenders}
     return result | {"pictures": {"full": _cat(full.pictures)[:SHOWN]} | shown}
 
 
@@ -154,15 +139,17 @@ class _Run:
     """Samples batch after batch, every contender in turn on the same seeds, so that drifts of the machine hit all."""
 
     def __init__(
-        self, pipe: Any, entries: list[Any], batch_size: int, scale: float | None, classifier: Classifier | None
-    ):
+        self,
+        pipe: Any,
+        entries: list[Any],
+        batch_size: int,
+        scale: float | None,
+        classifier: Classifier | None,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
         self.pipe, self.entries, self.batch_size, self.scale = pipe, entries, batch_size, scale
-        self.classifier = classifier
+        self.classifier, self.on_progress = classifier, on_progress
         self.done, self.total = 0, 0
-        self.on_progress: Callable[[int, int], None] = lambda done, total: None
-
-    def count(self, total: int, on_progress: Callable[[int, int], None]) -> None:
-        self.total, self.on_progress = total, on_progress
 
     def all(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> None:
         for start in range(0, len(seeds), self.batch_size):
@@ -181,7 +168,7 @@ class _Run:
             began = time.perf_counter()
             out = call(self.pipe, entries, seeds, contender.steps, self.scale, output_type="np")
             contender.seconds += (door[0][1] if door else time.perf_counter()) - began
-        pictures = np.asarray(out.images, dtype=np.float32)
+        pictures = pictures_of(out)
         contender.pictures.append(pictures)
         contender.latents += [latent for latent, _ in door]
         if self.classifier is not None:
@@ -217,19 +204,40 @@ def _latents_of(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
         del vae.decode
 
 
+def _choose(
+    run: _Run, full: Contender, fewer: list[Contender], seeds: Sequence[int]
+) -> tuple[list[Contender], list[dict[str, Any]]]:
+    """Returns for each solver and cost the spacing that comes nearest to the full run on `seeds`, and all that were tried."""
+    if not fewer:
+        return [], []
+    run.all([full, *fewer], seeds)
+    tried: list[dict[str, Any]] = []
+    best: dict[tuple[str, float], tuple[float, Contender]] = {}
+    for c in fewer:
+        quality = float(psnr_db(_cat(c.pictures), _cat(full.pictures)).mean())
+        tried.append({"name": c.name, "detail": c.detail, "steps": c.steps, "psnr_db": round(quality, 3)})
+        if quality > best.get((c.name, c.beside), (-1.0, c))[0]:
+            best[c.name, c.beside] = quality, c
+    for c in (full, *fewer):
+        c.clear()
+    return [c for _, c in best.values()], tried
+
+
 def _control_candidates(schedules: Sequence[Schedule], model: Any, cost: CostModel) -> list[Contender]:
     """Returns FORA and every fewer-step sampler at the cost of each schedule, each once."""
     found: dict[Any, Contender] = {}
-    given = {s.digest() for s in schedules}
+    given = [s.transformers for s in schedules]
     for schedule in schedules:
         fora = fora_at(schedule, model, cost)
-        if fora is not None and fora.digest() not in given:
+        if fora is not None and fora.transformers not in given:
             found[fora.digest()] = Contender("fora", _describe(fora), fora.steps, cost.speedup(fora), fora)
         for control in fewer_steps_at(schedule, cost):
             speedup = schedule.steps / control.steps
             name = f"fewer steps, {control.solver}"
             detail = f"{control.steps} steps, {control.spacing}"
-            found[control] = Contender(name, detail, control.steps, speedup, None, control, cost.speedup(schedule))
+            found[control, cost.speedup(schedule)] = Contender(
+                name, detail, control.steps, speedup, None, control, cost.speedup(schedule)
+            )
     return list(found.values())
 
 
@@ -270,10 +278,10 @@ def _compare_with_fora(rows: list[dict[str, Any]], contenders: Sequence[Contende
 
 
 def _keep_apart(schedule: Schedule, seed: int, samples: int) -> None:
-    used = schedule.profile
-    if used is not None and seed < used["seed"] + used["samples"] and used["seed"] < seed + samples:
+    used = schedule.profile or {"seed": 0, "samples": CALIBRATION}  # on these the controls are chosen
+    if seed < used["seed"] + used["samples"] and used["seed"] < seed + samples:
         raise MismatchError(
-            f"Evaluation seeds {seed}…{seed + samples - 1} touch the profile's {used['seed']}…"
+            f"Evaluation seeds {seed}…{seed + samples - 1} touch the calibration seeds {used['seed']}…"
             f"{used['seed'] + used['samples'] - 1}. Choose others: --seed {used['seed'] + used['samples']}"
         )
 

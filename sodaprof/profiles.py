@@ -119,6 +119,8 @@ def load_profile(folder: str | Path) -> Profile:
         )
     manifest = exact_keys(header(read_json(path), FORMAT, VERSION, str(path)), MANIFEST, str(path))
     for table in TABLES:
+        if not (inspection.folder / f"{table}.parquet").is_file():
+            raise FormatError(f"{folder}/{table}.parquet: no such file. Profile again with --force.")
         version = manifest["tables"].get(table) if isinstance(manifest["tables"], dict) else None
         if type(version) is not int or version != 1:
             raise FormatError(f"{path}: table {table} has version {version!r}, this release reads 1. Upgrade sodaprof.")

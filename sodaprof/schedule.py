@@ -201,6 +201,7 @@ def _plan_from_json(data: Any, where: str) -> Plan:
 def _schedule_from_json(data: dict[str, Any], where: str) -> Schedule:
     keys = {f.name for f in dataclasses.fields(Schedule)} | {"format", "version"}
     exact_keys(data, keys, where)
+    kind: type
     rule, update, profile = data["token_rule"], data["update"], data["profile"]
     if rule is not None:
         exact_keys(rule, {f.name for f in dataclasses.fields(TokenRule)}, f"{where}: token_rule")

@@ -8,9 +8,9 @@ from typing import Any
 from .errors import FormatError
 from .files import exact_keys, is_number, of_type
 
-FIELDS = {
+FIELDS = {  # of a site in a file
     "stack": str, "layer": int, "module": str, "kind": str, "tokens": int, "width": int, "prunable": bool, "call": int,
-}  # of a site in a file
+}  # fmt: skip
 KINDS = ("attn", "joint_attn", "cross_attn", "mlp", "fused")  # canonical, in the order in which blocks run them
 
 

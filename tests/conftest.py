@@ -79,7 +79,7 @@ def build_relay() -> Schedule:
     """Returns a legal schedule of two transformers: `high` owns steps 0-2, `low` steps 3-5."""
     base = build_schedule()
     plan = base.transformers["transformer"]
-    high, low = ({site: row for site in plan.rows} for row in ("CRR___", "___CRR"))
+    high, low = (dict.fromkeys(plan.rows, row) for row in ("CRR___", "___CRR"))
     plans = {
         "high": replace(plan, rows=high, stack="...___", k={}, forecasts={}),
         "low": replace(plan, rows=low, stack="___...", k={}, forecasts={}),

@@ -9,7 +9,12 @@ from sodaprof.models.discover import inspect_pipeline
 from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule
 
 STEPS = 8
-SITES = ("transformer_blocks.0.attn1", "transformer_blocks.0.ff", "transformer_blocks.1.attn1", "transformer_blocks.1.ff")
+SITES = (
+    "transformer_blocks.0.attn1",
+    "transformer_blocks.0.ff",
+    "transformer_blocks.1.attn1",
+    "transformer_blocks.1.ff",
+)
 
 
 def tiny_vae() -> AutoencoderKL:

@@ -131,7 +131,7 @@ def test_soda_meets_the_budget_and_spends_it(folder, budget, uas):
     schedule = compile_schedule(folder, budget, knobs={"uas": uas})
     cost = load_cost(folder / "cost.flops.json")
     total = cost.schedule(schedule)
-    assert cost.speedup(schedule) >= budget * (1 - 1e-12)
+    assert cost.speedup(schedule) >= budget * (1 - 1e-9)
     assert schedule.predicted["cost"] == total
     assert schedule.predicted["speedup"] == cost.speedup(schedule)
     cached = kept(schedule)[ages_of(schedule) > 0]
@@ -313,6 +313,20 @@ def test_paper_reads_pruning_at_age_one_and_priced_at_the_true_age(make_profile,
     assert ((site > 0) & (site < TOKENS))[ages > 1].any()
 
 
+def test_paper_prunes_only_below_the_error_of_reuse(make_profile, random_errors):
+    """With E_p = c at age 1 and every rate of the profile, cells with E_c <= c are left alone at those rates."""
+    c = float(np.median(random_errors[:, :, 1:]))
+    pruning = np.full((*random_errors.shape, len(RATES)), c)
+    folder = make_profile(random_errors, pruning)
+    schedule = compile_schedule(folder, 2.0, knobs={"uas": "paper", "anchors": 4, "scale": 0.0})
+    k = kept(schedule)
+    e = caching_at(random_errors, ages_of(schedule))
+    inner = (k > 0) & (k <= (1 - RATES.min()) * TOKENS)  # at rates where E_p is c (above the last one it nears E_c)
+    assert inner.any()
+    assert e[inner].min() > c
+    assert ((k == -1) & (e <= c)).any()
+
+
 def test_sites_that_cannot_be_pruned_are_not(make_profile, make_model, random_errors):
     model = make_model()
     sites = [replace(s, prunable=s.kind == "mlp") for s in model.transformers["t"].sites]
@@ -334,7 +348,7 @@ def test_few_tokens_leave_rates_that_keep_none(make_profile, make_model, make_co
     folder = make_profile(random_errors, pruning, rates=rates, model=model)
     schedule = compile_schedule(folder, 2.0)
     cost = load_cost(folder / "cost.flops.json")
-    assert cost.speedup(schedule) >= 2.0 * (1 - 1e-12)
+    assert cost.speedup(schedule) >= 2.0 * (1 - 1e-9)
     assert cost.schedule(schedule) > 4104 / 2 - (FULL + LOOP)
     assert 0 not in kept(schedule)  # it would cost like R, and draw its whole column out of "all cached"
 
@@ -350,7 +364,7 @@ def test_prunes_that_cost_no_more_than_reuse_are_taken(make_profile, make_model,
     folder = make_profile(random_errors, cost=cost)
     schedule = compile_schedule(folder, 2.0)
     found = load_cost(folder / "cost.flops.json")
-    assert found.speedup(schedule) >= 2.0 * (1 - 1e-12)
+    assert found.speedup(schedule) >= 2.0 * (1 - 1e-9)
     assert found.schedule(schedule) > 4104 / 2 - (FULL + LOOP)
     assert {row.count("P") > 0 for row in rows_of(schedule)} == {True}
 
@@ -469,6 +483,9 @@ def test_a_missing_cost_table(folder):
         compile_schedule(folder, 2.0, cost=folder / "none.json")
 
 
+QUICK = {"uas": "none"}  # reads all the same, and bisects nothing
+
+
 def rewrite(folder: Path, table: str, change: Callable[[pa.Table], pa.Table]) -> None:
     path = folder / f"{table}.parquet"
     changed = change(pq.read_table(path))
@@ -493,40 +510,41 @@ def with_type(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
 @pytest.mark.parametrize(
     ("table", "change"),
     [
-        ("caching", with_value("cos_mean", 5, math.nan)),
-        ("caching", with_value("cos_mean", 5, math.inf)),
-        ("caching", with_value("cos_mean", 5, None)),
-        ("caching", with_value("step", 5, None)),
-        ("caching", with_value("module", 5, None)),
-        ("caching", with_value("module", 5, "attn9")),
-        ("caching", with_value("step", 5, STEPS)),
-        ("caching", with_value("step", 5, -1)),
-        ("caching", with_value("age", 5, LONGEST)),
-        ("caching", lambda t: t.drop_columns(["cos_std"])),
-        ("caching", lambda t: t.drop_columns(["cos_mean"])),
-        ("caching", lambda t: t.append_column("extra", t["n"])),
-        ("caching", lambda t: t.select(t.column_names[::-1])),
-        ("caching", lambda t: t.slice(0, t.num_rows - 1)),
-        ("caching", lambda t: t.slice(0, 0)),
-        ("caching", with_type("cos_mean", pa.string())),
-        ("caching", with_type("step", pa.string())),
-        ("pruning", with_value("mean", 8, math.nan)),
-        ("pruning", with_value("prune_rate", 8, math.nan)),
-        ("pruning", with_value("prune_rate", 8, 0.3)),
-        ("pruning", lambda t: t.drop_columns(["ranking"])),
-        ("pruning", lambda t: t.append_column("extra", t["n"])),
-        ("pruning", lambda t: t.slice(0, t.num_rows - 1)),
-        ("pruning", with_type("mean", pa.string())),
+        pytest.param("caching", with_value("cos_mean", 5, math.nan), id="caching: nan"),
+        pytest.param("caching", with_value("cos_mean", 5, math.inf), id="caching: infinity"),
+        pytest.param("caching", with_value("cos_mean", 5, None), id="caching: no value"),
+        pytest.param("caching", with_value("step", 5, None), id="caching: no step"),
+        pytest.param("caching", with_value("module", 5, None), id="caching: no module"),
+        pytest.param("caching", with_value("module", 5, "attn9"), id="caching: unknown site"),
+        pytest.param("caching", with_value("step", 5, STEPS), id="caching: step too late"),
+        pytest.param("caching", with_value("step", 5, -1), id="caching: step below 0"),
+        pytest.param("caching", with_value("age", 5, LONGEST), id="caching: age too high"),
+        pytest.param("caching", lambda t: t.drop_columns(["cos_std"]), id="caching: no cos_std"),
+        pytest.param("caching", lambda t: t.drop_columns(["cos_mean"]), id="caching: no cos_mean"),
+        pytest.param("caching", lambda t: t.append_column("extra", t["n"]), id="caching: extra column"),
+        pytest.param("caching", lambda t: t.select(t.column_names[::-1]), id="caching: other order"),
+        pytest.param("caching", lambda t: t.slice(0, t.num_rows - 1), id="caching: last row missing"),
+        pytest.param("caching", lambda t: t.slice(0, 0), id="caching: no rows"),
+        pytest.param("caching", with_type("cos_mean", pa.string()), id="caching: text for errors"),
+        pytest.param("caching", with_type("step", pa.string()), id="caching: text for steps"),
+        pytest.param("pruning", with_value("mean", 8, math.nan), id="pruning: nan"),
+        pytest.param("pruning", with_value("prune_rate", 8, math.nan), id="pruning: nan rate"),
+        pytest.param("pruning", with_value("prune_rate", 8, 0.3), id="pruning: rate of its own"),
+        pytest.param("pruning", lambda t: t.drop_columns(["ranking"]), id="pruning: no ranking"),
+        pytest.param("pruning", lambda t: t.append_column("extra", t["n"]), id="pruning: extra column"),
+        pytest.param("pruning", lambda t: t.slice(0, t.num_rows - 1), id="pruning: last row missing"),
+        pytest.param("pruning", with_type("mean", pa.string()), id="pruning: text for errors"),
     ],
 )
 def test_broken_tables(folder, table, change):
     """Row 5 of caching and row 8 of pruning are rows of the branch mean, which compilers read."""
-    compile_schedule(folder, 2.0)
     for name, row in (("caching", 5), ("pruning", 8)):
         assert pq.read_table(folder / f"{name}.parquet")["branch"][row].as_py() == -1
+    rewrite(folder, table, lambda unchanged: unchanged)
+    compile_schedule(folder, 2.0, knobs=QUICK)
     rewrite(folder, table, change)
     with pytest.raises(FormatError, match=r"Profile again|model\.json does not"):
-        compile_schedule(folder, 2.0)
+        compile_schedule(folder, 2.0, knobs=QUICK)
 
 
 @pytest.mark.parametrize("table", ["caching", "pruning"])
@@ -548,7 +566,9 @@ def test_a_table_with_damaged_pages(folder):
         compile_schedule(folder, 2.0)
 
 
-@pytest.mark.parametrize("name", ["caching.parquet", "pruning.parquet", "model.json", "sampler.json", "cost.flops.json"])
+@pytest.mark.parametrize(
+    "name", ["caching.parquet", "pruning.parquet", "model.json", "sampler.json", "cost.flops.json"]
+)
 def test_missing_parts(folder, name):
     (folder / name).unlink()
     with pytest.raises(FormatError, match="no such file"):
@@ -627,6 +647,6 @@ def test_broken_json_parts(folder, name, value):
     for broken in [value, *(good | {key: value} for key in good)]:
         path.write_text(json.dumps(broken))
         try:
-            compile_schedule(folder, 2.0)
+            compile_schedule(folder, 2.0, knobs=QUICK)
         except SodaprofError:
             continue

@@ -159,9 +159,9 @@ def test_a_longer_prefix_of_computed_sites_under_a_skip_is_legal(skipping):
 
 def test_one_transformer_a_step(relay):
     plan = relay.transformers["low"]
-    both = edit(relay, "low", stack="__....", rows={site: "__CCRR" for site in plan.rows})
+    both = edit(relay, "low", stack="__....", rows=dict.fromkeys(plan.rows, "__CCRR"))
     refused(both, legal.one_transformer_a_step, "2 transformers are at work at step 2")
-    none = edit(relay, "low", stack="____..", rows={site: "____CR" for site in plan.rows})
+    none = edit(relay, "low", stack="____..", rows=dict.fromkeys(plan.rows, "____CR"))
     refused(none, legal.one_transformer_a_step, "0 transformers are at work at step 3")
 
 
@@ -303,10 +303,17 @@ def test_update_is_complete(skipping, broken, found):
 
 def test_a_step_without_network_adds_no_output(skipping):
     """After steps 0 (.), 1 (-): one output exists, so the second coefficient of step 1 must be 0, that of 2 need not."""
-    rows = {site: "C-CR-R" for site in plan_of(skipping).rows}
+    rows = dict.fromkeys(plan_of(skipping).rows, "C-CR-R")
     moved = edit(skipping, stack=".-..-.", rows=rows, stack_forecasts=())
     refused(moved, legal.update_is_complete, "step 1 that weighs outputs that do not exist yet")
     legal.verify(with_coefficient(moved, 1, 2, 0.0))
+
+
+def test_a_skipped_stack_adds_an_output(skipping):
+    """The forecast output of an S step is an output like any other: step 1 may weigh two."""
+    rows = dict.fromkeys(plan_of(skipping).rows, "C-CR-R")
+    forecast = Forecast((0,), (1.0,))
+    legal.verify(edit(skipping, stack=".S..-.", rows=rows, stack_forecasts=(forecast,)))
 
 
 def test_an_update_goes_with_any_columns(schedule, skipping):

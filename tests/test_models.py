@@ -7,8 +7,8 @@ import torch
 from diffusers import PixArtTransformer2DModel, UNet2DModel
 
 from sodaprof.errors import SodaprofError, UnsupportedModelError
-from sodaprof.models.discover import _transformer, inspect_pipeline
 from sodaprof.models.discover import Step as RecordedStep
+from sodaprof.models.discover import _transformer, inspect_pipeline
 from sodaprof.models.flops import count_flops
 from sodaprof.models.load import find_model, load_pipeline, read_prompts, transformers_of
 
@@ -54,13 +54,13 @@ def test_flops_are_the_closed_form_of_a_dit_block():
     cost = count_flops(pipe, model, step).transformers["transformer"]
     b, n, d = 2, 16, 16  # both halves, tokens, width
     attn, mlp = cost.sites["transformer_blocks.0.attn1"], cost.sites["transformer_blocks.0.ff"]
-    assert attn.C == 4 * 2 * b * n * d * d + 2 * 2 * b * n * n * d
-    assert mlp.C == 2 * 2 * b * n * d * 4 * d
+    assert 4 * 2 * b * n * d * d + 2 * 2 * b * n * n * d == attn.C
+    assert 2 * 2 * b * n * d * 4 * d == mlp.C
     for k in (1, 5, 16):  # keys and values of all tokens; queries, products and projection of k
         assert attn.prune(k) == 2 * 2 * b * n * d * d + 2 * 2 * b * k * d * d + 2 * 2 * b * k * n * d
         assert mlp.prune(k) == mlp.C * k / n
     assert attn.prune(0) == mlp.prune(0) == 0
-    assert mlp.F == tuple(2.0 * k * b * n * d for k in (1, 2, 3, 4))
+    assert tuple(2.0 * k * b * n * d for k in (1, 2, 3, 4)) == mlp.F
     blocks = 2 * 2 * b * (6 * d * d + 256 * d + d * d)  # two layers' adaLN and timestep embedder
     head = 2 * b * (256 * d + d * d) + 2 * b * 2 * d * d  # the final embedder and modulation
     patches = 2 * b * n * d * (4 * 4) * 2  # patch embedding and output projection, 4 channels x 2 x 2
@@ -68,7 +68,9 @@ def test_flops_are_the_closed_form_of_a_dit_block():
 
 
 def test_a_model_without_attention_blocks_is_refused():
-    unet = UNet2DModel(8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=1)
+    unet = UNet2DModel(
+        8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=1
+    )
     pipe = type("P", (), {"components": {"transformer": unet, "unet": unet}})()
     with pytest.raises(UnsupportedModelError, match="no stack of blocks with attention"):
         _transformer(pipe, "transformer", RecordedStep([("transformer", (), {})]))

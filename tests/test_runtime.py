@@ -66,7 +66,7 @@ def test_reported_actions_are_those_planned(pipe):
 
 
 def test_reuse_runs_exactly_the_other_sites(pipe):
-    schedule, ran = mixed_schedule(pipe), {site: 0 for site in SITES}
+    schedule, ran = mixed_schedule(pipe), dict.fromkeys(SITES, 0)
     for site in SITES:
         inner = pipe.transformer.get_submodule(site)
         part = inner.to_q if "attn" in site else inner.net[2]
@@ -240,7 +240,7 @@ def test_a_replaced_scheduler_is_refused(pipe):
 def test_another_scheduler_class_or_setting_is_refused(pipe):
     schedule = mixed_schedule(pipe)
     pipe.scheduler = DDPMScheduler(clip_sample=False)
-    with pytest.raises(MismatchError, match="DDIMScheduler.from_config"):
+    with pytest.raises(MismatchError, match=r"DDIMScheduler\.from_config"):
         sodaprof.apply(pipe, schedule)
     pipe.scheduler = DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear")
     with pytest.raises(MismatchError, match="beta_schedule"):

@@ -228,7 +228,10 @@ def test_other_files(tmp_path, content):
 )
 def test_unknown_key(schedule, skipping, tmp_path, where, name):
     given = replace(
-        schedule, update=skipping.update, profile={"digest": "0", "seed": 0, "samples": 1}, measured=({"device": "cpu"},)
+        schedule,
+        update=skipping.update,
+        profile={"digest": "0", "seed": 0, "samples": 1},
+        measured=({"device": "cpu"},),
     )
     data = changed(given, (*where, name), 1)
     with pytest.raises(FormatError, match="unknown key 'colour'"):

@@ -111,6 +111,11 @@ def take_knobs(policy: str, defaults: dict[str, Any], given: dict[str, Any]) -> 
     return knobs
 
 
+def within(cost: float, allowed: float) -> bool:
+    """Whether a cost keeps to what is allowed, but for rounding."""
+    return cost <= allowed * (1 + 1e-9)
+
+
 def unreachable(budget: float, reachable: float, cost: CostModel) -> BudgetError:
     return BudgetError(
         f"A budget of {budget:.4g}x cannot be met: at most {reachable:.3g}x ({cost.unit}) can. "

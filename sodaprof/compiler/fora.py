@@ -9,7 +9,7 @@ from ..errors import BudgetError
 from ..profiles import Profile
 from ..schedule import Schedule
 from ..sites import Model, Sampler
-from .draw import draw_schedule, one_transformer, reuse_only_cost, sign, take_knobs, unreachable
+from .draw import draw_schedule, one_transformer, reuse_only_cost, sign, take_knobs, unreachable, within
 
 KNOBS: dict[str, Any] = {"anchors": 0}  # 0: as many as the budget allows
 
@@ -22,7 +22,7 @@ def compile_fora(
     one_transformer(model, "fora")
     steps = sampler.steps
     full, spent = reuse_only_cost(model, sampler, cost)
-    counts = [k for k in range(1, steps + 1) if spent(k) <= full / budget]
+    counts = [k for k in range(1, steps + 1) if within(spent(k), full / budget)]
     if not counts:
         raise unreachable(budget, full / spent(1), cost)
     count = chosen["anchors"] or max(counts)

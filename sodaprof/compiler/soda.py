@@ -13,7 +13,7 @@ from ..profiles import Profile
 from ..schedule import Schedule
 from ..sites import Model, Sampler
 from .anchors import ages_since, place_anchors, segment_costs
-from .draw import draw_schedule, one_transformer, reuse_only_cost, sign, take_knobs, unreachable
+from .draw import draw_schedule, one_transformer, reuse_only_cost, sign, take_knobs, unreachable, within
 
 KNOBS: dict[str, Any] = {
     "anchors": 0,  # N_s; 0: the number with the least predicted error
@@ -47,7 +47,7 @@ def compile_soda(
 
     full, spent = reuse_only_cost(model, sampler, cost)
     placed = place_anchors(segment, steps)
-    affordable = {n: anchors for n, (anchors, _) in placed.items() if spent(n) <= full / budget}
+    affordable = {n: anchors for n, (anchors, _) in placed.items() if within(spent(n), full / budget)}
     if not affordable:
         raise unreachable(budget, full / spent(min(placed)), cost)
     if chosen["anchors"]:

@@ -228,6 +228,8 @@ def fingerprint(module: Any, sites: Any) -> dict[str, Any]:
     """Returns the readable fingerprint: what of the config decides shapes, and the tokens of each kind of site."""
     config = dict(module.config)
     values = {key: next((config[n] for n in names if n in config), None) for key, names in CONFIG_KEYS.items()}
+    if values["heads"] and values["head_width"]:
+        values["width"] = values["heads"] * values["head_width"]
     plain = {k: list(v) if isinstance(v, list | tuple) else v for k, v in values.items() if v is not None}
     return plain | {"tokens": {f"{s.stack}.{s.module}": s.tokens for s in sites}}
 

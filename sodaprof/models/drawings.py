@@ -22,10 +22,10 @@ def draw(labels: torch.Tensor, generator: torch.Generator, size: int = SIZE) -> 
 
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    scale = uniform(0.42, 0.72)[:, None, None]
+    scale = uniform(0.58, 0.88)[:, None, None]
     reach = 1 - 0.92 * scale[:, 0, 0]
     cx, cy = (uniform(-1, 1)[:, None, None] * reach[:, None, None] for _ in range(2))
-    turn = uniform(0, 2 * math.pi)[:, None, None]
+    turn = uniform(-0.4, 0.4)[:, None, None]  # radians: enough to vary, little enough to learn
     u, v = (x - cx) / scale, (y - cy) / scale
     u, v = u * turn.cos() + v * turn.sin(), v * turn.cos() - u * turn.sin()
     distance = torch.empty(b, size, size)
@@ -39,7 +39,7 @@ def draw(labels: torch.Tensor, generator: torch.Generator, size: int = SIZE) -> 
     ramp = ((x * lean.cos() + y * lean.sin()) / 1.5 + 0.5).clamp(0, 1)[:, None]
     background = near + (far - near) * ramp
     texture = torch.randint(0, 3, (b,), generator=generator)[:, None, None]  # flat, gradient, stripes
-    stripes = 0.5 + 0.5 * torch.tanh(3 * torch.sin(u * uniform(4.5, 7.0)[:, None, None] + turn))
+    stripes = 0.5 + 0.5 * torch.tanh(2 * torch.sin(u * uniform(4.0, 6.0)[:, None, None] + lean))
     mix = torch.where(texture == 1, (0.5 + u / 2).clamp(0, 1), torch.where(texture == 2, stripes, torch.zeros(())))
     shape = fill + (fill_to - fill) * mix[:, None]
     return (background * (1 - alpha) + shape * alpha) * 2 - 1
@@ -63,7 +63,7 @@ def _colours(b: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     fill = (middle + away / length * length.clamp_min(0.55)).clamp(0, 1)
     close = (fill - middle).norm(dim=1, keepdim=True) < 0.45  # clamping may have pulled it back: take the far corner
     fill = torch.where(close, (middle < 0.5).float(), fill)
-    fill_to = fill + 0.45 * (fill - middle).flip(1)
+    fill_to = fill + 0.35 * (fill - middle).flip(1)
     return tuple(c.clamp(0, 1)[:, :, None, None] for c in (near, far, fill, fill_to))
 
 

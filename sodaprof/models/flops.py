@@ -42,7 +42,7 @@ def on_meta(transformer: Any) -> torch.nn.Module:
     """Returns a copy of the transformer on the meta device, made from its configuration."""
     with torch.device("meta"):
         copy = type(transformer).from_config(transformer.config)
-    return copy.to("meta", dtype=transformer.dtype).eval()
+    return torch.nn.Module.to(copy, device="meta", dtype=transformer.dtype).eval()
 
 
 def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import FormatError, SodaprofError, UnsupportedModelError
@@ -78,6 +79,15 @@ def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
         parts = ", ".join(n for n, p in pipe.components.items() if isinstance(p, torch.nn.Module))
         raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer (its networks: {parts}).")
     return found
+
+
+def pictures_of(out: Any) -> np.ndarray:
+    """Returns the pictures [n, H, W, 3] in [0, 1] of a pipeline's output; UnsupportedModelError where it made none."""
+    if not hasattr(out, "images"):
+        raise UnsupportedModelError(
+            f"The pipeline returned {type(out).__name__} without images; this release takes images."
+        )
+    return np.asarray(out.images, dtype=np.float32)
 
 
 def takes_labels(pipe: Any) -> bool:

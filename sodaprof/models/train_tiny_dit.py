@@ -3,7 +3,8 @@
     python -m sodaprof.models.train_tiny_dit OUT [--vae-steps N --dit-steps N ...]
 
 Each stage leaves its result in OUT and is skipped when that is there; the transformer's stage also leaves a checkpoint
-every few hundred steps and goes on from it. The curve of every stage is in OUT/training.json.
+every few hundred steps and goes on from it. The curve of every stage is in OUT/training.STAGE.json; OUT/pipeline is
+the whole pipeline folder.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -49,7 +51,7 @@ def main() -> None:
 
 
 def record(out: Path, stage: str, **values: object) -> None:
-    """Adds values to the stage's entry in training.json; `curve` rows are appended."""
+    """Adds values to training.STAGE.json; `curve` rows are appended."""
     path = out / f"training.{stage}.json"
     data = json.loads(path.read_text()) if path.exists() else {"curve": []}
     row = values.pop("row", None)
@@ -240,8 +242,6 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[torch.Te
 
 
 def train_dit(args: argparse.Namespace) -> None:
-    if (args.out / "transformer").exists():
-        return
     vae = AutoencoderKL.from_pretrained(args.out / "vae").eval().to(args.device)
     latents, labels = make_latents(args, vae)
     model = make_dit().eval().to(args.device)  # eval: DiT's label dropping is per block; we drop labels below
@@ -296,7 +296,6 @@ def train_dit(args: argparse.Namespace) -> None:
             if step % 1000 == 999:
                 export(args.out, ema)
     export(args.out, ema)
-    (args.out / "pipeline" / "transformer").rename(args.out / "transformer")
     record(args.out, "dit", seconds=round(time.time() - start), device=args.device, threads=torch.get_num_threads())
 
 
@@ -305,6 +304,8 @@ def export(out: Path, ema: DiTTransformer2DModel) -> None:
     vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.bfloat16)
     pipe = DiTPipeline(copy.deepcopy(ema).cpu().to(torch.bfloat16), vae, make_scheduler(), dict(enumerate(CLASSES)))
     pipe.save_pretrained(out / "pipeline")
+    if (out / "classifier").exists():
+        shutil.copytree(out / "classifier", out / "pipeline" / "classifier", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,11 @@ class ProfilePlan:
     step: Step = field(repr=False)
 
     @property
+    def branches(self) -> int:
+        """Guidance branches of a step: both halves of a batch, or the calls of the network."""
+        return 2 if self.sampler.guidance_form == "halves" else len(self.step.calls)
+
+    @property
     def sites(self) -> list[tuple[str, Site]]:
         return [(name, s) for name, t in self.model.transformers.items() for s in t.sites]
 
@@ -67,7 +72,7 @@ def plan_profile(
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
     model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0])
     batch_size = min(batch_size, samples)
-    branches = 1 if sampler.guidance_form == "none" else 2
+    branches = 2 if sampler.guidance_form == "halves" else len(step.calls)
     sites = [s for t in model.transformers.values() for s in t.sites]
     item = 4 if model.shape["dtype"] == "float32" else 2
     ring = [(max_interval - 1) * branches * batch_size * s.tokens * (s.width * item + 12) for s in sites]

@@ -42,23 +42,22 @@ def run_profile(
     folder = Path(folder)
     refuse_existing(folder, force)
     work = folder.with_name(folder.name + ".partial")
-    _open_partial(work, pipe, plan, force)
+    groups = _open_partial(work, pipe, plan, force)
     steps, request = plan.sampler.steps, plan.request
-    branches = 1 if plan.sampler.guidance_form == "none" else 2
-    statistics = Statistics(plan.sites, steps, request["max_interval"] - 1, branches, RATES)
+    statistics = Statistics(plan.sites, steps, request["max_interval"] - 1, plan.branches, RATES)
     state = work / "state.npz"
     done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
     starts = range(0, request["samples"], request["batch_size"])
-    total = len(plan.groups) * request["samples"] * steps
+    total = len(groups) * request["samples"] * steps
     watch = Stopwatch(pipe)
     began = time.perf_counter()
-    for group in range(done["group"], len(plan.groups)):
+    for group in range(done["group"], len(groups)):
         for start in starts[done["batch"] if group == done["group"] else 0 :]:
             count = min(request["batch_size"], request["samples"] - start)
             entries = [request["prompts"][(start + i) % len(request["prompts"])] for i in range(count)]
             seeds = [request["seed"] + start + i for i in range(count)]
             on_step = partial(_report, on_progress, (group * request["samples"] + start) * steps, count, total)
-            with Taps(pipe, plan, plan.groups[group], statistics, watch, on_step) as taps:
+            with Taps(pipe, plan, groups[group], statistics, watch, on_step) as taps:
                 call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np")
             taps.flush()
             if group == 0:
@@ -71,7 +70,7 @@ def run_profile(
         "seconds": round(seconds, 2),
         "time_over_plain": round(seconds / max(seconds - watch.seconds(), 1e-9), 3),
         "ring_bytes": plan.ring_bytes,
-        "passes": len(plan.groups),
+        "passes": len(groups),
     }
     device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)
     write_json(
@@ -102,13 +101,14 @@ def _report(on_progress: Callable[[int, int], None], before: int, count: int, to
     on_progress(before + step * count, total)
 
 
-def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> None:
-    """Makes the working folder, or checks that the one there is of the same request."""
-    mark = {"request": digest(plan.request), "groups": plan.groups}
+def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list[list[int]]:
+    """Makes the working folder, or checks that the one there is of the same request; returns its groups of sites."""
+    mark = digest({"request": plan.request, "model": plan.model.to_json(), "sampler": plan.sampler.to_json()})
+    if (work / "request.json").exists():
+        found = read_json(work / "request.json")
+        if isinstance(found, dict) and found.get("digest") == mark:
+            return found["groups"]  # memory may have changed since: the passes may not
     if work.exists() and not force:
-        found = read_json(work / "request.json") if (work / "request.json").exists() else None
-        if found == mark:
-            return
         raise FormatError(
             f"{work}: an interrupted profile with other settings is there. Repeat its settings to go on with it, or "
             "add --force to start anew."
@@ -118,7 +118,8 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> None
     work.mkdir(parents=True)
     write_inspection(work, plan.model, plan.sampler)
     save_cost(count_flops(pipe, plan.model, plan.step), work / "cost.flops.json", force=True)
-    write_json(work / "request.json", mark)
+    write_json(work / "request.json", {"digest": mark, "groups": plan.groups})
+    return plan.groups
 
 
 def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:

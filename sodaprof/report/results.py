@@ -18,7 +18,7 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
     table = Table(
         title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}"
     )
-    for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst 10 %", "SSIM", "latent L2"):
+    for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "SSIM", "L2"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
     if accurate:
         table.add_column("class", justify="right")
@@ -36,7 +36,8 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
             "–" if row["latent_l2"] is None else f"{row['latent_l2']:.3f}",
             *([f"{row['accuracy']:.1%}"] if accurate else []),
         )
-    return Group(table, *(Text(line) for line in _lines(result)))
+    legend = "PSNR to the full run, its mean over the worst tenth; L2: latents, relative"
+    return Group(table, Text(legend, "dim"), *(Text(line) for line in _lines(result)))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

@@ -1,0 +1,141 @@
+"""The package as a whole: public names, import levels, how quickly it starts."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sodaprof
+
+ROOT = Path(sodaprof.__file__).parent
+LEVELS = {  # a module may import from lower levels and its own; two names on one level do not know each other
+    "version": 0, "errors": 0, "files": 1, "sites": 2, "legal": 3, "schedule": 4, "profiles": 5, "cost": 5,
+    "compiler": 6, "metrics": 6, "models": 6, "profiler": 7, "runtime": 7, "controls": 8, "evaluation": 9, "report": 9,
+    "cli": 10, "__init__": 11,
+}  # fmt: skip
+NO_TORCH = (
+    "version",
+    "errors",
+    "files",
+    "sites",
+    "legal",
+    "schedule",
+    "profiles",
+    "cost",
+    "compiler",
+    "metrics",
+    "report",
+    "cli",
+)
+
+
+def sources():
+    return sorted(p for p in ROOT.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """(part of the package or outside module, inside a function) of every import that runs."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and getattr(branch.test, "id", "") == "TYPE_CHECKING"
+        for node in ast.walk(branch)
+    }
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name.split(".")[0], id(node) in inside
+        elif isinstance(node, ast.ImportFrom):
+            if not node.level:
+                yield (node.module or "").split(".")[0], id(node) in inside
+            else:
+                base = path.relative_to(ROOT).parent.parts[: len(path.relative_to(ROOT).parent.parts) - node.level + 1]
+                target = [*base, *(node.module or "").split(".")] if node.module else [*base]
+                names = [target[0]] if target else [n.name for n in node.names]
+                for name in names:
+                    yield f"sodaprof:{name}", id(node) in inside
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_down_only(path):
+    part = part_of(path)
+    for name, _ in imports(path):
+        if name.startswith("sodaprof:"):
+            other = name.removeprefix("sodaprof:")
+            if other != part:
+                assert LEVELS[other] < LEVELS[part], f"{part} imports {other}"
+
+
+@pytest.mark.parametrize("part", NO_TORCH)
+def test_no_torch_in_the_half_that_computes_schedules(part):
+    for path in sources():
+        if part_of(path) == part:
+            outside = {name for name, _ in imports(path)}
+            assert not outside & {"torch", "diffusers", "transformers"}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_compiling_and_reporting_do_not_load_torch():
+    code = "import sys, sodaprof.cli, sodaprof.compiler, sodaprof.report.schedules, sodaprof.report.results, sodaprof.metrics"
+    assert run_python(code + "; print('torch' in sys.modules, 'diffusers' in sys.modules)").split() == [
+        "False",
+        "False",
+    ]
+
+
+def test_the_command_line_loads_neither_numpy_nor_rich():
+    heavy = "{'torch', 'numpy', 'pyarrow', 'scipy'}"
+    assert run_python(f"import sys, sodaprof.cli; print({heavy} & set(sys.modules))").strip() == "set()"
+
+
+def test_public_names():
+    assert sodaprof.__all__ == [
+        "BudgetError", "FormatError", "Handle", "IllegalScheduleError", "MismatchError", "Profile", "Report", "Schedule",
+        "SodaprofError", "UnsupportedModelError", "__version__", "apply", "compile_schedule", "evaluate", "load_pipeline",
+        "load_profile", "load_schedule", "profile",
+    ]  # fmt: skip
+    for name in sodaprof.__all__:
+        assert getattr(sodaprof, name) is not None
+    with pytest.raises(AttributeError):
+        sodaprof.nonsense  # noqa: B018
+
+
+def test_public_functions_are_not_shadowed_by_modules():
+    import sodaprof.compiler
+    import sodaprof.evaluation
+    import sodaprof.profiler.run
+
+    for name in ("apply", "compile_schedule", "evaluate", "profile", "load_profile"):
+        assert callable(getattr(sodaprof, name))
+        assert not hasattr(getattr(sodaprof, name), "__path__")
+
+
+def test_errors_are_one_tree():
+    from sodaprof import errors
+
+    found = {n: c for n, c in vars(errors).items() if isinstance(c, type)}
+    for name, cls in found.items():
+        assert issubclass(cls, errors.SodaprofError)
+        assert name in (errors.__doc__ or "")
+
+
+def test_no_machine_paths_or_big_modules():
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 380, path
+        assert "index-url" not in text
