@@ -37,7 +37,13 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16  [default: float32 on a CPU, else bfloat16]")
 ]
 Scale = Annotated[float | None, typer.Option("--guidance-scale", help="[default: the pipeline's, or the schedule's]")]
-Prompts = Annotated[Path | None, typer.Option(help="One prompt or integer label a line.  [default: labels 0…9]")]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="One prompt or label a line, or a shipped list: text-to-image.  [default: by model]",
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Generations at once.")]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 

@@ -29,7 +29,7 @@ from .metrics import (
 from .models.classifier import Classifier, load_classifier
 from .models.discover import inspect_pipeline
 from .models.flops import count_flops
-from .models.load import call, pictures_of, takes_labels
+from .models.load import call, default_prompts, pictures_of, takes_labels
 from .profiler.run import versions
 from .runtime.attach import Handle, apply
 from .schedule import Schedule
@@ -97,9 +97,7 @@ def evaluate(
             raise MismatchError("The schedules are for different timesteps; evaluate them in separate calls.")
         _keep_apart(schedule, seed, samples)
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
-    entries = list(range(10)) if prompts is None else list(prompts)
-    if prompts is None and not takes_labels(pipe):
-        raise SodaprofError("A text pipeline needs prompts. Type: --prompts calibration_prompts/text-to-image.txt")
+    entries = default_prompts(pipe) if prompts is None else list(prompts)
     classifier = load_classifier(Path(str(pipe.config.get("_name_or_path", "")))) if takes_labels(pipe) else None
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])
     cost = count_flops(pipe, model, step)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..sites import Model, Sampler, Site, Transformer
-from .load import call, takes_labels, transformers_of
+from .load import call, default_prompts, transformers_of
 
 ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
 ATTENTION_CLASS = re.compile(r"attn|attention", re.I)
@@ -109,7 +109,7 @@ def inspect_pipeline(
     Raises UnsupportedModelError for a model without attention blocks or whose sites cannot be told apart.
     """
     if entry is None:
-        entry = 0 if takes_labels(pipe) else "a red ball on a table"
+        entry = default_prompts(pipe)[0]
     with torch.no_grad():
         step = record_step(pipe, [entry], steps, guidance_scale)
         transformers = {n: _transformer(pipe, n, step) for n in dict.fromkeys(c[0] for c in step.calls)}

@@ -13,6 +13,8 @@ import torch
 from ..errors import FormatError, SodaprofError, UnsupportedModelError
 
 REFERENCE = Path(__file__).parent / "reference"
+# inside an installed package, and at the top of the repository
+PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
 HUB_TIMEOUT_S = 10
 
 
@@ -102,7 +104,12 @@ def default_guidance(pipe: Any) -> float | None:
 
 
 def read_prompts(path: str | Path) -> list[int | str]:
-    """Returns the entries of a prompt file: one a line, # comments, integers are labels. FormatError where empty."""
+    """Returns the entries of a prompt file, or of a shipped one by its name (`text-to-image`).
+
+    One entry a line, # comments, integers are labels. Raises FormatError where there is none.
+    """
+    shipped = [folder / f"{path}.txt" for folder in PROMPT_FOLDERS]
+    path = next((p for p in shipped if p.is_file()), Path(path))
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -113,6 +120,14 @@ def read_prompts(path: str | Path) -> list[int | str]:
     if not entries:
         raise FormatError(f"{path}: no prompts. Write one prompt (or one integer label) a line.")
     return [int(e) if e.lstrip("-").isdigit() else e for e in entries]
+
+
+def default_prompts(pipe: Any) -> list[int | str]:
+    """Returns the pipeline's own labels where it names a few, else the shipped labels or prompts."""
+    if not takes_labels(pipe):
+        return read_prompts("text-to-image")
+    own: list[int | str] = sorted(set((getattr(pipe, "labels", None) or {}).values()))
+    return own if 0 < len(own) <= 100 else read_prompts("imagenet-labels")
 
 
 def call(

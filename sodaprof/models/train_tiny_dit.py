@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", choices=["classifier", "vae", "dit", "all"], default="all")
-    parser.add_argument("--classifier-steps", type=int, default=2000)
+    parser.add_argument("--classifier-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--latents", type=int, default=60_000)
     parser.add_argument("--dit-steps", type=int, default=9_000)

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import SodaprofError
 from ..models.discover import Step, inspect_pipeline
-from ..models.load import default_guidance, takes_labels
+from ..models.load import default_guidance, default_prompts
 from ..profiles import FORMAT, TABLES, VERSION
 from ..sites import Model, Sampler, Site
 
@@ -65,10 +65,7 @@ def plan_profile(
         raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
-    if prompts is None:
-        if not takes_labels(pipe):
-            raise SodaprofError("A text pipeline needs prompts. Type: --prompts calibration_prompts/text-to-image.txt")
-        prompts = list(range(10))
+    prompts = default_prompts(pipe) if prompts is None else list(prompts)
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
     model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0])
     batch_size = min(batch_size, samples)

@@ -122,6 +122,6 @@ class Taps:
                 whole, pruned = (
                     torch.stack([getattr(b, part) for b in branches]).cpu().numpy() for part in ("whole", "pruned")
                 )
-                tokens = sum(b.tokens.double().cpu().numpy() for b in branches)
+                tokens = torch.stack([b.tokens.double() for b in branches]).sum(0).cpu().numpy()
                 self.statistics.add(step, site, whole, pruned, tokens)
         self.found.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,8 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of an evaluation and its notes."""
     accurate = "accuracy" in result["full"]
     table = Table(
-        title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}"
+        box=SIMPLE_HEAD,
+        title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}",
     )
     for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "SSIM", "L2"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
