@@ -45,12 +45,6 @@ def draw(labels: torch.Tensor, generator: torch.Generator, size: int = SIZE) -> 
     return (background * (1 - alpha) + shape * alpha) * 2 - 1
 
 
-def sample_labels(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Returns labels [count], each class equally often up to one, in random order."""
-    labels = torch.arange(count) % len(CLASSES)
-    return labels[torch.randperm(count, generator=generator)]
-
-
 def _colours(b: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Two background colours and two fill colours [b, 3, 1, 1]; the fills keep away from the background."""
     rand = lambda *shape: torch.rand(b, *shape, generator=generator)  # noqa: E731

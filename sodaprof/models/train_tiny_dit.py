@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
+from .card import write_card
 from .classifier import Classifier
 from .drawings import CLASSES, SIZE, draw
 
@@ -31,11 +32,12 @@ NULL = 1000  # DiTPipeline's own null class
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--stage", choices=["classifier", "vae", "dit", "all"], default="all")
+    parser.add_argument("--stage", choices=["classifier", "vae", "dit", "card", "all"], default="all")
     parser.add_argument("--classifier-steps", type=int, default=1200)
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--latents", type=int, default=60_000)
     parser.add_argument("--dit-steps", type=int, default=9_000)
+    parser.add_argument("--judged", type=int, default=500, help="samples that the model card's accuracy is taken from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -43,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
-    stages = {"classifier": train_classifier, "vae": train_vae, "dit": train_dit}
+    stages = {"classifier": train_classifier, "vae": train_vae, "dit": train_dit, "card": judge}
     for name, stage in stages.items():
         if args.stage in (name, "all"):
             torch.manual_seed(args.seed)
@@ -297,6 +299,10 @@ def train_dit(args: argparse.Namespace) -> None:
                 export(args.out, ema)
     export(args.out, ema)
     record(args.out, "dit", seconds=round(time.time() - start), device=args.device, threads=torch.get_num_threads())
+
+
+def judge(args: argparse.Namespace) -> None:
+    write_card(args.out, args.judged, args.seed, args.device)
 
 
 def export(out: Path, ema: DiTTransformer2DModel) -> None:
