@@ -253,6 +253,8 @@ def evaluate_(
             new = replace(schedule, measured=(*schedule.measured, measured_record(result, row)))
             new.save(path, force=True)
             console.print(f"Recorded in {path}")
+    if output is not None or picture is not None or record:
+        _next(console, f"sodaprof show {schedules[0]}")
 
 
 @app.command(epilog="Example: sodaprof inspect tiny-dit --steps 50 -o inspected")

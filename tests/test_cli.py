@@ -231,3 +231,22 @@ def test_every_verb_has_an_example(sodaprof):
     for verb in ("profile", "compile", "show", "run", "eval", "inspect"):
         assert verb in out
         assert f"Example: sodaprof {verb}" in " ".join(sodaprof(verb, "--help")[1].split())
+
+
+def test_a_disk_that_fills_during_a_profile(sodaprof, model, tmp_path, monkeypatch):
+    import errno
+
+    from sodaprof.profiler.statistics import Statistics
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ("profile", model, "-o", tmp_path / "p", "--steps", STEPS, "--samples", 2, "--max-interval", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Statistics, "save", full)
+        code, _, err = sodaprof(*arguments)
+    assert code == 1
+    assert "disk is full" in err
+    assert not (tmp_path / "p").exists()
+    assert sodaprof(*arguments)[0] == 0  # and the same command goes on
+    assert (tmp_path / "p" / "manifest.json").exists()

@@ -162,3 +162,21 @@ def test_classifier_round_trip(tmp_path):
     (tmp_path / "classifier" / "config.json").write_text("{}")
     with pytest.raises(SodaprofError, match="not a classifier"):
         load_classifier(tmp_path)
+
+
+def test_distances_appear_with_enough_samples_and_are_explained_without(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    tiny_pipe().save_pretrained(tmp_path / "m")
+    Classifier(tuple("abcdefghij")).save(tmp_path / "m" / "classifier")
+    pipe = sodaprof.load_pipeline(str(tmp_path / "m"), device="cpu")
+    schedule = mixed_schedule(pipe)
+    few = evaluate(pipe, [schedule], samples=12, controls=False)
+    assert "frechet" not in few["rows"][0]
+    assert any("1000 samples" in note for note in few["notes"])
+    assert 0 <= few["full"]["accuracy"] <= 1
+    monkeypatch.setattr("sodaprof.evaluation.LEAST_FOR_DISTANCE", 12)
+    (row,) = evaluate(pipe, [schedule], samples=12, controls=False)["rows"]
+    (same,) = evaluate(pipe, [schedule_for(pipe)], samples=12, controls=False)["rows"]
+    assert same["frechet"] == pytest.approx(0, abs=1e-6)
+    assert row["frechet"] > same["frechet"]
+    assert np.isfinite(row["kernel"])

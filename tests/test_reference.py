@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import sodaprof
 from sodaprof.models.classifier import load_classifier
 from sodaprof.models.drawings import CLASSES, draw
 from sodaprof.models.load import REFERENCE, call, load_pipeline, pictures_of, read_prompts, reference_models
+from sodaprof.report.results import evaluation_markdown
 
 MODEL = REFERENCE / "tiny-dit"
 SHIPPED = Path(__file__).parents[1] / "schedules" / "tiny-dit"
@@ -93,6 +95,13 @@ def test_a_committed_schedule_is_what_the_compiler_makes_of_the_committed_profil
     assert again.policy["knobs"]["anchors"] == knobs["anchors"]
     assert schedule.predicted["speedup"] >= float(budget.removesuffix("x"))
     assert schedule.measured
+
+
+def test_the_readmes_table_is_that_of_the_recorded_evaluation():
+    root = SHIPPED.parents[1]
+    result = json.loads((root / "docs" / "results" / "tiny-dit.json").read_text(encoding="utf-8"))
+    assert evaluation_markdown(result) in (root / "README.md").read_text(encoding="utf-8")
+    assert result["samples"] >= 64
 
 
 def test_there_are_schedules():

@@ -62,7 +62,7 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(where, str):
             raise SodaprofError(
-                f"{model}: not in this machine's cache and not fetched from the hub ({reason[:200]}). "
+                f"{model}: not in this machine's cache and not fetched from the hub ({reason[:120]}). "
                 "Check the name and the network, or give a local folder."
             ) from None
         raise FormatError(f"{where}: not loadable as a diffusers pipeline ({reason[:300]}).") from None
