@@ -91,7 +91,7 @@ def profile(
     )  # fmt: skip
     console.print(
         f"{len(plan.sites)} sites, {steps} steps, {samples} generations in {len(plan.groups)} pass(es): "
-        f"{plan.ring_bytes / 2**20:.0f} MiB of extra memory, about {plan.disk_bytes / 2**20:.1f} MiB on disk, "
+        f"{plan.extra_bytes / 2**20:.0f} MiB of extra memory, about {plan.disk_bytes / 2**20:.1f} MiB on disk, "
         f"about {_duration(plan.seconds)}"
     )
     with _progress(console, "profile") as on_progress:

@@ -122,23 +122,24 @@ def test_other_settings_do_not_resume(tmp_path):
 def test_passes_over_groups_of_sites_give_the_same_tables(profiled, tmp_path):
     pipe = tiny_pipe()
     whole = plan_profile(pipe, "DiTPipeline", **SETTINGS)
-    plan = plan_profile(pipe, "DiTPipeline", **SETTINGS, memory_bytes=whole.ring_bytes // 2)
+    plan = plan_profile(pipe, "DiTPipeline", **SETTINGS, memory_bytes=int(whole.extra_bytes * 0.6))
     assert len(plan.groups) == 2
-    assert plan.ring_bytes <= whole.ring_bytes // 2
+    assert plan.extra_bytes <= whole.extra_bytes * 0.6
     run_profile(pipe, plan, tmp_path / "p")
     assert tables(tmp_path / "p") == tables(profiled.folder)
     with pytest.raises(SodaprofError, match="--batch-size"):
         plan_profile(pipe, "m", **SETTINGS, memory_bytes=1000)
 
 
-def test_ring_bytes_are_those_planned():
+def test_extra_bytes_are_those_planned():
     from sodaprof.profiler.errors import Ring
 
     plan = plan_profile(tiny_pipe(), "m", **SETTINGS)
     ring = Ring(3, torch.tensor([0.5]))
-    ring.push(torch.zeros(2, 16, 16))
+    ring.push(torch.zeros(4, 16, 16))  # both halves of a batch of two
     held = sum(t.numel() * t.element_size() for t in (ring.outputs, ring.norms, ring.order))
-    assert plan.ring_bytes == held * len(SITES) * 2  # two branches
+    (scratch,) = ring.scratch.values()
+    assert plan.extra_bytes == held * len(SITES) + scratch.numel() * scratch.element_size()
 
 
 def test_a_profile_is_not_overwritten(profiled):

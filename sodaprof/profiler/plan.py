@@ -29,7 +29,7 @@ class ProfilePlan:
     sampler: Sampler
     request: dict[str, Any]  # the manifest without what is only known at the end
     groups: list[list[int]]  # sites profiled together; one pass over the trajectories each
-    ring_bytes: int  # of the largest group
+    extra_bytes: int  # the rings of the largest group, and the differences of one site
     disk_bytes: int
     seconds: float  # estimated
     step: Step = field(repr=False)
@@ -74,7 +74,9 @@ def plan_profile(
     item = 4 if model.shape["dtype"] == "float32" else 2
     ring = [(max_interval - 1) * branches * batch_size * s.tokens * (s.width * item + 12) for s in sites]
     free = _free_memory(pipe) * MEMORY_SHARE if memory_bytes is None else memory_bytes
-    groups = _group(ring, free)
+    widest = max(s.tokens * s.width for s in sites)
+    scratch = (max_interval - 1) * (2 if sampler.guidance_form == "halves" else 1) * batch_size * widest * 4
+    groups = _group(ring, free - scratch)
     rows = steps * len(sites) * (max_interval - 1)
     tokens = sum(s.tokens for s in sites) // len(sites)
     disk = rows * ((branches + 1) * (24 + 8 * len(RATES)) + 2 * tokens)
@@ -85,7 +87,7 @@ def plan_profile(
     }  # fmt: skip
     seconds = _seconds_a_step(pipe, step) * steps * samples * len(groups) * 1.3
     return ProfilePlan(
-        model, sampler, request, groups, max(sum(ring[i] for i in g) for g in groups), disk, seconds, step
+        model, sampler, request, groups, scratch + max(sum(ring[i] for i in g) for g in groups), disk, seconds, step
     )
 
 

@@ -69,7 +69,7 @@ def run_profile(
     measured = {
         "seconds": round(seconds, 2),
         "time_over_plain": round(seconds / max(seconds - watch.seconds(), 1e-9), 3),
-        "ring_bytes": plan.ring_bytes,
+        "extra_bytes": plan.extra_bytes,
         "passes": len(groups),
     }
     device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)

@@ -62,6 +62,7 @@ class Taps:
         self.clock = Clock(pipe.scheduler, plan.sampler, lambda: None, lambda: None)
         self.on_step = on_step
         self.rings: dict[tuple[int, int], Ring] = {}
+        self.scratch: dict[torch.Size, torch.Tensor] = {}
         self.calls: dict[str, tuple[int, int]] = {}
         self.found: dict[tuple[int, int], list[StaleErrors]] = {}  # (step, site) -> the branches' errors, on the device
         device = next(pipe.components[next(iter(plan.model.transformers))].parameters()).device
@@ -100,13 +101,14 @@ class Taps:
         return run
 
     def _push(self, site: int, out: torch.Tensor) -> None:
-        halves = self.plan.sampler.guidance_form == "halves"
-        for i, x in enumerate(out.chunk(2) if halves else (out,)):
-            branch = i if halves else self.moment.branch
-            ring = self.rings.setdefault((site, branch), Ring(self.plan.request["max_interval"] - 1, self.rates))
-            errors = ring.push(x)
-            if errors is not None:
-                self.found.setdefault((self.moment.step, site), []).append(errors)
+        # both halves of a batch go through one ring: the rows keep apart
+        branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
+        if (site, branch) not in self.rings:
+            ages = self.plan.request["max_interval"] - 1
+            self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
+        errors = self.rings[site, branch].push(out)
+        if errors is not None:
+            self.found.setdefault((self.moment.step, site), []).append(errors)
         if site == self.group[-1]:
             self.on_step(self.moment.step + 1)
 
@@ -118,10 +120,13 @@ class Taps:
                 "leaves out calls of its transformer. Profile without options that skip steps or guidance."
             )
         with self.watch:
-            for (step, site), branches in self.found.items():
+            for (step, site), calls in self.found.items():
                 whole, pruned = (
-                    torch.stack([getattr(b, part) for b in branches]).cpu().numpy() for part in ("whole", "pruned")
+                    torch.cat([getattr(c, part) for c in calls]).cpu().numpy() for part in ("whole", "pruned")
                 )
-                tokens = torch.stack([b.tokens.double() for b in branches]).sum(0).cpu().numpy()
-                self.statistics.add(step, site, whole, pruned, tokens)
+                tokens = torch.stack([c.tokens.double() for c in calls]).sum(0).cpu().numpy()
+                rows = (self.plan.branches, -1)
+                self.statistics.add(
+                    step, site, whole.reshape(*rows, *whole.shape[1:]), pruned.reshape(*rows, *pruned.shape[1:]), tokens
+                )
         self.found.clear()
