@@ -11,18 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+KINDS = ("attn", "cross_attn", "mlp")
+
 
 @dataclass(frozen=True)
 class StepType:
-    """One step's letters, one a kind of site: of layer 0, and of all other layers. They differ in mixed steps only."""
+    """One step's letters, one for each of KINDS: in layer 0, and in all other layers. They differ in mixed steps only."""
 
     first: str
     rest: str
 
-    @property
-    def skipped(self) -> bool:
-        """Whether the last layer does nothing, so that the output of an earlier step stands in for the stack's."""
-        return set(self.rest) == {"A"}
+    def letter(self, layer: int, kind: str) -> str:
+        return (self.rest if layer else self.first)[KINDS.index(kind)]
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,27 @@ def dit_types(steps: int, period: int, rate: float, skips: bool, once: bool) -> 
             return 2
         return _period(s, steps, period, 0.4 if rate else 0.0)
 
-    return _periodic(range(steps - 1, -1, -1), period, renewed, "F", skips, once)
+    return _periodic(range(steps - 1, -1, -1), period, renewed, skips, once)
 
 
 def pixart_types(steps: int, period: int, rate: float, skips: bool, once: bool) -> list[StepType]:
     """Returns the steps of PixArt: as DiT's, but counted upwards, without a band of period 2; constant N for DuCa."""
     weight = -0.2 if rate and not skips else 0.0
-    return _periodic(range(steps), period, lambda s: _period(s, steps, period, weight), "F", skips, once)
+    return _periodic(range(steps), period, lambda s: _period(s, steps, period, weight), skips, once)
 
 
 def opensora_types(steps: int, period: int, rate: float, skips: bool, once: bool) -> list[StepType]:
-    """Returns the steps of Open-Sora, letters of attn, cross_attn, mlp: F in the first three steps.
+    """Returns the steps of Open-Sora: F in the first three, then every N steps, for cross-attention every 2 N.
 
-    Then every N steps, for cross-attention every 2 N (released: 3 and 6, whatever N says). No mixed steps.
+    The published code has 3 and 6 as constants. It decides a module at a time, so there are no mixed steps.
     """
     types = []
     for s in range(steps):
         short = "F" if s <= 2 else _letter(s, period, skips)
         # between two of its own full steps, cross-attention keeps to the letters of the others
         long = "F" if s <= 2 or s % (2 * period) == 0 else "T" if short == "F" else short
-        types.append(StepType(short + long + short, short + long + short))
+        letters = short + long + short
+        types.append(StepType(letters, letters))
     return types
 
 
@@ -100,15 +101,15 @@ def _letter(s: int, period: int, skips: bool) -> str:
 
 
 def _periodic(
-    counter: Iterable[int], period: int, renewed: Callable[[int], int], start: str, skips: bool, once: bool
+    counter: Iterable[int], period: int, renewed: Callable[[int], int], skips: bool, once: bool
 ) -> list[StepType]:
     """Returns the steps of a counter; a full layer 0 renews the period, by which the other layers then decide."""
     types: list[StepType] = []
     for s in counter:
-        first = rest = start if not types else _letter(s, period, skips)
+        first = rest = "F" if not types else _letter(s, period, skips)
         if first == "F":
             period = renewed(s)
             if types and not once:
                 rest = _letter(s, period, skips)
-        types.append(StepType(first, rest))
+        types.append(StepType(first * 3, rest * 3))
     return types

@@ -310,6 +310,10 @@ def export(out: Path, ema: DiTTransformer2DModel) -> None:
     vae = AutoencoderKL.from_pretrained(out / "vae", dtype=torch.bfloat16)
     pipe = DiTPipeline(copy.deepcopy(ema).cpu().to(torch.bfloat16), vae, make_scheduler(), dict(enumerate(CLASSES)))
     pipe.save_pretrained(out / "pipeline")
+    index = out / "pipeline" / "model_index.json"  # DiTPipeline reads its labels from there but does not write them
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"id2label": dict(enumerate(CLASSES))}, indent=2) + "\n"
+    )
     if (out / "classifier").exists():
         shutil.copytree(out / "classifier", out / "pipeline" / "classifier", dirs_exist_ok=True)
 
