@@ -109,8 +109,13 @@ def profile(
 def compile_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `sodaprof profile` or `inspect` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Schedule to write.")],
-    budget: Annotated[str, typer.Option(help="Speed-up of the denoising loop.")] = "2.0x",
-    policy: Annotated[str, typer.Option(help="soda or fora.")] = "soda",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Speed-up of the denoising loop.  [default: 2.0x; toca and duca: their released settings]"),
+    ] = None,
+    policy: Annotated[
+        str, typer.Option(help="soda, fora, toca or duca (this release compiles the last two, but does not run them).")
+    ] = "soda",
     cost: Annotated[str, typer.Option(help="flops, or a cost.json of measured milliseconds.")] = "flops",
     knob: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, a setting of the policy; may be repeated.")

@@ -17,27 +17,35 @@ from ..profiles import load_inspection, load_profile
 from ..schedule import Schedule
 from .fora import compile_fora
 from .soda import compile_soda
+from .toca import compile_duca, compile_toca
 
-POLICIES: dict[str, Callable[..., Schedule]] = {"soda": compile_soda, "fora": compile_fora}
+POLICIES: dict[str, Callable[..., Schedule]] = {
+    "soda": compile_soda,
+    "fora": compile_fora,
+    "toca": compile_toca,
+    "duca": compile_duca,
+}
+RELEASED = ("toca", "duca")  # policies with released settings, which hold where no budget is given
 
 
 def compile_schedule(
     folder: str | Path,
-    budget: str | float = "2.0x",
+    budget: str | float | None = None,
     policy: str = "soda",
     cost: str | Path = "flops",
     knobs: dict[str, Any] | None = None,
 ) -> Schedule:
     """Returns the schedule that `policy` compiles from the profile in `folder` for a speed-up of the denoising loop.
 
-    budget: "2.0x" or 2.0. cost: "flops" for the folder's own count, or the path of a cost.json. Raises BudgetError
+    budget: "2.0x" or 2.0; by default 2.0x, for toca and duca what their released settings give.
+    cost: "flops" for the folder's own count, or the path of a cost.json. Raises BudgetError
     where the budget cannot be met, FormatError where a file is broken.
     """
-    ratio = parse_budget(budget)
     if policy not in POLICIES:
         raise BudgetError(f"No policy {policy!r}; there are {', '.join(POLICIES)}. Try --policy soda")
+    ratio = 0.0 if budget is None and policy in RELEASED else parse_budget(2.0 if budget is None else budget)
     folder = Path(folder)
-    has_tables = (folder / "manifest.json").exists() or policy != "fora"
+    has_tables = (folder / "manifest.json").exists() or policy == "soda"
     source = load_profile(folder) if has_tables else load_inspection(folder)
     table = load_cost(folder / "cost.flops.json" if str(cost) == "flops" else cost)
     profile = source if has_tables else None

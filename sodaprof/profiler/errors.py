@@ -40,15 +40,17 @@ class Ring:
             self.norms = x.new_empty(b, n, self.ages, dtype=torch.float32)
             self.order = torch.empty(b, n, self.ages, dtype=torch.int64, device=x.device)
             self.kept = kept_tokens(self.rates, n)
-            self.scratch.setdefault(self.outputs.shape, torch.empty_like(self.outputs, dtype=torch.float32))
+            if self.outputs.shape not in self.scratch:
+                self.scratch[self.outputs.shape] = torch.empty_like(self.outputs, dtype=torch.float32)
         full = x.float()
         norm = torch.linalg.vector_norm(full, dim=-1)
         errors = None
         if self.step:
             known = min(self.step, self.ages)
             slots = [(self.step - age) % self.ages for age in range(1, known + 1)]
-            past = (self.outputs, self.norms, self.order, self.scratch[self.outputs.shape])
-            errors = stale_errors(full, norm, *(part[:, :, :known] for part in past), slots, self.kept)
+            parts = (self.outputs, self.norms, self.order, self.scratch[self.outputs.shape])
+            past, past_norm, order, scratch = (part[:, :, :known] for part in parts)
+            errors = stale_errors(full, norm, past, past_norm, order, scratch, slots, self.kept)
         slot = self.step % self.ages
         self.outputs[:, :, slot] = x
         self.norms[:, :, slot] = norm
