@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=60_000)
     parser.add_argument("--dit-steps", type=int, default=9_000)
     parser.add_argument("--judged", type=int, default=500, help="samples that the model card's accuracy is taken from")
+    parser.add_argument(
+        "--init", type=Path, help="a pipeline folder whose parts to go on from, instead of from nothing"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -45,6 +48,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
+    for part in ("vae", "classifier"):
+        if args.init is not None and not (args.out / part).exists():
+            shutil.copytree(args.init / part, args.out / part)
     stages = {"classifier": train_classifier, "vae": train_vae, "dit": train_dit, "card": judge}
     for name, stage in stages.items():
         if args.stage in (name, "all"):
@@ -246,7 +252,8 @@ def make_latents(args: argparse.Namespace, vae: AutoencoderKL) -> tuple[torch.Te
 def train_dit(args: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(args.out / "vae").eval().to(args.device)
     latents, labels = make_latents(args, vae)
-    model = make_dit().eval().to(args.device)  # eval: DiT's label dropping is per block; we drop labels below
+    model = make_dit() if args.init is None else DiTTransformer2DModel.from_pretrained(args.init / "transformer")
+    model = model.float().eval().to(args.device)  # eval: DiT's label dropping is per block; we drop labels below
     ema = copy.deepcopy(model).requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-3, betas=(0.9, 0.99), fused=True)
