@@ -67,12 +67,17 @@ def fora_at(schedule: Schedule, model: Model, cost: CostModel) -> Schedule | Non
         return None
 
 
+def full_steps(schedule: Schedule, cost: CostModel) -> int:
+    """Returns how many full steps the cost of the schedule pays for."""
+    return int(schedule.steps / cost.speedup(schedule) + 1e-9)
+
+
 def fewer_steps_at(schedule: Schedule, cost: CostModel) -> list[FewerSteps]:
     """Returns the candidates at the schedule's cost; none where its scheduler is not of the DDPM family."""
     sampler = schedule.sampler
     if not is_ddpm_family(sampler):
         return []
-    count = int(sampler.steps / cost.speedup(schedule) + 1e-9)
+    count = full_steps(schedule, cost)
     if count < 2:
         return []
     own = [round(t) for t in sampler.timesteps]

@@ -3,7 +3,8 @@
 step.fixed        everything of a step outside its sites
 step.all_cached   a whole step in which every site is R
 step.stack[K-1]   a whole S step that forecasts from K sources
-sites.<key>       C, R, F[K-1], and P as points (k, cost), linear between them; k = 0 costs what R costs
+sites.<key>       C, R, F[K-1], and P as points (k, cost), linear between them; k = 0 costs what R costs;
+                  map: attention weights beside the output, for a token rule that needs them (k rows pay k / N of it)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from .errors import FormatError, MismatchError
 from .files import checked, exact_keys, header, is_number, of_type, read_json, write_json
 from .schedule import Plan, Schedule
+from .scores import MAPPED, observed_steps
 
 FORMAT, VERSION = "sodaprof.cost", 1
 
@@ -28,6 +30,7 @@ class SiteCost:
     R: float
     F: tuple[float, ...]  # K = 1…4
     P: tuple[tuple[int, float], ...]  # (k, cost), k ascending
+    map: float = 0.0
 
     def prune(self, k: Any) -> Any:
         """Cost of recomputing k tokens; k may be an array."""
@@ -72,7 +75,11 @@ class CostModel:
         """Predicted cost of the denoising loop under `schedule`."""
         check_covers(self, {name: list(plan.rows) for name, plan in schedule.transformers.items()})
         loop = schedule.steps * self.loop_step(schedule.update is not None)
-        return loop + sum(_plan_cost(self.transformers[n], plan) for n, plan in schedule.transformers.items())
+        base = schedule.token_rule.base if schedule.token_rule else ""
+        plans = schedule.transformers.items()
+        return loop + sum(
+            _plan_cost(self.transformers[n], p) + _map_cost(self.transformers[n], p, base) for n, p in plans
+        )
 
     def all_compute(self, schedule: Schedule) -> float:
         """Cost of the same loop with every site C at every step."""
@@ -127,6 +134,18 @@ def _plan_cost(cost: TransformerCost, plan: Plan) -> float:
     return total
 
 
+def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
+    """Cost of the attention weights that a token rule of this base has computed: none for value norms."""
+    total = 0.0
+    for site, steps in observed_steps(plan, base).items() if base in MAPPED else ():
+        for step in steps:
+            computed = plan.tokens(site)
+            if plan.rows[site][step] == "P":
+                computed = plan.k[site][plan.cell(site, step, "P")]
+            total += cost.sites[site].map * computed / plan.tokens(site)
+    return total
+
+
 def save_cost(cost: CostModel, path: Path, *, force: bool = False) -> None:
     write_json(path, cost.to_json(), force=force)
 
@@ -164,11 +183,12 @@ def _from_json(data: dict[str, Any], where: str) -> CostModel:
         step = exact_keys(entry["step"], {"fixed", "all_cached", "stack"}, f"{where}: {name}: step")
         sites = {}
         for key, site in entry["sites"].items():
-            exact_keys(site, {"C", "R", "F", "P"}, f"{where}: {name}: {key}")
+            exact_keys(site, {"C", "R", "F", "P", "map"}, f"{where}: {name}: {key}")
             points = amounts(site["P"], point)
             if not points or list(points) != sorted(points) or len(site["F"]) != 4:
                 raise FormatError(f"{where}: {name}: {key}: P needs points in order of k, and F four costs.")
-            sites[key] = SiteCost(amount(site["C"]), amount(site["R"]), amounts(site["F"]), points)
+            costs = amount(site["C"]), amount(site["R"]), amounts(site["F"]), points, amount(site["map"])
+            sites[key] = SiteCost(*costs)
         stack = amounts(step["stack"])
         if len(stack) != 4:
             raise FormatError(f"{where}: {name}: step: stack needs four costs, found {len(stack)}.")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .controls import FewerSteps, fewer_steps_at, fora_at
+from .controls import FewerSteps, fewer_steps_at, fora_at, full_steps
 from .cost import CostModel
 from .errors import MismatchError, SodaprofError
 from .metrics import (
@@ -49,7 +49,7 @@ class Contender:
     speedup: float  # FLOPs
     schedule: Schedule | None = None
     control: FewerSteps | None = None
-    beside: float = 0.0  # for controls: the speed-up of the schedule whose cost they share
+    beside: int = 0  # for controls: full steps at the cost of the schedules that they stand beside
     seconds: float = 0.0
     executed: dict[str, int] | None = None
     pictures: list[np.ndarray] = field(default_factory=list)
@@ -111,7 +111,7 @@ def evaluate(
     fora = [c for c in candidates if c.control is None]
     full = Contender("full", f"{sampler.steps} steps", sampler.steps, 1.0)
     calibration = _calibration_seeds(schedules)
-    run = _Run(pipe, entries, batch_size, scale, classifier, on_progress)
+    run = Run(pipe, entries, batch_size, scale, classifier, on_progress)
     run.total = 1 + (len(calibration) * (1 + len(fewer)) if fewer else 0)
     run.total += samples * (1 + len(contenders) + len(fora) + len({(c.name, c.beside) for c in fewer}))
     run.all([full], calibration[:1])  # warms up: the first call is slow and would flatter the schedules
@@ -133,7 +133,7 @@ def evaluate(
     return result | {"pictures": {"full": _cat(full.pictures)[:SHOWN]} | shown}
 
 
-class _Run:
+class Run:
     """Samples batch after batch, every contender in turn on the same seeds, so that drifts of the machine hit all."""
 
     def __init__(
@@ -202,17 +202,22 @@ def _latents_of(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
         del vae.decode
 
 
+def nearness_db(contender: Contender, full: Contender) -> float:
+    """Returns the mean PSNR of the contender's pictures to the full run's, of the same seeds."""
+    return float(psnr_db(_cat(contender.pictures), _cat(full.pictures)).mean())
+
+
 def _choose(
-    run: _Run, full: Contender, fewer: list[Contender], seeds: Sequence[int]
+    run: Run, full: Contender, fewer: list[Contender], seeds: Sequence[int]
 ) -> tuple[list[Contender], list[dict[str, Any]]]:
     """Returns for each solver and cost the spacing that comes nearest to the full run on `seeds`, and all that were tried."""
     if not fewer:
         return [], []
     run.all([full, *fewer], seeds)
     tried: list[dict[str, Any]] = []
-    best: dict[tuple[str, float], tuple[float, Contender]] = {}
+    best: dict[tuple[str, int], tuple[float, Contender]] = {}
     for c in fewer:
-        quality = float(psnr_db(_cat(c.pictures), _cat(full.pictures)).mean())
+        quality = nearness_db(c, full)
         tried.append({"name": c.name, "detail": c.detail, "steps": c.steps, "psnr_db": round(quality, 3)})
         if quality > best.get((c.name, c.beside), (-1.0, c))[0]:
             best[c.name, c.beside] = quality, c
@@ -233,9 +238,8 @@ def _control_candidates(schedules: Sequence[Schedule], model: Any, cost: CostMod
             speedup = schedule.steps / control.steps
             name = f"fewer steps, {control.solver}"
             detail = f"{control.steps} steps, {control.spacing}"
-            found[control, cost.speedup(schedule)] = Contender(
-                name, detail, control.steps, speedup, None, control, cost.speedup(schedule)
-            )
+            count = full_steps(schedule, cost)
+            found[control, count] = Contender(name, detail, control.steps, speedup, None, control, count)
     return list(found.values())
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from .errors import IllegalScheduleError
 from .files import is_number
+from .scores import OBSERVED, source_of
 
 if TYPE_CHECKING:
     from .schedule import Forecast, Schedule
@@ -114,6 +115,21 @@ def rule_goes_with_prunes(s: Schedule) -> Iterator[str]:
             yield "a token rule with age_period or bonus_grid not above 0"
 
 
+def rules_have_what_they_observe(s: Schedule) -> Iterator[str]:
+    """A token rule finds in the block of each pruned site the attention it scores by; halves are shared in one batch."""
+    rule = s.token_rule
+    if rule is None:
+        return
+    if rule.share_halves and s.sampler.guidance_form != "halves":
+        yield f"a token rule that shares halves, with guidance of form {s.sampler.guidance_form!r}"
+    if rule.base in OBSERVED:
+        for name, plan in s.transformers.items():
+            for site, row in plan.rows.items():
+                if "P" in row and source_of(plan, site, rule.base) is None:
+                    kind = OBSERVED[rule.base]
+                    yield f"token rule {rule.base!r} for {name}/{site}, in whose block the fingerprint has no {kind} site"
+
+
 def forecasts_have_sources(s: Schedule) -> Iterator[str]:
     """Each F cell has 1 to 4 sources, distinct earlier C steps of its site, and as many finite weights."""
     for name, plan in s.transformers.items():
@@ -187,6 +203,7 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
     one_transformer_a_step,
     prunes_have_their_k,
     rule_goes_with_prunes,
+    rules_have_what_they_observe,
     forecasts_have_sources,
     stack_forecasts_have_sources,
     update_is_complete,

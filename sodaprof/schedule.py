@@ -52,6 +52,12 @@ class Plan:
         stack, _, module = site.split("#")[0].split(".", 2)
         return self.fingerprint["tokens"][f"{stack}.{module}"]
 
+    def kind(self, site: str) -> str | None:
+        """The canonical kind of the site, from the fingerprint; None where that does not say."""
+        stack, _, module = site.split("#")[0].split(".", 2)
+        kind: str | None = self.fingerprint.get("kinds", {}).get(f"{stack}.{module}")
+        return kind
+
     def cell(self, site: str, step: int, action: str) -> int:
         """Which of the row's `action` cells stands at `step`: the index into its list of parameters."""
         return self.rows[site].count(action, 0, step)

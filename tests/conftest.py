@@ -41,6 +41,7 @@ def build_schedule() -> Schedule:
             "layers": 2,
             "width": 32,
             "tokens": {"transformer_blocks.attn1": TOKENS, "transformer_blocks.ff": TOKENS},
+            "kinds": {"transformer_blocks.attn1": "attn", "transformer_blocks.ff": "mlp"},
         },
         rows=rows,
         stack="......",
@@ -113,6 +114,7 @@ def build_model(layers: int = 2, tokens: int = TOKENS, prunable: bool = True, na
         for module, kind in (("attn1", "attn"), ("ff", "mlp"))
     )
     print_ = {"layers": layers, "tokens": {"blocks.attn1": tokens, "blocks.ff": tokens}}
+    print_ |= {"kinds": {"blocks.attn1": "attn", "blocks.ff": "mlp"}}
     shape = {"latent": [4, 8, 8], "tokens": tokens, "batch_profiled": 1, "dtype": "float32"}
     return Model("tiny", "DiTPipeline", {n: Transformer("DiT", print_, sites) for n in names}, shape)
 

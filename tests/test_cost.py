@@ -12,6 +12,7 @@ import pytest
 
 from sodaprof.cost import CostModel, SiteCost, StepCost, TransformerCost, load_cost, save_cost
 from sodaprof.errors import FormatError, MismatchError
+from sodaprof.schedule import TokenRule
 
 SITES = {f"transformer_blocks.{i}.{m}": m for i in range(2) for m in ("attn1", "ff")}
 ATTN = SiteCost(60.0, 1.0, (2.0, 3.0, 4.0, 5.0), ((2, 20.0), (10, 40.0), (16, 60.0)))
@@ -78,6 +79,19 @@ def test_each_prune_has_its_own_k(schedule, cost):
     rows = ["CPPPRR", *["CRRRRR"] * 3]
     pruned = with_rows(schedule, *rows, k={next(iter(SITES)): (2, 10, 16)})
     assert cost.schedule(pruned) == FULL + 3 * (20 + 2 + 1 + 2) + 20 + 40 + 60 + 2 * 12 + 6 * 2.5
+
+
+def test_attention_weights_are_charged_where_a_later_prune_reads_them(schedule, cost):
+    """Of ff's cells, the P of step 2 reads the attention of step 0 and the P of step 4 that of step 3; k = N reads none."""
+    rows = ["CRRCRR", "CRPRPR", "CRRCRR", "CRPRRR"]
+    keys = list(SITES)
+    drawn = with_rows(schedule, *rows, k={keys[1]: (4, 4), keys[3]: (16,)})
+    table = replace(cost.transformers["transformer"], sites={s: replace(c, map=7.0) for s, c in
+                    cost.transformers["transformer"].sites.items()})  # fmt: skip
+    mapped = replace(cost, transformers={"transformer": table})
+    for base, maps in (("feature_mean", 0), ("value_norm", 0), ("attention_received", 2)):
+        ruled = replace(drawn, token_rule=TokenRule(base))
+        assert mapped.schedule(ruled) - cost.schedule(ruled) == pytest.approx(7.0 * maps)
 
 
 def test_prune_is_linear_between_its_points():

@@ -78,7 +78,7 @@ def test_legal_schedules_pass(schedule, skipping, relay):
 
 def test_every_rule_has_a_line_of_its_own():
     docs = [rule.__doc__ for rule in legal.RULES]
-    assert len(set(docs)) == len(docs) == 10
+    assert len(set(docs)) == len(docs) == 11
     assert all(doc and "\n" not in doc for doc in docs)
 
 
@@ -207,6 +207,20 @@ def test_rule_goes_with_prunes(schedule, broken, found):
 
 def test_a_token_rule_without_prunes_is_refused(skipping):
     refused(with_rule(skipping), legal.rule_goes_with_prunes, "token rule without P cells")
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        (lambda s: with_rule(s, base="cross_attention_entropy"), "no cross_attn site"),
+        (lambda s: edit(with_rule(s, base="value_norm"), fingerprint={"tokens": plan_of(s).fingerprint["tokens"]}),
+         "no attn site"),
+        (lambda s: with_rule(replace(s, sampler=replace(s.sampler, guidance_form="passes")), share_halves=True),
+         "guidance of form 'passes'"),
+    ],
+)  # fmt: skip
+def test_rules_have_what_they_observe(schedule, broken, found):
+    refused(broken(schedule), legal.rules_have_what_they_observe, found)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffusers import PixArtTransformer2DModel, UNet2DModel
 
 from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.models.discover import Step as RecordedStep
-from sodaprof.models.discover import _transformer, inspect_pipeline
+from sodaprof.models.discover import find_sites, inspect_pipeline
 from sodaprof.models.flops import count_flops
 from sodaprof.models.load import find_model, load_pipeline, read_prompts, transformers_of
 
@@ -42,7 +42,7 @@ def test_sites_of_pixart_are_told_apart():
     }  # fmt: skip
     pipe = type("P", (), {"components": {"transformer": part}})()
     with torch.no_grad():
-        found = _transformer(pipe, "transformer", RecordedStep([("transformer", (), inputs)]))
+        found = find_sites(pipe, "transformer", RecordedStep([("transformer", (), inputs)]))
     assert [(s.module, s.kind, s.prunable) for s in found.sites[:3]] == [
         ("attn1", "attn", True), ("attn2", "cross_attn", True), ("ff", "mlp", True),
     ]  # fmt: skip
@@ -73,7 +73,7 @@ def test_a_model_without_attention_blocks_is_refused():
     )
     pipe = type("P", (), {"components": {"transformer": unet, "unet": unet}})()
     with pytest.raises(UnsupportedModelError, match="no stack of blocks with attention"):
-        _transformer(pipe, "transformer", RecordedStep([("transformer", (), {})]))
+        find_sites(pipe, "transformer", RecordedStep([("transformer", (), {})]))
     with pytest.raises(UnsupportedModelError, match="no transformer"):
         transformers_of(type("P", (), {"components": {"unet": unet}})())
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sodaprof.models.discover import Step, _transformer, find_modules, tapped, with_rows
+from sodaprof.models.discover import Step, find_modules, find_sites, tapped, with_rows
 from sodaprof.models.opensora.layers import positions
 from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.models.opensora.stdit3 import STDiT3
@@ -172,7 +172,7 @@ def test_sites():
     model = network(torch.float32)
     pipe = SimpleNamespace(components={"transformer": model})
     with torch.no_grad():
-        found = _transformer(pipe, "transformer", Step([("transformer", (), inputs())])).sites
+        found = find_sites(pipe, "transformer", Step([("transformer", (), inputs())])).sites
     assert {(s.stack, s.module, s.kind, s.tokens, s.prunable) for s in found} == {
         ("spatial_blocks", "attn", "attn", 12, True), ("temporal_blocks", "attn", "attn", 3, False),
         ("spatial_blocks", "cross_attn", "cross_attn", 36, True), ("spatial_blocks", "mlp", "mlp", 36, True),

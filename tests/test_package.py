@@ -13,15 +13,16 @@ import sodaprof
 
 ROOT = Path(sodaprof.__file__).parent
 LEVELS = {  # a module may import from lower levels and its own; two names on one level do not know each other
-    "version": 0, "errors": 0, "files": 1, "sites": 2, "legal": 3, "schedule": 4, "profiles": 5, "cost": 5,
-    "compiler": 6, "metrics": 6, "models": 6, "profiler": 7, "runtime": 7, "controls": 8, "evaluation": 9, "report": 9,
-    "cli": 10, "__init__": 11,
+    "version": 0, "errors": 0, "files": 1, "sites": 2, "scores": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6,
+    "compiler": 7, "metrics": 7, "models": 7, "profiler": 8, "runtime": 8, "controls": 9, "evaluation": 10, "report": 10,
+    "fit": 11, "cli": 12, "__init__": 13,
 }  # fmt: skip
 NO_TORCH = (
     "version",
     "errors",
     "files",
     "sites",
+    "scores",
     "legal",
     "schedule",
     "profiles",

@@ -11,8 +11,7 @@ import torch
 from sodaprof.profiler.errors import Ring, kept_tokens
 from sodaprof.profiler.statistics import Statistics
 from sodaprof.profiles import CELL, MEAN, read_table
-from sodaprof.runtime.tokens import select
-from sodaprof.schedule import TokenRule
+from sodaprof.runtime.tokens import feature_mean, top
 
 RATES = [0.125, 0.25, 0.5, 0.75, 0.9375]
 
@@ -78,7 +77,7 @@ def test_errors_equal_their_definitions_at_every_age(ages, dtype):
 
 
 def test_kept_tokens_are_those_that_the_runtime_would_recompute():
-    """E_p at each rate is what dropping exactly the tokens that `select` leaves out costs."""
+    """E_p at each rate is what dropping exactly the tokens that `top` leaves out costs."""
     stale, new = outputs(2, (3, 16, 6))
     ring = Ring(1, torch.tensor(RATES))
     ring.push(stale)
@@ -86,7 +85,7 @@ def test_kept_tokens_are_those_that_the_runtime_would_recompute():
     a_token = one_minus_cos(stale.double().numpy(), new.double().numpy())
     for i, k in enumerate(kept_tokens(torch.tensor(RATES), 16).tolist()):
         assert k == [14, 12, 8, 4, 1][i]
-        kept = select(TokenRule("feature_mean"), stale, k).numpy()
+        kept = top(feature_mean(stale), k).numpy()
         dropped = a_token.copy()
         np.put_along_axis(dropped, kept, 0.0, axis=1)
         np.testing.assert_allclose(errors.pruned[:, 0, i].numpy(), dropped.mean(1), rtol=2e-5)

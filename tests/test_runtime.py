@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2
 
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
-from sodaprof.schedule import TokenRule, Update
+from sodaprof.schedule import Update
 
 from .pipelines import (
     MIXED_FORECASTS,
@@ -270,9 +270,6 @@ def test_what_this_release_does_not_run_is_refused(pipe):
     update = Update("output", 1, ((1.0, 0.0),) * STEPS, {})
     with pytest.raises(UnsupportedModelError, match="fitted state update"):
         sodaprof.apply(pipe, replace(schedule_for(pipe), update=update))
-    rule = TokenRule("attention_received", age_weight=0.25)
-    with pytest.raises(UnsupportedModelError, match="attention_received"):
-        sodaprof.apply(pipe, replace(mixed_schedule(pipe), token_rule=rule))
 
 
 def test_no_class_of_the_host_is_patched(pipe):

@@ -64,6 +64,7 @@ def with_text(class_name: str, tokens: int, layers: int = LAYERS) -> Model:
     fingerprint = {
         "layers": layers,
         "tokens": {f"{stack}.{module}": tokens for stack in stacks for module, _ in modules},
+        "kinds": {f"{stack}.{module}": kind for stack in stacks for module, kind in modules},
     }
     shape = {"latent": [4, 32, 32], "tokens": tokens, "batch_profiled": 1, "dtype": "float32"}
     return Model("text", "TextPipeline", {"t": Transformer(class_name, fingerprint, sites)}, shape)

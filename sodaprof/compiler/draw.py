@@ -67,7 +67,10 @@ def sign(
 
 
 def cache_bytes(schedule: Schedule, model: Model) -> int:
-    """Bytes that the caches of one generation take, both guidance branches included."""
+    """Bytes that the caches of one generation take, both guidance branches included.
+
+    One output for each site that is not always computed; for forecasts of the stack, the most sources alive at once.
+    """
     branches = 1 if schedule.sampler.guidance_form == "none" else 2
     size = 4 if model.shape["dtype"] == "float32" else 2
     total = 0
@@ -75,7 +78,18 @@ def cache_bytes(schedule: Schedule, model: Model) -> int:
         for site in model.transformers[name].sites:
             if set(plan.rows[site.key]) & set("RFP"):
                 total += site.tokens * site.width * size * branches
+        last = model.transformers[name].sites[-1]
+        total += _most_alive(plan) * last.tokens * last.width * size * branches
     return total
+
+
+def _most_alive(plan: Plan) -> int:
+    """Returns how many outputs of the stack are held at once for the S cells to come."""
+    skips = [t for t, action in enumerate(plan.stack) if action == "S"]
+    last: dict[int, int] = {}
+    for step, cell in zip(skips, plan.stack_forecasts, strict=True):
+        last |= dict.fromkeys(cell.sources, step)
+    return max((sum(s <= t <= last[s] for s in last) for t in range(len(plan.stack))), default=0)
 
 
 def one_transformer(model: Model, policy: str) -> str:

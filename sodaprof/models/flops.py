@@ -14,7 +14,9 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..cost import CostModel, SiteCost, StepCost, TransformerCost
+from ..scores import OBSERVED
 from ..sites import Model, Site
+from .attention import listen
 from .discover import Step, find_modules, tapped, with_rows
 
 SOURCES = 4
@@ -51,6 +53,7 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
     by_key = {site.key: site for site in sites}
     full: dict[str, float] = {}
     pruned: dict[str, float] = {}
+    maps: dict[str, float] = {}
     numbers: dict[str, int] = {}
     index: dict[str, int] = {}
     trials = 0.0  # what trying the pruned calls cost: the outer counter sees them too
@@ -61,7 +64,7 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
             call = index[path] = index.get(path, -1) + 1
             key = path + (f"#{call}" if call else "")
             before = counter.get_total_flops()
-            out = forward(*args, **kwargs)
+            out, heard = listen(forward, args, kwargs)
             full[key] = full.get(key, 0.0) + counter.get_total_flops() - before
             first = out[0] if isinstance(out, tuple) else out
             numbers[key] = numbers.get(key, 0) + first.numel()
@@ -72,6 +75,8 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
                     forward(*rows[0], **rows[1])
                 pruned[key] = pruned.get(key, 0.0) + single.get_total_flops()
                 trials += single.get_total_flops()
+            if by_key[key].kind in OBSERVED.values():
+                maps[key] = maps.get(key, 0.0) + sum(h.map_flops() for h in heard)
             return out
 
         return run
@@ -103,7 +108,8 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
     for site in sites:
         c, n = float(full[site.key]), site.tokens
         points = ((1, float(pruned[site.key])), (n, c)) if site.prunable else ((n, c),)
-        costs[site.key] = SiteCost(c, 0.0, tuple(2.0 * k * numbers[site.key] for k in range(1, SOURCES + 1)), points)
+        forecasts = tuple(2.0 * k * numbers[site.key] for k in range(1, SOURCES + 1))
+        costs[site.key] = SiteCost(c, 0.0, forecasts, points, maps.get(site.key, 0.0))
     fixed = total - sum(full.values())
     outside_blocks = float(total - blocks_flops)
     forecast = tuple(outside_blocks + 2.0 * k * last_hidden for k in range(1, SOURCES + 1))

@@ -16,8 +16,9 @@ from ..models.clock import Clock, Moment, TransformerHook
 from ..models.discover import config_of, find_modules, fingerprint
 from ..models.load import transformers_of
 from ..schedule import Plan, Schedule, load_schedule
+from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
-from .tokens import BASES
+from .stack import BlockHook, StackRow
 
 HOOK = "sodaprof"
 
@@ -46,6 +47,7 @@ class Handle:
         self.pipe, self.schedule = pipe, schedule
         self.moment = Moment()
         self.rows: list[SiteRow] = []
+        self.stacks: list[StackRow] = []
         self._hooked: list[Any] = []
         self._complete = False
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
@@ -60,6 +62,11 @@ class Handle:
                 for path, rows in _rows_by_module(transformer, plan, self.schedule).items():
                     self._hook(transformer.get_submodule(path), SiteHook(rows, self.moment))
                     self.rows += rows
+                if "S" in plan.stack:
+                    self.stacks.append(StackRow(plan))
+                    for block in self.stacks[-1].blocks:
+                        hook = BlockHook(self.stacks[-1], block, self.moment)
+                        self._hook(transformer.get_submodule(block), hook)
             self.clock.attach()
             self._attached = True
         except BaseException:
@@ -77,15 +84,19 @@ class Handle:
                 "was applied. remove() the schedule first, then apply one made for the new scheduler."
             )
 
-    def _start(self) -> None:
+    def _reset(self) -> None:
         for row in self.rows:
             row.reset()
+        for stack in self.stacks:
+            stack.reset()
+
+    def _start(self) -> None:
+        self._reset()
         self.moment.executed = Counter()
         self._complete = False
 
     def _end(self) -> None:
-        for row in self.rows:
-            row.reset()
+        self._reset()
         self._complete = True
 
     def report(self) -> Report:
@@ -107,8 +118,7 @@ class Handle:
             self._attached = False
         while self._hooked:
             self._hooked.pop()._diffusers_hook.remove_hook(HOOK, recurse=False)
-        for row in self.rows:
-            row.reset()
+        self._reset()
 
     def __enter__(self) -> Handle:
         return self
@@ -136,12 +146,8 @@ def check_runs(schedule: Schedule) -> None:
     reason = None
     if schedule.update is not None:
         reason = "a fitted state update"
-    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - {"."}):
+    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - set(".S")):
         reason = f"stack action {odd[0]!r}"
-    elif schedule.token_rule is not None:
-        rule = schedule.token_rule
-        if rule.base not in BASES or rule.age_weight or rule.bonus or rule.share_halves:
-            reason = f"the token rule {rule.base!r} with its age, bonus or sharing"
     if reason:
         raise UnsupportedModelError(
             f"The schedule holds {reason}, which this release does not run. Upgrade sodaprof, or compile with "
@@ -185,7 +191,7 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
         )
     found = fingerprint(transformer, ())
     for key, wanted in plan.fingerprint.items():
-        if key != "tokens" and found.get(key) != wanted:
+        if key not in ("tokens", "kinds") and found.get(key) != wanted:
             raise MismatchError(
                 f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
             )
@@ -199,23 +205,37 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
 
 
 def _rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:
-    known = find_modules(transformer)
+    """Returns the rows by module path, each knowing whose attention it is scored by and what it must observe."""
+    known, rule = find_modules(transformer), schedule.token_rule
+    rows = {}
+    for site in plan.rows:
+        kind, module = known[site.split("#")[0]][3:]
+        rows[site] = SiteRow(plan, site, module, kind == "attn", rule)
+    if rule is not None:
+        for source, steps in observed_steps(plan, rule.base).items():
+            rows[source].observed = steps
+        for site, row in rows.items():
+            if "P" in row.row and rule.base in OBSERVED:
+                row.source = rows[source_of(plan, site, rule.base) or site]
+            if "P" in row.row and rule.bonus:
+                row.raster = raster(schedule, plan, site, rule.bonus_grid)
     modules: dict[str, list[SiteRow]] = {}
-    for site, row in plan.rows.items():
-        path = site.split("#")[0]
-        attends = known[path][3] == "attn"
-        modules.setdefault(path, []).append(
-            SiteRow(
-                site,
-                row,
-                plan.k.get(site, ()),
-                plan.forecasts.get(site, ()),
-                plan.tokens(site),
-                attends,
-                schedule.token_rule,
-            )
-        )
+    for site, row in rows.items():
+        modules.setdefault(site.split("#")[0], []).append(row)
     return modules
+
+
+def raster(schedule: Schedule, plan: Plan, site: str, grid: int) -> tuple[int, int]:
+    """Returns rows and columns of the site's tokens; MismatchError where blocks of grid x grid do not fill them."""
+    tokens, patch = plan.tokens(site), plan.fingerprint.get("patch", 1)
+    patches = patch[-2:] if isinstance(patch, list) else [patch, patch]
+    sides = [size // p for size, p in zip(schedule.shape["latent"][-2:], patches, strict=True)]
+    if sides[0] * sides[1] != tokens or sides[0] % grid or sides[1] % grid:
+        raise MismatchError(
+            f"{site} has {tokens} tokens, of {sides[0]} x {sides[1]} patches; the schedule's local bonus wants blocks of "
+            f"{grid} x {grid} that fill them. Choose another size, or --policy soda."
+        )
+    return sides[0], sides[1]
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 EPS = 1e-6
 FREQUENCIES = 256  # width of a scalar's sinusoid
@@ -19,7 +20,12 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, d/2]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns attention [B, heads, N, d] whose softmax is computed in fp32, whatever the dtype of q, k and v."""
+    """Returns attention [B, heads, N, d] whose softmax is computed in fp32, whatever the dtype of q, k and v.
+
+    Seen by torch function modes, as `F.scaled_dot_product_attention` is.
+    """
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(attend, (q, k, v), q, k, v)
     if q.dtype != torch.float64:
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -62,9 +68,9 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Attention among the tokens of a frame, or (with rope) among the frames of a position."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, temporal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.temporal = heads, temporal
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(width // heads) if qk_norm else nn.Identity()
@@ -88,6 +94,11 @@ class SelfAttention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def by_sample(self, values: Tensor, batch: int) -> Tensor:
+        """Returns values [B', n], one a token as this module is called, as [B, N] in the order of the blocks' tokens."""
+        values = values.unflatten(0, (batch, -1))  # [B, T, S], temporal: [B, S, T]
+        return (values.transpose(1, 2) if self.temporal else values).flatten(1)
 
 
 class CrossAttention(nn.Module):
@@ -130,7 +141,7 @@ class STDiT3Block(nn.Module):
         super().__init__()
         self.temporal = temporal
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn = SelfAttention(width, heads, qk_norm)
+        self.attn = SelfAttention(width, heads, qk_norm, temporal)
         self.cross_attn = CrossAttention(width, heads)
         self.mlp = Mlp(width, int(width * mlp_ratio), width)
 

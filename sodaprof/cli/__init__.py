@@ -1,0 +1,75 @@
+"""The command line: profile, compile, show, run, eval, inspect. Errors become one message and an exit code.
+
+Exit codes: 0 done, 1 an error that sodaprof understands, 2 wrong usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import Annotated
+
+import typer
+
+from ..errors import SodaprofError
+from ..version import __version__
+from . import compiling, sampling
+
+app = typer.Typer(
+    name="sodaprof", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Profile a diffusion transformer once, compile a schedule for the speed-up you want, run it.",
+    epilog="Start: sodaprof profile tiny-dit -o profile --samples 16",
+)  # fmt: skip
+
+COMMANDS = (  # in the order of --help
+    ("profile", sampling.profile, "sodaprof profile tiny-dit -o profile --samples 16"),
+    ("compile", compiling.compile_, "sodaprof compile profile --budget 2.0x -o schedule.json"),
+    ("show", compiling.show, "sodaprof show schedule.json"),
+    ("run", sampling.run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
+    ("eval", sampling.evaluate_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
+    ("inspect", sampling.inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
+)
+for name, command, example in COMMANDS:
+    app.command(name, epilog=f"Example: {example}")(command)
+
+
+def version(value: bool) -> None:
+    if value:
+        print(f"sodaprof {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line; every error that sodaprof understands ends in one message, without a traceback."""
+    try:
+        code = app(standalone_mode=False)
+        if code == 130:  # typer's own answer to Ctrl-C
+            raise KeyboardInterrupt
+    except SodaprofError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        code = _fail("Interrupted. A profile goes on when the same command is repeated; nothing else was written.", 130)
+    except MemoryError:
+        code = _fail("Out of memory. Lower --batch-size.")
+    except OSError as error:
+        reason = "The disk is full" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
+        code = _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}. Nothing was left half-written.")
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            print(f"sodaprof: {error.format_message()} See: sodaprof --help", file=sys.stderr)
+            code = error.exit_code
+        elif type(error).__name__ == "OutOfMemoryError":
+            code = _fail("The GPU is out of memory. Lower --batch-size.")
+        else:
+            raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"sodaprof: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,218 @@
+"""The commands that run a model: profile, inspect, run and eval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import SodaprofError
+from .shared import (
+    Batch,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Prompts,
+    Scale,
+    Steps,
+    duration,
+    make_console,
+    progress,
+    say_next,
+)  # fmt: skip
+
+
+def profile(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
+    steps: Steps = 50,
+    samples: Annotated[int, typer.Option(help="Generations to average over.")] = 100,
+    prompts: Prompts = None,
+    guidance_scale: Scale = None,
+    max_interval: Annotated[int, typer.Option(help="Longest cache interval; ages 1 to this minus 1 are measured.")] = 8,
+    batch_size: Batch = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first generation.")] = 0,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
+) -> None:
+    """Measure what every step, layer and module suffers when its result is reused or pruned."""
+    from ..files import refuse_existing
+
+    refuse_existing(output, force)
+    from ..models.load import load_pipeline, read_prompts
+    from ..profiler.plan import plan_profile
+    from ..profiler.run import run_profile
+
+    console = make_console()
+    entries = None if prompts is None else read_prompts(prompts)
+    pipe = load_pipeline(model, dtype, device)
+    plan = plan_profile(
+        pipe, model, steps=steps, samples=samples, prompts=entries, guidance_scale=guidance_scale,
+        max_interval=max_interval, batch_size=batch_size, seed=seed,
+    )  # fmt: skip
+    console.print(
+        f"{len(plan.sites)} sites, {steps} steps, {samples} generations in {len(plan.groups)} pass(es): "
+        f"{plan.extra_bytes / 2**20:.0f} MiB of extra memory, about {plan.disk_bytes / 2**20:.1f} MiB on disk, "
+        f"about {duration(plan.seconds)}"
+    )
+    with progress(console, "profile") as on_progress:
+        found = run_profile(pipe, plan, output, force=force, on_progress=on_progress)
+    taken = found.manifest["measured"]
+    size = sum(f.stat().st_size for f in output.iterdir())
+    console.print(
+        f"Took {duration(taken['seconds'])}, {taken['time_over_plain']:.2f}x plain sampling. "
+        f"Wrote {output}/ ({size / 2**20:.2f} MiB)"
+    )
+    say_next(console, f"sodaprof compile {output} --budget 2.0x -o schedule.json")
+
+
+def inspect(
+    model: Model,
+    steps: Steps = 50,
+    output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")] = None,
+    guidance_scale: Scale = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Show a model's sites, shapes, FLOPs, and what can be pruned; write what compilers need that takes no sampling."""
+    from ..files import refuse_existing
+
+    if output is not None:
+        refuse_existing(output, force)
+    from ..cost import save_cost
+    from ..models.discover import inspect_pipeline
+    from ..models.flops import count_flops
+    from ..models.load import default_guidance, load_pipeline
+    from ..profiler.run import write_inspection
+    from ..report.results import inspection_view
+
+    pipe = load_pipeline(model, dtype, device)
+    scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
+    found, sampler, step = inspect_pipeline(pipe, model, steps, scale)
+    cost = count_flops(pipe, found, step)
+    console = make_console(stderr=as_json)
+    if as_json:
+        print(json.dumps({"model": found.to_json(), "sampler": sampler.to_json(), "cost": cost.to_json()}))
+    else:
+        console.print(inspection_view(found, sampler, cost))
+    if output is not None:
+        write_inspection(output, found, sampler)
+        save_cost(cost, output / "cost.flops.json", force=True)
+        console.print(f"Wrote {output}/")
+        say_next(console, f"sodaprof compile {output} --policy fora --budget 2.0x -o fora.json")
+    elif not as_json:
+        say_next(console, f"sodaprof profile {model} -o profile")
+
+
+def run(
+    model: Model,
+    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Picture to write.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; may be repeated.")] = None,
+    label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture, the next counts on.")] = 0,
+    guidance_scale: Scale = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    force: Force = False,
+) -> None:
+    """Make pictures with a schedule, and say what was planned and executed."""
+    from ..files import refuse_existing
+    from ..schedule import load_schedule
+
+    refuse_existing(output, force)
+    entries: list[int | str] = [*(prompt or []), *(label or [])]
+    if not entries:
+        raise SodaprofError("Nothing to draw. Give --label N or --prompt TEXT, once or more.")
+    loaded = load_schedule(schedule)
+    from ..models.load import call, load_pipeline, pictures_of
+    from ..report.pictures import save_picture, save_side_by_side
+    from ..runtime.attach import apply
+
+    console = make_console()
+    pipe = load_pipeline(model, dtype, device)
+    pipe.set_progress_bar_config(disable=not console.is_terminal)
+    scale = loaded.sampler.guidance_scale if guidance_scale is None else guidance_scale
+    with apply(pipe, loaded) as handle:
+        pictures = pictures_of(call(pipe, entries, [seed + i for i in range(len(entries))], loaded.steps, scale))
+    if len(pictures) == 1:
+        save_picture(pictures[0], output, force=force)
+    else:
+        names = {f"{e} (seed {seed + i})": pictures[i : i + 1] for i, e in enumerate(entries)}
+        save_side_by_side(names, output, force=force)
+    console.print(str(handle.report()), highlight=False)
+    console.print(f"Wrote {output}")
+    say_next(console, f"sodaprof eval {model} {schedule}")
+
+
+def evaluate_(
+    model: Model,
+    schedules: Annotated[list[Path], typer.Argument(metavar="FILE...", help="One schedule or more.")],
+    samples: Annotated[int, typer.Option(help="Held-out seeds.")] = 64,
+    seed: Annotated[int, typer.Option(help="First of them; must keep clear of the profile's.")] = 1_000_000,
+    prompts: Prompts = None,
+    guidance_scale: Scale = None,
+    batch_size: Batch = 16,
+    dtype: Dtype = None,
+    device: Device = None,
+    controls: Annotated[bool, typer.Option(help="FORA and fewer sampler steps at the same cost.")] = True,
+    picture: Annotated[Path | None, typer.Option(help="Write the first pictures side by side.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Add the result to the schedules' `measured`.")] = False,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compare pictures with and without schedules on the same seeds, beside FORA and fewer steps at the same cost."""
+    from dataclasses import replace
+
+    from ..files import refuse_existing, write_json
+    from ..schedule import load_schedule
+
+    for path in (picture, output):
+        if path is not None:
+            refuse_existing(path, force)
+    loaded = [load_schedule(path) for path in schedules]
+    from ..evaluation import evaluate, measured_record
+    from ..models.load import load_pipeline, read_prompts
+    from ..report.pictures import save_side_by_side
+    from ..report.results import evaluation_view
+
+    console = make_console(stderr=as_json)
+    pipe = load_pipeline(model, dtype, device)
+    with progress(console, "eval") as on_progress:
+        result = evaluate(
+            pipe, loaded, samples=samples, seed=seed, prompts=None if prompts is None else read_prompts(prompts),
+            batch_size=batch_size, guidance_scale=guidance_scale, controls=controls, on_progress=on_progress,
+            names=_names(schedules, loaded),
+        )  # fmt: skip
+    pictures = result.pop("pictures")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        console.print(evaluation_view(result))
+    if output is not None:
+        write_json(output, result, force=force)
+        console.print(f"Wrote {output}")
+    if picture is not None:
+        save_side_by_side(pictures, picture, force=force)
+        console.print(f"Wrote {picture}")
+    if record:
+        for path, schedule, row in zip(schedules, loaded, result["rows"], strict=False):
+            new = replace(schedule, measured=(*schedule.measured, measured_record(result, row)))
+            new.save(path, force=True)
+            console.print(f"Recorded in {path}")
+    if output is not None or picture is not None or record:
+        say_next(console, f"sodaprof show {schedules[0]}")
+
+
+def _names(paths: list[Path], loaded: list[Any]) -> list[str]:
+    """Names the schedules by policy, by file where that is ambiguous."""
+    policies = [schedule.policy["name"] for schedule in loaded]
+    return [p if policies.count(p) == 1 else path.stem for p, path in zip(policies, paths, strict=True)]

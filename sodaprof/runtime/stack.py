@@ -1,0 +1,104 @@
+"""The `stack` row at work: steps whose blocks are skipped, the hidden state before the final norm forecast instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..models.clock import Moment
+from ..models.discover import hidden_states
+from ..schedule import Plan
+from .actions import last_uses, weighted
+
+
+@dataclass
+class _Store:
+    """What is remembered on one guidance branch."""
+
+    entry: torch.Tensor | None = None  # this step's input of the first block, the patch embedding
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)  # source step -> output of the last block
+    drift: dict[int, torch.Tensor] = field(default_factory=dict)  # source step -> that less the input of the first
+
+
+class StackRow:
+    """A stack row with S cells at work."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.row = plan.stack
+        self.blocks = list(dict.fromkeys(block_of(site) for site in plan.rows))  # in execution order
+        steps = [t for t, action in enumerate(self.row) if action == "S"]
+        self.cells = dict(zip(steps, plan.stack_forecasts, strict=True))
+        self.last_use, self.drop_at = last_uses({t: cell.sources for t, cell in self.cells.items()})
+        self.forms = {form: {s for c in self.cells.values() if c.form == form for s in c.sources}
+                      for form in ("output", "drift")}  # fmt: skip
+        # an S step runs the blocks that hold a C cell, for the caches of these
+        self.runs = {(block_of(site), t) for site, row in plan.rows.items() for t in steps if row[t] == "C"}
+        self.untouched = {t: sum(row[t] == "-" for row in plan.rows.values()) for t in steps}
+        self.stores: dict[int, _Store] = {}
+
+    def reset(self) -> None:
+        self.stores.clear()
+
+    def run(
+        self, block: str, moment: Moment, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Returns the block's output: computed at a running step, its input or the forecast at a skipped one."""
+        step, skips = moment.step, self.row[moment.step] == "S"
+        store = self.stores.setdefault(moment.branch, _Store())
+        if block == self.blocks[0]:
+            store.entry = hidden_states(args, kwargs)
+        idle = skips and (block, step) not in self.runs
+        out = hidden_states(args, kwargs) if idle else forward(*args, **kwargs)
+        if not torch.is_tensor(out):
+            raise UnsupportedModelError(
+                f"Block {block} returns a {type(out).__name__}; this release skips stacks whose blocks hand on one "
+                "tensor. Compile with --policy soda."
+            )
+        if block != self.blocks[-1]:
+            return out
+        if skips:
+            if moment.branch == 0:
+                moment.executed["-"] += self.untouched[step]
+            out = self._forecast(store, step)
+        else:
+            if step in self.forms["output"]:
+                store.hidden[step] = out
+            if step in self.forms["drift"]:
+                assert store.entry is not None  # the first block ran before
+                store.drift[step] = out - store.entry
+        store.entry = None
+        return out
+
+    def _forecast(self, store: _Store, step: int) -> torch.Tensor:
+        cell = self.cells[step]
+        kept = store.hidden if cell.form == "output" else store.drift
+        total = weighted([kept[source] for source in cell.sources], cell.weights)
+        for source in self.drop_at.get(step, ()):
+            store.hidden.pop(source, None)
+            store.drift.pop(source, None)
+        if cell.form == "output":
+            return total
+        assert store.entry is not None
+        return store.entry + total
+
+
+def block_of(site: str) -> str:
+    """Returns the path of the block that holds the site."""
+    return ".".join(site.split(".")[:2])
+
+
+class BlockHook(ModelHook):  # type: ignore[misc]
+    """The diffusers hook on a block of a schedule that skips stacks."""
+
+    def __init__(self, stack: StackRow, block: str, moment: Moment) -> None:
+        super().__init__()
+        self.stack, self.block, self.moment = stack, block, moment
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self.stack.run(self.block, self.moment, self.fn_ref.original_forward, args, kwargs)
