@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test check format schedules train clean
+.PHONY: demo test check format schedules released train clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -46,6 +46,12 @@ schedules: .venv/ready
 	  || exit 1; done; done
 	$(BIN)/sodaprof eval tiny-dit schedules/tiny-dit/*.json --samples 64 --record --force \
 	  -o $(RESULTS)/tiny-dit.json --picture $(RESULTS)/tiny-dit.png
+
+# Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
+released: .venv/ready
+	$(BIN)/python -m sodaprof.models.published build/published
+	for m in $$(ls build/published); do for p in toca duca; do mkdir -p schedules/$$m && \
+	  $(BIN)/sodaprof compile build/published/$$m --policy $$p -o schedules/$$m/$$p.json --force || exit 1; done; done
 
 # Makes the weights of tiny-dit again (hours on a CPU, minutes on a GPU).
 train: .venv/ready

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import FormatError
-from .files import checked, digest, exact_keys, header, read_json
+from .files import checked, digest, exact_keys, header, read_json, write_json
 from .sites import Model, Sampler, model_from_json, sampler_from_json
 
 FORMAT, VERSION = "sodaprof.profile", 1
@@ -165,3 +165,9 @@ def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.nda
         if data[column].null_count:
             raise FormatError(f"{path}: column {column} has empty cells. Profile again with --force.")
     return arrays
+
+
+def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:
+    """Writes the parts of a profile folder that tell the sites and the sampler."""
+    write_json(folder / "model.json", model.to_json(), force=True)
+    write_json(folder / "sampler.json", sampler.to_json(), force=True)

@@ -154,7 +154,9 @@ CASES = {
 }
 
 
-def compiled(case: Case, network: torch.nn.Module, call: dict[str, Any], folder: Any, make_cost: Any) -> Schedule:
+def compiled(
+    case: Case, network: Any, call: dict[str, Any], folder: Any, make_cost: Any, form: str = "halves"
+) -> Schedule:
     """Returns the schedule that the case's knobs compile to, by way of an inspection folder."""
     pipe = SimpleNamespace(components={"transformer": network})
     with torch.no_grad():
@@ -165,7 +167,7 @@ def compiled(case: Case, network: torch.nn.Module, call: dict[str, Any], folder:
     model = Model("tiny", "Pipeline", {"transformer": transformer}, shape)
     scheduler = Scheduler()
     scheduler.set_timesteps(case.steps)
-    sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), "halves", 4.0)
+    sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), form, 4.0)
     write_json(folder / "model.json", model.to_json())
     write_json(folder / "sampler.json", sampler.to_json())
     save_cost(make_cost(model), folder / "cost.flops.json")
@@ -248,3 +250,52 @@ def test_the_reference_computes_the_network_where_all_steps_are_full(family):
     with torch.no_grad():
         for call, out in zip(calls, trace.outputs, strict=True):
             assert error(network(**call).sample.double(), out) < (1e-7 if family == "opensora" else 1e-13)
+
+
+def test_branches_in_calls_of_their_own(tmp_path, make_cost):
+    """Where the halves share nothing, one call each does what both in one batch do."""
+    case = CASES["dit-duca-50"]
+    torch.manual_seed(3)
+    network = sharpened(dit(case.layers))
+    pipe = SimpleNamespace(components={"transformer": network}, scheduler=Scheduler())
+    pipe.scheduler.set_timesteps(case.steps)
+    calls = calls_of("dit", pipe.scheduler.timesteps)
+    trace = recompute(network, calls, case.settings)
+
+    halves = [[{k: v[i * SAMPLES : (i + 1) * SAMPLES] for k, v in call.items()} for i in (0, 1)] for call in calls]
+    schedule = compiled(case, network, halves[0][0], tmp_path, make_cost, "passes")
+    with torch.no_grad(), sodaprof.apply(pipe, schedule) as handle:
+        pipe.scheduler.set_timesteps(case.steps)
+        for step, t in enumerate(pipe.scheduler.timesteps):
+            for i, half in enumerate(halves[step]):
+                here = slice(i * SAMPLES, (i + 1) * SAMPLES)
+                out = network(**half).sample
+                check_tokens(step, handle.rows, {key: index[here] for key, index in trace.selected[step].items()})
+                assert error(out, trace.outputs[step][here]) < 1e-12, (step, i)
+            pipe.scheduler.step(out, t, half["hidden_states"])
+        assert handle.report().executed == handle.report().planned
+
+
+@torch.no_grad()
+def test_random_tokens_are_the_same_in_all_samples_and_runs(tmp_path, make_cost):
+    case = Case("dit", 20, 2, Settings("toca", 3, 0.1, "random", "ddim50"), {"R": 0.1, "score": "random"})
+    torch.manual_seed(4)
+    network = sharpened(dit(case.layers))
+    pipe = SimpleNamespace(components={"transformer": network}, scheduler=Scheduler())
+    pipe.scheduler.set_timesteps(case.steps)
+    calls = calls_of("dit", pipe.scheduler.timesteps)
+    schedule = compiled(case, network, calls[0], tmp_path, make_cost)
+    runs: list[list[torch.Tensor]] = []
+    with sodaprof.apply(pipe, schedule) as handle:
+        for _ in range(2):
+            runs.append([])
+            pipe.scheduler.set_timesteps(case.steps)
+            for t, call in zip(pipe.scheduler.timesteps, calls, strict=True):
+                out = network(**call).sample
+                runs[-1] += [row.selected.clone() for row in handle.rows if row.selected is not None]
+                pipe.scheduler.step(out, t, call["hidden_states"])
+    first, second = runs
+    assert len(first) > 10
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert all(torch.equal(index, index[:1].expand_as(index)) for index in first)
+    assert len({tuple(index[0].tolist()) for index in first}) == len(first)  # other ones at each site and step

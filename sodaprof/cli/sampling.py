@@ -90,7 +90,7 @@ def inspect(
     from ..models.discover import inspect_pipeline
     from ..models.flops import count_flops
     from ..models.load import default_guidance, load_pipeline
-    from ..profiler.run import write_inspection
+    from ..profiles import write_inspection
     from ..report.results import inspection_view
 
     pipe = load_pipeline(model, dtype, device)

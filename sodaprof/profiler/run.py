@@ -18,8 +18,7 @@ from ..errors import FormatError
 from ..files import digest, read_json, refuse_existing, write_json
 from ..models.flops import count_flops
 from ..models.load import call
-from ..profiles import Profile, load_profile
-from ..sites import Model, Sampler
+from ..profiles import Profile, load_profile, write_inspection
 from ..version import __version__
 from .plan import RATES, ProfilePlan, plan_profile
 from .statistics import Statistics
@@ -120,8 +119,3 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list
     save_cost(count_flops(pipe, plan.model, plan.step), work / "cost.flops.json", force=True)
     write_json(work / "request.json", {"digest": mark, "groups": plan.groups})
     return plan.groups
-
-
-def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:
-    write_json(folder / "model.json", model.to_json(), force=True)
-    write_json(folder / "sampler.json", sampler.to_json(), force=True)

@@ -21,8 +21,8 @@ def feature_mean(cache: Tensor) -> Tensor:
 
 def random_scores(seed: int, site: str, step: int, tokens: int) -> Tensor:
     """Returns scores [1, N] uniform in [0, 1), the same for all samples, so that none depends on its batch."""
-    key = zlib.crc32(f"{site}@{step}".encode())
-    return torch.rand(1, tokens, generator=torch.Generator().manual_seed((seed << 32) + key))
+    key = zlib.crc32(f"{seed}:{site}@{step}".encode())  # torch looks at 32 bits of a seed
+    return torch.rand(1, tokens, generator=torch.Generator().manual_seed(key))
 
 
 def attention_received(weights: Tensor) -> Tensor:
