@@ -41,10 +41,10 @@ format: .venv/ready
 RESULTS := docs/results
 schedules: .venv/ready
 	$(BIN)/sodaprof profile tiny-dit -o schedules/tiny-dit/profile --samples 100 --force
-	for b in 2.0x 2.5x; do for p in soda fora; do \
-	  $(BIN)/sodaprof compile schedules/tiny-dit/profile --policy $$p --budget $$b -o schedules/tiny-dit/$$p-$$b.json --force \
-	  || exit 1; done; done
-	$(BIN)/sodaprof eval tiny-dit schedules/tiny-dit/*.json --samples 64 --record --force \
+	for b in 2.0x 2.5x 3.5x; do for p in "soda" "fora" "toca --fit tiny-dit" "duca --fit tiny-dit"; do \
+	  $(BIN)/sodaprof compile schedules/tiny-dit/profile --policy $$p --budget $$b \
+	  -o schedules/tiny-dit/$${p%% *}-$$b.json --force || exit 1; done; done
+	$(BIN)/sodaprof eval tiny-dit schedules/tiny-dit/*.json --samples 128 --record --force \
 	  -o $(RESULTS)/tiny-dit.json --picture $(RESULTS)/tiny-dit.png
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.

@@ -296,8 +296,11 @@ def _calibration_seeds(schedules: Sequence[Schedule]) -> range:
 
 def _describe(schedule: Schedule) -> str:
     plan = next(iter(schedule.transformers.values()))
-    pruned = schedule.counts()["P"]
-    return f"{len(plan.anchors())} anchors" + (f", {pruned} pruned cells" if pruned else "")
+    pruned, skipped = schedule.counts()["P"], plan.stack.count("S")
+    parts = [f"{len(plan.anchors())} anchors"]
+    parts += [f"{pruned} pruned cells"] if pruned else []
+    parts += [f"{skipped} skipped steps"] if skipped else []
+    return ", ".join(parts)
 
 
 def _notes(samples: int, classifier: Any, candidates: Any, controls: bool) -> list[str]:

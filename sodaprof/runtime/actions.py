@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
@@ -23,6 +23,26 @@ from .tokens import base_score, feature_mean, random_scores, top, with_age, with
 Output = Any  # a tensor [B, N, D], or the tuple of tensors that a joint attention returns
 
 
+class Given(NamedTuple):
+    """What a cell reads of what was kept; None where it reads nothing of the kind."""
+
+    cache: Output = None
+    sources: tuple[Output, ...] | None = None  # of a forecast, in its order
+    age: torch.Tensor | None = None  # fp32 [B, N] or [1, N], when it was last written
+    statistic: torch.Tensor | None = None  # of its own attention, whose fresh rows it replaces
+    scored: torch.Tensor | None = None  # of the attention that its tokens are scored by; random scores [1, N]
+
+
+class Made(NamedTuple):
+    """What a cell leaves: its output, and what is to be kept."""
+
+    out: Output
+    cache: Output = None
+    age: torch.Tensor | None = None
+    statistic: torch.Tensor | None = None
+    selected: torch.Tensor | None = None  # int64 [B, k] the tokens recomputed, if neither none nor all
+
+
 @dataclass
 class _Store:
     """What one site remembers on one guidance branch."""
@@ -30,12 +50,14 @@ class _Store:
     cache: Output = None
     sources: dict[int, Output] = field(default_factory=dict)
     statistic: torch.Tensor | None = None  # [B', N] of its latest attention, for the token rule
-    age: torch.Tensor | None = None  # [B, N] fp32 at step `aged`, None: 0
-    aged: int = 0
+    age: torch.Tensor | None = None  # [B, N] fp32 right after its latest P cell, None: 0, after a C cell
 
 
 class SiteRow:
-    """One row of the schedule at work: what its site does at each step, and what it must remember for later."""
+    """One row of the schedule at work: what its site does at each step, and what it must remember for later.
+
+    `read`, `act` and `write` are a cell's three parts; `act` is a pure function of tensors, which can be traced.
+    """
 
     def __init__(self, plan: Plan, key: str, module: nn.Module, attends: bool, rule: TokenRule | None) -> None:
         self.key, self.attends, self.rule = key, attends, rule
@@ -48,12 +70,11 @@ class SiteRow:
         self.last_use, self.drop_at = last_uses({t: f.sources for t, f in enumerate(self.forecasts) if f})
         # a cache is only written where R or P reads it before the next C
         self.keeps = [next((a for a in self.row[t + 1 :] if a in "CRP"), "C") != "C" for t in range(len(self.row))]
+        self.passed = [self._passed(t) if self._chooses(t) else 0 for t in range(len(self.row))]
         self.observed: frozenset[int] = frozenset()  # steps at which its attention is looked at
         self.source: SiteRow | None = None  # whose attention its own tokens are scored by
         self.raster: tuple[int, int] | None = None  # of its tokens, for a local bonus
-        self.selected: torch.Tensor | None = (
-            None  # [B, k] the tokens recomputed at the latest call, if not by all or none
-        )
+        self.selected: torch.Tensor | None = None  # Made.selected of the latest call
         self.stores: dict[int, _Store] = {}
 
     def reset(self) -> None:
@@ -64,102 +85,124 @@ class SiteRow:
         self, moment: Moment, forward: Callable[..., Output], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Output:
         """Returns the module's output at this moment, computed or not as the row says."""
+        made = self.act(moment.step, self.read(moment), forward, args, kwargs)
+        self.write(moment, made)
+        return made.out
+
+    def read(self, moment: Moment) -> Given:
+        """Returns what the cell of this moment needs of what was kept."""
         step, action = moment.step, self.row[moment.step]
-        self.selected = None
-        if action == "-":  # in a block that runs for the caches of other sites: nobody reads this
-            return hidden_states(args, kwargs)
+        if action in "C-":
+            return Given()
         store = self.stores.setdefault(moment.branch, _Store())
-        if moment.branch == 0:
-            moment.executed[action] += 1
-        if action == "C":
-            out = self._compute(store, step, forward, args, kwargs)
-            self._check_tokens(out)
-            store.cache = out if self.keeps[step] else None
-            if step in self.last_use:
-                store.sources[step] = out
-            return out
-        if action == "F":
-            return self._forecast(store, step)
-        if store.cache is None:
+        cell = self.forecasts[step]
+        if (store.cache is None) if cell is None else any(source not in store.sources for source in cell.sources):
             raise MismatchError(
                 f"{self.key} has nothing cached at step {step} on branch {moment.branch}: the pipeline skipped earlier "
                 "calls of its transformer. Profile this way of calling it, or remove() the schedule."
             )
-        if action == "P" and self.k[step]:
-            store.cache = self._prune(store, moment, forward, args, kwargs)
-        return store.cache
+        if cell is not None:
+            return Given(sources=tuple(store.sources[source] for source in cell.sources))
+        if not self._chooses(step):
+            return Given(store.cache)
+        scored = None
+        if self.source is not None:
+            scored = self.source.stores[moment.branch].statistic
+        elif self.rule is not None and self.rule.base == "random":
+            scored = random_scores(self.rule.seed, self.key, step, self.tokens).to(store.cache.device)
+        return Given(store.cache, None, store.age, store.statistic if step in self.observed else None, scored)
 
-    def _compute(
-        self, store: _Store, step: int, forward: Callable[..., Output], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Output:
-        """Returns the module's output for all tokens, which are thereby of age 0."""
-        store.age, store.aged = None, step
-        if step not in self.observed:
-            return forward(*args, **kwargs)
-        assert self.rule is not None
-        out, store.statistic = observed(self.key, self.rule, forward, args, kwargs)
-        return out
+    def act(
+        self, step: int, given: Given, forward: Callable[..., Output], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Made:
+        """Returns the output of the cell at `step`, and what it leaves, from what it is given and the module's forward."""
+        action = self.row[step]
+        if action == "-":  # in a block that runs for the caches of other sites: nobody reads this
+            return Made(hidden_states(args, kwargs))
+        if action == "F":
+            cell = self.forecasts[step]
+            assert cell is not None  # verify() matched F cells and forecasts
+            assert given.sources is not None
+            return Made(forecast(given.sources, cell.weights))
+        if action == "R" or (action == "P" and not self.k[step]):
+            return Made(given.cache)
+        if action == "P" and self._chooses(step):
+            return self._prune(step, given, forward, args, kwargs)
+        statistic = None
+        if step in self.observed:
+            assert self.rule is not None
+            out, statistic = observed(self.key, self.rule, forward, args, kwargs)
+        else:
+            out = forward(*args, **kwargs)
+        self._check_tokens(out)
+        return Made(out, out, None, statistic)
 
-    def _forecast(self, store: _Store, step: int) -> Output:
-        cell = self.forecasts[step]
-        assert cell is not None  # verify() matched F cells and forecasts
-        outputs = [store.sources[source] for source in cell.sources]
+    def write(self, moment: Moment, made: Made) -> None:
+        """Keeps what later cells need, forgets what none does, counts the cell."""
+        step, action = moment.step, self.row[moment.step]
+        self.selected = made.selected
+        if action == "-":
+            return
+        if moment.branch == 0:
+            moment.executed[action] += 1
+        store = self.stores.setdefault(moment.branch, _Store())
         for source in self.drop_at.get(step, ()):
             del store.sources[source]
-        if isinstance(outputs[0], tuple):
-            return tuple(weighted(parts, cell.weights) for parts in zip(*outputs, strict=True))
-        return weighted(outputs, cell.weights)
+        if action == "C" or (action == "P" and self.k[step]):
+            store.cache = made.cache if self.keeps[step] else None
+            store.age = made.age
+            if made.statistic is not None:
+                store.statistic = made.statistic
+            if step in self.last_use:
+                store.sources[step] = made.out
+
+    def cell(self, step: int) -> tuple[Any, ...]:
+        """Returns all of the step that `act` depends on: where it is equal, `act` does the same to the same tensors."""
+        cell = self.forecasts[step]
+        weights = cell.weights if cell else ()
+        return self.row[step], self.k[step], weights, step in self.observed, self.passed[step]
+
+    def _chooses(self, step: int) -> bool:
+        return self.row[step] == "P" and 0 < self.k[step] < self.tokens
 
     def _prune(
-        self,
-        store: _Store,
-        moment: Moment,
-        forward: Callable[..., Output],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> torch.Tensor:
+        self, step: int, given: Given, forward: Callable[..., Output], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Made:
         """Returns the cache with k tokens recomputed, and keeps the books of the token rule."""
-        step, cache = moment.step, store.cache
-        if self.k[step] == self.tokens:
-            out: torch.Tensor = self._compute(store, step, forward, args, kwargs)
-            return out
-        assert self.rule is not None  # verify() wants a rule where there are P cells
-        age = self._age(store, step, cache)
-        index = self.selected = top(self._score(store, moment, age), self.k[step]).expand(cache.shape[0], -1)
-        store.age, store.aged = (age + 1).expand(cache.shape[:2]).scatter(1, index, 0.0), step
+        cache = given.cache
+        passed = float(self.passed[step])
+        age = torch.full((1, self.tokens), passed, device=cache.device) if given.age is None else given.age + passed
+        index = top(self._score(given, age), self.k[step]).expand(cache.shape[0], -1)
         some_args, some_kwargs = with_rows(self.attends, args, kwargs, index)
+        statistic = given.statistic
         if step in self.observed:
-            rows, some = observed(self.key, self.rule, forward, some_args, some_kwargs)
-            assert store.statistic is not None  # taken at the C step before: observed_steps()
-            store.statistic = store.statistic.scatter(1, index, some)
+            assert self.rule is not None
+            assert statistic is not None  # taken at the C step before: observed_steps()
+            rows, fresh = observed(self.key, self.rule, forward, some_args, some_kwargs)
+            statistic = statistic.scatter(1, index, fresh)
         else:
             rows = forward(*some_args, **some_kwargs)
         # out of place: a forecast may still hold the same tensor as a source
-        return cache.scatter(1, index[..., None].expand(-1, -1, cache.shape[2]), rows.to(cache.dtype))
+        out = cache.scatter(1, index[..., None].expand(-1, -1, cache.shape[2]), rows.to(cache.dtype))
+        age = (age + 1).expand(cache.shape[:2]).scatter(1, index, 0.0)
+        return Made(out, out, age, statistic, index)
 
-    def _age(self, store: _Store, step: int, cache: torch.Tensor) -> torch.Tensor:
-        """Returns the tokens' ages before this step, fp32 [B, N] or [1, N]: steps at which they were not computed."""
-        passed = self.row.count("R", store.aged + 1, step) + self.row.count("P", store.aged + 1, step)
-        passed += self.row.count("F", store.aged + 1, step)
-        if store.age is None:
-            return torch.full((1, cache.shape[1]), float(passed), device=cache.device)
-        return store.age + passed
+    def _passed(self, step: int) -> int:
+        """Returns at how many steps since it last computed tokens all ages grew by 1: untouched cells do not count."""
+        latest = max(t for t in range(step) if self.row[t] == "C" or (self.row[t] == "P" and self.k[t]))
+        return sum(self.row[t] in "RPF" for t in range(latest + 1, step))
 
-    def _score(self, store: _Store, moment: Moment, age: torch.Tensor) -> torch.Tensor:
+    def _score(self, given: Given, age: torch.Tensor) -> torch.Tensor:
         """Returns the scores [B, N] or [1, N] of the token rule."""
-        rule, cache = self.rule, store.cache
-        assert rule is not None
+        rule, scored = self.rule, given.scored
+        assert rule is not None  # verify() wants a rule where there are P cells
         if rule.base == "feature_mean":
-            score = feature_mean(cache)
-        elif rule.base == "random":
-            score = random_scores(rule.seed, self.key, moment.step, self.tokens).to(cache.device)
+            score = feature_mean(given.cache)
         else:
-            assert self.source is not None  # verify() wants one
-            values = self.source.stores[moment.branch].statistic
-            assert values is not None  # taken at its first step, where all sites compute
-            if self.source.by_sample is not None:
-                values = self.source.by_sample(values, cache.shape[0])
-            score = base_score(rule, values)
+            assert scored is not None  # taken at its first step, where all sites compute
+            if self.source is not None and self.source.by_sample is not None:
+                scored = self.source.by_sample(scored, given.cache.shape[0])
+            score = scored if rule.base == "random" else base_score(rule, scored)
         if rule.age_weight:
             score = with_age(rule, score, age)
         if rule.bonus:
@@ -185,6 +228,13 @@ def last_uses(cells: dict[int, tuple[int, ...]]) -> tuple[dict[int, int], dict[i
     for source, step in last.items():
         drop_at.setdefault(step, []).append(source)
     return last, drop_at
+
+
+def forecast(outputs: tuple[Output, ...], weights: tuple[float, ...]) -> Output:
+    """Returns the weighted sum of module outputs, which may be tuples of tensors."""
+    if isinstance(outputs[0], tuple):
+        return tuple(weighted(parts, weights) for parts in zip(*outputs, strict=True))
+    return weighted(outputs, weights)
 
 
 def weighted(outputs: Any, weights: tuple[float, ...]) -> torch.Tensor:
