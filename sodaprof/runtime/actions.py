@@ -74,6 +74,7 @@ class SiteRow:
         self.observed: frozenset[int] = frozenset()  # steps at which its attention is looked at
         self.source: SiteRow | None = None  # whose attention its own tokens are scored by
         self.raster: tuple[int, int] | None = None  # of its tokens, for a local bonus
+        self.tracer: Any = None  # runs the cells instead while the block is traced
         self.selected: torch.Tensor | None = None  # Made.selected of the latest call
         self.stores: dict[int, _Store] = {}
 
@@ -261,4 +262,7 @@ class SiteHook(ModelHook):  # type: ignore[misc]
                 f"{self.rows[0].key} is called {self.call + 1} times in one forward pass, the schedule has "
                 f"{len(self.rows)} rows for it. Profile again: sodaprof profile MODEL -o DIR --force"
             )
-        return self.rows[self.call].run(self.moment, self.fn_ref.original_forward, args, kwargs)
+        row = self.rows[self.call]
+        if row.tracer is not None:
+            return row.tracer.run(row, self.fn_ref.original_forward, args, kwargs)
+        return row.run(self.moment, self.fn_ref.original_forward, args, kwargs)

@@ -18,7 +18,8 @@ from ..models.load import transformers_of
 from ..schedule import Plan, Schedule, load_schedule
 from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
-from .stack import BlockHook, StackRow
+from .lower import LoweredBlock, Program
+from .stack import BlockHook, StackRow, block_of
 
 HOOK = "sodaprof"
 
@@ -43,12 +44,14 @@ class Report:
 class Handle:
     """A schedule on a pipeline. A context manager; `remove()` takes it off, bit for bit as it was before."""
 
-    def __init__(self, pipe: Any, schedule: Schedule) -> None:
-        self.pipe, self.schedule = pipe, schedule
+    def __init__(self, pipe: Any, schedule: Schedule, lower: bool) -> None:
+        self.pipe, self.schedule, self.lowered = pipe, schedule, lower
+        self.blocks: list[LoweredBlock] = []
+        self.programs: dict[Any, Program] = {}
         self.moment = Moment()
         self.rows: list[SiteRow] = []
         self.stacks: list[StackRow] = []
-        self._hooked: list[Any] = []
+        self._hooked: list[tuple[Any, str]] = []
         self._complete = False
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self._attached = False
@@ -59,9 +62,12 @@ class Handle:
             for name, plan in self.schedule.transformers.items():
                 transformer = self.pipe.components[name]
                 self._hook(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler))
-                for path, rows in _rows_by_module(transformer, plan, self.schedule).items():
+                modules = _rows_by_module(transformer, plan, self.schedule)
+                for path, rows in modules.items():
                     self._hook(transformer.get_submodule(path), SiteHook(rows, self.moment))
                     self.rows += rows
+                if self.lowered:
+                    self._lower(transformer, [row for rows in modules.values() for row in rows])
                 if "S" in plan.stack:
                     self.stacks.append(StackRow(plan))
                     for block in self.stacks[-1].blocks:
@@ -73,9 +79,18 @@ class Handle:
             self.remove()
             raise
 
-    def _hook(self, module: Any, hook: Any) -> None:
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, HOOK)
-        self._hooked.append(module)
+    def _lower(self, transformer: Any, all_rows: list[SiteRow]) -> None:
+        by_block: dict[str, list[SiteRow]] = {}
+        for row in all_rows:
+            by_block.setdefault(block_of(row.key), []).append(row)
+        for path, rows in by_block.items():
+            block = transformer.get_submodule(path)
+            self.blocks.append(LoweredBlock(path, block, rows, self.moment, self.programs))
+            self._hook(block, self.blocks[-1], f"{HOOK}.lowered")
+
+    def _hook(self, module: Any, hook: Any, name: str = HOOK) -> None:
+        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+        self._hooked.append((module, name))
 
     def _check_scheduler(self) -> None:
         if self.pipe.scheduler is not self.clock.scheduler:
@@ -89,6 +104,8 @@ class Handle:
             row.reset()
         for stack in self.stacks:
             stack.reset()
+        for block in self.blocks:
+            block.reset()
 
     def _start(self) -> None:
         self._reset()
@@ -117,7 +134,8 @@ class Handle:
             self.clock.detach()
             self._attached = False
         while self._hooked:
-            self._hooked.pop()._diffusers_hook.remove_hook(HOOK, recurse=False)
+            module, name = self._hooked.pop()
+            module._diffusers_hook.remove_hook(name, recurse=False)
         self._reset()
 
     def __enter__(self) -> Handle:
@@ -127,18 +145,19 @@ class Handle:
         self.remove()
 
 
-def apply(pipe: Any, schedule: Schedule | str | Path) -> Handle:
+def apply(pipe: Any, schedule: Schedule | str | Path, *, lower: bool = False) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
-    Inside, call the pipeline as ever. Raises MismatchError where the schedule does not fit the pipeline,
-    UnsupportedModelError where it holds actions that this release does not run.
+    Inside, call the pipeline as ever. lower: run each block as traced programs, without what only fed modules that are
+    not run: the same bits, faster steps, some seconds of tracing in the first run. Raises MismatchError where the
+    schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this release does not run.
     """
     if not isinstance(schedule, Schedule):
         schedule = load_schedule(schedule)
     verify(schedule)
     check_runs(schedule)
     check_fits(pipe, schedule)
-    return Handle(pipe, schedule)
+    return Handle(pipe, schedule, lower)
 
 
 def check_runs(schedule: Schedule) -> None:

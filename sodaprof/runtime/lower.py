@@ -1,0 +1,179 @@
+"""Lowering: each block traced under its cells, through the hooks of its sites, and cleaned of what nobody reads.
+
+Norms, modulation and conditioning in front of a module that is not run vanish, without a copy of any model's forward.
+A program is a function of tensors alone: parameters are inputs, so blocks that are built alike share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import fx, nn
+from torch.func import functional_call, functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..errors import UnsupportedModelError
+from ..models.clock import Moment
+from .actions import Given, Made, SiteRow
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+class Program(NamedTuple):
+    """A block under its cells: graph(*parameters, *tensors of the call) -> leaves of (output, what each site made)."""
+
+    graph: fx.GraphModule
+    made: TreeSpec
+
+
+class Tracer:
+    """Stands in for the rows' stores while a block is traced: what each site is given, and what it makes."""
+
+    def __init__(self, rows: list[SiteRow], given: list[Given], step: int) -> None:
+        self.given, self.step = {row.key: g for row, g in zip(rows, given, strict=True)}, step
+        self.made: dict[str, Made] = {}
+
+    def run(self, row: SiteRow, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = self.given[row.key]
+        source = self.made.get(row.source.key) if row.source is not None else None
+        if source is not None and source.statistic is not None:  # taken at this step, a moment ago
+            given = given._replace(scored=source.statistic)
+        made = self.made[row.key] = row.act(self.step, given, forward, args, kwargs)
+        return made.out
+
+
+class LoweredBlock(ModelHook):  # type: ignore[misc]
+    """The diffusers hook on a block that runs its programs, traced at their first use and kept in `programs`."""
+
+    def __init__(
+        self, path: str, block: nn.Module, rows: list[SiteRow], moment: Moment, programs: dict[Any, Program]
+    ) -> None:
+        super().__init__()
+        self.path, self.block, self.rows, self.moment, self.programs = path, block, rows, moment, programs
+        self.tracer: Tracer | None = None  # while a trace runs through this block's own forward
+        self.built: Any = None
+        self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
+        self.names: list[str] = []
+
+    def reset(self) -> None:
+        """Notices what was built into the block since: adapters, other processors."""
+        self.built = None
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.tracer is not None:
+            return self.fn_ref.original_forward(*args, **kwargs)
+        if self.built is None:
+            self._look()
+        given = [row.read(self.moment) for row in self.rows]
+        leaves, spec = tree_flatten((args, kwargs, given))
+        step = self.moment.step
+        key = (
+            self.built, tuple(row.cell(step) for row in self.rows), spec, tuple(_kind(leaf) for leaf in leaves),
+            torch.is_autocast_enabled(), torch.get_default_dtype(),
+        )  # fmt: skip
+        if key not in self.programs:
+            self.programs[key] = self._trace(leaves, spec, step)
+        program = self.programs[key]
+        flat = [found[name] for found, name in self.tensors]
+        flat += [leaf for leaf in leaves if torch.is_tensor(leaf)]
+        out, made = tree_unflatten(program.graph(*flat), program.made)
+        for row, one in zip(self.rows, made, strict=True):
+            row.write(self.moment, one)
+        return out
+
+    def _look(self) -> None:
+        """Notes how the block is built, and where its parameters are: read at each call, so that new weights count."""
+        self.names, self.tensors = [], []
+        for prefix, module in self.block.named_modules():
+            for found in (module._parameters, module._buffers):
+                for name, value in found.items():
+                    if value is not None:
+                        self.names.append(f"{prefix}.{name}" if prefix else name)
+                        self.tensors.append((found, name))
+        shapes = tuple(_kind(found[name]) for found, name in self.tensors)
+        sites = tuple(
+            (row.key.split(".", 2)[2], row.tokens, row.raster, row.rule,
+             None if row.source is None else row.source.key.split(".", 2)[2])
+            for row in self.rows
+        )  # fmt: skip
+        self.built = (tuple(self.names), shapes, _build(self.block), sites)
+
+    def _trace(self, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
+        constants = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+        made_spec: list[TreeSpec] = []
+
+        def run(*flat: torch.Tensor) -> list[Any]:
+            filled = list(constants)
+            for place, tensor in zip(places, flat[len(self.names) :], strict=True):
+                filled[place] = tensor
+            args, kwargs, given = tree_unflatten(filled, spec)
+            self.tracer = tracer = Tracer(self.rows, given, step)
+            for row in self.rows:
+                row.tracer = tracer
+            parameters = dict(zip(self.names, flat, strict=False))
+            out = functional_call(self.block, parameters, args, kwargs)
+            missing = [row.key for row in self.rows if row.key not in tracer.made]
+            if missing:
+                raise UnsupportedModelError(
+                    f"{missing[0]} was not called by its block. Run the schedule without lowering."
+                )
+            found, made = tree_flatten((out, [tracer.made[row.key] for row in self.rows]))
+            made_spec.append(made)
+            return found
+
+        self.moment.forward += 1  # a site's first call under the trace is its first
+        try:
+            with torch.no_grad():
+                # fake tensors: a branch on data is refused here instead of being baked into the program
+                trace = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)
+                graph = trace(*[found[name] for found, name in self.tensors], *[leaves[i] for i in places])
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever an operator says that cannot be traced
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UnsupportedModelError(
+                f"{self.path} ({type(self.block).__name__}) cannot be lowered, it depends on data or has an operator that "
+                f"cannot be traced ({type(error).__name__}: {first}). Run the schedule without lowering: apply(pipe, schedule)."
+            ) from error
+        finally:
+            self.tracer = None
+            for row in self.rows:
+                row.tracer = None
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        return Program(graph, made_spec[-1])
+
+
+def _kind(leaf: Any) -> Any:
+    """Returns what a program is bound to of an argument: all of a plain value, the looks of a tensor."""
+    if torch.is_tensor(leaf):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.stride()
+    if not isinstance(leaf, Hashable):
+        raise UnsupportedModelError(
+            f"A block is called with a {type(leaf).__name__}. Run the schedule without lowering."
+        )
+    return leaf
+
+
+def _build(block: nn.Module) -> tuple[Any, ...]:
+    """Returns how a block is built: classes and plain settings of its modules and of what these hold, layer index aside."""
+    return tuple((name, type(module), _settings(module)) for name, module in block.named_modules())
+
+
+def _settings(thing: Any) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for name, value in sorted(vars(thing).items()):
+        if name.startswith("_"):
+            continue
+        if isinstance(value, PLAIN):
+            found.append((name, value))
+        elif isinstance(value, tuple | list) and all(isinstance(v, PLAIN) for v in value):
+            found.append((name, tuple(value)))
+        elif not isinstance(value, nn.Module | torch.Tensor | dict) and hasattr(value, "__dict__"):
+            found.append((name, type(value)))
+    return tuple(found)
