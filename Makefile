@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test check format schedules released train clean
+.PHONY: demo test test-zoo check format schedules released train clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -52,6 +52,11 @@ released: .venv/ready
 	$(BIN)/python -m sodaprof.models.published build/published
 	for m in $$(ls build/published); do for p in toca duca; do mkdir -p schedules/$$m && \
 	  $(BIN)/sodaprof compile build/published/$$m --policy $$p -o schedules/$$m/$$p.json --force || exit 1; done; done
+
+# Tries discovery, runtime, FLOPs and lowering on tiny instances of diffusers' transformer classes.
+test-zoo: .venv/ready
+	$(BIN)/python -m tests.zoo_check --markdown > build/zoo.md; code=$$?; \
+	{ sed -n '1,/^<!-- table -->/p' docs/zoo.md; echo; cat build/zoo.md; } > build/zoo-page.md; cp build/zoo-page.md docs/zoo.md; exit $$code
 
 # Makes the weights of tiny-dit again (hours on a CPU, minutes on a GPU).
 train: .venv/ready

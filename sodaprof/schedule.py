@@ -48,9 +48,10 @@ class Plan:
     stack_forecasts: tuple[Forecast, ...] = ()  # one entry an S cell
 
     def tokens(self, site: str) -> int:
-        """N of the site, from the fingerprint."""
+        """N of the site, from the fingerprint: by module, by site where it is another."""
+        tokens = self.fingerprint["tokens"]
         stack, _, module = site.split("#")[0].split(".", 2)
-        return self.fingerprint["tokens"][f"{stack}.{module}"]
+        return tokens[site] if site in tokens else tokens[f"{stack}.{module}"]
 
     def kind(self, site: str) -> str | None:
         """The canonical kind of the site, from the fingerprint; None where that does not say."""

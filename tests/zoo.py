@@ -114,7 +114,7 @@ def turns(tokens: int, width: int) -> tuple[Tensor, Tensor]:
 def drawn(module: nn.Module) -> nn.Module:
     """Returns the module in eval mode with all matrices drawn anew: many are 0 at first, or left as memory was."""
     for parameter in module.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and parameter.numel():
             parameter.normal_(0, (parameter.numel() / parameter.shape[0]) ** -0.5)
         elif not parameter.isfinite().all() or not parameter.any():
             parameter.normal_(0, 0.02)
@@ -186,12 +186,12 @@ def AllegroTransformer3DModel(cls: Any) -> Made:
 def HunyuanDiT2DModel(cls: Any) -> Made:
     module = cls(  # skips from its first half to its second: there are none below 4 layers
         num_attention_heads=HEADS, attention_head_dim=HEAD, in_channels=4, patch_size=2, sample_size=8, num_layers=4,
-        hidden_size=WIDTH, cross_attention_dim=8, cross_attention_dim_t5=TEXT_WIDTH, pooled_projection_dim=8,
+        hidden_size=WIDTH, cross_attention_dim=8, cross_attention_dim_t5=16, pooled_projection_dim=8,
         text_len=TEXT, text_len_t5=TEXT,
     )  # fmt: skip
     return module, given(
         hidden_states=halves(4, 8, 8), timestep=time(), encoder_hidden_states=text(width=8), text_embedding_mask=mask(),
-        encoder_hidden_states_t5=text(), text_embedding_mask_t5=mask(), image_meta_size=torch.rand(2, 6),
+        encoder_hidden_states_t5=text(width=16), text_embedding_mask_t5=mask(), image_meta_size=torch.rand(2, 6),
         style=torch.zeros(2, dtype=torch.int64), image_rotary_emb=turns(16, HEAD),
     )  # fmt: skip
 
@@ -260,15 +260,27 @@ def ChronoEditTransformer3DModel(cls: Any) -> Made:
 
 
 @member
+def WanAnimateTransformer3DModel(cls: Any) -> Made:
+    module = cls(
+        **WAN | {"in_channels": 12}, latent_channels=4, image_dim=10, added_kv_proj_dim=24, inject_face_latents_blocks=2,
+        motion_encoder_channel_sizes={"4": 8, "8": 8, "16": 8}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=8, face_encoder_hidden_dim=16, face_encoder_num_heads=HEADS,
+    )  # fmt: skip
+    return module, wan_call() | given(
+        hidden_states=halves(12, 2, 8, 8), encoder_hidden_states_image=text(6, 10),
+        pose_hidden_states=halves(4, 1, 8, 8), face_pixel_values=halves(3, 4, 16, 16),
+    )  # fmt: skip
+
+
+@member
 def SkyReelsV2Transformer3DModel(cls: Any) -> Made:
     return cls(**WAN), wan_call()
 
 
 @member
 def AnyFlowTransformer3DModel(cls: Any) -> Made:
-    # a timestep a frame
-    times = given(timestep=torch.full((2, 2), 700.0), r_timestep=torch.full((2, 2), 500.0))
-    return cls(**WAN), wan_call() | times
+    times = torch.full((2, 2), 700.0)  # one a frame
+    return cls(**WAN), wan_call() | given(hidden_states=halves(2, 4, 8, 8), timestep=times, r_timestep=times - 200)
 
 
 @member
@@ -370,6 +382,7 @@ def LuminaNextDiT2DModel(cls: Any) -> Made:
     return module, given(
         hidden_states=halves(4, 8, 8), timestep=time(0.7), encoder_hidden_states=text(),
         encoder_mask=mask(), image_rotary_emb=embeddings.get_2d_rotary_pos_embed_lumina(HEAD, 16, 16),
+        cross_attention_kwargs={},
     )  # fmt: skip
 
 
@@ -417,6 +430,18 @@ def Kandinsky5Transformer3DModel(cls: Any) -> Made:
         hidden_states=halves(2, 8, 8, 4), encoder_hidden_states=text(), timestep=time(),
         pooled_projections=torch.randn(2, 8), visual_rope_pos=[torch.arange(n) for n in (2, 4, 4)],
         text_rope_pos=torch.arange(TEXT),
+    )  # fmt: skip
+
+
+@member
+def Kandinsky6Transformer3DModel(cls: Any) -> Made:
+    module = cls(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=TEXT_WIDTH, in_text_dim2=8, time_dim=16, model_dim=24, ff_dim=48,
+        num_text_blocks=2, num_visual_blocks=2, axes_dims=(4, 4, 4), in_audio_dim=6, out_audio_dim=6,
+    )  # fmt: skip
+    return module, given(
+        hidden_states=halves(2, 8, 8, 9), encoder_hidden_states=text(), timestep=time(),
+        pooled_projections=torch.randn(2, 8), audio_hidden_states=halves(6, 6),
     )  # fmt: skip
 
 
@@ -469,6 +494,49 @@ def NucleusMoEImageTransformer2DModel(cls: Any) -> Made:
     return module, given(
         hidden_states=halves(16, 8), img_shapes=[(1, 4, 4)] * 2, encoder_hidden_states=text(),
         encoder_hidden_states_mask=mask(dtype=torch.bool), timestep=time(0.7),
+    )  # fmt: skip
+
+
+@member
+def QwenImage21Transformer2DModel(cls: Any) -> Made:
+    module = cls(
+        in_channels=8, out_channels=8, num_layers=2, attention_head_dim=HEAD, num_attention_heads=HEADS,
+        context_in_dim=TEXT_WIDTH, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return module, given(  # the mask has one entry for a token of text, and for 2 x 2 tokens of the image
+        hidden_states=halves(16, 8), encoder_hidden_states=text(), encoder_hidden_states_mask=mask(dtype=torch.bool),
+        timestep=time(0.7), img_shapes=[[(1, 4, 4)]] * 2, img_mask=torch.tensor([[False] * TEXT + [True] * 4] * 2),
+    )  # fmt: skip
+
+
+@member
+def MiniMaxH3Transformer3DModel(cls: Any) -> Made:
+    module = cls(
+        num_attention_heads=HEADS, attention_head_dim=HEAD, hidden_size=24, num_layers=2, ffn_dim=48, in_channels=4,
+        audio_in_channels=6, text_dim=TEXT_WIDTH, freq_dim=16, time_embed_hidden_dim=16, time_embed_dim=8,
+        rope_freq_dim=2,
+    )  # fmt: skip
+    sizes = (TEXT, 16, 4)  # text, video and audio in one sequence
+    ids = torch.cat([places(TEXT), places(4, 4), places(4)])
+    first, second, third = torch.arange(sum(sizes)).split(sizes)
+    return module, given(
+        hidden_states=halves(16, 16), audio_hidden_states=halves(4, 6), encoder_hidden_states=text(),
+        timestep=time(), timestep_indices=torch.zeros(len(ids), dtype=torch.int64), position_ids=ids,
+        token_tags=torch.arange(3).repeat_interleave(torch.tensor(sizes)), text_indices=first, video_indices=second,
+        audio_indices=third,
+    )  # fmt: skip
+
+
+@member
+def BriaFibo2Transformer2DModel(cls: Any) -> Made:
+    module = cls(
+        in_channels=4, dim=24, n_layers=2, n_refiner_layers=2, n_heads=HEADS, cap_feat_dim=TEXT_WIDTH,
+        injection_layer_ids=(1,), min_num_gist_tokens=4, max_num_gist_tokens=8, gist_step=4, gist_min_text_len=4,
+        gist_max_text_len=16, axes_dims=(4, 4, 4), axes_lens=(64, 32, 32),
+    )  # fmt: skip
+    return module, given(
+        hidden_states=halves(4, 8, 8), timestep=time(0.7), encoder_hidden_states=torch.randn(2, 2, TEXT, TEXT_WIDTH),
+        encoder_attention_mask=mask(dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -614,7 +682,7 @@ def ConsisIDTransformer3DModel(cls: Any) -> Made:
     module = cls(
         **COGVIDEO, is_train_face=True, cross_attn_interval=1, cross_attn_dim_head=HEAD, cross_attn_num_heads=HEADS,
         LFE_id_dim=6, LFE_vit_dim=8, LFE_depth=2, LFE_dim_head=HEAD, LFE_num_heads=HEADS, LFE_num_id_token=2,
-        LFE_num_querie=3, LFE_output_dim=10, LFE_ff_mult=2, LFE_num_scale=2,
+        LFE_num_querie=3, LFE_output_dim=2 * WIDTH // 3, LFE_ff_mult=2, LFE_num_scale=2,
     )  # fmt: skip
     return module, cogvideo_call() | given(id_cond=torch.randn(2, 6), id_vit_hidden=[text(4, 8) for _ in range(2)])
 
@@ -632,10 +700,10 @@ def EasyAnimateTransformer3DModel(cls: Any) -> Made:
 def MochiTransformer3DModel(cls: Any) -> Made:
     module = cls(
         num_attention_heads=HEADS, attention_head_dim=HEAD, num_layers=2, pooled_projection_dim=8, in_channels=4,
-        text_embed_dim=TEXT_WIDTH, time_embed_dim=16, max_sequence_length=TEXT,
+        text_embed_dim=16, time_embed_dim=16, max_sequence_length=TEXT,
     )  # fmt: skip
     return module, given(
-        hidden_states=halves(4, 2, 8, 8), encoder_hidden_states=text(), timestep=time(),
+        hidden_states=halves(4, 2, 8, 8), encoder_hidden_states=text(width=16), timestep=time(),
         encoder_attention_mask=mask(dtype=torch.bool),
     )  # fmt: skip
 
@@ -680,9 +748,8 @@ HUNYUAN = {
 
 def hunyuan_call() -> dict[str, Any]:
     return given(
-        hidden_states=halves(4, 2, 8, 8), timestep=time(700), encoder_hidden_states=text(),
-        encoder_attention_mask=mask(),
-    )  # fmt: skip
+        hidden_states=halves(4, 2, 8, 8), timestep=time(), encoder_hidden_states=text(), encoder_attention_mask=mask()
+    )
 
 
 @member
@@ -699,10 +766,10 @@ def HunyuanVideoFramepackTransformer3DModel(cls: Any) -> Made:
     )  # fmt: skip
     return module, hunyuan_call() | given(
         pooled_projections=torch.randn(2, 8), guidance=torch.full((2,), 6000.0), image_embeds=text(3, 6),
-        indices_latents=torch.tensor([[6, 7]] * 2), latents_clean=halves(4, 2, 8, 8),
-        indices_latents_clean=torch.tensor([[0, 1]] * 2), latents_history_2x=halves(4, 2, 8, 8),
-        indices_latents_history_2x=torch.tensor([[2, 3]] * 2), latents_history_4x=halves(4, 4, 8, 8),
-        indices_latents_history_4x=torch.tensor([[2, 3, 4, 5]] * 2),
+        indices_latents=torch.tensor([6, 7]), latents_clean=halves(4, 2, 8, 8),
+        indices_latents_clean=torch.tensor([0, 1]), latents_history_2x=halves(4, 2, 8, 8),
+        indices_latents_history_2x=torch.tensor([2, 3]), latents_history_4x=halves(4, 4, 8, 8),
+        indices_latents_history_4x=torch.tensor([2, 3, 4, 5]),
     )  # fmt: skip
 
 
@@ -752,6 +819,18 @@ def JoyImageEditTransformer3DModel(cls: Any) -> Made:
         rope_dim_list=[4, 6, 6],
     )  # fmt: skip
     return module, given(hidden_states=halves(4, 2, 8, 8), timestep=time(), encoder_hidden_states=text())
+
+
+@member
+def JoyImageEditPlusTransformer3DModel(cls: Any) -> Made:
+    module = cls(
+        in_channels=4, hidden_size=WIDTH, num_attention_heads=HEADS, text_dim=TEXT_WIDTH, num_layers=2,
+        rope_dim_list=[4, 6, 6],
+    )  # fmt: skip
+    return module, given(  # cut into patches before, for pictures of several sizes
+        hidden_states=halves(20, 4, 1, 2, 2), timestep=time(), encoder_hidden_states=text(),
+        encoder_hidden_states_mask=mask(), shape_list=[[(1, 4, 4), (1, 2, 2)]] * 2,
+    )  # fmt: skip
 
 
 @member

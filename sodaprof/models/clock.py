@@ -24,6 +24,7 @@ class Moment:
     step: int = 0
     branch: int = 0
     forward: int = 0  # counts transformer calls, so that a site can tell its first call within one
+    tabled: bool = False  # this call is one that the conditioning tables were made for
     executed: Counter[str] = field(default_factory=Counter)  # cells, not calls: counted on branch 0
 
 
@@ -144,6 +145,7 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self.moment.step, self.moment.branch = self.clock.enter(hidden)
         self.moment.forward += 1
+        self.moment.tabled = False
         return args, kwargs
 
 

@@ -196,6 +196,14 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
         )
     sites: dict[str, Site] = {}
     calls: dict[str, int] = {}
+    args, kwargs = next((a, k) for n, a, k in step.calls if n == name)
+    latents = hidden_states(args, kwargs) if args or "hidden_states" in kwargs else None
+    if not torch.is_tensor(latents):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} takes its latents as {type(latents).__name__}; this release drives transformers "
+            "that are called with hidden_states, one tensor."
+        )
+    batch = latents.shape[0]
 
     def tap(path: str) -> Callable[..., Any]:
         stack, layer, part, kind, _ = found[path]
@@ -204,10 +212,10 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
             out = forward(*args, **kwargs)
             index = calls[path] = calls.get(path, -1) + 1
             first = out[0] if isinstance(out, tuple) else out
-            if first.ndim != 3:
+            if first.ndim != 3 or first.shape[0] % batch:
                 raise UnsupportedModelError(
                     f"{name}.{path} returns a tensor of shape {tuple(first.shape)}; this release schedules modules "
-                    "that return [B, N, D]."
+                    f"that return [B, N, D], B a multiple of {batch}."
                 )
             site = Site(
                 stack, layer, part, _refine(kind, out, args, kwargs), first.shape[1], first.shape[2],
@@ -218,7 +226,6 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
 
         return run
 
-    args, kwargs = next((a, k) for n, a, k in step.calls if n == name)
     with ExitStack() as stack:
         for path, (*_, part) in found.items():
             stack.enter_context(tapped(part, tap(path), "sodaprof.inspect"))
@@ -234,10 +241,11 @@ def fingerprint(module: Any, sites: Any) -> dict[str, Any]:
         values["width"] = values["heads"] * values["head_width"]
     plain = {k: list(v) if isinstance(v, list | tuple) else v for k, v in values.items() if v is not None}
     sites = tuple(sites)
-    return plain | {
-        "tokens": {f"{s.stack}.{s.module}": s.tokens for s in sites},
-        "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites},
-    }
+    tokens: dict[str, int] = {}
+    for site in sites:  # by module, and by site where a layer or a call has another number
+        if tokens.setdefault(f"{site.stack}.{site.module}", site.tokens) != site.tokens:
+            tokens[site.key] = site.tokens
+    return plain | {"tokens": tokens, "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites}}
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

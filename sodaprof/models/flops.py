@@ -1,5 +1,7 @@
 """Counts FLOPs per site and action on the meta device: no weights, no arithmetic, a multiply-add is 2.
 
+A model that cannot run there, because it looks at its data, is counted while it runs on its own device.
+
 Matrix products, convolutions and attention count, and the sums of forecasts; elementwise work does not.
 """
 
@@ -11,9 +13,10 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..cost import CostModel, SiteCost, StepCost, TransformerCost
+from ..errors import UnsupportedModelError
 from ..scores import OBSERVED
 from ..sites import Model, Site
 from .attention import listen
@@ -23,11 +26,29 @@ SOURCES = 4
 
 
 def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
-    """Returns the cost table of one generation (both guidance branches) at the shapes of the recorded step."""
+    """Returns the cost table of one generation (both guidance branches) at the shapes of the recorded step.
+
+    Raises UnsupportedModelError where torch knows no FLOPs of a site's operators, or cannot count at all.
+    """
     transformers = {}
     for name in model.transformers:
         calls = [(args, kwargs) for n, args, kwargs in step.calls if n == name]
-        transformers[name] = _count(pipe.components[name], model.transformers[name].sites, calls)
+        sites, transformer = model.transformers[name].sites, pipe.components[name]
+        try:
+            to_meta = lambda x: x.to("meta") if torch.is_tensor(x) else x  # noqa: E731
+            transformers[name] = _count(on_meta(transformer), sites, tree_map(to_meta, calls))
+        except Exception:  # each operator that needs data has an error of its own; the run below repeats any other
+            try:
+                transformers[name] = _count(transformer, sites, calls)
+            except Exception as error:
+                raise UnsupportedModelError(
+                    f"{type(transformer).__name__}: its FLOPs cannot be counted ({type(error).__name__}: {error})."
+                ) from error
+        if idle := [key for key, cost in transformers[name].sites.items() if not cost.C > 0]:
+            raise UnsupportedModelError(
+                f"{type(transformer).__name__}: torch knows no FLOPs of {idle[0]} ({len(idle)} sites), so no budget can "
+                "be kept."
+            )
     return CostModel(
         unit="flops",
         device="meta",
@@ -47,8 +68,18 @@ def on_meta(transformer: Any) -> torch.nn.Module:
     return torch.nn.Module.to(copy, device="meta", dtype=transformer.dtype).eval()
 
 
-def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
-    shell = on_meta(transformer)
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _counter() -> FlopCounterMode:
+    """Returns torch's counter, which does not know the attention of CPUs, with that added."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    )
+
+
+def _count(shell: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
     found = find_modules(shell)
     by_key = {site.key: site for site in sites}
     full: dict[str, float] = {}
@@ -69,9 +100,9 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
             first = out[0] if isinstance(out, tuple) else out
             numbers[key] = numbers.get(key, 0) + first.numel()
             if by_key[key].prunable:
-                one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device="meta")
+                one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device=first.device)
                 rows = with_rows(by_key[key].kind.endswith("attn"), args, kwargs, one)
-                with FlopCounterMode(display=False) as single:
+                with _counter() as single:
                     forward(*rows[0], **rows[1])
                 pruned[key] = pruned.get(key, 0.0) + single.get_total_flops()
                 trials += single.get_total_flops()
@@ -81,7 +112,6 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
 
         return run
 
-    to_meta = lambda x: x.to("meta") if torch.is_tensor(x) else x  # noqa: E731
     blocks_flops = 0.0
 
     def block_tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -93,7 +123,7 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
 
     paths = {site.path for site in sites}
     stacks = {path.split(".")[0] for path in paths}
-    with torch.no_grad(), ExitStack() as stack, FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), ExitStack() as stack, _counter() as counter:
         for path in paths:
             stack.enter_context(tapped(found[path][4], tap(path), "sodaprof.count"))
         for name in stacks:
@@ -101,7 +131,7 @@ def _count(transformer: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any
                 stack.enter_context(tapped(block, block_tap, "sodaprof.count"))
         for args, kwargs in calls:
             index.clear()
-            shell(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+            shell(*args, **kwargs)
         total = counter.get_total_flops() - trials
     last_hidden = numbers[sites[-1].key]
     costs = {}

@@ -20,6 +20,7 @@ from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
 from .lower import LoweredBlock, Program
 from .stack import BlockHook, StackRow, block_of
+from .tables import Tables
 
 HOOK = "sodaprof"
 
@@ -44,8 +45,9 @@ class Report:
 class Handle:
     """A schedule on a pipeline. A context manager; `remove()` takes it off, bit for bit as it was before."""
 
-    def __init__(self, pipe: Any, schedule: Schedule, lower: bool) -> None:
-        self.pipe, self.schedule, self.lowered = pipe, schedule, lower
+    def __init__(self, pipe: Any, schedule: Schedule, lower: bool, tables: bool) -> None:
+        self.pipe, self.schedule, self.lowered, self.tabled = pipe, schedule, lower, tables
+        self.tables: list[Tables] = []
         self.blocks: list[LoweredBlock] = []
         self.programs: dict[Any, Program] = {}
         self.moment = Moment()
@@ -61,18 +63,20 @@ class Handle:
         try:
             for name, plan in self.schedule.transformers.items():
                 transformer = self.pipe.components[name]
-                self._hook(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler))
                 modules = _rows_by_module(transformer, plan, self.schedule)
                 for path, rows in modules.items():
                     self._hook(transformer.get_submodule(path), SiteHook(rows, self.moment))
                     self.rows += rows
                 if self.lowered:
                     self._lower(transformer, [row for rows in modules.values() for row in rows])
+                # a hook stands around those registered before it: the clock's around the tables', skips around programs
+                self._hook(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler))
                 if "S" in plan.stack:
                     self.stacks.append(StackRow(plan))
-                    for block in self.stacks[-1].blocks:
-                        hook = BlockHook(self.stacks[-1], block, self.moment)
-                        self._hook(transformer.get_submodule(block), hook)
+                    lowered = {block.path: block for block in self.blocks}
+                    for path in self.stacks[-1].blocks:
+                        hook = BlockHook(self.stacks[-1], path, self.moment, lowered.get(path))
+                        self._hook(transformer.get_submodule(path), hook)
             self.clock.attach()
             self._attached = True
         except BaseException:
@@ -83,10 +87,15 @@ class Handle:
         by_block: dict[str, list[SiteRow]] = {}
         for row in all_rows:
             by_block.setdefault(block_of(row.key), []).append(row)
+        blocks = []
         for path, rows in by_block.items():
-            block = transformer.get_submodule(path)
-            self.blocks.append(LoweredBlock(path, block, rows, self.moment, self.programs))
-            self._hook(block, self.blocks[-1], f"{HOOK}.lowered")
+            module = transformer.get_submodule(path)
+            blocks.append(LoweredBlock(path, module, rows, self.moment, self.programs))
+            self._hook(module, blocks[-1], f"{HOOK}.lowered")
+        self.blocks += blocks
+        if self.tabled:
+            self.tables.append(Tables(self.moment, blocks, self.schedule.steps))
+            self._hook(transformer, self.tables[-1], f"{HOOK}.tables")
 
     def _hook(self, module: Any, hook: Any, name: str = HOOK) -> None:
         HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
@@ -106,6 +115,8 @@ class Handle:
             stack.reset()
         for block in self.blocks:
             block.reset()
+        for tables in self.tables:
+            tables.reset()
 
     def _start(self) -> None:
         self._reset()
@@ -145,19 +156,20 @@ class Handle:
         self.remove()
 
 
-def apply(pipe: Any, schedule: Schedule | str | Path, *, lower: bool = False) -> Handle:
+def apply(pipe: Any, schedule: Schedule | str | Path, *, lower: bool = False, tables: bool = True) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
     Inside, call the pipeline as ever. lower: run each block as traced programs, without what only fed modules that are
-    not run: the same bits, faster steps, some seconds of tracing in the first run. Raises MismatchError where the
-    schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this release does not run.
+    not run: the same bits, faster steps, some seconds of tracing in the first run. tables: with lower, compute
+    ahead what does not depend on the latents, from the second run on. Raises MismatchError where the schedule does not
+    fit the pipeline, UnsupportedModelError where it holds actions that this release does not run.
     """
     if not isinstance(schedule, Schedule):
         schedule = load_schedule(schedule)
     verify(schedule)
     check_runs(schedule)
     check_fits(pipe, schedule)
-    return Handle(pipe, schedule, lower)
+    return Handle(pipe, schedule, lower, lower and tables)
 
 
 def check_runs(schedule: Schedule) -> None:

@@ -28,6 +28,8 @@ class Program(NamedTuple):
 
     graph: fx.GraphModule
     made: TreeSpec
+    parameters: int  # how many of the graph's inputs are parameters, the first ones
+    places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
 
 
 class Tracer:
@@ -58,29 +60,48 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         self.built: Any = None
         self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
         self.names: list[str] = []
+        # for conditioning tables
+        self.by_step: dict[tuple[int, int], Any] = {}  # (step, branch) -> key of the program that ran
+        self.ready: dict[tuple[int, int], tuple[Any, fx.GraphModule, list[Any]]] = {}  # key, what is left of it, values
+        self.listener: Any = None  # is told arguments and output of the next call
+        self.answer: tuple[Any] | None = None  # stands still: returns this, notes what it was asked
+        self.asked: list[Any] = []
 
     def reset(self) -> None:
-        """Notices what was built into the block since: adapters, other processors."""
+        """Forgets the values of a run; notices what was built into the block since: adapters, other processors."""
         self.built = None
+        self.ready.clear()
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [found[name] for found, name in self.tensors]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.tracer is not None:
             return self.fn_ref.original_forward(*args, **kwargs)
+        if self.answer is not None:
+            self.asked = tree_flatten((args, kwargs))[0]
+            return self.answer[0]
         if self.built is None:
             self._look()
         given = [row.read(self.moment) for row in self.rows]
         leaves, spec = tree_flatten((args, kwargs, given))
         step = self.moment.step
         key = (
-            self.built, tuple(row.cell(step) for row in self.rows), spec, tuple(_kind(leaf) for leaf in leaves),
+            self.built, tuple(row.cell(step) for row in self.rows), spec, tuple(kind_of(leaf) for leaf in leaves),
             torch.is_autocast_enabled(), torch.get_default_dtype(),
         )  # fmt: skip
         if key not in self.programs:
             self.programs[key] = self._trace(leaves, spec, step)
-        program = self.programs[key]
-        flat = [found[name] for found, name in self.tensors]
-        flat += [leaf for leaf in leaves if torch.is_tensor(leaf)]
-        out, made = tree_unflatten(program.graph(*flat), program.made)
+        program, at = self.programs[key], (step, self.moment.branch)
+        self.by_step[at] = key
+        flat = [*self.parameters(), *(leaves[i] for i in program.places)]
+        ready = self.ready.get(at) if self.moment.tabled else None
+        if ready is None or ready[0] != key:
+            ready = key, program.graph, []
+        found = ready[1](*flat, *ready[2])
+        out, made = tree_unflatten(found, program.made)
+        if self.listener is not None:
+            self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
         for row, one in zip(self.rows, made, strict=True):
             row.write(self.moment, one)
         return out
@@ -94,7 +115,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                     if value is not None:
                         self.names.append(f"{prefix}.{name}" if prefix else name)
                         self.tensors.append((found, name))
-        shapes = tuple(_kind(found[name]) for found, name in self.tensors)
+        shapes = tuple(kind_of(found[name]) for found, name in self.tensors)
         sites = tuple(
             (row.key.split(".", 2)[2], row.tokens, row.raster, row.rule,
              None if row.source is None else row.source.key.split(".", 2)[2])
@@ -131,7 +152,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             with torch.no_grad():
                 # fake tensors: a branch on data is refused here instead of being baked into the program
                 trace = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)
-                graph = trace(*[found[name] for found, name in self.tensors], *[leaves[i] for i in places])
+                graph = trace(*self.parameters(), *[leaves[i] for i in places])
         except UnsupportedModelError:
             raise
         except Exception as error:  # whatever an operator says that cannot be traced
@@ -146,10 +167,10 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 row.tracer = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return Program(graph, made_spec[-1])
+        return Program(graph, made_spec[-1], len(self.names), places)
 
 
-def _kind(leaf: Any) -> Any:
+def kind_of(leaf: Any) -> Any:
     """Returns what a program is bound to of an argument: all of a plain value, the looks of a tensor."""
     if torch.is_tensor(leaf):
         return leaf.shape, leaf.dtype, leaf.device, leaf.stride()

@@ -1,0 +1,200 @@
+"""Conditioning tables: what of the blocks' programs does not depend on the latents is computed ahead, not step by step.
+
+What depends on what is found by probing, not by model names: the transformer is called again with its blocks standing
+still, once with other latents and block outputs (an argument of a block that stays equal does not depend on them), then
+at every timestep (one that stays equal holds for the whole run). Each program falls into three parts: for a run, for a
+step, and the rest. They are the program's own operators at the step's own shapes, so the bits are the same.
+
+A first run notes how the pipeline calls the transformer at each step; tables serve from the second run on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.hooks import ModelHook
+from torch import fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from ..models.clock import Moment
+from ..models.discover import hidden_states
+from .lower import LoweredBlock, Program, kind_of
+
+LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
+
+
+def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Returns (early, rest): early maps the inputs to values, rest takes the inputs and these values.
+
+    late: numbers of the inputs that are not there yet when `early` runs. The first inputs are parameters: what depends
+    on them alone stays where it is used. What draws random numbers is late.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    plain, not_yet = set(inputs[:parameters]), {inputs[i] for i in late}
+    early: set[fx.Node] = set()
+    work = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+    for node in work:
+        above = node.all_input_nodes
+        if any(n in not_yet for n in above) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            not_yet.add(node)
+        else:
+            (plain if all(n in plain for n in above) else early).add(node)
+    handed = [node for node in work if node in early and any(u in not_yet or u.op == "output" for u in node.users)]
+
+    first, rest = fx.Graph(), fx.Graph()
+    for new, values, mine in ((first, [], early), (rest, handed, not_yet)):
+        copies = {node: new.placeholder(node.name) for node in inputs}
+        copies |= {node: new.placeholder(f"{node.name}_early") for node in values}
+        for node in work:
+            if node in plain or node in mine:
+                copies[node] = new.node_copy(node, copies.__getitem__)
+        out = next(node for node in graph.graph.nodes if node.op == "output")
+        new.output([copies[node] for node in handed] if new is first else fx.map_arg(out.args[0], copies.__getitem__))
+        new.eliminate_dead_code()
+    return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
+
+
+@dataclass
+class BlockCall:
+    """How one block is called in the run under way."""
+
+    block: LoweredBlock
+    leaves: list[Any] = field(default_factory=list)  # its arguments at step 0
+    out: Any = None  # its output at step 0
+    late: set[int] = field(default_factory=set)  # arguments that depend on the latents
+    changed: dict[int, dict[int, Any]] = field(default_factory=dict)  # step -> argument -> value, where it changes
+
+    @property
+    def moving(self) -> set[int]:
+        return {i for values in self.changed.values() for i in values}
+
+
+class Tables(ModelHook):  # type: ignore[misc]
+    """The diffusers hook on a transformer whose blocks are lowered; it stands inside the clock's."""
+
+    def __init__(self, moment: Moment, blocks: list[LoweredBlock], steps: int) -> None:
+        super().__init__()
+        self.moment, self.blocks, self.steps = moment, blocks, steps
+        self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
+        self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
+        self.first: dict[int, list[Any]] = {}  # branch -> arguments at step 0 of the run under way
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
+        leaves, spec = tree_flatten((args, kwargs))
+        latents = next(i for i, leaf in enumerate(leaves) if leaf is hidden_states(args, kwargs))
+        seen = self.seen.setdefault((spec, tuple(kind_of(leaf) for leaf in leaves), branch), {})
+        if len(seen) < self.steps:
+            seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
+            return forward(*args, **kwargs)
+        if step:
+            known = branch in self.first and self._as_noted(leaves, latents, seen[step], self.first[branch])
+            self.moment.tabled = known
+            return forward(*args, **kwargs)
+        moving = {i for i in range(len(leaves)) if any(not _same(seen[0][i], seen[s][i]) for s in range(1, self.steps))}
+        if any(torch.is_tensor(leaves[i]) and leaves[i].numel() > LARGEST for i in moving):
+            return forward(*args, **kwargs)
+        calls = [BlockCall(block) for block in self.blocks]
+        for call in calls:
+            call.block.listener = call
+        try:
+            out = forward(*args, **kwargs)
+        finally:
+            for call in calls:
+                call.block.listener = None
+        with torch.no_grad():
+            self._probe(forward, spec, leaves, latents, calls, {s: {i: seen[s][i] for i in moving} for s in seen})
+            for call in calls:
+                self._fill(call, branch)
+        self.first[branch] = leaves
+        return out
+
+    def reset(self) -> None:
+        self.first.clear()
+
+    def _as_noted(self, leaves: list[Any], latents: int, noted: list[Any], first: list[Any]) -> bool:
+        """Whether the arguments of this step are what the tables were made for: told without waiting for a device."""
+        for i, (leaf, then, start) in enumerate(zip(leaves, noted, first, strict=True)):
+            if (
+                i == latents
+                or leaf is start
+                or (torch.is_tensor(leaf) and leaf.device.type != "cpu" and leaf.numel() == 1)
+            ):
+                continue
+            on_host = not torch.is_tensor(leaf) or leaf.device.type == "cpu"
+            if not on_host or not (_same(leaf, then) or _same(leaf, start)):
+                return False
+        return True
+
+    def _probe(
+        self, forward: Any, spec: TreeSpec, leaves: list[Any], latents: int, calls: list[BlockCall],
+        moved: dict[int, dict[int, Any]],
+    ) -> None:  # fmt: skip
+        """Calls the transformer with its blocks standing still: with other latents, then at every other timestep."""
+        noise = torch.Generator().manual_seed(0)
+
+        def stirred(leaf: Any) -> Any:
+            if not torch.is_tensor(leaf) or not leaf.is_floating_point():
+                return leaf
+            return leaf + torch.randn(leaf.shape, generator=noise).to(leaf)
+
+        def arguments(changed: dict[int, Any], answers: list[Any]) -> list[list[Any]]:
+            for call, answer in zip(calls, answers, strict=True):
+                call.block.answer = (answer,)
+            args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
+            forward(*args, **kwargs)
+            return [call.block.asked for call in calls]
+
+        try:
+            others = arguments({latents: stirred(leaves[latents])}, [tree_map(stirred, call.out) for call in calls])
+            for call, other in zip(calls, others, strict=True):
+                call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not _same(a, b)}
+            for step in range(1, self.steps):
+                others = arguments(moved[step], [call.out for call in calls])
+                for call, other in zip(calls, others, strict=True):
+                    pairs = enumerate(zip(call.leaves, other, strict=True))
+                    call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not _same(a, b)}
+        finally:
+            for call in calls:
+                call.block.answer, call.block.asked = None, []
+
+    def _fill(self, call: BlockCall, branch: int) -> None:
+        """Computes the block's values of all steps to come, one block after the other, so that its weights stay near."""
+        block, moving = call.block, call.moving
+        of_run: dict[Any, list[Any]] = {}
+        for step in range(1, self.steps):
+            key = block.by_step.get((step, branch))
+            program = None if key is None else block.programs.get(key)
+            if program is None:
+                continue
+            run, each, rest = self._parts(key, program, call.late, moving, len(call.leaves))
+            at_step = [call.changed[step].get(i, leaf) for i, leaf in enumerate(call.leaves)]
+            flat = [*block.parameters(), *(at_step[i] if i < len(at_step) else None for i in program.places)]
+            if key not in of_run:
+                of_run[key] = run(*flat)
+            block.ready[step, branch] = key, rest, [*of_run[key], *each(*flat, *of_run[key])]
+
+    def _parts(
+        self, key: Any, program: Program, late: set[int], moving: set[int], arguments: int
+    ) -> tuple[fx.GraphModule, ...]:
+        mark = key, frozenset(late), frozenset(moving)
+        if mark not in self.parts:
+            count = program.parameters
+            not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
+            run, rest = split(
+                program.graph, count, not_yet | {count + n for n, i in enumerate(program.places) if i in moving}
+            )
+            self.parts[mark] = run, *split(rest, count, not_yet)
+        return self.parts[mark]
+
+
+def _kept(leaf: Any) -> Any:
+    return leaf.clone() if torch.is_tensor(leaf) and leaf.numel() <= LARGEST else leaf
+
+
+def _same(a: Any, b: Any) -> bool:
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
+    return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and bool(a == b))

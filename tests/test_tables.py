@@ -1,0 +1,159 @@
+"""Conditioning computed ahead: the same bits; found by probing; set aside where a run is not what was noted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sodaprof
+from sodaprof.runtime.tables import split
+
+from .pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipe()
+
+
+def operators(graph):
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def served(handle):
+    """Counts how often a program ran with values from a table."""
+    counts = []
+    for block in handle.blocks:
+        ready = block.ready
+
+        class Counting(dict):
+            def get(self, key, default=None):
+                found = super().get(key, default)
+                counts.extend([1] if found is not None else [])
+                return found
+
+        block.ready = Counting(ready)
+    return counts
+
+
+def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
+    schedule = mixed_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+        counts = served(handle)
+        assert np.array_equal(draw(pipe), wanted)
+        assert not counts
+        assert np.array_equal(draw(pipe), wanted)
+        assert len(counts) == 7 * 2  # all steps but the first, both blocks
+        assert handle.report().executed == handle.report().planned
+
+
+def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
+    rows = dict.fromkeys(SITES, "CRRRRRRR")
+    with sodaprof.apply(pipe, schedule_for(pipe, rows), lower=True) as handle:
+        draw(pipe), draw(pipe)
+        parts = list(handle.tables[0].parts.values())
+    assert parts
+    for of_run, of_step, rest in parts:
+        assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
+        assert any("addmm" in o for o in operators(of_step))
+        assert any("embedding" in o for o in operators(of_run))  # labels hold for the whole run
+        assert not any("addmm" in o for o in operators(rest))
+
+
+def test_other_labels_batches_and_weights_get_their_own_values(pipe):
+    schedule, other = mixed_schedule(pipe), tiny_pipe(seed=5)
+    wanted = []
+    for p, labels in ((pipe, (1, 2)), (pipe, (4, 5)), (pipe, (3,)), (other, (4, 5))):
+        with sodaprof.apply(p, schedule):
+            wanted.append(draw(p, labels))
+    with sodaprof.apply(pipe, schedule, lower=True):
+        draw(pipe)
+        for labels, pictures in zip(((1, 2), (4, 5), (3,)), wanted, strict=False):
+            assert np.array_equal(draw(pipe, labels), pictures)
+        pipe.transformer.load_state_dict(other.transformer.state_dict())
+        assert np.array_equal(draw(pipe, (4, 5)), wanted[3])
+
+
+class Switching(TwoPassPipeline):
+    """Takes other labels half-way through a run, as a step callback may."""
+
+    switch = False
+
+    def __call__(self, class_labels, **kwargs):
+        self.calls = 0
+        return super().__call__(class_labels=class_labels, **kwargs)
+
+
+def test_labels_changed_within_a_run_are_not_served_the_old_ones():
+    pipe = tiny_pipe(cls=Switching)
+    schedule = schedule_for(pipe, {SITES[1]: "CRRCRRCR"})
+    with sodaprof.apply(pipe, schedule):
+        inner = pipe.transformer.forward
+        pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
+        pipe.switch = True
+        wanted = draw(pipe)
+        pipe.transformer.forward = inner
+    with sodaprof.apply(pipe, schedule, lower=True):
+        pipe.switch = False
+        draw(pipe), draw(pipe)
+        inner = pipe.transformer.forward
+        pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
+        pipe.switch = True
+        assert np.array_equal(draw(pipe), wanted)
+        pipe.transformer.forward = inner
+
+
+def _switched(pipe, inner, *args, class_labels, **kwargs):
+    pipe.calls += 1
+    if pipe.switch and pipe.calls > 8:
+        class_labels = torch.full_like(class_labels, 7)
+    return inner(*args, class_labels=class_labels, **kwargs)
+
+
+def test_two_pass_guidance():
+    pipe = tiny_pipe(cls=TwoPassPipeline)
+    schedule = schedule_for(pipe, {SITES[1]: "CRRCRRCR", SITES[2]: "CRRRRRRR"})
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+        counts = served(handle)
+        for _ in range(3):
+            assert np.array_equal(draw(pipe), wanted)
+        assert len(counts) == 2 * 7 * 2 * 2  # runs, steps, branches, blocks
+
+
+def test_values_are_forgotten_after_a_run(pipe):
+    with sodaprof.apply(pipe, mixed_schedule(pipe), lower=True) as handle:
+        for _ in range(2):
+            draw(pipe)
+            assert not any(block.ready for block in handle.blocks)
+            assert not handle.tables[0].first
+
+
+def test_tables_can_be_left_out(pipe):
+    with sodaprof.apply(pipe, mixed_schedule(pipe)):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, mixed_schedule(pipe), lower=True, tables=False) as handle:
+        draw(pipe)
+        assert np.array_equal(draw(pipe), wanted)
+        assert not handle.tables
+
+
+def test_split_keeps_random_numbers_where_they_were():
+    def f(weight, early, late):
+        noise = torch.rand_like(early)
+        return (early @ weight.t()) * late + noise + early.sin().sum()
+
+    values = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4)
+    first, rest = split(make_fx(f)(*values), 1, {2})
+    assert not any("rand" in o for o in operators(first))
+    assert any("rand" in o for o in operators(rest))
+    assert not any("sin" in o for o in operators(rest))
+    torch.manual_seed(0)
+    wanted = f(*values)
+    torch.manual_seed(0)
+    assert torch.equal(rest(*values, *first(*values)), wanted)
