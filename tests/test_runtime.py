@@ -320,3 +320,15 @@ def test_a_file_can_be_applied(pipe, tmp_path):
         wanted = draw(pipe)
     with sodaprof.apply(pipe, path):
         assert np.array_equal(draw(pipe), wanted)
+
+
+def test_a_removed_schedule_can_be_put_on_again(pipe):
+    plain, handle = draw(pipe), sodaprof.apply(pipe, mixed_schedule(pipe))
+    scheduled = draw(pipe)
+    handle.remove()
+    assert np.array_equal(draw(pipe), plain)
+    with handle:
+        assert np.array_equal(draw(pipe), scheduled)
+    assert np.array_equal(draw(pipe), plain)
+    with sodaprof.apply(pipe, schedule_for(pipe)), pytest.raises(MismatchError, match="carries a schedule"):
+        handle.attach()

@@ -40,9 +40,10 @@ class Clock:
         self.on_start, self.on_end = on_start, on_end
         self.step: int | None = None  # None: no run under way
         self.branches = 0  # transformer calls since the last scheduler step
-        self._saved = {name: vars(scheduler).get(name) for name in ("set_timesteps", "step")}
+        self._saved: dict[str, Any] = {}
 
     def attach(self) -> None:
+        self._saved = {name: vars(self.scheduler).get(name) for name in ("set_timesteps", "step")}
         set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
 
         @functools.wraps(set_timesteps)

@@ -53,30 +53,40 @@ class Handle:
         self.moment = Moment()
         self.rows: list[SiteRow] = []
         self.stacks: list[StackRow] = []
+        self._hooks: list[tuple[Any, Any, str]] = []  # (module, hook, name): one stands around those before it
         self._hooked: list[tuple[Any, str]] = []
         self._complete = False
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self._attached = False
-        self._attach()
+        for name, plan in schedule.transformers.items():
+            self._prepare(pipe.components[name], plan)
+        self.attach()
 
-    def _attach(self) -> None:
+    def _prepare(self, transformer: Any, plan: Plan) -> None:
+        """Makes the hooks of one transformer, innermost first."""
+        modules = _rows_by_module(transformer, plan, self.schedule)
+        for path, rows in modules.items():
+            self._hooks.append((transformer.get_submodule(path), SiteHook(rows, self.moment), HOOK))
+            self.rows += rows
+        if self.lowered:
+            self._lower(transformer, [row for rows in modules.values() for row in rows])
+        self._hooks.append((transformer, TransformerHook(self.clock, self.moment, self._check_scheduler), HOOK))
+        if "S" in plan.stack:
+            self.stacks.append(StackRow(plan))
+            lowered = {block.path: block for block in self.blocks}
+            for path in self.stacks[-1].blocks:
+                hook = BlockHook(self.stacks[-1], path, self.moment, lowered.get(path))
+                self._hooks.append((transformer.get_submodule(path), hook, HOOK))
+
+    def attach(self) -> None:
+        """Puts the schedule on again after `remove()`; what was traced before is still there."""
+        if self._attached:
+            return
+        check_fits(self.pipe, self.schedule)  # much may have happened to the pipeline since
         try:
-            for name, plan in self.schedule.transformers.items():
-                transformer = self.pipe.components[name]
-                modules = _rows_by_module(transformer, plan, self.schedule)
-                for path, rows in modules.items():
-                    self._hook(transformer.get_submodule(path), SiteHook(rows, self.moment))
-                    self.rows += rows
-                if self.lowered:
-                    self._lower(transformer, [row for rows in modules.values() for row in rows])
-                # a hook stands around those registered before it: the clock's around the tables', skips around programs
-                self._hook(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler))
-                if "S" in plan.stack:
-                    self.stacks.append(StackRow(plan))
-                    lowered = {block.path: block for block in self.blocks}
-                    for path in self.stacks[-1].blocks:
-                        hook = BlockHook(self.stacks[-1], path, self.moment, lowered.get(path))
-                        self._hook(transformer.get_submodule(path), hook)
+            for module, hook, name in self._hooks:
+                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
+                self._hooked.append((module, name))
             self.clock.attach()
             self._attached = True
         except BaseException:
@@ -91,15 +101,11 @@ class Handle:
         for path, rows in by_block.items():
             module = transformer.get_submodule(path)
             blocks.append(LoweredBlock(path, module, rows, self.moment, self.programs))
-            self._hook(module, blocks[-1], f"{HOOK}.lowered")
+            self._hooks.append((module, blocks[-1], f"{HOOK}.lowered"))
         self.blocks += blocks
         if self.tabled:
             self.tables.append(Tables(self.moment, blocks, self.schedule.steps))
-            self._hook(transformer, self.tables[-1], f"{HOOK}.tables")
-
-    def _hook(self, module: Any, hook: Any, name: str = HOOK) -> None:
-        HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-        self._hooked.append((module, name))
+            self._hooks.append((transformer, self.tables[-1], f"{HOOK}.tables"))
 
     def _check_scheduler(self) -> None:
         if self.pipe.scheduler is not self.clock.scheduler:
@@ -150,6 +156,7 @@ class Handle:
         self._reset()
 
     def __enter__(self) -> Handle:
+        self.attach()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
