@@ -76,6 +76,29 @@ def _lines(result: dict[str, Any]) -> list[str]:
     return lines + result["notes"]
 
 
+def benchmark_view(result: dict[str, Any]) -> RenderableType:
+    """Returns the table of a benchmark."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"loop of {result['steps']} steps, batch {result['batch']}, {result['dtype']}, {result['device']}, "
+        f"median of {result['rounds']} rounds",
+    )
+    for column in ("", "ms", "quartiles", "speed-up", "predicted", "step ms"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in result["rows"]:
+        predicted = row.get("predicted")
+        table.add_row(
+            row["name"],
+            f"{row['loop_ms']:.1f}",
+            "{:.1f} {:.1f}".format(*row["quartiles_ms"]),
+            f"{row['speedup']:.3f}x",
+            f"{predicted['speedup']:.3f}x {predicted['unit']}" if predicted else "",
+            f"{min(row['step_ms'][1:]):.2f} - {max(row['step_ms'][1:]):.2f}",
+        )
+    legend = "speed-up: against tables (all computed, traced blocks, conditioning computed ahead); plain: the pipeline untouched"
+    return Group(table, Text(legend, "dim"))
+
+
 def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> RenderableType:
     """Returns the sites by module, with shapes and shares of the FLOPs."""
     parts: list[RenderableType] = []

@@ -79,13 +79,17 @@ class Tables(ModelHook):  # type: ignore[misc]
         self.moment, self.blocks, self.steps = moment, blocks, steps
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
         self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
+        self.learned: dict[
+            Any, list[tuple[set[int], dict[int, int]]]
+        ] = {}  # looks -> of each block: late, handed through
         self.first: dict[int, list[Any]] = {}  # branch -> arguments at step 0 of the run under way
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
         leaves, spec = tree_flatten((args, kwargs))
         latents = next(i for i, leaf in enumerate(leaves) if leaf is hidden_states(args, kwargs))
-        seen = self.seen.setdefault((spec, tuple(kind_of(leaf) for leaf in leaves), branch), {})
+        looks = spec, tuple(kind_of(leaf) for leaf in leaves), branch
+        seen = self.seen.setdefault(looks, {})
         if len(seen) < self.steps:
             seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
             return forward(*args, **kwargs)
@@ -105,7 +109,9 @@ class Tables(ModelHook):  # type: ignore[misc]
             for call in calls:
                 call.block.listener = None
         with torch.no_grad():
-            self._probe(forward, spec, leaves, latents, calls, {s: {i: seen[s][i] for i in moving} for s in seen})
+            self._probe(
+                looks, forward, spec, leaves, latents, calls, {s: {i: seen[s][i] for i in moving} for s in seen}
+            )
             for call in calls:
                 self._fill(call, branch)
         self.first[branch] = leaves
@@ -129,7 +135,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         return True
 
     def _probe(
-        self, forward: Any, spec: TreeSpec, leaves: list[Any], latents: int, calls: list[BlockCall],
+        self, looks: Any, forward: Any, spec: TreeSpec, leaves: list[Any], latents: int, calls: list[BlockCall],
         moved: dict[int, dict[int, Any]],
     ) -> None:  # fmt: skip
         """Calls the transformer with its blocks standing still: with other latents, then at every other timestep."""
@@ -147,6 +153,11 @@ class Tables(ModelHook):  # type: ignore[misc]
             forward(*args, **kwargs)
             return [call.block.asked for call in calls]
 
+        if known := self.learned.get(looks):  # all that changes is handed through: no need to ask again
+            for call, (late, through) in zip(calls, known, strict=True):
+                call.late = late
+                call.changed = {step: {i: values[j] for i, j in through.items()} for step, values in moved.items()}
+            return
         try:
             others = arguments({latents: stirred(leaves[latents])}, [tree_map(stirred, call.out) for call in calls])
             for call, other in zip(calls, others, strict=True):
@@ -159,6 +170,10 @@ class Tables(ModelHook):  # type: ignore[misc]
         finally:
             for call in calls:
                 call.block.answer, call.block.asked = None, []
+        numbers = {id(leaf): i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
+        same = [{i: numbers[id(c.leaves[i])] for i in c.moving if id(c.leaves[i]) in numbers} for c in calls]
+        if all(set(found) == c.moving for found, c in zip(same, calls, strict=True)):
+            self.learned[looks] = [(c.late, found) for c, found in zip(calls, same, strict=True)]
 
     def _fill(self, call: BlockCall, branch: int) -> None:
         """Computes the block's values of all steps to come, one block after the other, so that its weights stay near."""

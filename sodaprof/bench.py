@@ -1,0 +1,211 @@
+"""`benchmark`: how long the denoising loop takes, plain, computing everything here, and under each schedule.
+
+All contenders run in turn, round after round, so that drifts of the machine hit them alike. Times are of the loop: the
+transformer's calls, guidance and scheduler. On a GPU they are taken from events, without waiting inside the loop.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .compiler.draw import draw_schedule
+from .errors import SodaprofError
+from .models.discover import inspect_pipeline
+from .models.load import call, default_prompts, transformers_of
+from .profiler.run import versions
+from .runtime.attach import Handle, apply
+from .schedule import Schedule
+from .sites import Model, Sampler
+
+WARM_UP = 2  # runs: the first traces and notes the timesteps, the second fills tables
+
+
+@dataclass
+class Runs:
+    """One contender's times: a run each, in ms, of every step."""
+
+    name: str
+    schedule: Schedule | None = None
+    handle: Handle | None = None
+    transformer: list[np.ndarray] = field(default_factory=list)  # [T] a run
+    scheduler: list[np.ndarray] = field(default_factory=list)
+    loop: list[float] = field(default_factory=list)
+    warm_up_s: float = 0.0  # seconds of the runs before: tracing included
+
+    def median_ms(self) -> float:
+        return float(np.median(self.loop))
+
+
+class Marks:
+    """Points in time on the host, or in a GPU's stream; read when all is done."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.cuda, self.marks = cuda, list[tuple[str, Any]]()
+
+    def __call__(self, name: str) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((name, event))
+        else:
+            self.marks.append((name, time.perf_counter()))
+
+    def ms(self) -> list[tuple[str, float]]:
+        """Returns (name, milliseconds since the first mark)."""
+        if not self.marks:
+            return []
+        start = self.marks[0][1]
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [(name, start.elapsed_time(event)) for name, event in self.marks]
+        return [(name, (at - start) * 1e3) for name, at in self.marks]
+
+
+@contextmanager
+def marked(pipe: Any) -> Iterator[Marks]:
+    """Marks every transformer call (in, out) and every scheduler step (begin, end) of the runs inside."""
+    marks = Marks("cuda" in str(getattr(pipe, "device", "cpu")))
+    hooks = []
+    for transformer in transformers_of(pipe).values():
+        hooks.append(transformer.register_forward_pre_hook(lambda *_: marks("in")))
+        hooks.append(transformer.register_forward_hook(lambda *_: marks("out")))
+    scheduler = pipe.scheduler
+    own, step = vars(scheduler).get("step"), scheduler.step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        marks("begin")
+        result = step(*args, **kwargs)
+        marks("end")
+        return result
+
+    scheduler.step = timed
+    try:
+        yield marks
+    finally:
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
+        for hook in hooks:
+            hook.remove()
+
+
+def time_runs(
+    pipe: Any,
+    contenders: Sequence[Runs],
+    steps: int,
+    entries: Sequence[int | str],
+    scale: float | None,
+    rounds: int,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Fills the contenders' times: `rounds` runs each, in turn, after WARM_UP runs that do not count."""
+    total, done = (rounds + WARM_UP) * len(contenders), 0
+    for turn in range(-WARM_UP, rounds):
+        for contender in contenders:
+            began = time.perf_counter()
+            with contender.handle or nullcontext(), marked(pipe) as marks:
+                call(pipe, entries, list(range(len(entries))), steps, scale, output_type="latent")
+            if turn < 0:
+                contender.warm_up_s += time.perf_counter() - began
+            else:
+                _add(contender, marks.ms(), steps)
+            done += 1
+            on_progress(done, total)
+
+
+def _add(contender: Runs, marks: list[tuple[str, float]], steps: int) -> None:
+    transformer, scheduler, step = np.zeros(steps), np.zeros(steps), 0
+    entered = begun = 0.0
+    for name, at in marks:
+        if name == "in":
+            entered = at
+        elif name == "out":
+            transformer[step] += at - entered
+        elif name == "begin":
+            begun = at
+        else:
+            scheduler[step] = at - begun
+            step += 1
+    contender.transformer.append(transformer)
+    contender.scheduler.append(scheduler)
+    contender.loop.append(marks[-1][1])
+
+
+def all_compute(model: Model, sampler: Sampler) -> Schedule:
+    """Returns the schedule in which every cell is C."""
+    return draw_schedule(model, sampler, list(range(sampler.steps)), {})
+
+
+def benchmark(
+    pipe: Any,
+    schedules: Sequence[Schedule] = (),
+    *,
+    steps: int = 50,
+    batch_size: int = 1,
+    rounds: int = 7,
+    guidance_scale: float | None = None,
+    prompts: Sequence[int | str] | None = None,
+    names: Sequence[str] | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Returns the loop's latency of each contender as plain data: `rows`, the first four of which are no schedules.
+
+    plain: the pipeline untouched. hooks: all computed through the site hooks. lowered: all computed by traced blocks.
+    tables: the same with conditioning computed ahead; speed-ups are against this one, so that no schedule is flattered.
+    """
+    if rounds < 1 or batch_size < 1:
+        raise SodaprofError(f"--rounds is {rounds} and --batch-size {batch_size}; expected at least 1.")
+    if schedules:
+        steps = schedules[0].steps
+    if any(s.sampler.timesteps != schedules[0].sampler.timesteps for s in schedules):
+        raise SodaprofError("The schedules are for different timesteps; benchmark them in separate calls.")
+    if schedules and guidance_scale is None:
+        guidance_scale = schedules[0].sampler.guidance_scale
+    pool = default_prompts(pipe) if prompts is None else list(prompts)
+    entries = [pool[i % len(pool)] for i in range(batch_size)]
+    model, sampler, _ = inspect_pipeline(pipe, "", steps, guidance_scale, entries[0])
+    full = all_compute(model, sampler)
+    contenders = [Runs("plain")]
+    for name, lower, tables in (("hooks", False, False), ("lowered", True, False), ("tables", True, True)):
+        contenders.append(contender_of(pipe, name, full, lower, tables))
+    for i, schedule in enumerate(schedules):
+        name = names[i] if names else schedule.policy["name"]
+        contenders.append(contender_of(pipe, name, schedule, True, True))
+    time_runs(pipe, contenders, steps, entries, guidance_scale, rounds, on_progress)
+    reference = contenders[3].median_ms()
+    return {
+        "format": "sodaprof.benchmark", "version": 1, "device": str(getattr(pipe, "device", "cpu")),
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
+        "versions": versions(), "steps": steps, "batch": batch_size, "rounds": rounds,
+        "guidance_scale": guidance_scale, "rows": [_row(c, reference) for c in contenders],
+    }  # fmt: skip
+
+
+def contender_of(pipe: Any, name: str, schedule: Schedule, lower: bool, tables: bool) -> Runs:
+    """Returns a contender whose schedule is off until it is its turn."""
+    handle = apply(pipe, schedule, lower=lower, tables=tables)
+    handle.remove()
+    return Runs(name, schedule, handle)
+
+
+def _row(c: Runs, reference: float) -> dict[str, Any]:
+    low, high = np.percentile(c.loop, (25, 75))
+    row: dict[str, Any] = {
+        "name": c.name, "loop_ms": round(c.median_ms(), 3), "quartiles_ms": [round(low, 3), round(high, 3)],
+        "speedup": round(reference / c.median_ms(), 4), "warm_up_s": round(c.warm_up_s, 2),
+        "step_ms": [round(float(v), 3) for v in np.median(c.transformer, 0)],
+    }  # fmt: skip
+    if c.handle is not None:
+        row["programs"] = len(c.handle.programs)
+    if c.schedule is not None and c.schedule.predicted:
+        row["predicted"] = {key: c.schedule.predicted[key] for key in ("speedup", "unit")}
+    return row
