@@ -18,6 +18,8 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
     accurate = "accuracy" in result["full"]
     table = Table(
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}",
     )
     for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "SSIM", "L2"):
