@@ -25,7 +25,7 @@ from sodaprof.errors import UnsupportedModelError
 from sodaprof.models.discover import ATTENTION, ATTENTION_CLASS, NO_ATTENTION_CLASS, Step, find_modules, find_sites
 from sodaprof.models.flops import count_flops
 from sodaprof.runtime.attach import Report
-from sodaprof.schedule import Plan, Schedule, TokenRule
+from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.sites import Model, Sampler, Site, Transformer
 
 from .zoo import LATENTS, ZOO, at, other
@@ -119,11 +119,14 @@ class Case:
         first = [at(self.call, seed, halves=False) for seed in range(STEPS)]
         return [[call, other(call, STEPS)] for call in first]
 
-    def schedule(self, rows: dict[str, str], form: str, k: dict[str, tuple[int, ...]] | None = None) -> Schedule:
+    def schedule(
+        self, rows: dict[str, str], form: str, k: dict[str, tuple[int, ...]] | None = None,
+        forecasts: dict[str, tuple[Forecast, ...]] | None = None,
+    ) -> Schedule:  # fmt: skip
         scheduler = Scheduler()
         scheduler.set_timesteps(STEPS)
         sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), form, 4.0)
-        plan = Plan(self.found.class_name, self.found.fingerprint, rows, "." * STEPS, k or {})
+        plan = Plan(self.found.class_name, self.found.fingerprint, rows, "." * STEPS, k or {}, forecasts or {})
         rule = TokenRule("feature_mean") if k else None
         policy = {"name": "test", "knobs": {}}
         return Schedule({"transformer": plan}, sampler, self.model.shape, policy, token_rule=rule)
@@ -218,12 +221,38 @@ def lowers(case: Case) -> None:
         check_report(handle.report())
 
 
-CHECKS: dict[str, Callable[[Case], None]] = {
+def collapses(case: Case) -> str:
+    """Blocks that compute nothing, as sums: ordered the same bits as the hooks, fused the same but for rounding."""
+    rows = {site.key: "CRRF" for site in case.found.sites}
+    forecasts = {site.key: (Forecast((0,), (0.5,)),) for site in case.found.sites}
+    schedule, calls = case.schedule(rows, "halves", forecasts=forecasts), case.halves()
+    with sodaprof.apply(case.pipe, schedule):
+        wanted = case.sample(calls)
+    found: Counter[str] = Counter()
+    for mode in ("ordered", "fused"):
+        with sodaprof.apply(case.pipe, schedule, lower=True, collapse=mode) as handle:
+            case.sample(calls)
+            outputs = case.sample(calls, lambda h=handle: found.update(b.path for b in h.blocks if (1, 0) in b.runs))
+            check_report(handle.report())
+            blocks = len(handle.blocks)
+        for step in range(STEPS):
+            now, then = outputs[step][0], wanted[step][0]
+            holds = same(now, then) if mode == "ordered" else all(map(near, now, then))
+            expect(holds, f"step {step} of the {mode} run differs")
+    return f"{len(found)} of {blocks} blocks are sums"
+
+
+def near(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).norm() / b.norm().clamp_min(1e-12)) < 1e-5
+
+
+CHECKS: dict[str, Callable[[Case], str | None]] = {
     "all-C identical": computes,
     "reuse exact": reuses,
     "branches apart": keeps_apart,
     "FLOPs": counts,
     "lowers": lowers,
+    "collapses": collapses,
 }
 
 
@@ -327,7 +356,8 @@ def check(name: str) -> Row:
     failures: dict[str, list[str]] = {}  # headings by what was said
     for heading, run in CHECKS.items():
         try:
-            run(case_of(name))
+            if note := run(case_of(name)):
+                row.notes.append(note)
             row.results[heading] = True
         except Exception as error:
             row.results[heading] = None if isinstance(error, UnsupportedModelError) else False

@@ -1,4 +1,4 @@
-"""The command line: profile, compile, show, run, eval, bench, inspect. Errors become one message and an exit code.
+"""The command line: profile, compile, show, run, eval, bench, inspect, doctor. Errors become one message and an exit code.
 
 Exit codes: 0 done, 1 an error that sodaprof understands, 2 wrong usage, 130 Ctrl-C.
 """
@@ -13,7 +13,7 @@ import typer
 
 from ..errors import SodaprofError
 from ..version import __version__
-from . import benching, compiling, sampling
+from . import benching, compiling, doctoring, sampling
 
 app = typer.Typer(
     name="sodaprof", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -29,6 +29,7 @@ COMMANDS = (  # in the order of --help
     ("eval", sampling.evaluate_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
     ("bench", benching.bench, "sodaprof bench tiny-dit schedule.json --cost cost.json"),
     ("inspect", sampling.inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
+    ("doctor", doctoring.doctor, "sodaprof doctor tiny-dit"),
 )
 for name, command, example in COMMANDS:
     app.command(name, epilog=f"Example: {example}")(command)

@@ -163,6 +163,10 @@ class SiteRow:
         weights = cell.weights if cell else ()
         return self.row[step], self.k[step], weights, step in self.observed, self.passed[step]
 
+    def rests(self, step: int) -> bool:
+        """Whether the cell makes nothing new to be kept: it reuses or forecasts."""
+        return self.row[step] in "RF" or (self.row[step] == "P" and not self.k[step])
+
     def _chooses(self, step: int) -> bool:
         return self.row[step] == "P" and 0 < self.k[step] < self.tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry
 
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import MismatchError, SodaprofError, UnsupportedModelError
 from ..legal import verify
 from ..models.clock import Clock, Moment, TransformerHook
 from ..models.discover import config_of, find_modules, fingerprint
@@ -18,6 +18,7 @@ from ..models.load import transformers_of
 from ..schedule import Plan, Schedule, load_schedule
 from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
+from .collapse import Collapse
 from .lower import LoweredBlock, Program
 from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
@@ -45,8 +46,9 @@ class Report:
 class Handle:
     """A schedule on a pipeline. A context manager; `remove()` takes it off, bit for bit as it was before."""
 
-    def __init__(self, pipe: Any, schedule: Schedule, lower: bool, tables: bool) -> None:
+    def __init__(self, pipe: Any, schedule: Schedule, lower: bool, tables: bool, collapse: str | None) -> None:
         self.pipe, self.schedule, self.lowered, self.tabled = pipe, schedule, lower, tables
+        self.collapse = Collapse(collapse == "fused") if collapse else None
         self.tables: list[Tables] = []
         self.blocks: list[LoweredBlock] = []
         self.programs: dict[Any, Program] = {}
@@ -104,7 +106,7 @@ class Handle:
             self._hooks.append((module, blocks[-1], f"{HOOK}.lowered"))
         self.blocks += blocks
         if self.tabled:
-            self.tables.append(Tables(self.moment, blocks, self.schedule.steps))
+            self.tables.append(Tables(self.moment, blocks, self.schedule.steps, self.collapse))
             self._hooks.append((transformer, self.tables[-1], f"{HOOK}.tables"))
 
     def _check_scheduler(self) -> None:
@@ -163,20 +165,31 @@ class Handle:
         self.remove()
 
 
-def apply(pipe: Any, schedule: Schedule | str | Path, *, lower: bool = False, tables: bool = True) -> Handle:
+def apply(
+    pipe: Any,
+    schedule: Schedule | str | Path,
+    *,
+    lower: bool = False,
+    tables: bool = True,
+    collapse: str | None = "ordered",
+) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
     Inside, call the pipeline as ever. lower: run each block as traced programs, without what only fed modules that are
     not run: the same bits, faster steps, some seconds of tracing in the first run. tables: with lower, compute
-    ahead what does not depend on the latents, from the second run on. Raises MismatchError where the schedule does not
-    fit the pipeline, UnsupportedModelError where it holds actions that this release does not run.
+    ahead what does not depend on the latents, from the second run on. collapse: with tables, blocks in a row that compute
+    nothing become one sum: "ordered" with the same bits, "fused" faster and equal but for rounding, None not. Raises
+    MismatchError where the schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this
+    release does not run.
     """
     if not isinstance(schedule, Schedule):
         schedule = load_schedule(schedule)
     verify(schedule)
     check_runs(schedule)
     check_fits(pipe, schedule)
-    return Handle(pipe, schedule, lower, lower and tables)
+    if collapse not in ("ordered", "fused", None):
+        raise SodaprofError(f"collapse is {collapse!r}; expected 'ordered', 'fused' or None.")
+    return Handle(pipe, schedule, lower, lower and tables, collapse)
 
 
 def check_runs(schedule: Schedule) -> None:

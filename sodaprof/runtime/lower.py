@@ -7,6 +7,7 @@ A program is a function of tensors alone: parameters are inputs, so blocks that 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -56,14 +57,14 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.path, self.block, self.rows, self.moment, self.programs = path, block, rows, moment, programs
-        self.tracer: Tracer | None = None  # while a trace runs through this block's own forward
         self.built: Any = None
         self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
         self.names: list[str] = []
         # for conditioning tables
         self.by_step: dict[tuple[int, int], Any] = {}  # (step, branch) -> key of the program that ran
         self.ready: dict[tuple[int, int], tuple[Any, fx.GraphModule, list[Any]]] = {}  # key, what is left of it, values
-        self.listener: Any = None  # is told arguments and output of the next call
+        self.runs: dict[tuple[int, int], Any] = {}  # collapsed with its neighbours
+        self.listener: BlockCall | None = None  # is told arguments and output of the next call
         self.answer: tuple[Any] | None = None  # stands still: returns this, notes what it was asked
         self.asked: list[Any] = []
 
@@ -71,40 +72,56 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         """Forgets the values of a run; notices what was built into the block since: adapters, other processors."""
         self.built = None
         self.ready.clear()
+        self.runs.clear()
 
     def parameters(self) -> list[torch.Tensor]:
         return [found[name] for found, name in self.tensors]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.tracer is not None:
-            return self.fn_ref.original_forward(*args, **kwargs)
         if self.answer is not None:
             self.asked = tree_flatten((args, kwargs))[0]
             return self.answer[0]
         if self.built is None:
             self._look()
+        at, tabled = (self.moment.step, self.moment.branch), self.moment.tabled
+        if tabled and at in self.runs and not torch.is_grad_enabled():
+            return self.runs[at].call(self.moment, args, kwargs)
         given = [row.read(self.moment) for row in self.rows]
         leaves, spec = tree_flatten((args, kwargs, given))
-        step = self.moment.step
-        key = (
-            self.built, tuple(row.cell(step) for row in self.rows), spec, tuple(kind_of(leaf) for leaf in leaves),
-            torch.is_autocast_enabled(), torch.get_default_dtype(),
-        )  # fmt: skip
-        if key not in self.programs:
-            self.programs[key] = self._trace(leaves, spec, step)
-        program, at = self.programs[key], (step, self.moment.branch)
-        self.by_step[at] = key
-        flat = [*self.parameters(), *(leaves[i] for i in program.places)]
-        ready = self.ready.get(at) if self.moment.tabled else None
-        if ready is None or ready[0] != key:
-            ready = key, program.graph, []
-        found = ready[1](*flat, *ready[2])
+        if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
+            key, graph, values = self.ready[at]
+            program = self.programs[key]
+        else:
+            program, values = self._program(leaves, spec, at), []
+            graph = program.graph
+        found = graph(*self.parameters(), *(leaves[i] for i in program.places), *values)
         out, made = tree_unflatten(found, program.made)
         if self.listener is not None:
             self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
         for row, one in zip(self.rows, made, strict=True):
             row.write(self.moment, one)
         return out
+
+    def _program(self, leaves: list[Any], spec: TreeSpec, at: tuple[int, int]) -> Program:
+        """Returns the program for these arguments at this step, traced where there is none yet."""
+        key = (
+            self.built, tuple(row.cell(at[0]) for row in self.rows), spec, tuple(kind_of(leaf) for leaf in leaves),
+            torch.is_autocast_enabled(), torch.get_default_dtype(),
+        )  # fmt: skip
+        if key not in self.programs:
+            self.programs[key] = self._trace(leaves, spec, at[0])
+        self.by_step[at] = key
+        return self.programs[key]
+
+    def fits(self, key: Any, leaves: list[Any]) -> bool:
+        """Whether a program noted before is still that of a call with these arguments."""
+        now = (
+            self.built,
+            tuple(kind_of(leaf) for leaf in leaves),
+            torch.is_autocast_enabled(),
+            torch.get_default_dtype(),
+        )
+        return now == (key[0], key[3][: len(leaves)], *key[4:])
 
     def _look(self) -> None:
         """Notes how the block is built, and where its parameters are: read at each call, so that new weights count."""
@@ -133,11 +150,11 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             for place, tensor in zip(places, flat[len(self.names) :], strict=True):
                 filled[place] = tensor
             args, kwargs, given = tree_unflatten(filled, spec)
-            self.tracer = tracer = Tracer(self.rows, given, step)
+            tracer = Tracer(self.rows, given, step)
             for row in self.rows:
                 row.tracer = tracer
-            parameters = dict(zip(self.names, flat, strict=False))
-            out = functional_call(self.block, parameters, args, kwargs)
+            parameters = {f"block.{name}": value for name, value in zip(self.names, flat, strict=False)}
+            out = functional_call(_Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
             missing = [row.key for row in self.rows if row.key not in tracer.made]
             if missing:
                 raise UnsupportedModelError(
@@ -162,12 +179,38 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 f"cannot be traced ({type(error).__name__}: {first}). Run the schedule without lowering: apply(pipe, schedule)."
             ) from error
         finally:
-            self.tracer = None
             for row in self.rows:
                 row.tracer = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return Program(graph, made_spec[-1], len(self.names), places)
+
+
+class _Bare(nn.Module):
+    """A block without what others hooked to it: that runs around its program, and must not run within it, too."""
+
+    def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.block, self.run = block, forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+
+@dataclass
+class BlockCall:
+    """How one block is called in the run under way."""
+
+    block: LoweredBlock
+    leaves: list[Any] = field(default_factory=list)  # its arguments at step 0
+    out: Any = None  # its output at step 0
+    late: set[int] = field(default_factory=set)  # arguments that depend on the latents
+    handed: bool = False  # the next block takes its output, and nobody else does
+    changed: dict[int, dict[int, Any]] = field(default_factory=dict)  # step -> argument -> value, where it changes
+
+    @property
+    def moving(self) -> set[int]:
+        return {i for values in self.changed.values() for i in values}
 
 
 def kind_of(leaf: Any) -> Any:

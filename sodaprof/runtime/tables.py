@@ -10,7 +10,7 @@ A first run notes how the pipeline calls the transformer at each step; tables se
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..models.clock import Moment
 from ..models.discover import hidden_states
-from .lower import LoweredBlock, Program, kind_of
+from .collapse import Collapse
+from .lower import BlockCall, LoweredBlock, Program, kind_of
 
 LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
 
@@ -47,6 +48,8 @@ def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.Gr
     for new, values, mine in ((first, [], early), (rest, handed, not_yet)):
         copies = {node: new.placeholder(node.name) for node in inputs}
         copies |= {node: new.placeholder(f"{node.name}_early") for node in values}
+        for node, copy in copies.items():
+            copy.meta = dict(node.meta)
         for node in work:
             if node in plain or node in mine:
                 copies[node] = new.node_copy(node, copies.__getitem__)
@@ -56,39 +59,25 @@ def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.Gr
     return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
 
 
-@dataclass
-class BlockCall:
-    """How one block is called in the run under way."""
-
-    block: LoweredBlock
-    leaves: list[Any] = field(default_factory=list)  # its arguments at step 0
-    out: Any = None  # its output at step 0
-    late: set[int] = field(default_factory=set)  # arguments that depend on the latents
-    changed: dict[int, dict[int, Any]] = field(default_factory=dict)  # step -> argument -> value, where it changes
-
-    @property
-    def moving(self) -> set[int]:
-        return {i for values in self.changed.values() for i in values}
-
-
 class Tables(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a transformer whose blocks are lowered; it stands inside the clock's."""
 
-    def __init__(self, moment: Moment, blocks: list[LoweredBlock], steps: int) -> None:
+    def __init__(self, moment: Moment, blocks: list[LoweredBlock], steps: int, collapse: Collapse | None) -> None:
         super().__init__()
-        self.moment, self.blocks, self.steps = moment, blocks, steps
+        self.moment, self.blocks, self.steps, self.collapse = moment, blocks, steps, collapse
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
         self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
         self.learned: dict[
-            Any, list[tuple[set[int], dict[int, int]]]
-        ] = {}  # looks -> of each block: late, handed through
+            Any, list[tuple[set[int], bool, dict[int, int]]]
+        ] = {}  # looks -> of each block: late, handed, arguments that are the transformer's own
         self.first: dict[int, list[Any]] = {}  # branch -> arguments at step 0 of the run under way
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
         leaves, spec = tree_flatten((args, kwargs))
         latents = next(i for i, leaf in enumerate(leaves) if leaf is hidden_states(args, kwargs))
-        looks = spec, tuple(kind_of(leaf) for leaf in leaves), branch
+        kinds = tuple(kind_of(leaf) for leaf in leaves)
+        looks = spec, kinds, branch, torch.is_autocast_enabled(), torch.get_default_dtype()
         seen = self.seen.setdefault(looks, {})
         if len(seen) < self.steps:
             seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
@@ -109,11 +98,12 @@ class Tables(ModelHook):  # type: ignore[misc]
             for call in calls:
                 call.block.listener = None
         with torch.no_grad():
-            self._probe(
-                looks, forward, spec, leaves, latents, calls, {s: {i: seen[s][i] for i in moving} for s in seen}
-            )
+            moved = {s: {i: seen[s][i] for i in moving} for s in seen}
+            self._probe(looks, forward, spec, leaves, latents, calls, moved, out)
             for call in calls:
                 self._fill(call, branch)
+            if self.collapse is not None:
+                self.collapse.join(calls, self.steps, branch)
         self.first[branch] = leaves
         return out
 
@@ -136,7 +126,7 @@ class Tables(ModelHook):  # type: ignore[misc]
 
     def _probe(
         self, looks: Any, forward: Any, spec: TreeSpec, leaves: list[Any], latents: int, calls: list[BlockCall],
-        moved: dict[int, dict[int, Any]],
+        moved: dict[int, dict[int, Any]], out: Any,
     ) -> None:  # fmt: skip
         """Calls the transformer with its blocks standing still: with other latents, then at every other timestep."""
         noise = torch.Generator().manual_seed(0)
@@ -147,24 +137,28 @@ class Tables(ModelHook):  # type: ignore[misc]
             return leaf + torch.randn(leaf.shape, generator=noise).to(leaf)
 
         def arguments(changed: dict[int, Any], answers: list[Any]) -> list[list[Any]]:
+            """Returns the arguments of every block, and last what the transformer returns."""
             for call, answer in zip(calls, answers, strict=True):
                 call.block.answer = (answer,)
             args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
-            forward(*args, **kwargs)
-            return [call.block.asked for call in calls]
+            result = forward(*args, **kwargs)
+            return [*(call.block.asked for call in calls), tree_flatten(result)[0]]
 
+        others_hooks = tuple((*c.block.block._forward_hooks, *c.block.block._forward_pre_hooks) for c in calls)
+        looks = looks, others_hooks  # by what is hooked to the blocks, which may make detours
         if known := self.learned.get(looks):  # all that changes is handed through: no need to ask again
-            for call, (late, through) in zip(calls, known, strict=True):
-                call.late = late
+            for call, (late, handed, through) in zip(calls, known, strict=True):
+                call.late, call.handed = late, handed
                 call.changed = {step: {i: values[j] for i, j in through.items()} for step, values in moved.items()}
             return
         try:
             others = arguments({latents: stirred(leaves[latents])}, [tree_map(stirred, call.out) for call in calls])
-            for call, other in zip(calls, others, strict=True):
+            for call, other in zip(calls, others[:-1], strict=True):
                 call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not _same(a, b)}
+            self._follow(calls, out, lambda answers: arguments({}, answers), stirred)
             for step in range(1, self.steps):
                 others = arguments(moved[step], [call.out for call in calls])
-                for call, other in zip(calls, others, strict=True):
+                for call, other in zip(calls, others[:-1], strict=True):
                     pairs = enumerate(zip(call.leaves, other, strict=True))
                     call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not _same(a, b)}
         finally:
@@ -173,7 +167,25 @@ class Tables(ModelHook):  # type: ignore[misc]
         numbers = {id(leaf): i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
         same = [{i: numbers[id(c.leaves[i])] for i in c.moving if id(c.leaves[i]) in numbers} for c in calls]
         if all(set(found) == c.moving for found, c in zip(same, calls, strict=True)):
-            self.learned[looks] = [(c.late, found) for c, found in zip(calls, same, strict=True)]
+            self.learned[looks] = [(c.late, c.handed, found) for c, found in zip(calls, same, strict=True)]
+
+    def _follow(self, calls: list[BlockCall], out: Any, arguments: Any, stirred: Any) -> None:
+        """Notes which blocks' outputs the next block takes, and nobody else: no later block, nor the transformer itself."""
+        taken = []
+        for call, after in pairwise(calls):
+            own = {id(leaf) for leaf in tree_flatten(call.out)[0] if torch.is_tensor(leaf)}
+            taken.append({i for i, leaf in enumerate(after.leaves) if id(leaf) in own} if own else set())
+        onward = [places >= after.late and bool(places) for places, after in zip(taken, calls[1:], strict=True)]
+        answers = [
+            tree_map(stirred, call.out) if on else call.out for call, on in zip(calls, [*onward, False], strict=True)
+        ]
+        before = [call.leaves for call in calls] + [tree_flatten(out)[0]]
+        expected = [set(), *taken, set()]
+        for places, was, now in zip(expected, before, arguments(answers), strict=True):
+            if any(i not in places and not _same(a, b) for i, (a, b) in enumerate(zip(was, now, strict=True))):
+                return
+        for call, on in zip(calls, onward, strict=False):
+            call.handed = on
 
     def _fill(self, call: BlockCall, branch: int) -> None:
         """Computes the block's values of all steps to come, one block after the other, so that its weights stay near."""
@@ -182,7 +194,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         for step in range(1, self.steps):
             key = block.by_step.get((step, branch))
             program = None if key is None else block.programs.get(key)
-            if program is None:
+            if program is None or not block.fits(key, call.leaves):
                 continue
             run, each, rest = self._parts(key, program, call.late, moving, len(call.leaves))
             at_step = [call.changed[step].get(i, leaf) for i, leaf in enumerate(call.leaves)]

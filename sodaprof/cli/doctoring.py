@@ -1,0 +1,25 @@
+"""The command that says what will be captured: doctor."""
+
+from __future__ import annotations
+
+import json
+
+from .shared import Json, Model, Steps, make_console, say_next
+
+
+def doctor(model: Model, steps: Steps = 50, as_json: Json = False) -> None:
+    """Say what of a model CUDA graphs cannot hold, and what to do about it. Needs no GPU: one step runs on the CPU."""
+    from ..doctor import diagnose
+    from ..models.load import load_pipeline
+    from ..report.diagnosis import diagnosis_view
+
+    console = make_console(stderr=as_json)
+    result = diagnose(load_pipeline(model, device="cpu"), model, steps)
+    if as_json:
+        print(json.dumps(result))
+        return
+    console.print(diagnosis_view(result))
+    refused = any(found["kind"] == "sites" for found in result["findings"])
+    say_next(
+        console, f"sodaprof inspect {model}" if refused else f"sodaprof profile {model} --steps {steps} -o profile"
+    )

@@ -1,0 +1,197 @@
+"""Collapse: blocks in a row that compute nothing become one weighted sum over what their sites kept.
+
+Such a block, its conditioning computed ahead, is x + sum of gate * output: no norm is needed in between. That is read off
+what is left of its program, not off model code. Ordered, the sum is taken as the blocks take it, bit for bit; fused, in
+one accumulator without rounding in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from ..errors import MismatchError
+from ..models.clock import Moment
+from .actions import Given, Made
+from .lower import BlockCall, LoweredBlock
+from .streams import Stream, Term, streams_of
+
+NOTHING = Made(None)
+
+
+def kept_leaves(spec: TreeSpec) -> dict[int, tuple[int, int | None, int | None]]:
+    """Returns {leaf of a block's call: (row, source, part)} for the outputs that its sites are given.
+
+    source: its place among a forecast's, None for the cache; part: of outputs that are tuples.
+    """
+    given: list[Given] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
+    found: dict[int, tuple[int, int | None, int | None]] = {}
+    for row, one in enumerate(given):
+        sources: Any = one.sources if isinstance(one.sources, tuple) else ()
+        for source, output in ((None, one.cache), *enumerate(sources)):
+            if isinstance(output, tuple):
+                found |= {leaf: (row, source, part) for part, leaf in enumerate(output)}
+            else:
+                found[output] = row, source, None
+    return found
+
+
+@dataclass
+class Member:
+    """A block of a run at one step, and how it is called."""
+
+    block: LoweredBlock
+    streams: tuple[Stream | None, ...]
+    out: TreeSpec
+    factors: dict[int, torch.Tensor]
+    kept: dict[int, tuple[int, int | None, int | None]]  # leaf -> number of the row, of the source, of the tuple's part
+
+
+@dataclass
+class Run:
+    """Consecutive blocks at one step on one branch, each taking what the one before hands on."""
+
+    members: list[Member]
+    fused: bool
+    handed: list[torch.Tensor | None] = field(default_factory=list)  # what the next block must be given
+    at: int = 0
+
+    def call(self, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the block's output: of all blocks at the first, which the others hand on."""
+        leaves, member = tree_flatten((args, kwargs))[0], self.members[self.at]
+        if self.at == 0:
+            self.handed = self._sums(moment, leaves)
+        elif any(s is not None and leaves[s.origin] is not h for s, h in zip(member.streams, self.handed, strict=True)):
+            raise MismatchError(
+                f"{member.block.path} is not given what the block before it returned, as it was in the run before. Run "
+                "the schedule without collapse: apply(pipe, schedule, lower=True, collapse=None)."
+            )
+        out = tree_unflatten(self.handed, member.out)
+        self.at = (self.at + 1) % len(self.members)
+        return out
+
+    def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
+        add = _fused if self.fused else _ordered
+        totals = [None if s is None else _Total(leaves[s.origin]) for s in self.members[0].streams]
+        for member in self.members:
+            given = [row.read(moment) for row in member.block.rows]
+            for total, stream in zip(totals, member.streams, strict=True):
+                for term in stream.terms if stream is not None else ():
+                    outputs = [_viewed(given, member.kept[kept.leaf], kept.views) for kept in term.kept]
+                    factor = None if term.factor is None else member.factors[term.factor]
+                    assert total is not None  # streams go through all blocks of a run
+                    add(total, outputs, term, factor)
+            for row in member.block.rows:
+                row.write(moment, NOTHING)
+        last = self.members[-1].streams
+        return [None if s is None or t is None else t.result(s) for t, s in zip(totals, last, strict=True)]
+
+
+class _Total:
+    """A sum under way: its first addition makes a tensor of its own, the others add to it in place."""
+
+    def __init__(self, start: torch.Tensor) -> None:
+        self.value, self.dtype, self.own = start.contiguous(), start.dtype, False
+        self.buffer: torch.Tensor | None = None
+
+    def result(self, stream: Stream) -> torch.Tensor:
+        """Returns the sum laid out as the blocks' own would be: what comes after may depend on it in its last bits."""
+        value = self.value.view(stream.shape)
+        if value.stride() == stream.stride and value.dtype == self.dtype:
+            return value
+        return torch.empty_strided(stream.shape, stream.stride, dtype=self.dtype, device=value.device).copy_(value)
+
+
+def _ordered(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch.Tensor | None) -> None:
+    value, part = total.value.view(term.shape), outputs[0]
+    for i, (output, kept) in enumerate(zip(outputs, term.kept, strict=True)):
+        weighted = output if kept.weight is None else output * kept.weight
+        part = weighted if i == 0 else part.add_(weighted)
+    if factor is not None:
+        if total.buffer is None:
+            total.buffer = torch.empty_like(total.value)
+        part = torch.mul(factor, part, out=total.buffer.view(term.shape))
+    total.value = value.add_(part) if total.own else value + part
+    total.own = True
+
+
+def _fused(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch.Tensor | None) -> None:
+    if not total.own:
+        total.value = total.value.to(torch.promote_types(total.dtype, torch.float32), copy=True)
+        total.own = True
+    value = total.value.view(term.shape)
+    for output, kept in zip(outputs, term.kept, strict=True):
+        weight = 1.0 if kept.weight is None else kept.weight
+        if factor is None:
+            value.add_(output, alpha=weight)
+        else:
+            value.addcmul_(factor, output, value=weight)
+
+
+def _viewed(given: list[Given], place: tuple[int, int | None, int | None], views: Any) -> torch.Tensor:
+    row, source, part = place
+    sources = given[row].sources
+    found = given[row].cache if source is None or sources is None else sources[source]
+    out: torch.Tensor = found if part is None else found[part]
+    for view, arguments in views:
+        out = view(out, *arguments)
+    return out
+
+
+class Collapse:
+    """Finds the runs of a schedule's steps once the conditioning tables of a run are filled."""
+
+    def __init__(self, fused: bool) -> None:
+        self.fused = fused
+        self.streams: dict[fx.GraphModule, tuple[Stream | None, ...] | None] = {}  # of what is left of each program
+
+    def join(self, calls: list[BlockCall], steps: int, branch: int) -> None:
+        """Gives the blocks of each step that are sums alone their runs, neighbours that hand on what they return one."""
+        for step in range(1, steps):
+            run: Run | None = None
+            before: BlockCall | None = None
+            for call in calls:
+                member = self._member(call, (step, branch))
+                if member is None:
+                    run = None
+                elif run is not None and before is not None and _hands_on(before, call, member):
+                    run.members.append(member)
+                else:
+                    run = Run([member], self.fused)
+                if run is not None:
+                    call.block.runs[step, branch] = run
+                before = call
+
+    def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
+        if at not in call.block.ready or not all(row.rests(at[0]) for row in call.block.rows):
+            return None
+        key, rest, values = call.block.ready[at]
+        program, (outputs, spec) = call.block.programs[key], tree_flatten(call.out)
+        if rest not in self.streams:
+            self.streams[rest] = streams_of(
+                rest, program.parameters, program.places, len(call.leaves), call.late, len(outputs)
+            )
+        streams = self.streams[rest]
+        if streams is None:
+            return None
+        at_step = [call.changed[at[0]].get(i, leaf) for i, leaf in enumerate(call.leaves)]
+        flat = [*call.block.parameters(), *(at_step[i] if i < len(at_step) else None for i in program.places), *values]
+        terms = [term for stream in streams if stream is not None for term in stream.terms]
+        factors = {term.factor: flat[term.factor] for term in terms if term.factor is not None}
+        return Member(call.block, streams, spec, factors, kept_leaves(key[2]))
+
+
+def _hands_on(before: BlockCall, call: BlockCall, member: Member) -> bool:
+    """Whether a block takes of the latents just what the one before returned, in its order."""
+    outputs = tree_flatten(before.out)[0]
+    places = [(s.origin, out) for s, out in zip(member.streams, outputs, strict=False) if s is not None]
+    return (
+        before.handed
+        and len(outputs) == len(member.streams)
+        and {origin for origin, _ in places} >= call.late
+        and all(torch.is_tensor(out) and call.leaves[origin] is out for origin, out in places)
+    )

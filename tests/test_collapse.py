@@ -1,0 +1,212 @@
+"""Blocks that compute nothing, as one sum: the same bits in order, fused equal but for rounding; never across a detour."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sodaprof
+from sodaprof.errors import MismatchError, SodaprofError
+from sodaprof.runtime.collapse import Run
+from sodaprof.runtime.streams import Kept, Stream, Term, streams_of
+from sodaprof.schedule import Forecast
+
+from .pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
+
+TAYLOR = Forecast((3, 0), (1.75, -0.75))
+
+
+def idle_schedule(pipe, layers=2):
+    """Whole steps of R, whole steps of F, and one whose last block computes."""
+    sites = [f"transformer_blocks.{i}.{m}" for i in range(layers) for m in ("attn1", "ff")]
+    rows = dict.fromkeys(sites, "CRRCFFRC")
+    rows[sites[-1]] = "CRRCFFCC"
+    return schedule_for(pipe, rows, forecasts=dict.fromkeys(sites, (TAYLOR, TAYLOR)))
+
+
+def runs_of(pipe, schedule, mode, runs=2):
+    """Returns the last pictures and how many blocks each sum was of: {(step, branch): [blocks]}."""
+    found: dict = {}
+    with sodaprof.apply(pipe, schedule, lower=True, collapse=mode) as handle:
+        for _ in range(runs - 1):
+            draw(pipe)
+        call, original = Run.call, Run.call
+
+        def noted(self, moment, args, kwargs):
+            if self.at == 0:
+                found.setdefault((moment.step, moment.branch), []).append(len(self.members))
+            return call(self, moment, args, kwargs)
+
+        Run.call = noted
+        try:
+            pictures = draw(pipe)
+        finally:
+            Run.call = original
+        assert handle.report().executed == handle.report().planned
+    return pictures, found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_order_the_bits_are_those_of_the_blocks(dtype):
+    pipe = tiny_pipe(layers=4).to(dtype)
+    schedule = idle_schedule(pipe, 4)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    pictures, found = runs_of(pipe, schedule, "ordered")
+    assert np.array_equal(pictures, wanted)
+    assert found == {(s, 0): [4] for s in (1, 2, 4, 5)} | {(6, 0): [3]}
+
+
+def test_mixed_cells_stay_with_their_blocks():
+    pipe = tiny_pipe()
+    with sodaprof.apply(pipe, mixed_schedule(pipe)):
+        wanted = draw(pipe)
+    pictures, _ = runs_of(pipe, mixed_schedule(pipe), "ordered", runs=3)
+    assert np.array_equal(pictures, wanted)
+
+
+def test_fused_differs_by_rounding_alone():
+    pipe = tiny_pipe(layers=6)
+    schedule = idle_schedule(pipe, 6)
+    sums: dict = {"ordered": [], "fused": []}
+    for mode, noted in sums.items():
+        with sodaprof.apply(pipe, schedule, lower=True, collapse=mode):
+            draw(pipe)
+            pipe.transformer.transformer_blocks[5].register_forward_hook(
+                lambda m, a, out, noted=noted: noted.append(out)
+            )
+            draw(pipe)
+            pipe.transformer.transformer_blocks[5]._forward_hooks.clear()
+    for a, b in zip(sums["ordered"], sums["fused"], strict=True):
+        assert (a - b).norm() / a.norm() < 1e-6
+
+
+def test_two_pass_guidance():
+    pipe = tiny_pipe(cls=TwoPassPipeline)
+    schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRRCRRCR"))
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    pictures, found = runs_of(pipe, schedule, "ordered")
+    assert np.array_equal(pictures, wanted)
+    assert found == {(s, b): [2] for s in (1, 2, 4, 5, 7) for b in (0, 1)}
+
+
+def test_the_first_run_and_other_modes():
+    pipe = tiny_pipe()
+    schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRRRRRRR"))
+    assert runs_of(pipe, schedule, "ordered", runs=1)[1] == {}  # notes how the blocks are called
+    assert runs_of(pipe, schedule, None)[1] == {}
+    with pytest.raises(SodaprofError, match="expected 'ordered', 'fused' or None"):
+        sodaprof.apply(pipe, schedule, lower=True, collapse="quick")
+
+
+class Skips(DiTTransformer2DModel):
+    """Uses the first block's output again after the last: no neighbour alone takes it."""
+
+    def forward(self, *args, **kwargs):
+        self.kept = []
+        first, last = self.transformer_blocks[0], self.transformer_blocks[-1]
+        hooks = [
+            first.register_forward_hook(lambda m, a, out: self.kept.append(out)),
+            last.register_forward_hook(lambda m, a, out: out + 0.5 * self.kept[0]),
+        ]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def test_outputs_that_others_take_too_are_not_summed_across():
+    pipe = tiny_pipe(layers=3)
+    pipe.transformer.__class__ = Skips
+    rows = {f"transformer_blocks.{i}.{m}": "CRRRCRRR" for i in range(3) for m in ("attn1", "ff")}
+    schedule = schedule_for(pipe, rows)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    pictures, found = runs_of(pipe, schedule, "ordered")
+    assert np.array_equal(pictures, wanted)
+    assert set(map(tuple, found.values())) == {(1, 1, 1)}
+
+
+def test_a_detour_that_was_not_there_before_is_refused():
+    pipe = tiny_pipe()
+    first = pipe.transformer.transformer_blocks[0]
+    with sodaprof.apply(pipe, schedule_for(pipe, dict.fromkeys(SITES, "CRRRRRRR")), lower=True) as handle:
+        plain = draw(pipe)
+        hook = first.register_forward_hook(lambda m, a, out: out + 1)
+        detour = draw(pipe)  # there from the beginning of a run on: each block by itself
+        hook.remove()
+        assert not np.array_equal(plain, detour)
+        hook = first.register_forward_hook(lambda m, a, out: out + 1 if handle.moment.step > 3 else out)
+        with pytest.raises(MismatchError, match="collapse=None"):
+            draw(pipe)
+        hook.remove()
+        assert np.array_equal(draw(pipe), plain)
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_hooks_of_others_on_a_block_run_once(lower):
+    pipe, calls = tiny_pipe(), []
+    pipe.transformer.transformer_blocks[1].register_forward_hook(lambda m, a, out: calls.append(1) or out * 1.5)
+    wanted, schedule = draw(pipe), schedule_for(pipe)
+    calls.clear()
+    with sodaprof.apply(pipe, schedule, lower=lower, tables=False):
+        assert np.array_equal(draw(pipe), wanted)
+    assert len(calls) == 8
+
+
+def traced(function, *inputs):
+    """The graph of function(parameter, x, y, gate, kept...)."""
+    return make_fx(function, tracing_mode="fake")(*inputs)
+
+
+X, GATE, KEPT = torch.randn(2, 6, 4), torch.randn(2, 1, 4), torch.randn(2, 6, 4)
+
+
+def read(function, outputs=1):
+    """Streams of a block with one parameter, arguments x (late), y and gate, and two kept outputs."""
+    return streams_of(traced(function, GATE[0], X, X + 1, GATE, KEPT, KEPT + 1), 1, [0, 1, 2, 3, 4], 3, {0}, outputs)
+
+
+def test_sums_are_read_off_the_graph():
+    whole = (2, 6, 4)
+    gated = Term((Kept(3),), 3, whole)
+    plain = Term((Kept(4),), None, whole)
+    assert read(lambda p, x, y, g, a, b: [x + g * a + b]) == (Stream(0, (gated, plain), whole, (24, 4, 1)),)
+    assert read(lambda p, x, y, g, a, b: [b + (a * g + x)]) == (Stream(0, (gated, plain), whole, (24, 4, 1)),)
+    forecast = Term((Kept(3, (), 1.5), Kept(4, (), -0.5)), 0, whole)
+    assert read(lambda p, x, y, g, a, b: [x + p * (a * 1.5 + b * -0.5)]) == (Stream(0, (forecast,), whole, (24, 4, 1)),)
+    two = read(lambda p, x, y, g, a, b: [x + a, y + b], 2)
+    assert [stream.origin for stream in two] == [0, 1]
+
+
+def test_what_is_no_sum_is_none():
+    assert read(lambda p, x, y, g, a, b: [x + x.mean() * a]) is None
+    assert read(lambda p, x, y, g, a, b: [x + x * a]) is None
+    assert read(lambda p, x, y, g, a, b: [(x + a).tanh()]) is None
+    assert read(lambda p, x, y, g, a, b: [x + a.tanh()]) is None
+    assert read(lambda p, x, y, g, a, b: [x + g * (a + b)]) is None
+    assert read(lambda p, x, y, g, a, b: [x - a]) is None
+    assert read(lambda p, x, y, g, a, b: [(x + a).bfloat16()]) is None
+
+
+def test_two_streams_in_one_are_told_apart():
+    def single(p, x, y, g, a, b):
+        both = torch.cat([x, y], 1) + g * torch.cat([a, b], 1)
+        return [both[:, :6], both[:, 6:]]
+
+    assert read(single, 2) is None  # what is kept is one tensor, in the models
+
+    def blocks(p, x, y, g, a, b):
+        both = torch.cat([x, y], 1) + g * a
+        return [both[:, :6], both[:, 6:]]
+
+    found = streams_of(
+        traced(blocks, GATE[0], X, X + 1, GATE, torch.randn(2, 12, 4), KEPT), 1, [0, 1, 2, 3, 4], 3, {0}, 2
+    )
+    assert [stream.origin for stream in found] == [0, 1]
+    assert [stream.terms[0].kept[0].views[-1][1] for stream in found] == [(1, 0, 6), (1, 6, 12)]
