@@ -8,7 +8,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sodaprof
-from sodaprof.runtime.tables import split
+from sodaprof.runtime import fill
+from sodaprof.runtime.fill import split
 
 from .pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
 
@@ -53,7 +54,7 @@ def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
     rows = dict.fromkeys(SITES, "CRRRRRRR")
     with sodaprof.apply(pipe, schedule_for(pipe, rows), lower=True) as handle:
         draw(pipe), draw(pipe)
-        parts = list(handle.tables[0].parts.values())
+        parts = list(handle.tables[0].filler.parts.values())
     assert parts
     for of_run, of_step, rest in parts:
         assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
@@ -155,3 +156,37 @@ def test_split_keeps_random_numbers_where_they_were():
     wanted = f(*values)
     torch.manual_seed(0)
     assert torch.equal(rest(*values, *first(*values)), wanted)
+
+
+def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch):
+    schedule = mixed_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    batches = []
+    monkeypatch.setattr(fill, "_batched", lambda *a, real=fill._batched: batches.append(a[1]) or real(*a))
+    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+        for _ in range(3):
+            pictures = draw(pipe)
+        tried = handle.tables[0].filler.at_once
+        assert True in tried.values()
+        assert np.array_equal(pictures, wanted)
+        count = len(batches)
+        tried.update(dict.fromkeys(tried, False))
+        assert np.array_equal(draw(pipe), wanted)
+        assert len(batches) == count  # step by step, where a batch gave other bits
+
+
+def test_a_batch_is_tried_against_the_steps():
+    def lossy(weight, x):
+        return [x @ weight, torch.sort(x @ weight)[0] * 0.1]
+
+    each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
+    weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
+    wanted = [each(weight, x) for x in xs]
+    filler = fill.Filler()
+    for _ in range(2):
+        found = filler._of_steps(each, [weight], [[x] for x in xs], [])
+        assert all(
+            torch.equal(a, b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)
+        )
+    assert filler.at_once[each] in (True, False)

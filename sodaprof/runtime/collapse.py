@@ -169,8 +169,8 @@ class Collapse:
     def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
         if at not in call.block.ready or not all(row.rests(at[0]) for row in call.block.rows):
             return None
-        key, rest, values = call.block.ready[at]
-        program, (outputs, spec) = call.block.programs[key], tree_flatten(call.out)
+        program, rest, values = call.block.ready[at]
+        outputs, spec = tree_flatten(call.out)
         if rest not in self.streams:
             self.streams[rest] = streams_of(
                 rest, program.parameters, program.places, len(call.leaves), call.late, len(outputs)
@@ -182,7 +182,7 @@ class Collapse:
         flat = [*call.block.parameters(), *(at_step[i] if i < len(at_step) else None for i in program.places), *values]
         terms = [term for stream in streams if stream is not None for term in stream.terms]
         factors = {term.factor: flat[term.factor] for term in terms if term.factor is not None}
-        return Member(call.block, streams, spec, factors, kept_leaves(key[2]))
+        return Member(call.block, streams, spec, factors, kept_leaves(program.key[2]))
 
 
 def _hands_on(before: BlockCall, call: BlockCall, member: Member) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -24,12 +24,14 @@ from .actions import Given, Made, SiteRow
 PLAIN = (bool, int, float, str, type(None))
 
 
-class Program(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Program:
     """A block under its cells: graph(*parameters, *tensors of the call) -> leaves of (output, what each site made)."""
 
     graph: fx.GraphModule
     made: TreeSpec
     parameters: int  # how many of the graph's inputs are parameters, the first ones
+    key: Any  # what it was traced for
     places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
 
 
@@ -61,8 +63,8 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
         self.names: list[str] = []
         # for conditioning tables
-        self.by_step: dict[tuple[int, int], Any] = {}  # (step, branch) -> key of the program that ran
-        self.ready: dict[tuple[int, int], tuple[Any, fx.GraphModule, list[Any]]] = {}  # key, what is left of it, values
+        self.by_step: dict[tuple[int, int], Program] = {}  # (step, branch) -> the program that ran
+        self.ready: dict[tuple[int, int], tuple[Program, fx.GraphModule, list[Any]]] = {}  # what is left of it, values
         self.runs: dict[tuple[int, int], Any] = {}  # collapsed with its neighbours
         self.listener: BlockCall | None = None  # is told arguments and output of the next call
         self.answer: tuple[Any] | None = None  # stands still: returns this, notes what it was asked
@@ -89,8 +91,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         given = [row.read(self.moment) for row in self.rows]
         leaves, spec = tree_flatten((args, kwargs, given))
         if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
-            key, graph, values = self.ready[at]
-            program = self.programs[key]
+            program, graph, values = self.ready[at]
         else:
             program, values = self._program(leaves, spec, at), []
             graph = program.graph
@@ -108,12 +109,13 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             self.built, tuple(row.cell(at[0]) for row in self.rows), spec, tuple(kind_of(leaf) for leaf in leaves),
             torch.is_autocast_enabled(), torch.get_default_dtype(),
         )  # fmt: skip
-        if key not in self.programs:
-            self.programs[key] = self._trace(leaves, spec, at[0])
-        self.by_step[at] = key
-        return self.programs[key]
+        program = self.programs.get(key)
+        if program is None:
+            program = self.programs[key] = self._trace(key, leaves, spec, at[0])
+        self.by_step[at] = program
+        return program
 
-    def fits(self, key: Any, leaves: list[Any]) -> bool:
+    def fits(self, program: Program, leaves: list[Any]) -> bool:
         """Whether a program noted before is still that of a call with these arguments."""
         now = (
             self.built,
@@ -121,7 +123,8 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             torch.is_autocast_enabled(),
             torch.get_default_dtype(),
         )
-        return now == (key[0], key[3][: len(leaves)], *key[4:])
+        built, _, _, kinds, *settings = program.key
+        return now == (built, kinds[: len(leaves)], *settings)
 
     def _look(self) -> None:
         """Notes how the block is built, and where its parameters are: read at each call, so that new weights count."""
@@ -140,7 +143,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         )  # fmt: skip
         self.built = (tuple(self.names), shapes, _build(self.block), sites)
 
-    def _trace(self, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
+    def _trace(self, key: Any, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
         constants = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
         made_spec: list[TreeSpec] = []
@@ -183,7 +186,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 row.tracer = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return Program(graph, made_spec[-1], len(self.names), places)
+        return Program(graph, made_spec[-1], len(self.names), key, places)
 
 
 class _Bare(nn.Module):

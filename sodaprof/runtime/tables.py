@@ -15,48 +15,16 @@ from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
-from torch import fx, nn
+from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..models.clock import Moment
 from ..models.discover import hidden_states
 from .collapse import Collapse
-from .lower import BlockCall, LoweredBlock, Program, kind_of
+from .fill import Filler, same
+from .lower import BlockCall, LoweredBlock, kind_of
 
 LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
-
-
-def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Returns (early, rest): early maps the inputs to values, rest takes the inputs and these values.
-
-    late: numbers of the inputs that are not there yet when `early` runs. The first inputs are parameters: what depends
-    on them alone stays where it is used. What draws random numbers is late.
-    """
-    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    plain, not_yet = set(inputs[:parameters]), {inputs[i] for i in late}
-    early: set[fx.Node] = set()
-    work = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
-    for node in work:
-        above = node.all_input_nodes
-        if any(n in not_yet for n in above) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            not_yet.add(node)
-        else:
-            (plain if all(n in plain for n in above) else early).add(node)
-    handed = [node for node in work if node in early and any(u in not_yet or u.op == "output" for u in node.users)]
-
-    first, rest = fx.Graph(), fx.Graph()
-    for new, values, mine in ((first, [], early), (rest, handed, not_yet)):
-        copies = {node: new.placeholder(node.name) for node in inputs}
-        copies |= {node: new.placeholder(f"{node.name}_early") for node in values}
-        for node, copy in copies.items():
-            copy.meta = dict(node.meta)
-        for node in work:
-            if node in plain or node in mine:
-                copies[node] = new.node_copy(node, copies.__getitem__)
-        out = next(node for node in graph.graph.nodes if node.op == "output")
-        new.output([copies[node] for node in handed] if new is first else fx.map_arg(out.args[0], copies.__getitem__))
-        new.eliminate_dead_code()
-    return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
 
 
 class Tables(ModelHook):  # type: ignore[misc]
@@ -66,7 +34,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.moment, self.blocks, self.steps, self.collapse = moment, blocks, steps, collapse
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
-        self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
+        self.filler = Filler()
         self.learned: dict[
             Any, list[tuple[set[int], bool, dict[int, int]]]
         ] = {}  # looks -> of each block: late, handed, arguments that are the transformer's own
@@ -86,7 +54,7 @@ class Tables(ModelHook):  # type: ignore[misc]
             known = branch in self.first and self._as_noted(leaves, latents, seen[step], self.first[branch])
             self.moment.tabled = known
             return forward(*args, **kwargs)
-        moving = {i for i in range(len(leaves)) if any(not _same(seen[0][i], seen[s][i]) for s in range(1, self.steps))}
+        moving = {i for i in range(len(leaves)) if any(not same(seen[0][i], seen[s][i]) for s in range(1, self.steps))}
         if any(torch.is_tensor(leaves[i]) and leaves[i].numel() > LARGEST for i in moving):
             return forward(*args, **kwargs)
         calls = [BlockCall(block) for block in self.blocks]
@@ -101,7 +69,7 @@ class Tables(ModelHook):  # type: ignore[misc]
             moved = {s: {i: seen[s][i] for i in moving} for s in seen}
             self._probe(looks, forward, spec, leaves, latents, calls, moved, out)
             for call in calls:
-                self._fill(call, branch)
+                self.filler.fill(call, self.steps, branch)
             if self.collapse is not None:
                 self.collapse.join(calls, self.steps, branch)
         self.first[branch] = leaves
@@ -120,7 +88,7 @@ class Tables(ModelHook):  # type: ignore[misc]
             ):
                 continue
             on_host = not torch.is_tensor(leaf) or leaf.device.type == "cpu"
-            if not on_host or not (_same(leaf, then) or _same(leaf, start)):
+            if not on_host or not (same(leaf, then) or same(leaf, start)):
                 return False
         return True
 
@@ -154,20 +122,20 @@ class Tables(ModelHook):  # type: ignore[misc]
         try:
             others = arguments({latents: stirred(leaves[latents])}, [tree_map(stirred, call.out) for call in calls])
             for call, other in zip(calls, others[:-1], strict=True):
-                call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not _same(a, b)}
+                call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not same(a, b)}
             self._follow(calls, out, lambda answers: arguments({}, answers), stirred)
             for step in range(1, self.steps):
                 others = arguments(moved[step], [call.out for call in calls])
                 for call, other in zip(calls, others[:-1], strict=True):
                     pairs = enumerate(zip(call.leaves, other, strict=True))
-                    call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not _same(a, b)}
+                    call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not same(a, b)}
         finally:
             for call in calls:
                 call.block.answer, call.block.asked = None, []
         numbers = {id(leaf): i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
-        same = [{i: numbers[id(c.leaves[i])] for i in c.moving if id(c.leaves[i]) in numbers} for c in calls]
-        if all(set(found) == c.moving for found, c in zip(same, calls, strict=True)):
-            self.learned[looks] = [(c.late, c.handed, found) for c, found in zip(calls, same, strict=True)]
+        own = [{i: numbers[id(c.leaves[i])] for i in c.moving if id(c.leaves[i]) in numbers} for c in calls]
+        if all(set(found) == c.moving for found, c in zip(own, calls, strict=True)):
+            self.learned[looks] = [(c.late, c.handed, found) for c, found in zip(calls, own, strict=True)]
 
     def _follow(self, calls: list[BlockCall], out: Any, arguments: Any, stirred: Any) -> None:
         """Notes which blocks' outputs the next block takes, and nobody else: no later block, nor the transformer itself."""
@@ -182,46 +150,11 @@ class Tables(ModelHook):  # type: ignore[misc]
         before = [call.leaves for call in calls] + [tree_flatten(out)[0]]
         expected = [set(), *taken, set()]
         for places, was, now in zip(expected, before, arguments(answers), strict=True):
-            if any(i not in places and not _same(a, b) for i, (a, b) in enumerate(zip(was, now, strict=True))):
+            if any(i not in places and not same(a, b) for i, (a, b) in enumerate(zip(was, now, strict=True))):
                 return
         for call, on in zip(calls, onward, strict=False):
             call.handed = on
 
-    def _fill(self, call: BlockCall, branch: int) -> None:
-        """Computes the block's values of all steps to come, one block after the other, so that its weights stay near."""
-        block, moving = call.block, call.moving
-        of_run: dict[Any, list[Any]] = {}
-        for step in range(1, self.steps):
-            key = block.by_step.get((step, branch))
-            program = None if key is None else block.programs.get(key)
-            if program is None or not block.fits(key, call.leaves):
-                continue
-            run, each, rest = self._parts(key, program, call.late, moving, len(call.leaves))
-            at_step = [call.changed[step].get(i, leaf) for i, leaf in enumerate(call.leaves)]
-            flat = [*block.parameters(), *(at_step[i] if i < len(at_step) else None for i in program.places)]
-            if key not in of_run:
-                of_run[key] = run(*flat)
-            block.ready[step, branch] = key, rest, [*of_run[key], *each(*flat, *of_run[key])]
-
-    def _parts(
-        self, key: Any, program: Program, late: set[int], moving: set[int], arguments: int
-    ) -> tuple[fx.GraphModule, ...]:
-        mark = key, frozenset(late), frozenset(moving)
-        if mark not in self.parts:
-            count = program.parameters
-            not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
-            run, rest = split(
-                program.graph, count, not_yet | {count + n for n, i in enumerate(program.places) if i in moving}
-            )
-            self.parts[mark] = run, *split(rest, count, not_yet)
-        return self.parts[mark]
-
 
 def _kept(leaf: Any) -> Any:
     return leaf.clone() if torch.is_tensor(leaf) and leaf.numel() <= LARGEST else leaf
-
-
-def _same(a: Any, b: Any) -> bool:
-    if torch.is_tensor(a) and torch.is_tensor(b):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
-    return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and bool(a == b))
