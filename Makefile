@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules released train clean
+.PHONY: demo test test-zoo check format schedules released bench bench-peers train clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -57,6 +57,27 @@ released: .venv/ready
 test-zoo: .venv/ready
 	$(BIN)/python -m tests.zoo_check --markdown > build/zoo.md; code=$$?; \
 	{ sed -n '1,/^<!-- table -->/p' docs/zoo.md; echo; cat build/zoo.md; } > build/zoo-page.md; cp build/zoo-page.md docs/zoo.md; exit $$code
+
+# Times the loop on this machine: DiT-S/2 with random weights, tiny-dit under budgets in milliseconds. Ten minutes on a CPU.
+BENCH := build/bench
+bench: .venv/ready
+	mkdir -p $(BENCH)
+	$(BIN)/python -m tests.random_models dit-s-2 $(BENCH)/dit-s-2
+	$(BIN)/sodaprof inspect $(BENCH)/dit-s-2 --steps 50 -o $(BENCH)/inspected --force
+	for n in 18 10; do $(BIN)/sodaprof compile $(BENCH)/inspected --policy fora --knob anchors=$$n \
+	  -o $(BENCH)/fora-$$n-of-50.json --force || exit 1; done
+	$(BIN)/sodaprof bench $(BENCH)/dit-s-2 $(BENCH)/fora-18-of-50.json $(BENCH)/fora-10-of-50.json --force \
+	  -o $(RESULTS)/bench-dit-s-2.json
+	$(BIN)/sodaprof bench tiny-dit --cost $(BENCH)/cost.json --force
+	for b in 1.25x 1.5x 2.0x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
+	  --budget $$b -o $(BENCH)/soda-ms-$$b.json --force || exit 1; done
+	$(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
+	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+
+# Measures other caches beside this project's, and makes the tables in docs/peers.md. Half an hour on two threads.
+bench-peers: .venv/ready
+	$(BIN)/pip install -q -e ".[peers]"
+	$(BIN)/python -m tests.peers
 
 # Makes the weights of tiny-dit again (hours on a CPU, minutes on a GPU).
 train: .venv/ready

@@ -6,7 +6,6 @@ transformer's calls, guidance and scheduler. On a GPU they are taken from events
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +17,7 @@ import torch
 
 from .compiler.draw import draw_schedule
 from .errors import SodaprofError
+from .launches import device_facts, launches_of
 from .models.discover import inspect_pipeline
 from .models.load import call, default_prompts, transformers_of
 from .profiler.run import versions
@@ -39,6 +39,8 @@ class Runs:
     scheduler: list[np.ndarray] = field(default_factory=list)
     loop: list[float] = field(default_factory=list)
     warm_up_s: float = 0.0  # seconds of the runs before: tracing included
+    launches: list[int] = field(default_factory=list)  # of each step: kernels on a GPU, operators elsewhere
+    peak_bytes: int | None = None  # of GPU memory, weights included; None elsewhere
 
     def median_ms(self) -> float:
         return float(np.median(self.loop))
@@ -122,6 +124,33 @@ def time_runs(
             on_progress(done, total)
 
 
+def look_at_runs(
+    pipe: Any, contenders: Sequence[Runs], entries: Sequence[int | str], steps: int, scale: float | None
+) -> None:
+    """Fills in what each contender launches and how much memory it takes, in a run of its own that is not timed."""
+    cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
+    for contender in contenders:
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+        def run(mark: Callable[[], None], contender: Runs = contender) -> None:
+            hooks = []
+            with contender.handle or nullcontext():
+                for transformer in transformers_of(pipe).values():
+                    hooks.append(transformer.register_forward_pre_hook(lambda *_: mark()))
+                    hooks.append(transformer.register_forward_hook(lambda *_: mark()))
+                try:
+                    call(pipe, entries, list(range(len(entries))), steps, scale, output_type="latent")
+                finally:
+                    for hook in hooks:
+                        hook.remove()
+
+        counts = launches_of(run, cuda)
+        branches = len(counts) // steps
+        contender.launches = [sum(counts[i * branches : (i + 1) * branches]) for i in range(steps)]
+        contender.peak_bytes = torch.cuda.max_memory_allocated() if cuda else None
+
+
 def _add(contender: Runs, marks: list[tuple[str, float]], steps: int) -> None:
     transformer, scheduler, step = np.zeros(steps), np.zeros(steps), 0
     entered = begun = 0.0
@@ -181,12 +210,16 @@ def benchmark(
         name = names[i] if names else schedule.policy["name"]
         contenders.append(contender_of(pipe, name, schedule, True, True))
     time_runs(pipe, contenders, steps, entries, guidance_scale, rounds, on_progress)
+    look_at_runs(pipe, contenders, entries, steps, guidance_scale)
+    device = str(getattr(pipe, "device", "cpu"))
     reference = contenders[3].median_ms()
     return {
-        "format": "sodaprof.benchmark", "version": 1, "device": str(getattr(pipe, "device", "cpu")),
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
+        "format": "sodaprof.benchmark", "version": 1, "device": device, "hardware": device_facts(device),
+        "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
         "versions": versions(), "steps": steps, "batch": batch_size, "rounds": rounds,
-        "guidance_scale": guidance_scale, "rows": [_row(c, reference) for c in contenders],
+        "guidance_scale": guidance_scale, 
+        "sites": sum(len(t.sites) for t in model.transformers.values()),
+        "tokens": model.shape["tokens"], "rows": [_row(c, reference) for c in contenders],
     }  # fmt: skip
 
 
@@ -204,8 +237,15 @@ def _row(c: Runs, reference: float) -> dict[str, Any]:
         "speedup": round(reference / c.median_ms(), 4), "warm_up_s": round(c.warm_up_s, 2),
         "step_ms": [round(float(v), 3) for v in np.median(c.transformer, 0)],
     }  # fmt: skip
-    if c.handle is not None:
+    row["launches"] = c.launches
+    if c.peak_bytes is not None:
+        row["peak_mib"] = round(c.peak_bytes / 2**20, 1)
+    if c.handle is not None and c.schedule is not None:
         row["programs"] = len(c.handle.programs)
+        row["patterns"] = [
+            {"steps": steps, "ms": round(float(np.median([row["step_ms"][s] for s in steps])), 3)}
+            for steps in c.schedule.patterns()
+        ]
     if c.schedule is not None and c.schedule.predicted:
         row["predicted"] = {key: c.schedule.predicted[key] for key in ("speedup", "unit")}
     return row

@@ -63,6 +63,17 @@ class Plan:
         """Which of the row's `action` cells stands at `step`: the index into its list of parameters."""
         return self.rows[site].count(action, 0, step)
 
+    def column(self, step: int) -> tuple[Any, ...]:
+        """All that the plan does at a step: equal columns do the same to what is kept."""
+        skips = self.stack[step] == "S"
+        cells: list[Any] = [self.stack_forecasts[self.stack.count("S", 0, step)] if skips else self.stack[step]]
+        for site, row in self.rows.items():
+            action, number = row[step], self.cell(site, step, row[step])
+            cells.append((action, self.k[site][number] if action == "P" else None))
+            if action == "F":
+                cells.append(self.forecasts[site][number])
+        return tuple(cells)
+
     def counts(self) -> Counter[str]:
         """How many cells of each action the site rows hold."""
         return Counter("".join(self.rows.values()))
@@ -114,6 +125,14 @@ class Schedule:
 
     def counts(self) -> Counter[str]:
         return sum((plan.counts() for plan in self.transformers.values()), Counter())
+
+    def patterns(self) -> list[list[int]]:
+        """Returns the steps by what they do, in order of first appearance; the first step by itself: it begins a run."""
+        found: dict[Any, list[int]] = {}
+        for step in range(self.steps):
+            columns = tuple(plan.column(step) for plan in self.transformers.values())
+            found.setdefault((step == 0, columns), []).append(step)
+        return list(found.values())
 
     def digest(self) -> str:
         """SHA-256 over all that decides what runs: not over what was predicted or measured, nor by whom it was made."""

@@ -28,6 +28,12 @@ def test_a_benchmark_holds_every_contender(pipe):
         assert len(row["step_ms"]) == STEPS == result["steps"]
         assert sum(row["step_ms"]) < 1.5 * row["quartiles_ms"][1]
     assert result["rows"][3]["speedup"] == 1
+    plain, hooks, lowered, tables, mixed = (sum(row["launches"][1:]) for row in result["rows"])
+    assert plain == hooks
+    assert hooks >= lowered > tables > mixed > 0
+    assert [p["steps"] for p in result["rows"][4]["patterns"]] == [[0], [1], [2], [3, 7], [4], [5], [6]]
+    assert [p["steps"] for p in result["rows"][3]["patterns"]] == [[0], list(range(1, STEPS))]
+    assert result["hardware"]["name"]
     assert result["rows"][2]["programs"] > 0
     assert (draw(pipe) == before).all()  # and nothing is left on the pipeline
 

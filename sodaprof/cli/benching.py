@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -61,6 +63,7 @@ def bench(
             pipe, loaded, steps=steps, batch_size=batch_size, rounds=rounds, guidance_scale=scale, prompts=entries,
             names=[path.stem for path in schedules or []], on_progress=on_progress,
         )  # fmt: skip
+    result["command"] = shlex.join(["sodaprof", *sys.argv[1:]])
     if as_json:
         print(json.dumps(result))
     else:

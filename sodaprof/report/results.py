@@ -82,10 +82,13 @@ def benchmark_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of a benchmark."""
     table = Table(
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
         title=f"loop of {result['steps']} steps, batch {result['batch']}, {result['dtype']}, {result['device']}, "
         f"median of {result['rounds']} rounds",
     )
-    for column in ("", "ms", "quartiles", "speed-up", "predicted", "step ms"):
+    kind = "kernels" if "cuda" in result["device"] else "operators"
+    for column in ("", "ms", "quartiles", "speed-up", "predicted", "step ms", kind):
         table.add_column(column, justify="left" if not column else "right")
     for row in result["rows"]:
         predicted = row.get("predicted")
@@ -96,8 +99,12 @@ def benchmark_view(result: dict[str, Any]) -> RenderableType:
             f"{row['speedup']:.3f}x",
             f"{predicted['speedup']:.3f}x {predicted['unit']}" if predicted else "",
             f"{min(row['step_ms'][1:]):.2f} - {max(row['step_ms'][1:]):.2f}",
+            f"{min(row['launches'][1:])} - {max(row['launches'][1:])}",
         )
-    legend = "speed-up: against tables (all computed, traced blocks, conditioning computed ahead); plain: the pipeline untouched"
+    legend = (
+        "speed-up: against tables (all computed, traced blocks, conditioning computed ahead); plain: the pipeline untouched; "
+        f"step ms and {kind}: of a step's network calls, the first step left out, which fills the tables"
+    )
     return Group(table, Text(legend, "dim"))
 
 

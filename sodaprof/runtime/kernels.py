@@ -92,13 +92,13 @@ def sum_kept(
     rounding = str(start.dtype if ordered else torch.float32).removeprefix("torch.")
     with torch.cuda.device_of(start):  # Triton launches on the current device
         # Ordered: a multiplication and the addition that takes its result must not become one FMA, which rounds once where
-        # torch's kernels round twice. In bf16 and fp16 a rounding to the narrow type stands between the two; in fp32 nothing
-        # does. enable_fp_fusion is Triton's launch option for it: it goes to LLVM and to ptxas (--fmad=false), before what
-        # TRITON_DEFAULT_FP_FUSION says; Inductor passes it, too, where it is to give eager's bits. libdevice.mul_rn or inline
-        # PTX would do for NVIDIA alone, and the interpreter knows neither.
+        # torch's kernels round twice. A cast between the two is no safeguard: LLVM computes in bf16 or fp16 where that gives
+        # the same bits, and fuses there. enable_fp_fusion is Triton's launch option for it: it goes to LLVM and to ptxas
+        # (--fmad=false), before what TRITON_DEFAULT_FP_FUSION says; Inductor passes it where it is to give eager's bits.
+        # libdevice.mul_rn and inline PTX are NVIDIA's alone, and the interpreter runs neither.
         kernel[grid](
-            start, arena, gates, plan.sources, plan.weights, out, len(plan.sources), tokens, width, start.numel(), PLAIN=plan.plain,
-            ROWS=rows, COLS=cols, ROUNDING=getattr(tl, rounding), num_warps=4, enable_fp_fusion=not ordered,
+            start, arena, gates, plan.sources, plan.weights, out, len(plan.sources), tokens, width, start.numel(),
+            PLAIN=plan.plain, ROWS=rows, COLS=cols, ROUNDING=getattr(tl, rounding), num_warps=4, enable_fp_fusion=not ordered,
         )  # fmt: skip
     return out
 
@@ -130,7 +130,8 @@ def _sum(  # type: ignore[no-untyped-def]
     part = tl.zeros([ROWS, COLS], dtype=tl.float32)
     # no branches, and turns unrolled: the loads of one need not wait for the sum of another
     for i in tl.range(0, sources, loop_unroll_factor=4):
-        slot, row_of_gate = tl.load(table + 4 * i).to(tl.int64), tl.load(table + 4 * i + 3).to(tl.int64)
+        slot = tl.load(table + 4 * i).to(tl.int64)
+        row_of_gate = tl.load(table + 4 * i + 3).to(tl.int64)
         kept = tl.load(arena + slot * size + at, mask=inside, other=0.0).to(tl.float32)
         if PLAIN:
             part = kept
@@ -139,7 +140,7 @@ def _sum(  # type: ignore[no-untyped-def]
             sum_so_far = (part + weighted).to(ROUNDING).to(tl.float32)
             part = tl.where(tl.load(table + 4 * i + 1) != 0, weighted, sum_so_far)
         gate_at = gates + (row_of_gate * tl.num_programs(2) + batch) * width + across
-        gate = tl.load(gate_at, mask=inside & (row_of_gate >= 0), other=1.0).to(tl.float32)
+        gate = tl.load(gate_at, mask=across < tl.where(row_of_gate < 0, 0, width), other=1.0).to(tl.float32)
         term = (gate * part).to(ROUNDING).to(tl.float32)
         added = (total + term).to(ROUNDING).to(tl.float32)
         total = added if PLAIN else tl.where(tl.load(table + 4 * i + 2) != 0, added, total)

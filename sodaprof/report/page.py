@@ -1,0 +1,82 @@
+"""docs/results.md, from the JSON files of evaluations and benchmarks.
+
+python -m sodaprof.report.page docs/results docs/results.md
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_text
+from .results import evaluation_markdown
+
+HEAD = """# Results
+
+Made by `python -m sodaprof.report.page docs/results docs/results.md` from the JSON files in `docs/results`; each section names
+the command that measured it and the machine. What no file holds is not measured.
+"""
+WANTED = {  # what this page is to show one day, and the file that would hold it
+    "DiT-XL/2 at 256, batch 2 with guidance, bf16, 50 steps, on one GPU": "bench-dit-xl-2-cuda.json",
+    "PixArt-XL at 512 and 1024 on one GPU": "bench-pixart-xl-2-cuda.json",
+    "`sodaprof profile` of DiT-XL/2 on one GPU": "profile-dit-xl-2-cuda.json",
+}
+
+
+def page(folder: Path) -> str:
+    """Returns the page: a section for each file, by name, and a list of what nobody has measured."""
+    parts = [HEAD]
+    for path in sorted(folder.glob("*.json")):
+        data = read_json(path)
+        if data.get("format") == "sodaprof.evaluation":
+            parts.append(f"## Fidelity: {path.stem}\n\n{_about(data)}\n\n{evaluation_markdown(data)}\n")
+        elif data.get("format") == "sodaprof.benchmark":
+            parts.append(f"## Latency: {path.stem}\n\n{_about(data)}\n\n{benchmark_markdown(data)}\n")
+    missing = [f"- {what}: not measured (`{name}`)" for what, name in WANTED.items() if not (folder / name).exists()]
+    if missing:
+        parts.append("## Not measured\n\n" + "\n".join(missing) + "\n")
+    return "\n".join(parts)
+
+
+def benchmark_markdown(data: dict[str, Any]) -> str:
+    """Returns a benchmark as a Markdown table; steps without the first, which fills the tables."""
+    kind = "kernels" if "cuda" in data["device"] else "operators"
+    head = [
+        "",
+        "loop ms [quartiles]",
+        "speed-up",
+        "predicted",
+        "of it",
+        "cheapest step ms",
+        "dearest",
+        f"{kind} a step",
+    ]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in data["rows"]:
+        predicted = row.get("predicted")
+        low, high = row["quartiles_ms"]
+        steps, launches = row["step_ms"][1:], row["launches"][1:]
+        lines.append([
+            row["name"], f"{row['loop_ms']:.1f} [{low:.1f}, {high:.1f}]", f"{row['speedup']:.3f}×",
+            f"{predicted['speedup']:.3f}× {predicted['unit']}" if predicted else "",
+            f"{row['speedup'] / predicted['speedup']:.3f}" if predicted else "",
+            f"{min(steps):.2f}", f"{max(steps):.2f}", f"{min(launches)}–{max(launches)}",
+        ])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _about(data: dict[str, Any]) -> str:
+    hardware = ", ".join(data["hardware"].values()) if "hardware" in data else data.get("machine", "")
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    command = f"`{data['command']}`" if data.get("command") else "`make schedules`"
+    loop = (
+        f", {data['steps']} steps, batch {data['batch']}, median of {data['rounds']} rounds" if "rounds" in data else ""
+    )
+    return f"{command} on {data['device']} ({hardware}, {data['threads']} threads), {data['dtype']}{loop}; {versions}."
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m sodaprof.report.page FOLDER PAGE")
+    write_text(Path(sys.argv[2]), page(Path(sys.argv[1])), force=True)
