@@ -189,7 +189,8 @@ def benchmark(
     """Returns the loop's latency of each contender as plain data: `rows`, the first four of which are no schedules.
 
     plain: the pipeline untouched. hooks: all computed through the site hooks. lowered: all computed by traced blocks.
-    tables: the same with conditioning computed ahead; speed-ups are against this one, so that no schedule is flattered.
+    tables: the same with conditioning computed ahead. captured (on a GPU): that in CUDA graphs, as the schedules are.
+    Speed-ups are against the last of these, so that no schedule is flattered.
     """
     if rounds < 1 or batch_size < 1:
         raise SodaprofError(f"--rounds is {rounds} and --batch-size {batch_size}; expected at least 1.")
@@ -203,29 +204,31 @@ def benchmark(
     entries = [pool[i % len(pool)] for i in range(batch_size)]
     model, sampler, _ = inspect_pipeline(pipe, "", steps, guidance_scale, entries[0])
     full = all_compute(model, sampler)
-    contenders = [Runs("plain")]
+    contenders, device = [Runs("plain")], str(getattr(pipe, "device", "cpu"))
     for name, lower, tables in (("hooks", False, False), ("lowered", True, False), ("tables", True, True)):
         contenders.append(contender_of(pipe, name, full, lower, tables))
+    capture = "cuda" in device
+    if capture:
+        contenders.append(contender_of(pipe, "captured", full, True, True, True))
+    reference = len(contenders) - 1
     for i, schedule in enumerate(schedules):
         name = names[i] if names else schedule.policy["name"]
-        contenders.append(contender_of(pipe, name, schedule, True, True))
+        contenders.append(contender_of(pipe, name, schedule, True, True, capture))
     time_runs(pipe, contenders, steps, entries, guidance_scale, rounds, on_progress)
     look_at_runs(pipe, contenders, entries, steps, guidance_scale)
-    device = str(getattr(pipe, "device", "cpu"))
-    reference = contenders[3].median_ms()
     return {
         "format": "sodaprof.benchmark", "version": 1, "device": device, "hardware": device_facts(device),
         "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
         "versions": versions(), "steps": steps, "batch": batch_size, "rounds": rounds,
         "guidance_scale": guidance_scale, 
         "sites": sum(len(t.sites) for t in model.transformers.values()),
-        "tokens": model.shape["tokens"], "rows": [_row(c, reference) for c in contenders],
+        "tokens": model.shape["tokens"], "rows": [_row(c, contenders[reference].median_ms()) for c in contenders],
     }  # fmt: skip
 
 
-def contender_of(pipe: Any, name: str, schedule: Schedule, lower: bool, tables: bool) -> Runs:
+def contender_of(pipe: Any, name: str, schedule: Schedule, lower: bool, tables: bool, capture: bool = False) -> Runs:
     """Returns a contender whose schedule is off until it is its turn."""
-    handle = apply(pipe, schedule, lower=lower, tables=tables)
+    handle = apply(pipe, schedule, lower=lower, tables=tables, capture=capture)
     handle.remove()
     return Runs(name, schedule, handle)
 
@@ -242,6 +245,9 @@ def _row(c: Runs, reference: float) -> dict[str, Any]:
         row["peak_mib"] = round(c.peak_bytes / 2**20, 1)
     if c.handle is not None and c.schedule is not None:
         row["programs"] = len(c.handle.programs)
+        row["path"] = c.handle.report().path
+        row["graphs"] = sum(len(capture.graphs) for capture in c.handle.captures)
+        row["capture_s"] = round(sum(capture.seconds for capture in c.handle.captures), 3)
         row["patterns"] = [
             {"steps": steps, "ms": round(float(np.median([row["step_ms"][s] for s in steps])), 3)}
             for steps in c.schedule.patterns()

@@ -58,7 +58,8 @@ def measure_costs(
         modules.setdefault(f"{site.stack}.{site.module}", []).append(site)
     patterns = _patterns(modules)
     groups = [patterns[i : i + steps - FIRST] for i in range(0, len(patterns), steps - FIRST)]
-    runs = [contender_of(pipe, "probe", _probe(model, sampler, name, modules, g), True, True) for g in groups]
+    cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
+    runs = [contender_of(pipe, "probe", _probe(model, sampler, name, modules, g), True, True, cuda) for g in groups]
     time_runs(pipe, runs, steps, entries, guidance_scale, rounds, on_progress)
 
     took: dict[Pattern, list[float]] = {}

@@ -14,7 +14,8 @@ import sodaprof
 ROOT = Path(sodaprof.__file__).parent
 LEVELS = {  # a module may import from lower levels and its own; two names on one level do not know each other
     "version": 0, "errors": 0, "files": 1, "sites": 2, "scores": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6,
-    "compiler": 7, "metrics": 7, "launches": 7, "models": 7, "profiler": 8, "runtime": 8, "controls": 9, "evaluation": 10, "report": 10,
+    "compiler": 7, "metrics": 7, "launches": 7, "models": 7, "profiler": 8, "runtime": 8,
+    "controls": 9, "evaluation": 10, "report": 10,
     "bench": 10, "doctor": 10, "latency": 11, "fit": 11, "cli": 12, "__init__": 13,
 }  # fmt: skip
 NO_TORCH = (

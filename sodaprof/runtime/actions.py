@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.hooks import ModelHook
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ..errors import MismatchError
 from ..models.clock import Moment
@@ -68,6 +69,7 @@ class SiteRow:
         self.k = [next(ks) if action == "P" else 0 for action in self.row]
         self.forecasts = [next(cells) if action == "F" else None for action in self.row]
         self.last_use, self.drop_at = last_uses({t: f.sources for t, f in enumerate(self.forecasts) if f})
+        self.source_places = places_of(self.last_use)
         # a cache is only written where R or P reads it before the next C
         self.keeps = [next((a for a in self.row[t + 1 :] if a in "CRP"), "C") != "C" for t in range(len(self.row))]
         self.passed = [self._passed(t) if self._chooses(t) else 0 for t in range(len(self.row))]
@@ -76,6 +78,7 @@ class SiteRow:
         self.raster: tuple[int, int] | None = None  # of its tokens, for a local bonus
         self.tracer: Any = None  # runs the cells instead while the block is traced
         self.selected: torch.Tensor | None = None  # Made.selected of the latest call
+        self.buffers: dict[Any, Output] | None = None  # where steps are captured: what is kept is copied there
         self.stores: dict[int, _Store] = {}
 
     def reset(self) -> None:
@@ -150,12 +153,40 @@ class SiteRow:
         for source in self.drop_at.get(step, ()):
             del store.sources[source]
         if action == "C" or (action == "P" and self.k[step]):
-            store.cache = made.cache if self.keeps[step] else None
-            store.age = made.age
+            keep = lambda what, value: self._keep((moment.branch, what), value)  # noqa: E731
+            store.cache = keep("cache", made.cache) if self.keeps[step] else None
+            store.age = keep("age", made.age)
             if made.statistic is not None:
-                store.statistic = made.statistic
+                store.statistic = keep("statistic", made.statistic)
             if step in self.last_use:
-                store.sources[step] = made.out
+                store.sources[step] = keep(self.source_places[step], made.out)
+
+    def _keep(self, what: Any, value: Output) -> Output:
+        """Returns what is to be kept: the value itself, or its buffer with the value in it."""
+        if self.buffers is None or value is None:
+            return value
+        if what not in self.buffers:
+            self.buffers[what] = tree_map(torch.empty_like, value)
+        buffer = self.buffers[what]
+        if buffer is not value:
+            tree_map(lambda mine, new: mine.copy_(new), buffer, value)
+        return buffer
+
+    def recall(self, moment: Moment) -> Made:
+        """Returns what the cell of this moment left in the buffers, where a graph wrote it."""
+        assert self.buffers is not None
+        at = lambda what: self.buffers.get((moment.branch, what))  # noqa: E731
+        step = moment.step
+        return Made(
+            at(self.source_places.get(step)), at("cache"), at("age") if self._chooses(step) else None,
+            at("statistic") if step in self.observed else None,
+        )  # fmt: skip
+
+    def places(self, step: int) -> tuple[Any, ...]:
+        """Returns which buffers the cell reads and writes, and all else that it depends on."""
+        cell = self.forecasts[step]
+        read = tuple(self.source_places[source] for source in cell.sources) if cell is not None else ()
+        return self.cell(step), read, self.source_places.get(step), self.keeps[step]
 
     def cell(self, step: int) -> tuple[Any, ...]:
         """Returns all of the step that `act` depends on: where it is equal, `act` does the same to the same tensors."""
@@ -233,6 +264,15 @@ def last_uses(cells: dict[int, tuple[int, ...]]) -> tuple[dict[int, int], dict[i
     for source, step in last.items():
         drop_at.setdefault(step, []).append(source)
     return last, drop_at
+
+
+def places_of(last_use: dict[int, int]) -> dict[int, int]:
+    """Returns {source step: number of its buffer}, as few as are needed at once; a step reads before it writes."""
+    places: dict[int, int] = {}
+    for step in sorted(last_use):
+        taken = {place for source, place in places.items() if last_use[source] > step}
+        places[step] = next(i for i in range(len(taken) + 1) if i not in taken)
+    return places
 
 
 def forecast(outputs: tuple[Output, ...], weights: tuple[float, ...]) -> Output:

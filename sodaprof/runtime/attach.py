@@ -18,6 +18,7 @@ from ..models.load import transformers_of
 from ..schedule import Plan, Schedule, load_schedule
 from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
+from .capture import Capture, CudaGraphs, Recorder
 from .collapse import Collapse
 from .lower import LoweredBlock, Program
 from .stack import BlockHook, StackRow, block_of
@@ -35,19 +36,23 @@ class Report:
     complete: bool  # all steps ran
     speedup: float | None  # predicted, in the unit below
     unit: str | None
+    path: str  # hooks, lowered or captured, and why not captured where that was asked for
     guidance_scale: float | None  # the scale that the schedule was profiled at; another one runs too
 
     def __str__(self) -> str:
         counts = "  ".join(f"{a} {self.executed.get(a, 0)}/{n}" for a, n in sorted(self.planned.items()))
         speed = "" if self.speedup is None else f", {self.speedup:.2f}x {self.unit} predicted"
-        return f"executed/planned: {counts}{speed}, fitted at guidance {self.guidance_scale}"
+        return f"executed/planned: {counts}{speed}, fitted at guidance {self.guidance_scale}, {self.path}"
 
 
 class Handle:
     """A schedule on a pipeline. A context manager; `remove()` takes it off, bit for bit as it was before."""
 
-    def __init__(self, pipe: Any, schedule: Schedule, lower: bool, tables: bool, collapse: str | None) -> None:
+    def __init__(
+        self, pipe: Any, schedule: Schedule, lower: bool, tables: bool, collapse: str | None, capture: Recorder | None
+    ) -> None:
         self.pipe, self.schedule, self.lowered, self.tabled = pipe, schedule, lower, tables
+        self.recorder, self.captures = capture, list[Capture]()
         self.collapse = Collapse(collapse == "fused") if collapse else None
         self.tables: list[Tables] = []
         self.blocks: list[LoweredBlock] = []
@@ -106,7 +111,10 @@ class Handle:
             self._hooks.append((module, blocks[-1], f"{HOOK}.lowered"))
         self.blocks += blocks
         if self.tabled:
-            self.tables.append(Tables(self.moment, blocks, self.schedule.steps, self.collapse))
+            if self.recorder is not None:
+                self.captures.append(Capture(self.recorder, self.moment, blocks, transformer))
+            capture = self.captures[-1] if self.captures else None
+            self.tables.append(Tables(self.moment, blocks, self.schedule.steps, self.collapse, capture))
             self._hooks.append((transformer, self.tables[-1], f"{HOOK}.tables"))
 
     def _check_scheduler(self) -> None:
@@ -144,8 +152,16 @@ class Handle:
             complete=self._complete,
             speedup=predicted.get("speedup"),
             unit=predicted.get("unit"),
+            path=self._path(),
             guidance_scale=self.schedule.sampler.guidance_scale,
         )
+
+    def _path(self) -> str:
+        if not self.captures:
+            return "lowered" if self.lowered else "hooks"
+        if refused := next((c.refused for c in self.captures if c.refused), None):
+            return f"lowered: {refused}"
+        return f"captured: {sum(len(c.graphs) for c in self.captures)} graphs"
 
     def remove(self) -> None:
         """Takes the schedule off. Safe to call twice, and after an exception inside a run."""
@@ -172,13 +188,15 @@ def apply(
     lower: bool = False,
     tables: bool = True,
     collapse: str | None = "ordered",
+    capture: bool | Recorder = False,
 ) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
     Inside, call the pipeline as ever. lower: run each block as traced programs, without what only fed modules that are
     not run: the same bits, faster steps, some seconds of tracing in the first run. tables: with lower, compute
     ahead what does not depend on the latents, from the second run on. collapse: with tables, blocks in a row that compute
-    nothing become one sum: "ordered" with the same bits, "fused" faster and equal but for rounding, None not. Raises
+    nothing become one sum: "ordered" with the same bits, "fused" faster and equal but for rounding, None not. capture:
+    with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why. Raises
     MismatchError where the schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this
     release does not run.
     """
@@ -189,7 +207,12 @@ def apply(
     check_fits(pipe, schedule)
     if collapse not in ("ordered", "fused", None):
         raise SodaprofError(f"collapse is {collapse!r}; expected 'ordered', 'fused' or None.")
-    return Handle(pipe, schedule, lower, lower and tables, collapse)
+    if capture and not (lower and tables):
+        raise SodaprofError(
+            "Only traced blocks with their tables are captured. Type: apply(..., lower=True, capture=True)"
+        )
+    recorder = CudaGraphs() if capture is True else capture or None
+    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder)
 
 
 def check_runs(schedule: Schedule) -> None:

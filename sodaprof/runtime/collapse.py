@@ -7,6 +7,7 @@ one accumulator without rounding in between.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,25 @@ class Run:
         out = tree_unflatten(self.handed, member.out)
         self.at = (self.at + 1) % len(self.members)
         return out
+
+    def place(self, block: LoweredBlock) -> int:
+        """Which of the run's blocks this is."""
+        return next(i for i, member in enumerate(self.members) if member.block is block)
+
+    def factors_of(self, block: LoweredBlock) -> list[torch.Tensor]:
+        """What the block's terms are multiplied by."""
+        return list(self.members[self.place(block)].factors.values())
+
+    def swap(self, block: LoweredBlock, others: Iterator[torch.Tensor]) -> Callable[[], None]:
+        """Takes the block's factors from `others`, one for each; returns what takes that back."""
+        member = self.members[self.place(block)]
+        own = member.factors
+        member.factors = {number: next(others) for number in own}
+
+        def undo() -> None:
+            member.factors = own
+
+        return undo
 
     def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
         add = _fused if self.fused else _ordered

@@ -20,6 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..models.clock import Moment
 from ..models.discover import hidden_states
+from .capture import Capture
 from .collapse import Collapse
 from .fill import Filler, same
 from .lower import BlockCall, LoweredBlock, kind_of
@@ -30,9 +31,12 @@ LARGEST = 65_536  # numbers in an argument that changes from step to step: a lar
 class Tables(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a transformer whose blocks are lowered; it stands inside the clock's."""
 
-    def __init__(self, moment: Moment, blocks: list[LoweredBlock], steps: int, collapse: Collapse | None) -> None:
+    def __init__(
+        self, moment: Moment, blocks: list[LoweredBlock], steps: int, collapse: Collapse | None, capture: Capture | None
+    ) -> None:
         super().__init__()
-        self.moment, self.blocks, self.steps, self.collapse = moment, blocks, steps, collapse
+        self.moment, self.blocks, self.steps = moment, blocks, steps
+        self.collapse, self.capture = collapse, capture
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
         self.filler = Filler()
         self.learned: dict[
@@ -46,6 +50,8 @@ class Tables(ModelHook):  # type: ignore[misc]
         latents = next(i for i, leaf in enumerate(leaves) if leaf is hidden_states(args, kwargs))
         kinds = tuple(kind_of(leaf) for leaf in leaves)
         looks = spec, kinds, branch, torch.is_autocast_enabled(), torch.get_default_dtype()
+        if self.capture is not None and not step and not branch:
+            self.capture.begin((spec, kinds))
         seen = self.seen.setdefault(looks, {})
         if len(seen) < self.steps:
             seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
@@ -53,6 +59,8 @@ class Tables(ModelHook):  # type: ignore[misc]
         if step:
             known = branch in self.first and self._as_noted(leaves, latents, seen[step], self.first[branch])
             self.moment.tabled = known
+            if known and self.capture is not None:
+                return self.capture.run(forward, leaves, spec, looks)
             return forward(*args, **kwargs)
         moving = {i for i in range(len(leaves)) if any(not same(seen[0][i], seen[s][i]) for s in range(1, self.steps))}
         if any(torch.is_tensor(leaves[i]) and leaves[i].numel() > LARGEST for i in moving):

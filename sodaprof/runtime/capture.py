@@ -1,0 +1,178 @@
+"""Capture: the transformer under each distinct pattern as one CUDA graph, for any pipeline.
+
+A graph reads and writes fixed places: the arguments of the call, what the tables hold for the step, and the sites'
+stores are copied into buffers that live as long as the graphs, so any order of replays is safe and the timestep is no
+part of a graph's key. All graphs share one pool and one stream. The first step of a run, which fills the tables, is not
+captured; neither is the run that notes how the transformer is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+
+from ..models.clock import Moment
+from .lower import LoweredBlock
+
+
+class Recorder(Protocol):
+    """What makes graphs."""
+
+    def missing(self, device: torch.device) -> str | None:
+        """Returns why nothing can be captured on this device, None where it can."""
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Returns (replay, result) of run(): replay() does its work on the device again and changes result in place."""
+
+
+class CudaGraphs:
+    """Makes CUDA graphs in one pool, on one stream: never dropped one by one, for cuBLAS workspaces go by the stream."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+        self.stream: Any = None
+
+    def missing(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else f"CUDA graphs need a GPU, the transformer is on {device.type}"
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.pool is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = run()
+        return graph.replay, result
+
+
+@dataclass
+class Graph:
+    """One captured pattern."""
+
+    replay: Callable[[], None]
+    arguments: list[torch.Tensor]  # buffers: the tensors of the call
+    values: list[torch.Tensor]  # buffers: what the blocks take from the tables
+    loaded: list[torch.Tensor | None]  # whose numbers the value buffers hold
+    out: Any
+
+    def load(self, arguments: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+        """Copies in what this step is called with; values that are there already (text, of all steps) are not copied."""
+        news = [i for i, value in enumerate(values) if self.loaded[i] is not value]
+        torch._foreach_copy_(
+            [*self.arguments, *(self.values[i] for i in news)], [*arguments, *(values[i] for i in news)]
+        )
+        for i in news:
+            self.loaded[i] = values[i]
+
+
+class Capture:
+    """The graphs of one transformer under one schedule."""
+
+    def __init__(self, recorder: Recorder, moment: Moment, blocks: list[LoweredBlock], transformer: nn.Module) -> None:
+        self.recorder, self.moment, self.blocks, self.transformer = recorder, moment, blocks, transformer
+        self.graphs: dict[Any, Graph] = {}
+        self.weights: tuple[Any, ...] = ()  # where they were when the graphs were made
+        self.device = torch.device("cpu")
+        self.seconds = 0.0  # spent on capturing
+        self.refused: str | None = None  # why steps run uncaptured
+        self.rows = [row for block in blocks for row in block.rows]
+        self.buffers: dict[Any, list[dict[Any, Any]]] = {}  # by the looks of the calls: of each row
+        if any(row.rule is not None and row.rule.base == "random" for row in self.rows):
+            self.refused = "random token scores are drawn on the host"
+
+    def begin(self, looks: Any) -> None:
+        """Begins a run: graphs read weights where they were; where these lie elsewhere now, all are made anew."""
+        for row, buffers in zip(self.rows, self.buffers.setdefault(looks, [{} for _ in self.rows]), strict=True):
+            row.buffers = buffers
+        weights = tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in _tensors(self.transformer))
+        if weights != self.weights:
+            self.graphs.clear()
+            self.weights, self.device = weights, _tensors(self.transformer)[0][1].device
+            self.refused = self.refused or self.recorder.missing(self.device)
+
+    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, looks: Any) -> Any:
+        """Returns the transformer's output at a step that the tables are made for, from a graph where there can be one."""
+        at = self.moment.step, self.moment.branch
+        arguments = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+        if self.refused is None and any(a.device != self.device for a in arguments):
+            self.refused = "the pipeline calls the transformer with tensors that are not on its device"
+        if self.refused is not None or any(at not in block.ready for block in self.blocks):
+            args, kwargs = tree_unflatten(leaves, spec)
+            return forward(*args, **kwargs)
+        key = looks, tuple(_pattern(block, at) for block in self.blocks)
+        graph, values = self.graphs.get(key), [value for values in self._values(at) for value in values]
+        if graph is None:
+            graph = self._capture(forward, leaves, spec, at, values)
+            if graph is None:
+                args, kwargs = tree_unflatten(leaves, spec)
+                return forward(*args, **kwargs)
+            self.graphs[key] = graph
+            graph.replay()  # a capture runs nothing
+        else:
+            graph.load(arguments, values)
+            graph.replay()
+            for row in self.rows:
+                row.write(self.moment, row.recall(self.moment))
+        return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, graph.out)
+
+    def _capture(
+        self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, at: tuple[int, int],
+        values: list[torch.Tensor],
+    ) -> Graph | None:  # fmt: skip
+        began, executed = time.perf_counter(), self.moment.executed.copy()
+        static = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
+        buffers = [value.clone() for value in values]
+        args, kwargs = tree_unflatten(static, spec)
+        try:
+            with torch.no_grad(), self._reading(at, buffers):
+                replay, out = self.recorder.capture(lambda: forward(*args, **kwargs))
+        except RuntimeError as error:  # out of memory, or an operator that cannot be captured: nothing ran yet
+            self.graphs.clear()
+            self.moment.executed = executed
+            first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            self.refused = f"the capture failed ({first})"
+            return None
+        finally:
+            self.seconds += time.perf_counter() - began
+        tensors = [leaf for leaf in static if torch.is_tensor(leaf)]
+        return Graph(replay, tensors, buffers, list(values), out)
+
+    def _values(self, at: tuple[int, int]) -> Iterator[list[torch.Tensor]]:
+        """What each block takes from the tables at a step: tensors, in their order."""
+        for block in self.blocks:
+            held = block.runs[at].factors_of(block) if at in block.runs else block.ready[at][2]
+            yield [value for value in held if torch.is_tensor(value)]
+
+    @contextmanager
+    def _reading(self, at: tuple[int, int], buffers: list[torch.Tensor]) -> Iterator[None]:
+        """Lets the blocks take the buffers instead of the values, while the block runs."""
+        queue, undo = iter(buffers), list[Callable[[], None]]()
+        for block in self.blocks:
+            if at in block.runs:
+                undo.append(block.runs[at].swap(block, queue))
+            else:
+                ready = block.ready[at]
+                block.ready[at] = (*ready[:2], [next(queue) if torch.is_tensor(v) else v for v in ready[2]])
+                undo.append(lambda block=block, ready=ready: block.ready.__setitem__(at, ready))  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            for one in undo:
+                one()
+
+
+def _pattern(block: LoweredBlock, at: tuple[int, int]) -> tuple[Any, ...]:
+    """Returns what a block does at a step: its program, its neighbours in a sum, and which buffers its sites use."""
+    run = block.runs.get(at)
+    place = None if run is None else (len(run.members), run.place(block))
+    return block.ready[at][0], place, tuple(row.places(at[0]) for row in block.rows)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]

@@ -1,0 +1,75 @@
+"""A stand-in for CUDA graphs on a CPU: records operators with the tensors that they touch, and runs just these again.
+
+Like a graph it knows places, not Python: what a tensor held when it was recorded, a branch taken, an object replaced, all
+that is frozen. Unlike a capture it computes while it records, so it puts back what it wrote to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[Any, Any, Any, Any]] = []
+        self.own: dict[int, torch.Tensor] = {}  # made while recording
+        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors from outside that were written to
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.data_dependent_output in func.tags:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        if func._schema.is_mutable:
+            for leaf in tree_leaves((args, kwargs)):
+                if torch.is_tensor(leaf) and id(leaf) not in self.own:
+                    self.before.append((leaf, leaf.clone()))
+        out = func(*args, **kwargs)
+        given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        for leaf in tree_leaves(out):
+            if torch.is_tensor(leaf) and id(leaf) not in given:
+                self.own[id(leaf)] = leaf
+        self.ops.append((func, args, kwargs, out))
+        return out
+
+
+class Tapes:
+    """Makes replays of what was recorded."""
+
+    def __init__(self, fail: Exception | None = None) -> None:
+        self.made, self.played, self.fail = 0, 0, fail
+
+    def missing(self, device: torch.device) -> str | None:
+        return None
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        if self.fail is not None:
+            raise self.fail
+        with _Recording() as tape:
+            result = run()
+        for tensor, value in reversed(tape.before):
+            tensor.copy_(value)
+        results = [leaf.detach() for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+        static = [leaf.clone() for leaf in results]
+        self.made += 1
+
+        def replay() -> None:
+            self.played += 1
+            now: dict[int, torch.Tensor] = {}
+            look = lambda x: now.get(id(x), x) if torch.is_tensor(x) else x  # noqa: E731
+            with torch.no_grad():
+                for func, args, kwargs, out in tape.ops:
+                    new = func(*tree_map(look, args), **tree_map(look, kwargs))
+                    for old, fresh in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                        if torch.is_tensor(old) and id(old) in tape.own:
+                            now[id(old)] = fresh
+                for mine, leaf in zip(static, [x for x in tree_leaves(result) if torch.is_tensor(x)], strict=True):
+                    mine.copy_(look(leaf))
+
+        places = iter(static)
+        return replay, tree_map(lambda x: next(places) if torch.is_tensor(x) else x, result)

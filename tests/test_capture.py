@@ -1,0 +1,172 @@
+"""Captured steps: the same bits from fixed places, whatever changes between runs. A tape stands in for CUDA graphs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import sodaprof
+from sodaprof.errors import SodaprofError
+from sodaprof.runtime.actions import places_of
+from sodaprof.schedule import Forecast, TokenRule
+
+from .pipelines import MIXED_K, MIXED_ROWS, SITES, STEPS, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
+from .tape import Tapes
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipe()
+
+
+def eager(pipe, schedule, *args, **kwargs):
+    with sodaprof.apply(pipe, schedule):
+        return draw(pipe, *args, **kwargs)
+
+
+def captured(pipe, schedule, tapes, **kwargs):
+    return sodaprof.apply(pipe, schedule, lower=True, capture=tapes, **kwargs)
+
+
+def taylor_schedule(pipe):
+    rows = dict.fromkeys(SITES, "CRCFFCRF")
+    one, other = Forecast((2, 0), (1.5, -0.5)), Forecast((5, 2), (1.75, -0.75))
+    return schedule_for(pipe, rows, forecasts=dict.fromkeys(SITES, (one, one, other)))
+
+
+@pytest.mark.parametrize(("make", "graphs"), [(mixed_schedule, 7), (taylor_schedule, 5), (schedule_for, 1)])
+@pytest.mark.parametrize("collapse", ["ordered", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_are_bit_identical(make, graphs, collapse, dtype):
+    pipe, tapes = tiny_pipe().to(dtype), Tapes()
+    schedule = make(pipe)
+    wanted = eager(pipe, schedule)
+    others = eager(pipe, schedule, (7, 3), seed=5)
+    with captured(pipe, schedule, tapes, collapse=collapse) as handle:
+        for run in range(4):
+            assert np.array_equal(draw(pipe), wanted), run
+            assert handle.report().executed == handle.report().planned
+        assert np.array_equal(draw(pipe, (7, 3), seed=5), others)  # other labels and noise, the same graphs
+        assert np.array_equal(draw(pipe), wanted)
+        assert tapes.made == len(handle.captures[0].graphs) == graphs  # equal steps share one
+        assert tapes.played == 5 * (STEPS - 1)
+        assert handle.report().path == f"captured: {graphs} graphs"
+
+
+def test_two_pass_guidance():
+    pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
+    schedule = schedule_for(pipe, {SITES[1]: "CRRCRRCR", SITES[2]: "CRRRRRRR"})
+    wanted = eager(pipe, schedule)
+    with captured(pipe, schedule, tapes):
+        for _ in range(4):
+            assert np.array_equal(draw(pipe), wanted)
+        assert tapes.played == 3 * 7 * 2
+
+
+def test_another_batch_and_back(pipe):
+    schedule, tapes = mixed_schedule(pipe), Tapes()
+    two, one = eager(pipe, schedule), eager(pipe, schedule, (4,))
+    with captured(pipe, schedule, tapes):
+        for labels, wanted in (((1, 2), two), ((1, 2), two), ((4,), one), ((4,), one), ((1, 2), two), ((4,), one)):
+            assert np.array_equal(draw(pipe, labels), wanted)
+
+
+def test_new_weights_in_place_and_elsewhere(pipe):
+    schedule, tapes, other = mixed_schedule(pipe), Tapes(), tiny_pipe(seed=5)
+    wanted = eager(other, schedule)
+    with captured(pipe, schedule, tapes) as handle:
+        draw(pipe), draw(pipe), draw(pipe)
+        made = tapes.made
+        pipe.transformer.load_state_dict(other.transformer.state_dict())
+        assert np.array_equal(draw(pipe), wanted)
+        assert tapes.made == made  # the same places
+        pipe.transformer.load_state_dict(tiny_pipe().transformer.state_dict(), assign=True)
+        draw(pipe)
+        assert tapes.made == 2 * made
+        pipe.transformer.load_state_dict(other.transformer.state_dict(), assign=True)
+        assert np.array_equal(draw(pipe), wanted)
+        assert handle.report().path.startswith("captured")
+
+
+def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
+    schedule, tapes = mixed_schedule(pipe), Tapes()
+    wanted = eager(pipe, schedule)
+    with captured(pipe, schedule, tapes) as handle:
+        draw(pipe), draw(pipe)
+        step = pipe.scheduler.step
+
+        def fails(*args, **kwargs):
+            if handle.moment.step == 4:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        pipe.scheduler.step = fails
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        pipe.scheduler.step = step
+        assert np.array_equal(draw(pipe), wanted)
+    second = schedule_for(pipe, {SITES[0]: "CRRRRRRR"})
+    expected = eager(pipe, second)
+    with captured(pipe, second, Tapes()):
+        draw(pipe), draw(pipe)
+        assert np.array_equal(draw(pipe), expected)
+    with handle:
+        assert np.array_equal(draw(pipe), wanted)
+
+
+def test_two_pipelines_at_once(pipe):
+    other = tiny_pipe(seed=9)
+    schedules = mixed_schedule(pipe), taylor_schedule(other)
+    wanted = eager(pipe, schedules[0]), eager(other, schedules[1])
+    tapes = Tapes()
+    with captured(pipe, schedules[0], tapes), captured(other, schedules[1], tapes):
+        for _ in range(3):
+            assert np.array_equal(draw(pipe), wanted[0])
+            assert np.array_equal(draw(other), wanted[1])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("not permitted")])
+def test_a_failed_capture_runs_the_blocks_and_says_so(pipe, error):
+    schedule = mixed_schedule(pipe)
+    wanted = eager(pipe, schedule)
+    with captured(pipe, schedule, Tapes(error)) as handle:
+        for _ in range(3):
+            assert np.array_equal(draw(pipe), wanted)
+            assert handle.report().executed == handle.report().planned
+        assert handle.report().path == f"lowered: the capture failed ({error})"
+
+
+def test_a_pipeline_that_keeps_outputs_keeps_its_own(pipe):
+    schedule, kept = mixed_schedule(pipe), []
+    with captured(pipe, schedule, Tapes()):
+        draw(pipe), draw(pipe)
+        hook = pipe.transformer.register_forward_hook(lambda m, a, out: kept.append(out[0]))
+        draw(pipe)
+        hook.remove()
+    assert len({t.data_ptr() for t in kept}) == STEPS
+
+
+def test_without_a_gpu_the_blocks_run_and_the_report_says_so(pipe):
+    schedule = mixed_schedule(pipe)
+    wanted = eager(pipe, schedule)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=True) as handle:
+        draw(pipe)
+        assert np.array_equal(draw(pipe), wanted)
+        assert handle.report().path == "lowered: CUDA graphs need a GPU, the transformer is on cpu"
+    with pytest.raises(SodaprofError, match="lower=True, capture=True"):
+        sodaprof.apply(pipe, schedule, capture=True)
+
+
+def test_random_token_scores_are_not_captured(pipe):
+    schedule = schedule_for(pipe, MIXED_ROWS | dict.fromkeys(SITES[:2], "C" * STEPS), {k: MIXED_K[k] for k in SITES[2:]},
+                            rule=TokenRule("random", seed=3))  # fmt: skip
+    wanted = eager(pipe, schedule)
+    with captured(pipe, schedule, Tapes()) as handle:
+        for _ in range(3):
+            assert np.array_equal(draw(pipe), wanted)
+        assert "drawn on the host" in handle.report().path
+
+
+def test_as_few_buffers_as_sources_at_once():
+    assert places_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
