@@ -31,7 +31,7 @@ from .models.discover import inspect_pipeline
 from .models.flops import count_flops
 from .models.load import call, default_prompts, pictures_of, takes_labels
 from .profiler.run import versions
-from .runtime.attach import Handle, apply
+from .runtime.attach import Handle, apply_with
 from .schedule import Schedule
 
 SEED = 1_000_000  # the first evaluation seed: far from the calibration seeds, which start at 0
@@ -49,6 +49,8 @@ class Contender:
     speedup: float  # FLOPs
     schedule: Schedule | None = None
     control: FewerSteps | None = None
+    runtime: str = "hooks"
+    handle: Handle | None = None
     beside: int = 0  # for controls: full steps at the cost of the schedules that they stand beside
     seconds: float = 0.0
     executed: dict[str, int] | None = None
@@ -59,7 +61,8 @@ class Contender:
 
     def on(self, pipe: Any) -> AbstractContextManager[Handle | None]:
         if self.schedule is not None:
-            return apply(pipe, self.schedule)
+            self.handle = self.handle or apply_with(pipe, self.schedule, self.runtime)
+            return self.handle
         return nullcontext() if self.control is None else self.control.on(pipe)
 
     def clear(self) -> None:
@@ -79,12 +82,14 @@ def evaluate(
     guidance_scale: float | None = None,
     names: Sequence[str] | None = None,
     controls: bool = True,
+    runtime: str = "hooks",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Returns what each schedule costs in fidelity and gains in speed over the same seeds, as plain data.
 
     `rows` holds the schedules and their controls, `full` the plain run, `candidates` every spacing tried for the
     fewer-step controls on calibration seeds, `pictures` the first few of each as float arrays [n, H, W, 3].
+    runtime: hooks, lowered or captured, for the schedules and FORA; the pictures of the first two are the same.
     Raises MismatchError where evaluation seeds touch a schedule's calibration seeds or schedules differ in sampler.
     """
     if samples < 2:
@@ -118,6 +123,8 @@ def evaluate(
     full.clear()
     chosen, tried = _choose(run, full, fewer, calibration)
     contenders += fora + chosen
+    for contender in contenders:
+        contender.runtime = runtime
     run.all([full, *contenders], range(seed, seed + samples))
     rows = [_row(c, full) for c in contenders]
     _compare_with_fora(rows, contenders, full)
@@ -125,9 +132,10 @@ def evaluate(
         "format": "sodaprof.evaluation", "version": 1, "samples": samples, "seed": seed, "guidance_scale": scale,
         "device": str(getattr(pipe, "device", "cpu")), "machine": platform.machine(),
         "threads": torch.get_num_threads(), "dtype": model.shape["dtype"], "versions": versions(),
-        "full": {"seconds_a_sample": full.seconds / samples} | _accuracy(full),
+        "runtime": runtime, "full": {"seconds_a_sample": full.seconds / samples} | _accuracy(full),
         "rows": rows, "candidates": tried,
-        "notes": _notes(samples, classifier, candidates, controls),
+        "notes": _notes(samples, classifier, candidates, controls)
+        + (["Wall-clock of the schedules includes tracing in their first batches."] if runtime != "hooks" else []),
     }  # fmt: skip
     shown = {f"{c.name} {c.speedup:.2f}x": _cat(c.pictures)[:SHOWN] for c in contenders}
     return result | {"pictures": {"full": _cat(full.pictures)[:SHOWN]} | shown}
@@ -239,7 +247,7 @@ def _control_candidates(schedules: Sequence[Schedule], model: Any, cost: CostMod
             name = f"fewer steps, {control.solver}"
             detail = f"{control.steps} steps, {control.spacing}"
             count = full_steps(schedule, cost)
-            found[control, count] = Contender(name, detail, control.steps, speedup, None, control, count)
+            found[control, count] = Contender(name, detail, control.steps, speedup, control=control, beside=count)
     return list(found.values())
 
 

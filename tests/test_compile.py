@@ -478,6 +478,20 @@ def test_another_cost_table_makes_another_schedule(folder, tmp_path):
     assert len(anchors_of(compile_schedule(folder, 1.2, "fora"))) == 9
 
 
+def test_a_budget_that_flops_would_allow_is_told_from_one_that_nothing_allows(folder, tmp_path):
+    cost = load_cost(folder / "cost.flops.json")
+    step = replace(cost.transformers["t"].step, all_cached=200.0)
+    dear: CostModel = replace(cost, unit="ms", transformers={"t": replace(cost.transformers["t"], step=step)})
+    save_cost(dear, tmp_path / "cost.json")
+    with pytest.raises(
+        BudgetError, match="FLOPs alone would allow it: on this device a step that reuses everything takes 202 ms"
+    ):
+        compile_schedule(folder, 2.0, "fora", cost=tmp_path / "cost.json")
+    with pytest.raises(BudgetError) as refused:
+        compile_schedule(folder, 1000.0, "fora", cost=tmp_path / "cost.json")
+    assert "FLOPs alone" not in str(refused.value)
+
+
 def test_a_missing_cost_table(folder):
     with pytest.raises(FormatError, match="no such file"):
         compile_schedule(folder, 2.0, cost=folder / "none.json")

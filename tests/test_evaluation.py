@@ -14,6 +14,7 @@ from sodaprof.controls import FewerSteps, fewer_steps_at
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.evaluation import evaluate
 from sodaprof.models.classifier import Classifier, load_classifier
+from sodaprof.runtime.attach import RUNTIMES
 
 from .pipelines import STEPS, draw, mixed_schedule, schedule_for, tiny_pipe
 
@@ -120,6 +121,16 @@ def test_evaluation_is_paired_and_does_not_depend_on_the_batch_size():
         (row,) = evaluate(pipe, [schedule], samples=4, batch_size=batch, controls=False)["rows"]
         assert row["psnr_db"]["mean"] == pytest.approx(expected, abs=0.02)
         assert row["executed"] == dict(schedule.counts())
+
+
+def test_lowered_pictures_score_the_same():
+    pipe = tiny_pipe()
+    schedule = mixed_schedule(pipe)
+    rows = [evaluate(pipe, [schedule], samples=4, batch_size=2, controls=False, runtime=r)["rows"][0] for r in RUNTIMES]
+    assert rows[0]["psnr_db"] == rows[1]["psnr_db"] == rows[2]["psnr_db"]
+    assert rows[1]["executed"] == rows[1]["planned"]
+    with pytest.raises(SodaprofError, match="hooks, lowered, captured"):
+        evaluate(pipe, [schedule], samples=2, controls=False, runtime="quick")
 
 
 def test_controls_share_the_cost_and_fora_is_not_run_twice(tmp_path):

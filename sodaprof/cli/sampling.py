@@ -17,6 +17,7 @@ from .shared import (
     Json,
     Model,
     Prompts,
+    Runtime,
     Scale,
     Steps,
     duration,
@@ -119,6 +120,7 @@ def run(
     label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture, the next counts on.")] = 0,
     guidance_scale: Scale = None,
+    runtime: Runtime = "hooks",
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
@@ -134,13 +136,13 @@ def run(
     loaded = load_schedule(schedule)
     from ..models.load import call, load_pipeline, pictures_of
     from ..report.pictures import save_picture, save_side_by_side
-    from ..runtime.attach import apply
+    from ..runtime.attach import apply_with
 
     console = make_console()
     pipe = load_pipeline(model, dtype, device)
     pipe.set_progress_bar_config(disable=not console.is_terminal)
     scale = loaded.sampler.guidance_scale if guidance_scale is None else guidance_scale
-    with apply(pipe, loaded) as handle:
+    with apply_with(pipe, loaded, runtime) as handle:
         pictures = pictures_of(call(pipe, entries, [seed + i for i in range(len(entries))], loaded.steps, scale))
     if len(pictures) == 1:
         save_picture(pictures[0], output, force=force)
@@ -162,6 +164,7 @@ def evaluate_(
     batch_size: Batch = 16,
     dtype: Dtype = None,
     device: Device = None,
+    runtime: Runtime = "hooks",
     controls: Annotated[bool, typer.Option(help="FORA and fewer sampler steps at the same cost.")] = True,
     picture: Annotated[Path | None, typer.Option(help="Write the first pictures side by side.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Add the result to the schedules' `measured`.")] = False,
@@ -189,7 +192,7 @@ def evaluate_(
     with progress(console, "eval") as on_progress:
         result = evaluate(
             pipe, loaded, samples=samples, seed=seed, prompts=None if prompts is None else read_prompts(prompts),
-            batch_size=batch_size, guidance_scale=guidance_scale, controls=controls, on_progress=on_progress,
+            batch_size=batch_size, guidance_scale=guidance_scale, controls=controls, runtime=runtime, on_progress=on_progress,
             names=_names(schedules, loaded),
         )  # fmt: skip
     pictures = result.pop("pictures")

@@ -29,6 +29,9 @@ Prompts = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option(help="Generations at once.")]
+Runtime = Annotated[
+    str, typer.Option(help="hooks; lowered: traced, faster from the second run on; captured: CUDA graphs.")
+]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cost import load_cost
+from ..cost import CostModel, load_cost
 from ..errors import BudgetError
 from ..legal import verify
 from ..profiles import load_inspection, load_profile
@@ -49,9 +49,31 @@ def compile_schedule(
     source = load_profile(folder) if has_tables else load_inspection(folder)
     table = load_cost(folder / "cost.flops.json" if str(cost) == "flops" else cost)
     profile = source if has_tables else None
-    schedule = POLICIES[policy](source.model, source.sampler, profile, table, ratio, knobs or {})
+    compile_with = lambda costs: POLICIES[policy](source.model, source.sampler, profile, costs, ratio, knobs or {})  # noqa: E731
+    try:
+        schedule = compile_with(table)
+    except BudgetError as error:
+        if table.unit != "ms" or not _possible(compile_with, load_cost(folder / "cost.flops.json")):
+            raise
+        raise BudgetError(f"{error} FLOPs alone would allow it: {_overhead(table)}.") from None
     verify(schedule)
     return schedule
+
+
+def _possible(compile_with: Callable[[CostModel], Schedule], costs: CostModel) -> bool:
+    try:
+        compile_with(costs)
+    except BudgetError:
+        return False
+    return True
+
+
+def _overhead(cost: CostModel) -> str:
+    """Returns what of a step's time no reuse can save."""
+    parts = cost.transformers.values()
+    full = sum(part.full for part in parts) + cost.loop_step(False)
+    cached = sum(part.step.all_cached for part in parts) + cost.loop_step(False)
+    return f"on this device a step that reuses everything takes {cached:.3g} ms of {full:.3g}, scheduler and guidance included"
 
 
 def parse_budget(text: str | float) -> float:

@@ -25,6 +25,11 @@ from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
 
 HOOK = "sodaprof"
+RUNTIMES: dict[str, dict[str, Any]] = {  # name -> arguments of apply
+    "hooks": {},
+    "lowered": {"lower": True},
+    "captured": {"lower": True, "capture": True},
+}
 
 
 @dataclass(frozen=True)
@@ -213,6 +218,13 @@ def apply(
         )
     recorder = CudaGraphs() if capture is True else capture or None
     return Handle(pipe, schedule, lower, lower and tables, collapse, recorder)
+
+
+def apply_with(pipe: Any, schedule: Schedule, runtime: str) -> Handle:
+    """Returns `apply` with the arguments that a name in RUNTIMES stands for; SodaprofError for another name."""
+    if runtime not in RUNTIMES:
+        raise SodaprofError(f"No runtime {runtime!r}; there are {', '.join(RUNTIMES)}. Try --runtime lowered")
+    return apply(pipe, schedule, **RUNTIMES[runtime])
 
 
 def check_runs(schedule: Schedule) -> None:

@@ -131,7 +131,12 @@ class Capture:
         args, kwargs = tree_unflatten(static, spec)
         try:
             with torch.no_grad(), self._reading(at, buffers):
+                known = [list(row.buffers or ()) for row in self.rows]
                 replay, out = self.recorder.capture(lambda: forward(*args, **kwargs))
+                if known != [list(row.buffers or ()) for row in self.rows]:
+                    raise RuntimeError(
+                        "a site keeps what it did not keep in the first run"
+                    )  # in the graphs' own memory
         except RuntimeError as error:  # out of memory, or an operator that cannot be captured: nothing ran yet
             self.graphs.clear()
             self.moment.executed = executed
