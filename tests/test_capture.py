@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 import sodaprof
 from sodaprof.errors import SodaprofError
+from sodaprof.runtime import collapse, kernels
 from sodaprof.runtime.actions import places_of
 from sodaprof.schedule import Forecast, TokenRule
 
@@ -36,21 +39,21 @@ def taylor_schedule(pipe):
 
 
 @pytest.mark.parametrize(("make", "graphs"), [(mixed_schedule, 7), (taylor_schedule, 5), (schedule_for, 1)])
-@pytest.mark.parametrize("collapse", ["ordered", None])
+@pytest.mark.parametrize("mode", ["ordered", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_replays_are_bit_identical(make, graphs, collapse, dtype):
+def test_replays_are_bit_identical(make, graphs, mode, dtype):
     pipe, tapes = tiny_pipe().to(dtype), Tapes()
     schedule = make(pipe)
     wanted = eager(pipe, schedule)
     others = eager(pipe, schedule, (7, 3), seed=5)
-    with captured(pipe, schedule, tapes, collapse=collapse) as handle:
+    with captured(pipe, schedule, tapes, collapse=mode) as handle:
         for run in range(4):
             assert np.array_equal(draw(pipe), wanted), run
             assert handle.report().executed == handle.report().planned
         assert np.array_equal(draw(pipe, (7, 3), seed=5), others)  # other labels and noise, the same graphs
         assert np.array_equal(draw(pipe), wanted)
         assert tapes.made == len(handle.captures[0].graphs) == graphs  # equal steps share one
-        assert tapes.played == 5 * (STEPS - 1)
+        assert tapes.played == 5 * (STEPS - 1) - graphs  # a graph's first step runs uncaptured
         assert handle.report().path == f"captured: {graphs} graphs"
 
 
@@ -61,7 +64,7 @@ def test_two_pass_guidance():
     with captured(pipe, schedule, tapes):
         for _ in range(4):
             assert np.array_equal(draw(pipe), wanted)
-        assert tapes.played == 3 * 7 * 2
+        assert tapes.played == 3 * 7 * 2 - tapes.made
 
 
 def test_another_batch_and_back(pipe):
@@ -166,6 +169,29 @@ def test_random_token_scores_are_not_captured(pipe):
         for _ in range(3):
             assert np.array_equal(draw(pipe), wanted)
         assert "drawn on the host" in handle.report().path
+
+
+@pytest.mark.skipif(
+    not (kernels.available() and os.environ.get("TRITON_INTERPRET")),
+    reason="needs triton and TRITON_INTERPRET=1, or a GPU",
+)
+@pytest.mark.parametrize("mode", ["ordered", "fused"])
+def test_sums_by_kernel_from_the_arena(monkeypatch, mode):
+    pipe, launched = tiny_pipe(layers=4), []
+    schedule = schedule_for(
+        pipe, {f"transformer_blocks.{i}.{m}": "CRRCRRRC" for i in range(4) for m in ("attn1", "ff")}
+    )
+    wanted = eager(pipe, schedule)
+    monkeypatch.setattr(collapse, "on_gpu", lambda tensor: True)
+    real = kernels.sum_kept
+    monkeypatch.setattr(kernels, "sum_kept", lambda *a, **kw: launched.append(a) or real(*a, **kw))
+    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), collapse=mode):
+        draw(pipe), draw(pipe)
+        launched.clear()
+        pictures = draw(pipe)
+    assert len(launched) == 5  # one launch a cached step, 8 kept outputs each
+    assert {len(args[2].sources) for args in launched} == {8}
+    assert np.array_equal(pictures, wanted) if mode == "ordered" else np.allclose(pictures, wanted, atol=1e-4)
 
 
 def test_as_few_buffers_as_sources_at_once():

@@ -6,7 +6,7 @@ This is the eager path and the reference that faster paths must equal.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,9 @@ class SiteRow:
         self.tracer: Any = None  # runs the cells instead while the block is traced
         self.selected: torch.Tensor | None = None  # Made.selected of the latest call
         self.buffers: dict[Any, Output] | None = None  # where steps are captured: what is kept is copied there
+        self.make_buffer: Callable[[SiteRow, Any, Output], Output] = lambda row, what, value: tree_map(
+            torch.empty_like, value
+        )
         self.stores: dict[int, _Store] = {}
 
     def reset(self) -> None:
@@ -166,11 +169,15 @@ class SiteRow:
         if self.buffers is None or value is None:
             return value
         if what not in self.buffers:
-            self.buffers[what] = tree_map(torch.empty_like, value)
+            self.buffers[what] = self.make_buffer(self, what, value)
         buffer = self.buffers[what]
         if buffer is not value:
             tree_map(lambda mine, new: mine.copy_(new), buffer, value)
         return buffer
+
+    def snapshot(self) -> dict[int, _Store]:
+        """Returns what is remembered now, to be put back as `stores`; buffers keep their later contents."""
+        return {branch: replace(store, sources=dict(store.sources)) for branch, store in self.stores.items()}
 
     def recall(self, moment: Moment) -> Made:
         """Returns what the cell of this moment left in the buffers, where a graph wrote it."""

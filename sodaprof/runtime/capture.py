@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from ..models.clock import Moment
+from .arena import Arenas
 from .lower import LoweredBlock
 
 
@@ -82,14 +83,17 @@ class Capture:
         self.seconds = 0.0  # spent on capturing
         self.refused: str | None = None  # why steps run uncaptured
         self.rows = [row for block in blocks for row in block.rows]
-        self.buffers: dict[Any, list[dict[Any, Any]]] = {}  # by the looks of the calls: of each row
+        self.buffers: dict[Any, tuple[Arenas, list[dict[Any, Any]]]] = {}  # by the looks of the calls: of each row
         if any(row.rule is not None and row.rule.base == "random" for row in self.rows):
             self.refused = "random token scores are drawn on the host"
 
     def begin(self, looks: Any) -> None:
         """Begins a run: graphs read weights where they were; where these lie elsewhere now, all are made anew."""
-        for row, buffers in zip(self.rows, self.buffers.setdefault(looks, [{} for _ in self.rows]), strict=True):
-            row.buffers = buffers
+        if looks not in self.buffers:
+            self.buffers[looks] = Arenas(self.rows), [{} for _ in self.rows]
+        arenas, buffers = self.buffers[looks]
+        for row, mine in zip(self.rows, buffers, strict=True):
+            row.buffers, row.make_buffer = mine, arenas.make
         weights = tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in _tensors(self.transformer))
         if weights != self.weights:
             self.graphs.clear()
@@ -108,24 +112,37 @@ class Capture:
         key = looks, tuple(_pattern(block, at) for block in self.blocks)
         graph, values = self.graphs.get(key), [value for values in self._values(at) for value in values]
         if graph is None:
-            graph = self._capture(forward, leaves, spec, at, values)
-            if graph is None:
-                args, kwargs = tree_unflatten(leaves, spec)
-                return forward(*args, **kwargs)
-            self.graphs[key] = graph
-            graph.replay()  # a capture runs nothing
-        else:
-            graph.load(arguments, values)
-            graph.replay()
-            for row in self.rows:
-                row.write(self.moment, row.recall(self.moment))
+            return self._first(forward, leaves, spec, at, key, values)
+        graph.load(arguments, values)
+        graph.replay()
+        for row in self.rows:
+            row.write(self.moment, row.recall(self.moment))
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, graph.out)
+
+    def _first(
+        self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, at: tuple[int, int], key: Any,
+        values: list[torch.Tensor],
+    ) -> Any:  # fmt: skip
+        """Returns what the step's first call gives, uncaptured: that makes kernels and workspaces; then captures another."""
+        before = [row.snapshot() for row in self.rows]
+        args, kwargs = tree_unflatten(leaves, spec)
+        result = forward(*args, **kwargs)
+        after, executed = [row.snapshot() for row in self.rows], self.moment.executed.copy()
+        for row, stores in zip(self.rows, before, strict=True):
+            row.stores = stores
+        graph = self._capture(forward, leaves, spec, at, values)
+        if graph is not None:
+            self.graphs[key] = graph
+        self.moment.executed = executed
+        for row, stores in zip(self.rows, after, strict=True):
+            row.stores = stores
+        return result
 
     def _capture(
         self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, at: tuple[int, int],
         values: list[torch.Tensor],
     ) -> Graph | None:  # fmt: skip
-        began, executed = time.perf_counter(), self.moment.executed.copy()
+        began = time.perf_counter()
         static = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
         buffers = [value.clone() for value in values]
         args, kwargs = tree_unflatten(static, spec)
@@ -137,9 +154,8 @@ class Capture:
                     raise RuntimeError(
                         "a site keeps what it did not keep in the first run"
                     )  # in the graphs' own memory
-        except RuntimeError as error:  # out of memory, or an operator that cannot be captured: nothing ran yet
+        except RuntimeError as error:  # out of memory, or an operator that cannot be captured
             self.graphs.clear()
-            self.moment.executed = executed
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self.refused = f"the capture failed ({first})"
             return None

@@ -17,11 +17,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..errors import MismatchError
 from ..models.clock import Moment
+from . import kernels
 from .actions import Given, Made
 from .lower import BlockCall, LoweredBlock
 from .streams import Stream, Term, streams_of
 
 NOTHING = Made(None)
+Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
 
 
 def kept_leaves(spec: TreeSpec) -> dict[int, tuple[int, int | None, int | None]]:
@@ -58,6 +60,7 @@ class Run:
 
     members: list[Member]
     fused: bool
+    plans: dict[Any, kernels.Plan]  # of sums on a GPU
     handed: list[torch.Tensor | None] = field(default_factory=list)  # what the next block must be given
     at: int = 0
 
@@ -95,20 +98,61 @@ class Run:
         return undo
 
     def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
-        add = _fused if self.fused else _ordered
-        totals = [None if s is None else _Total(leaves[s.origin]) for s in self.members[0].streams]
+        added: list[list[Added]] = [[] for _ in self.members[0].streams]
         for member in self.members:
             given = [row.read(moment) for row in member.block.rows]
-            for total, stream in zip(totals, member.streams, strict=True):
+            for mine, stream in zip(added, member.streams, strict=True):
                 for term in stream.terms if stream is not None else ():
                     outputs = [_viewed(given, member.kept[kept.leaf], kept.views) for kept in term.kept]
-                    factor = None if term.factor is None else member.factors[term.factor]
-                    assert total is not None  # streams go through all blocks of a run
-                    add(total, outputs, term, factor)
+                    mine.append((outputs, term, None if term.factor is None else member.factors[term.factor]))
             for row in member.block.rows:
                 row.write(moment, NOTHING)
-        last = self.members[-1].streams
-        return [None if s is None or t is None else t.result(s) for t, s in zip(totals, last, strict=True)]
+        first, last = self.members[0].streams, self.members[-1].streams
+        return [
+            None if begin is None or end is None else self._sum(leaves[begin.origin], terms, end)
+            for begin, terms, end in zip(first, added, last, strict=True)
+        ]
+
+    def _sum(self, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
+        total = _Total(start)
+        if not (on_gpu(start) and self._by_kernel(total, added)):
+            for outputs, term, factor in added:
+                (_fused if self.fused else _ordered)(total, outputs, term, factor)
+        return total.result(stream)
+
+    def _by_kernel(self, total: _Total, added: list[Added]) -> bool:
+        """Adds all terms in one launch; False where they do not lie in one arena, or are no plain gates."""
+        arena = added[0][0][0]._base if added else None
+        start, gates = total.value, [factor for _, _, factor in added]
+        if arena is None or arena.shape[1:] != start.shape or not kernels.available():
+            return False
+        flat = [gate is None or (gate.dtype == start.dtype and gate.shape in _gates(start.shape)) for gate in gates]
+        kept = [(output, part) for outputs, term, _ in added for output, part in zip(outputs, term.kept, strict=True)]
+        if not all(flat) or any(output._base is not arena or part.views for output, part in kept):
+            return False
+        size = start.numel()
+        terms = tuple(
+            (tuple((o.storage_offset() // size, part.weight) for o, part in zip(outs, term.kept, strict=True)), g is not None)
+            for (outs, term, _), g in zip(added, gates, strict=True)
+        )  # fmt: skip
+        if (plan := self.plans.get((terms, start.device))) is None:
+            plan = self.plans[terms, start.device] = kernels.plan_of(terms, start.device)
+        batch, _, width = start.shape
+        one = start.new_empty((batch, 1, width)) if None in gates else None
+        rows = [(one if gate is None else gate).expand(batch, 1, width)[:, 0] for gate in gates]  # type: ignore[union-attr]
+        total.value = kernels.sum_kept(start, arena, plan, torch.stack(rows), not self.fused)
+        return True
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether the kernel can take it. Elsewhere it runs in Triton's interpreter alone, for tests."""
+    return tensor.is_cuda
+
+
+def _gates(shape: torch.Size) -> tuple[tuple[int, ...], ...]:
+    """Returns the shapes of gates that hold for all tokens of a stream [B, N, D]."""
+    batch, _, width = shape
+    return (batch, 1, width), (1, 1, width), (1, width), (width,)
 
 
 class _Total:
@@ -167,6 +211,7 @@ class Collapse:
 
     def __init__(self, fused: bool) -> None:
         self.fused = fused
+        self.plans: dict[Any, kernels.Plan] = {}
         self.streams: dict[fx.GraphModule, tuple[Stream | None, ...] | None] = {}  # of what is left of each program
 
     def join(self, calls: list[BlockCall], steps: int, branch: int) -> None:
@@ -181,7 +226,7 @@ class Collapse:
                 elif run is not None and before is not None and _hands_on(before, call, member):
                     run.members.append(member)
                 else:
-                    run = Run([member], self.fused)
+                    run = Run([member], self.fused, self.plans)
                 if run is not None:
                     call.block.runs[step, branch] = run
                 before = call
