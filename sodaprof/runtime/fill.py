@@ -6,7 +6,7 @@ at the first fill: matrix products of all steps are one batch of the step's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from operator import getitem
 from typing import Any
 
 import torch
@@ -48,12 +48,37 @@ def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.Gr
     return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
 
 
+ATEN = torch.ops.aten
+ADDMM, SPLIT, SLICE, T = ATEN.addmm.default, ATEN.split.Tensor, ATEN.slice.Tensor, ATEN.t.default
+
+
+def narrowed(graph: fx.GraphModule) -> fx.GraphModule:
+    """Returns the graph with linear layers cut to the parts of their output that are used: a block's gates without the
+    shifts and scales that only norms would take."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        parts = _parts_of_linear(node)
+        if parts is not None:
+            bias, x, weight = (copies[n] for n in parts)
+            number, size = node.args[1], node.args[0].args[1]
+            ends = (0, number * size, (number + 1) * size)
+            rows, offset = (new.call_function(SLICE, (tensor, *ends)) for tensor in (weight, bias))
+            copies[node] = new.call_function(ADDMM, (offset, x, new.call_function(T, (rows,))))
+        elif node.op == "output":
+            new.output(fx.map_arg(node.args[0], copies.__getitem__))
+        else:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    new.eliminate_dead_code()
+    return fx.GraphModule(graph, new)
+
+
 class Filler:
     """Fills the tables of blocks, one after the other, so that a block's weights stay near."""
 
     def __init__(self) -> None:
         self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
-        self.at_once: dict[fx.GraphModule, bool] = {}  # parts of a step: whether all steps at once give the same bits
+        self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # parts of a step: what does all steps at once
 
     def fill(self, call: BlockCall, steps: int, branch: int) -> None:
         """Computes the block's values of all steps to come."""
@@ -69,28 +94,32 @@ class Filler:
             leaves = [[call.changed[s].get(i, leaf) for i, leaf in enumerate(call.leaves)] for s in its_steps]
             inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
             of_run = run(*parameters, *inputs[0])
-            for step, values in zip(its_steps, self._of_steps(each, parameters, inputs, of_run), strict=True):
+            for step, values in zip(its_steps, self._of_steps(each, rest, parameters, inputs, of_run), strict=True):
                 block.ready[step, branch] = program, rest, [*of_run, *values]
 
     def _of_steps(
-        self, each: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
-    ) -> list[list[Any]]:
+        self, each: fx.GraphModule, rest: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]],
+        of_run: list[Any],
+    ) -> list[list[Any]]:  # fmt: skip
         def one(at_step: list[Any]) -> list[Any]:
             return each(*parameters, *at_step, *of_run)
 
-        if len(inputs) == 1 or self.at_once.get(each) is False:
+        if len(inputs) == 1:
             return [one(at_step) for at_step in inputs]
-        batched = _batched(each, len(inputs), parameters, inputs, of_run)
         if each in self.at_once:
-            return batched()
+            whole = self.at_once[each]
+            return [one(at) for at in inputs] if whole is None else _batched(whole, parameters, inputs, of_run)
         values = [one(at_step) for at_step in inputs]
-        try:
-            tried = batched()
-        except RuntimeError:  # an operator that knows no batches
-            self.at_once[each] = False
-            return values
-        pairs = [(a, b) for xs, ys in zip(values, tried, strict=True) for a, b in zip(xs, ys, strict=True)]
-        self.at_once[each] = all(same(a, b) and a.stride() == b.stride() for a, b in pairs)
+        self.at_once[each] = None
+        for whole, laid_out in ((narrowed(each), not _only_scales(rest)), (each, True)):
+            try:
+                tried = _batched(whole, parameters, inputs, of_run)
+            except RuntimeError:  # an operator that knows no batches
+                continue
+            pairs = [(a, b) for xs, ys in zip(values, tried, strict=True) for a, b in zip(xs, ys, strict=True)]
+            if all(same(a, b) and (not laid_out or a.stride() == b.stride()) for a, b in pairs):
+                self.at_once[each] = whole
+                break
         return values
 
     def _parts(self, program: Program, call: BlockCall) -> tuple[fx.GraphModule, ...]:
@@ -106,24 +135,40 @@ class Filler:
 
 
 def _batched(
-    each: fx.GraphModule, steps: int, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
-) -> Callable[[], list[list[Any]]]:
-    """Returns a function of nothing that gives the values of all steps at once."""
-    columns = list(zip(*inputs, strict=True))
+    each: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
+) -> list[list[Any]]:
+    """Returns the values of all steps, computed at once."""
+    steps, columns = len(inputs), list(zip(*inputs, strict=True))
     moves = [any(x is not column[0] for x in column) for column in columns]
     used = [bool(node.users) for node in each.graph.nodes if node.op == "placeholder"]
+    # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
+    fixed = [p.expand(steps, *p.shape) for p in parameters]
+    rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
+    flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
+    places = [*(0 for _ in fixed), *(0 if move else None for move in moves), *(None for _ in of_run)]
+    dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
+    values = torch.func.vmap(each, in_dims=dims)(*flat)
+    return [[value[i] for value in values] for i in range(steps)]
 
-    def run() -> list[list[Any]]:
-        # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
-        fixed = [p.expand(steps, *p.shape) for p in parameters]
-        rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
-        flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
-        places = [*(0 for _ in fixed), *(0 if move else None for move in moves), *(None for _ in of_run)]
-        dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
-        values = torch.func.vmap(each, in_dims=dims)(*flat)
-        return [[value[i] for value in values] for i in range(steps)]
 
-    return run
+def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Returns bias, input and weight where the node takes one part of a linear layer's output that is used in part."""
+    if node.op != "call_function" or node.target is not getitem or node.args[0].target is not SPLIT:  # type: ignore[union-attr]
+        return None
+    split: Any = node.args[0]
+    linear, size, *dim = split.args
+    whole = linear.target is ADDMM and linear.args[2].target is T and linear.args[2].args[0].op == "placeholder"
+    if not whole or dim != [1] or linear.args[0].op != "placeholder" or list(linear.users) != [split] or linear.kwargs:
+        return None
+    if len(split.users) * size >= linear.meta["val"].shape[1]:
+        return None
+    return linear.args[0], linear.args[1], linear.args[2].args[0]
+
+
+def _only_scales(rest: fx.GraphModule) -> bool:
+    """Whether what is left of a program only multiplies and adds the values, whose layout then changes no bit."""
+    values = [node for node in rest.graph.nodes if node.op == "placeholder" and node.name.endswith("_early")]
+    return all(user.target in (ATEN.add.Tensor, ATEN.mul.Tensor) for value in values for user in value.users)
 
 
 def same(a: Any, b: Any) -> bool:
