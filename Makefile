@@ -74,7 +74,7 @@ bench: .venv/ready
 	$(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
-# Measures other caches beside this project's, and makes the tables in docs/peers.md. Half an hour on two threads.
+# Measures other caches beside this project's, and makes the tables in docs/peers.md. Most of an hour on two threads.
 bench-peers: .venv/ready
 	$(BIN)/pip install -q -e ".[peers]"
 	$(BIN)/python -m tests.peers
