@@ -93,8 +93,8 @@ def advance(
 
     table [T, 6] and step (int64 [1], 0 … T − 1) lie on the device of x, v, m and noise, which are of one shape. The sums
     are taken in the table's dtype and rounded once, so in half precision they are nearer than the scheduler's own, and not
-    its bits. Without m or noise their terms are left out, whatever the table says: give m where the
-    solver `remembers`, noise where it `draws` (a step whose noise weighs 0 takes any finite noise).
+    its bits. Without m or noise their terms are left out, whatever the table says: give m where the solver `remembers`,
+    noise where it `draws` (a step whose noise weighs 0 takes any finite noise).
     """
     row = table.index_select(0, step).reshape(len(COLUMNS)).unbind()
     sample, output, memory, fresh, keep_sample, keep_output = row
