@@ -69,7 +69,7 @@ bench: .venv/ready
 	$(BIN)/sodaprof bench $(BENCH)/dit-s-2 $(BENCH)/fora-18-of-50.json $(BENCH)/fora-10-of-50.json --force \
 	  -o $(RESULTS)/bench-dit-s-2.json
 	$(BIN)/sodaprof bench tiny-dit --cost $(BENCH)/cost.json --force
-	for b in 1.25x 1.5x 2.0x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
+	for b in 1.25x 1.5x 2.0x 2.5x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
 	  --budget $$b -o $(BENCH)/soda-ms-$$b.json --force || exit 1; done
 	$(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .bench import contender_of, time_runs
+from .compiler.draw import draw_schedule
 from .cost import CostModel, SiteCost, StepCost, TransformerCost
 from .errors import SodaprofError, UnsupportedModelError
 from .models.discover import inspect_pipeline
@@ -42,7 +43,7 @@ def measure_costs(
 ) -> CostModel:
     """Returns the cost table of this pipeline on its device, in ms at this batch; medians of `rounds` runs.
 
-    The table's `fixed` holds the conditioning tables' share of a step. Raises SodaprofError below 6 steps,
+    Both costs of a step hold its share of filling the conditioning tables. Raises SodaprofError below 6 steps,
     UnsupportedModelError for several transformers or blocks that cannot be lowered.
     """
     if steps < FIRST + 2:
@@ -60,7 +61,12 @@ def measure_costs(
     groups = [patterns[i : i + steps - FIRST] for i in range(0, len(patterns), steps - FIRST)]
     cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
     runs = [contender_of(pipe, "probe", _probe(model, sampler, name, modules, g), True, True, cuda) for g in groups]
-    time_runs(pipe, runs, steps, entries, guidance_scale, rounds, on_progress)
+    anchors = {"full": range(steps), "half": range(0, steps, 2)}
+    whole, half = (
+        contender_of(pipe, name, draw_schedule(model, sampler, list(at), {}), True, True, cuda)
+        for name, at in anchors.items()
+    )
+    time_runs(pipe, [whole, half, *runs], steps, entries, guidance_scale, rounds, on_progress)
 
     took: dict[Pattern, list[float]] = {}
     for group, run in zip(groups, runs, strict=True):
@@ -68,8 +74,11 @@ def measure_costs(
         for step in range(FIRST, steps):
             took.setdefault(group[(step - FIRST) % len(group)], []).append(float(median[step]))
     ms = {pattern: float(np.median(values)) for pattern, values in took.items()}
-    full = float(np.median([np.median(run.transformer, 0)[1:FIRST] for run in runs]))
-    tables = max(0.0, float(np.median([np.median(run.transformer, 0)[0] for run in runs])) - full) / steps
+    full = float(np.median(np.median(whole.transformer, 0)[1:]))
+    # what a run's first step takes longer, for it fills the tables: with one pattern, and with two, half of the steps each
+    one, two = (max(0.0, float(np.median(run.transformer, 0)[0]) - full) / steps for run in (whole, half))
+    tables = one, max(0.0, 2 * two - one)
+    runs = [whole, half, *runs]
     scheduler = float(np.median([run.scheduler for run in runs]))
     rest = [
         (loop - t.sum() - s.sum()) / steps
@@ -124,9 +133,12 @@ def _probe(
 
 
 def _costs(
-    modules: dict[str, list[Site]], ms: dict[Pattern, float], full: float, tables: float
+    modules: dict[str, list[Site]], ms: dict[Pattern, float], full: float, tables: tuple[float, float]
 ) -> tuple[StepCost, dict[str, SiteCost]]:
-    """Returns the costs of a step and of every site; a module's cost is shared alike by its layers."""
+    """Returns the costs of a step and of every site; a module's cost is shared alike by its layers.
+
+    tables: a step's share of filling the tables, where it computes and where it does not.
+    """
     cached = ms["", "R", 0]
     over = lambda pattern, sites: max(0.0, ms[pattern] - cached) / len(sites)  # noqa: E731
     computed = {name: over((name, "C", 0), sites) for name, sites in modules.items()}
@@ -145,6 +157,6 @@ def _costs(
                 c, 0.0, forecasts, (*sorted((k, v) for k, v in points if k < site.tokens), (site.tokens, c))
             )
             sites_costs[site.key] = cost
-    stack = [ms["", "S", k] + tables for k in FORECASTS]
+    stack = [ms["", "S", k] + tables[1] for k in FORECASTS]
     skipped = tuple(float(v) for v in np.interp(range(1, SOURCES + 1), list(FORECASTS), stack))
-    return StepCost(cached + tables, cached + tables, skipped), sites_costs
+    return StepCost(cached + tables[0], cached + tables[1], skipped), sites_costs
