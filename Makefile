@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules released bench bench-peers train clean
+.PHONY: demo test test-zoo check format schedules released bench bench-gpu bench-peers train clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -72,6 +72,18 @@ bench: .venv/ready
 	for b in 1.25x 1.5x 2.0x 2.5x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
 	  --budget $$b -o $(BENCH)/soda-ms-$$b.json --force || exit 1; done
 	$(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
+	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+
+# Runs the GPU tests, times DiT-XL/2 with random weights in bf16, and profiles it. Needs a GPU; minutes.
+bench-gpu: .venv/ready
+	mkdir -p $(BENCH)
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m tests.random_models dit-xl-2 $(BENCH)/dit-xl-2
+	$(BIN)/sodaprof inspect $(BENCH)/dit-xl-2 --steps 50 -o $(BENCH)/dit-xl-2-inspected --force
+	$(BIN)/sodaprof compile $(BENCH)/dit-xl-2-inspected --policy fora --knob anchors=18 -o $(BENCH)/xl-18-of-50.json --force
+	$(BIN)/sodaprof bench $(BENCH)/dit-xl-2 $(BENCH)/xl-18-of-50.json --device cuda --dtype bfloat16 --force \
+	  -o $(RESULTS)/bench-dit-xl-2-cuda.json
+	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 --device cuda --dtype bfloat16 --force
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Measures other caches beside this project's, and makes the tables in docs/peers.md. Most of an hour on two threads.

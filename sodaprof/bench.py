@@ -247,6 +247,7 @@ def _row(c: Runs, reference: float) -> dict[str, Any]:
         row["programs"] = len(c.handle.programs)
         row["path"] = c.handle.report().path
         row["graphs"] = sum(len(capture.graphs) for capture in c.handle.captures)
+        row["graphs_mib"] = round(sum(capture.bytes for capture in c.handle.captures) / 2**20, 1)
         row["capture_s"] = round(sum(capture.seconds for capture in c.handle.captures), 3)
         row["patterns"] = [
             {"steps": steps, "ms": round(float(np.median([row["step_ms"][s] for s in steps])), 3)}

@@ -194,5 +194,23 @@ def test_sums_by_kernel_from_the_arena(monkeypatch, mode):
     assert np.array_equal(pictures, wanted) if mode == "ordered" else np.allclose(pictures, wanted, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [mixed_schedule, taylor_schedule, schedule_for])
+def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
+    pipe = tiny_pipe().to("cuda", dtype)
+    schedule = make(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True):
+        draw(pipe)
+        wanted, others = draw(pipe), draw(pipe, (7, 3), seed=5)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=True) as handle:
+        for _ in range(4):
+            assert np.array_equal(draw(pipe), wanted)
+        assert np.array_equal(draw(pipe, (7, 3), seed=5), others)
+        assert np.array_equal(draw(pipe), wanted)
+        assert handle.report().path.startswith("captured")
+
+
 def test_as_few_buffers_as_sources_at_once():
     assert places_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}

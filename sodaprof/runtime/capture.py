@@ -81,6 +81,7 @@ class Capture:
         self.weights: tuple[Any, ...] = ()  # where they were when the graphs were made
         self.device = torch.device("cpu")
         self.seconds = 0.0  # spent on capturing
+        self.bytes = 0  # of GPU memory that the graphs' pool took
         self.refused: str | None = None  # why steps run uncaptured
         self.rows = [row for block in blocks for row in block.rows]
         self.buffers: dict[Any, tuple[Arenas, list[dict[Any, Any]]]] = {}  # by the looks of the calls: of each row
@@ -142,7 +143,7 @@ class Capture:
         self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, at: tuple[int, int],
         values: list[torch.Tensor],
     ) -> Graph | None:  # fmt: skip
-        began = time.perf_counter()
+        began, reserved = time.perf_counter(), self._reserved()
         static = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
         buffers = [value.clone() for value in values]
         args, kwargs = tree_unflatten(static, spec)
@@ -161,8 +162,12 @@ class Capture:
             return None
         finally:
             self.seconds += time.perf_counter() - began
+            self.bytes += max(0, self._reserved() - reserved)
         tensors = [leaf for leaf in static if torch.is_tensor(leaf)]
         return Graph(replay, tensors, buffers, list(values), out)
+
+    def _reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def _values(self, at: tuple[int, int]) -> Iterator[list[torch.Tensor]]:
         """What each block takes from the tables at a step: tensors, in their order."""
