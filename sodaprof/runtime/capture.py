@@ -103,35 +103,52 @@ class Capture:
 
     def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, looks: Any) -> Any:
         """Returns the transformer's output at a step that the tables are made for, from a graph where there can be one."""
-        at = self.moment.step, self.moment.branch
-        arguments = [leaf for leaf in leaves if torch.is_tensor(leaf)]
+        places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+
+        def body(tensors: list[torch.Tensor]) -> Any:
+            filled = list(leaves)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            args, kwargs = tree_unflatten(filled, spec)
+            return forward(*args, **kwargs)
+
+        return self.through(looks, [(self.moment.step, self.moment.branch)], [leaves[i] for i in places], body)
+
+    def through(
+        self, looks: Any, ats: list[tuple[int, int]], arguments: list[torch.Tensor],
+        body: Callable[[list[torch.Tensor]], Any],
+    ) -> Any:  # fmt: skip
+        """Returns body(arguments), which calls the transformer at these steps and branches, from a graph where there can be one.
+
+        Whatever else body reads or writes lies where it lay; looks: all that it depends on beside tensors.
+        """
         if self.refused is None and any(a.device != self.device for a in arguments):
             self.refused = "the pipeline calls the transformer with tensors that are not on its device"
-        if self.refused is not None or any(at not in block.ready for block in self.blocks):
-            args, kwargs = tree_unflatten(leaves, spec)
-            return forward(*args, **kwargs)
-        key = looks, tuple(_pattern(block, at) for block in self.blocks)
-        graph, values = self.graphs.get(key), [value for values in self._values(at) for value in values]
+        if self.refused is not None or any(at not in block.ready for block in self.blocks for at in ats):
+            return body(arguments)
+        key = looks, tuple(_pattern(block, at) for at in ats for block in self.blocks)
+        values = [value for at in ats for held in self._values(at) for value in held]
+        graph = self.graphs.get(key)
         if graph is None:
-            return self._first(forward, leaves, spec, at, key, values)
+            return self._first(ats, arguments, body, key, values)
         graph.load(arguments, values)
         graph.replay()
-        for row in self.rows:
-            row.write(self.moment, row.recall(self.moment))
+        for self.moment.step, self.moment.branch in ats:
+            for row in self.rows:
+                row.write(self.moment, row.recall(self.moment))
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, graph.out)
 
     def _first(
-        self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, at: tuple[int, int], key: Any,
-        values: list[torch.Tensor],
+        self, ats: list[tuple[int, int]], arguments: list[torch.Tensor], body: Callable[[list[torch.Tensor]], Any],
+        key: Any, values: list[torch.Tensor],
     ) -> Any:  # fmt: skip
-        """Returns what the step's first call gives, uncaptured: that makes kernels and workspaces; then captures another."""
+        """Returns what the first call gives, uncaptured: that makes kernels and workspaces; then captures another."""
         before = [row.snapshot() for row in self.rows]
-        args, kwargs = tree_unflatten(leaves, spec)
-        result = forward(*args, **kwargs)
+        result = body(arguments)
         after, executed = [row.snapshot() for row in self.rows], self.moment.executed.copy()
         for row, stores in zip(self.rows, before, strict=True):
             row.stores = stores
-        graph = self._capture(forward, leaves, spec, at, values)
+        graph = self._capture(ats, arguments, body, values)
         if graph is not None:
             self.graphs[key] = graph
         self.moment.executed = executed
@@ -140,17 +157,15 @@ class Capture:
         return result
 
     def _capture(
-        self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, at: tuple[int, int],
+        self, ats: list[tuple[int, int]], arguments: list[torch.Tensor], body: Callable[[list[torch.Tensor]], Any],
         values: list[torch.Tensor],
     ) -> Graph | None:  # fmt: skip
         began, reserved = time.perf_counter(), self._reserved()
-        static = [leaf.clone() if torch.is_tensor(leaf) else leaf for leaf in leaves]
-        buffers = [value.clone() for value in values]
-        args, kwargs = tree_unflatten(static, spec)
+        static, buffers = [a.clone() for a in arguments], [value.clone() for value in values]
         try:
-            with torch.no_grad(), self._reading(at, buffers):
+            with torch.no_grad(), self._reading(ats, buffers):
                 known = [list(row.buffers or ()) for row in self.rows]
-                replay, out = self.recorder.capture(lambda: forward(*args, **kwargs))
+                replay, out = self.recorder.capture(lambda: body(static))
                 if known != [list(row.buffers or ()) for row in self.rows]:
                     raise RuntimeError(
                         "a site keeps what it did not keep in the first run"
@@ -163,8 +178,7 @@ class Capture:
         finally:
             self.seconds += time.perf_counter() - began
             self.bytes += max(0, self._reserved() - reserved)
-        tensors = [leaf for leaf in static if torch.is_tensor(leaf)]
-        return Graph(replay, tensors, buffers, list(values), out)
+        return Graph(replay, static, buffers, list(values), out)
 
     def _reserved(self) -> int:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
@@ -176,16 +190,17 @@ class Capture:
             yield [value for value in held if torch.is_tensor(value)]
 
     @contextmanager
-    def _reading(self, at: tuple[int, int], buffers: list[torch.Tensor]) -> Iterator[None]:
+    def _reading(self, ats: list[tuple[int, int]], buffers: list[torch.Tensor]) -> Iterator[None]:
         """Lets the blocks take the buffers instead of the values, while the block runs."""
         queue, undo = iter(buffers), list[Callable[[], None]]()
-        for block in self.blocks:
-            if at in block.runs:
-                undo.append(block.runs[at].swap(block, queue))
-            else:
-                ready = block.ready[at]
-                block.ready[at] = (*ready[:2], [next(queue) if torch.is_tensor(v) else v for v in ready[2]])
-                undo.append(lambda block=block, ready=ready: block.ready.__setitem__(at, ready))  # type: ignore[misc]
+        for at in ats:
+            for block in self.blocks:
+                if at in block.runs:
+                    undo.append(block.runs[at].swap(block, queue))
+                else:
+                    ready = block.ready[at]
+                    block.ready[at] = (*ready[:2], [next(queue) if torch.is_tensor(v) else v for v in ready[2]])
+                    undo.append(lambda block=block, at=at, ready=ready: block.ready.__setitem__(at, ready))  # type: ignore[misc]
         try:
             yield
         finally:
