@@ -60,7 +60,7 @@ def test_what_is_raised_is_in_the_notes(monkeypatch):
     row = check("DiTTransformer2DModel")
     assert not row.passed
     assert row.results == dict.fromkeys(CHECKS, True) | {"reuse exact": False}
-    assert row.notes == ["reuse exact: ValueError: of some kind"]
+    assert row.notes == ["2 of 2 blocks are sums", "reuse exact: ValueError: of some kind"]
 
 
 def test_sites_that_compute_in_place_of_reusing_are_seen(monkeypatch):
