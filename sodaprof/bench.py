@@ -214,6 +214,8 @@ def benchmark(
     for i, schedule in enumerate(schedules):
         name = names[i] if names else schedule.policy["name"]
         contenders.append(contender_of(pipe, name, schedule, True, True, capture))
+        if capture:
+            contenders.append(contender_of(pipe, f"{name}, whole steps", schedule, True, True, True, True))
     time_runs(pipe, contenders, steps, entries, guidance_scale, rounds, on_progress)
     look_at_runs(pipe, contenders, entries, steps, guidance_scale)
     return {
@@ -228,7 +230,7 @@ def benchmark(
 
 def contender_of(pipe: Any, name: str, schedule: Schedule, lower: bool, tables: bool, capture: bool = False) -> Runs:
     """Returns a contender whose schedule is off until it is its turn."""
-    handle = apply(pipe, schedule, lower=lower, tables=tables, capture=capture)
+    handle = apply(pipe, schedule, lower=lower, tables=tables, capture=capture, loop=loop)
     handle.remove()
     return Runs(name, schedule, handle)
 

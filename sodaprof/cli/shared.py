@@ -30,7 +30,10 @@ Prompts = Annotated[
 ]
 Batch = Annotated[int, typer.Option(help="Generations at once.")]
 Runtime = Annotated[
-    str, typer.Option(help="hooks; lowered: traced, faster from the second run on; captured: CUDA graphs.")
+    str,
+    typer.Option(
+        help="hooks; lowered: traced, faster from the second run on; captured: CUDA graphs; whole-steps: with guidance and solver in them."
+    ),
 ]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
 

@@ -40,6 +40,7 @@ class Clock:
         self.on_start, self.on_end = on_start, on_end
         self.step: int | None = None  # None: no run under way
         self.branches = 0  # transformer calls since the last scheduler step
+        self.loop: Any = None  # takes the steps after the first itself: asked here for what they give
         self._saved: dict[str, Any] = {}
 
     def attach(self) -> None:
@@ -59,7 +60,12 @@ class Clock:
         def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.step is not None:
                 self._check_step(timestep, sample)
-            result = step(model_output, timestep, sample, *args, **kwargs)
+            if self.loop is not None and self.loop.final is not None:
+                result = self.loop.last()
+            else:
+                result = step(model_output, timestep, sample, *args, **kwargs)
+            if self.loop is not None and self.step == 0:
+                self.loop.begin(self.scheduler, model_output, sample, result, kwargs)
             if self.step is not None:
                 self.step, self.branches = self.step + 1, 0
                 if self.step == self.sampler.steps:

@@ -20,6 +20,7 @@ from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
 from .capture import Capture, CudaGraphs, Recorder
 from .collapse import Collapse
+from .loop import Loop
 from .lower import LoweredBlock, Program
 from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
@@ -29,6 +30,7 @@ RUNTIMES: dict[str, dict[str, Any]] = {  # name -> arguments of apply
     "hooks": {},
     "lowered": {"lower": True},
     "captured": {"lower": True, "capture": True},
+    "whole-steps": {"lower": True, "capture": True, "loop": True},
 }
 
 
@@ -54,10 +56,17 @@ class Handle:
     """A schedule on a pipeline. A context manager; `remove()` takes it off, bit for bit as it was before."""
 
     def __init__(
-        self, pipe: Any, schedule: Schedule, lower: bool, tables: bool, collapse: str | None, capture: Recorder | None
+        self,
+        pipe: Any,
+        schedule: Schedule,
+        lower: bool,
+        tables: bool,
+        collapse: str | None,
+        capture: Recorder | None,
+        loop: bool,
     ) -> None:
         self.pipe, self.schedule, self.lowered, self.tabled = pipe, schedule, lower, tables
-        self.recorder, self.captures = capture, list[Capture]()
+        self.recorder, self.captures, self.loops = capture, list[Capture](), loop
         self.collapse = Collapse(collapse == "fused") if collapse else None
         self.tables: list[Tables] = []
         self.blocks: list[LoweredBlock] = []
@@ -120,6 +129,10 @@ class Handle:
                 self.captures.append(Capture(self.recorder, self.moment, blocks, transformer))
             capture = self.captures[-1] if self.captures else None
             self.tables.append(Tables(self.moment, blocks, self.schedule.steps, self.collapse, capture))
+            if self.loops and capture is not None:
+                self.tables[-1].loop = self.clock.loop = Loop(
+                    self.moment, capture, self.schedule.steps, self.schedule.sampler.guidance_form
+                )
             self._hooks.append((transformer, self.tables[-1], f"{HOOK}.tables"))
 
     def _check_scheduler(self) -> None:
@@ -138,6 +151,8 @@ class Handle:
             block.reset()
         for tables in self.tables:
             tables.reset()
+        if self.clock.loop is not None:
+            self.clock.loop.reset()
 
     def _start(self) -> None:
         self._reset()
@@ -166,7 +181,13 @@ class Handle:
             return "lowered" if self.lowered else "hooks"
         if refused := next((c.refused for c in self.captures if c.refused), None):
             return f"lowered: {refused}"
-        return f"captured: {sum(len(c.graphs) for c in self.captures)} graphs"
+        told = f"captured: {sum(len(c.graphs) for c in self.captures)} graphs"
+        loop = self.clock.loop
+        return (
+            told
+            if loop is None
+            else f"{told}, {f'steps by the pipeline: {loop.refused}' if loop.refused else 'whole steps'}"
+        )
 
     def remove(self) -> None:
         """Takes the schedule off. Safe to call twice, and after an exception inside a run."""
@@ -194,6 +215,7 @@ def apply(
     tables: bool = True,
     collapse: str | None = "ordered",
     capture: bool | Recorder = False,
+    loop: bool = False,
 ) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
@@ -201,7 +223,9 @@ def apply(
     not run: the same bits, faster steps, some seconds of tracing in the first run. tables: with lower, compute
     ahead what does not depend on the latents, from the second run on. collapse: with tables, blocks in a row that compute
     nothing become one sum: "ordered" with the same bits, "fused" faster and equal but for rounding, None not. capture:
-    with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why. Raises
+    with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why. loop: with
+    capture, all steps but the first without the pipeline's Python, guidance and solver in the graph: equal but for
+    rounding; a pipeline's callbacks between steps are not heard. Raises
     MismatchError where the schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this
     release does not run.
     """
@@ -216,8 +240,10 @@ def apply(
         raise SodaprofError(
             "Only traced blocks with their tables are captured. Type: apply(..., lower=True, capture=True)"
         )
+    if loop and (not capture or len(schedule.transformers) > 1):
+        raise SodaprofError("The whole-step loop is for one captured transformer: apply(..., capture=True, loop=True)")
     recorder = CudaGraphs() if capture is True else capture or None
-    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder)
+    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder, loop)
 
 
 def apply_with(pipe: Any, schedule: Schedule, runtime: str) -> Handle:

@@ -23,6 +23,7 @@ from ..models.discover import hidden_states
 from .capture import Capture
 from .collapse import Collapse
 from .fill import Filler, same
+from .loop import Branch, Loop
 from .lower import BlockCall, LoweredBlock, kind_of
 
 LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
@@ -37,6 +38,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
         self.collapse, self.capture = collapse, capture
+        self.loop: Loop | None = None  # takes the steps after the first
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
         self.filler = Filler()
         self.learned: dict[
@@ -56,6 +58,8 @@ class Tables(ModelHook):  # type: ignore[misc]
         if len(seen) < self.steps:
             seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
             return forward(*args, **kwargs)
+        if step and self.loop is not None and self.loop.wants(leaves[latents]):
+            return self.loop.run()
         if step:
             known = branch in self.first and self._as_noted(leaves, latents, seen[step], self.first[branch])
             self.moment.tabled = known
@@ -81,6 +85,8 @@ class Tables(ModelHook):  # type: ignore[misc]
             if self.collapse is not None:
                 self.collapse.join(calls, self.steps, branch)
         self.first[branch] = leaves
+        if self.loop is not None:
+            self.loop.branches.append(Branch(forward, leaves, spec, latents, moved, looks, out))
         return out
 
     def reset(self) -> None:

@@ -1,0 +1,112 @@
+"""Whole steps: the pipeline's pictures without its Python, from graphs that hold guidance and solver."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+import sodaprof
+from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.runtime.loop import guidance_of
+
+from .pipelines import STEPS, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
+from .tape import Tapes
+
+
+def set_scheduler(pipe, name):
+    config = dict(pipe.scheduler.config)
+    if name == "dpm":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    elif name == "ddpm":
+        pipe.scheduler = DDPMScheduler.from_config(config, clip_sample=False)
+
+
+def sample(pipe, *args, **kwargs):
+    torch.manual_seed(11)  # DDPM draws from it: these pipelines hand their generator to nobody
+    return draw(pipe, *args, **kwargs)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "ddpm"])
+@pytest.mark.parametrize("cls", [None, TwoPassPipeline])
+def test_pictures_are_the_pipelines(scheduler, cls):
+    pipe, tapes = tiny_pipe(**({"cls": cls} if cls else {})), Tapes()
+    set_scheduler(pipe, scheduler)
+    schedule, plain = mixed_schedule(pipe), sample(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted, others = sample(pipe), sample(pipe, (7, 3), seed=5)
+        weaker = sample(pipe, guidance_scale=1.5)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=tapes, loop=True) as handle:
+        for _ in range(4):
+            assert np.allclose(sample(pipe), wanted, atol=2e-5)
+            assert handle.report().executed == handle.report().planned
+        assert np.allclose(sample(pipe, (7, 3), seed=5), others, atol=2e-5)
+        assert handle.report().path == "captured: 7 graphs, whole steps"
+        assert np.allclose(sample(pipe, guidance_scale=1.5), weaker, atol=2e-5)
+        assert np.allclose(sample(pipe), wanted, atol=2e-5)
+        assert tapes.played > 3 * (STEPS - 1)
+    assert np.array_equal(sample(pipe), plain)  # taken off, nothing is left
+
+
+def test_without_a_gpu_the_loop_runs_uncaptured():
+    pipe = tiny_pipe()
+    schedule = schedule_for(pipe)
+    wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=True, loop=True) as handle:
+        for _ in range(3):
+            assert np.allclose(draw(pipe), wanted, atol=2e-5)
+        assert handle.report().path.startswith("lowered: CUDA graphs need a GPU")
+    assert np.array_equal(draw(pipe), wanted)
+
+
+def test_an_aborted_run_harms_nothing():
+    pipe = tiny_pipe()
+    schedule = mixed_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True) as handle:
+        draw(pipe), draw(pipe)
+        hook = pipe.transformer.pos_embed.register_forward_hook(
+            lambda *_: (_ for _ in ()).throw(KeyboardInterrupt) if handle.moment.step == 0 else None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe)
+        hook.remove()
+        assert np.allclose(draw(pipe), wanted, atol=2e-5)
+
+
+def test_a_pipeline_that_changes_latents_between_steps_takes_its_own():
+    class Scaled(TwoPassPipeline):
+        pass
+
+    pipe = tiny_pipe(cls=Scaled)
+    schedule = mixed_schedule(pipe)
+    scaled = lambda m, args, kwargs: ((args[0] * 1.01, *args[1:]), kwargs)  # noqa: E731
+    hook = pipe.transformer.register_forward_pre_hook(scaled, with_kwargs=True)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True) as handle:
+        for _ in range(3):
+            assert np.array_equal(draw(pipe), wanted)
+        assert "more to the latents" in handle.report().path
+    hook.remove()
+
+
+def test_it_is_for_captured_transformers():
+    pipe = tiny_pipe()
+    with pytest.raises(SodaprofError, match="capture=True, loop=True"):
+        sodaprof.apply(pipe, schedule_for(pipe), lower=True, loop=True)
+
+
+def test_guidance_is_read_off_a_step():
+    one, other = torch.randn(2, 2, 8, 4, 4)
+    guided = other[:, :4] + 4.0 * (one[:, :4] - other[:, :4])
+    assert guidance_of(guided, [torch.cat([one, other])], "halves") == ([4.0, -3.0], False)
+    assert guidance_of(torch.cat([guided, guided]), [torch.cat([one, other])], "halves") == ([4.0, -3.0], True)
+    assert guidance_of(guided, [other, one], "passes") == ([-3.0, 4.0], False)
+    assert guidance_of(one, [one], "none") == ([1.0], False)
+    with pytest.raises(UnsupportedModelError, match="no weighted sum"):
+        guidance_of(guided * guided.std(), [one, other], "passes")
+    with pytest.raises(UnsupportedModelError, match="the scheduler is given"):
+        guidance_of(guided[:1], [one, other], "passes")
