@@ -228,7 +228,9 @@ def benchmark(
     }  # fmt: skip
 
 
-def contender_of(pipe: Any, name: str, schedule: Schedule, lower: bool, tables: bool, capture: bool = False) -> Runs:
+def contender_of(
+    pipe: Any, name: str, schedule: Schedule, lower: bool, tables: bool, capture: bool = False, loop: bool = False
+) -> Runs:
     """Returns a contender whose schedule is off until it is its turn."""
     handle = apply(pipe, schedule, lower=lower, tables=tables, capture=capture, loop=loop)
     handle.remove()
