@@ -10,7 +10,7 @@ from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.models.discover import Step as RecordedStep
 from sodaprof.models.discover import find_sites, inspect_pipeline
 from sodaprof.models.flops import count_flops
-from sodaprof.models.load import find_model, load_pipeline, read_prompts, transformers_of
+from sodaprof.models.load import call, find_model, load_pipeline, read_prompts, transformers_of
 
 from .pipelines import STEPS, tiny_pipe
 
@@ -114,3 +114,9 @@ def test_prompts_of_the_wrong_kind_are_refused():
 
     with pytest.raises(SodaprofError, match="integer labels"):
         call(tiny_pipe(), ["a ball"], [0], STEPS)
+
+
+@pytest.mark.parametrize("label", [-1, 1000, 99999])
+def test_labels_that_the_model_does_not_know(label):
+    with pytest.raises(SodaprofError, match=f"Found the label {label}; this model knows 0 to 999"):
+        call(tiny_pipe(), [1, label], [0, 1], STEPS)

@@ -148,6 +148,9 @@ def call(
         raise SodaprofError(
             f"{type(pipe).__name__} takes {want}; found {wrong[0]!r}. Use --prompts FILE to give others."
         )
+    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0) if labels else 0
+    if unknown := [e for e in entries if classes and not 0 <= int(e) < classes]:
+        raise SodaprofError(f"Found the label {unknown[0]}; this model knows 0 to {classes - 1}. Give one of these.")
     arguments: dict[str, Any] = {"class_labels" if labels else "prompt": list(entries)}
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
