@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sodaprof
-from sodaprof.errors import SodaprofError
+from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.runtime import collapse, kernels
 from sodaprof.runtime.actions import places_of
 from sodaprof.schedule import Forecast, TokenRule
@@ -214,3 +214,20 @@ def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
 
 def test_as_few_buffers_as_sources_at_once():
     assert places_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
+
+
+@pytest.mark.parametrize("extra", [{}, {"loop": True}])
+def test_another_resolution_is_refused_and_the_profiled_one_still_runs(extra):
+    pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
+    schedule = schedule_for(pipe, {SITES[1]: "CRRCRRCR", SITES[2]: "CRRRRRRR"})
+    wanted = eager(pipe, schedule)
+    with captured(pipe, schedule, tapes, **extra) as handle:
+        draw(pipe), draw(pipe)
+        larger = pipe.transformer.register_forward_pre_hook(
+            lambda m, args, kwargs: ((args[0].repeat(1, 1, 2, 2), *args[1:]), kwargs), with_kwargs=True
+        )
+        with pytest.raises(MismatchError, match="64 tokens here, 16 in the schedule"):
+            draw(pipe)
+        larger.remove()
+        assert np.allclose(draw(pipe), wanted, atol=2e-5)
+        assert handle.report().executed == handle.report().planned

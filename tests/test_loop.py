@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 import sodaprof
 from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.runtime.loop import guidance_of
 
 from .pipelines import STEPS, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
@@ -21,6 +22,10 @@ def set_scheduler(pipe, name):
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
     elif name == "ddpm":
         pipe.scheduler = DDPMScheduler.from_config(config, clip_sample=False)
+    elif name == "flow":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    elif name == "rectified":
+        pipe.scheduler = RectifiedFlowScheduler(use_timestep_transform=False)
 
 
 def sample(pipe, *args, **kwargs):
@@ -28,10 +33,12 @@ def sample(pipe, *args, **kwargs):
     return draw(pipe, *args, **kwargs)
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpm", "ddpm"])
-@pytest.mark.parametrize("cls", [None, TwoPassPipeline])
-def test_pictures_are_the_pipelines(scheduler, cls):
-    pipe, tapes = tiny_pipe(**({"cls": cls} if cls else {})), Tapes()
+BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in ("ddim", "dpm", "ddpm", "rectified")]
+
+
+@pytest.mark.parametrize(("cls", "scheduler"), [*BOTH, (TwoPassPipeline, "flow")])
+def test_pictures_are_the_pipelines(cls, scheduler):
+    pipe, tapes = tiny_pipe(cls=cls), Tapes()
     set_scheduler(pipe, scheduler)
     schedule, plain = mixed_schedule(pipe), sample(pipe)
     with sodaprof.apply(pipe, schedule):

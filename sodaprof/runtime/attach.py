@@ -10,22 +10,19 @@ from typing import Any
 
 from diffusers.hooks import HookRegistry
 
-from ..errors import MismatchError, SodaprofError, UnsupportedModelError
+from ..errors import MismatchError, SodaprofError
 from ..legal import verify
 from ..models.clock import Clock, Moment, TransformerHook
-from ..models.discover import config_of, find_modules, fingerprint
-from ..models.load import transformers_of
 from ..schedule import Plan, Schedule, load_schedule
-from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteHook, SiteRow
 from .capture import Capture, CudaGraphs, Recorder
 from .collapse import Collapse
+from .fits import HOOK, check_fits, check_runs, rows_by_module
 from .loop import Loop
 from .lower import LoweredBlock, Program
 from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
 
-HOOK = "sodaprof"
 RUNTIMES: dict[str, dict[str, Any]] = {  # name -> arguments of apply
     "hooks": {},
     "lowered": {"lower": True},
@@ -85,7 +82,7 @@ class Handle:
 
     def _prepare(self, transformer: Any, plan: Plan) -> None:
         """Makes the hooks of one transformer, innermost first."""
-        modules = _rows_by_module(transformer, plan, self.schedule)
+        modules = rows_by_module(transformer, plan, self.schedule)
         for path, rows in modules.items():
             self._hooks.append((transformer.get_submodule(path), SiteHook(rows, self.moment), HOOK))
             self.rows += rows
@@ -251,104 +248,3 @@ def apply_with(pipe: Any, schedule: Schedule, runtime: str) -> Handle:
     if runtime not in RUNTIMES:
         raise SodaprofError(f"No runtime {runtime!r}; there are {', '.join(RUNTIMES)}. Try --runtime lowered")
     return apply(pipe, schedule, **RUNTIMES[runtime])
-
-
-def check_runs(schedule: Schedule) -> None:
-    """Raises UnsupportedModelError for legal schedules that this release cannot run yet."""
-    reason = None
-    if schedule.update is not None:
-        reason = "a fitted state update"
-    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - set(".S")):
-        reason = f"stack action {odd[0]!r}"
-    if reason:
-        raise UnsupportedModelError(
-            f"The schedule holds {reason}, which this release does not run. Upgrade sodaprof, or compile with "
-            "--policy soda or fora."
-        )
-
-
-def check_fits(pipe: Any, schedule: Schedule) -> None:
-    """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do."""
-    parts = transformers_of(pipe)
-    for name, plan in schedule.transformers.items():
-        if name not in parts:
-            raise MismatchError(
-                f"The schedule is for {name!r}, the pipeline has {', '.join(parts)}. Compile for this one."
-            )
-        _check_transformer(name, parts[name], plan)
-        registry = getattr(parts[name], "_diffusers_hook", None)
-        if registry is not None and registry.get_hook(HOOK) is not None:
-            raise MismatchError(f"{name} carries a schedule already. Take it off first: handle.remove()")
-    sampler, scheduler = schedule.sampler, pipe.scheduler
-    if type(scheduler).__name__ != sampler.class_name:
-        raise MismatchError(
-            f"The schedule is for {sampler.class_name}, the pipeline has {type(scheduler).__name__}. "
-            f"Type: pipe.scheduler = diffusers.{sampler.class_name}.from_config(pipe.scheduler.config)"
-        )
-    if "_sodaprof" in vars(scheduler):
-        raise MismatchError("The scheduler carries a schedule already. Take it off first: handle.remove()")
-    config = config_of(scheduler)
-    for key, wanted in sampler.config.items():
-        found = config.get(key)
-        if _plain(found) != _plain(wanted):
-            raise MismatchError(
-                f"The scheduler's {key} is {found!r}, {wanted!r} in the schedule. Set it back, or profile and compile anew."
-            )
-
-
-def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
-    if type(transformer).__name__ != plan.class_name:
-        raise MismatchError(
-            f"{name} is a {type(transformer).__name__}, the schedule is for {plan.class_name}. Compile for this model."
-        )
-    found = fingerprint(transformer, ())
-    for key, wanted in plan.fingerprint.items():
-        if key not in ("tokens", "kinds") and found.get(key) != wanted:
-            raise MismatchError(
-                f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
-            )
-    known = find_modules(transformer)
-    if missing := [site for site in plan.rows if site.split("#")[0] not in known]:
-        raise MismatchError(f"{name} has no module {missing[0]}, which the schedule drives. Compile for this model.")
-    if missing := sorted(set(known) - {site.split("#")[0] for site in plan.rows}):
-        raise MismatchError(
-            f"{name} has the site {missing[0]}, the schedule has no row for it. Compile for this model."
-        )
-
-
-def _rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:
-    """Returns the rows by module path, each knowing whose attention it is scored by and what it must observe."""
-    known, rule = find_modules(transformer), schedule.token_rule
-    rows = {}
-    for site in plan.rows:
-        kind, module = known[site.split("#")[0]][3:]
-        rows[site] = SiteRow(plan, site, module, kind == "attn", rule)
-    if rule is not None:
-        for source, steps in observed_steps(plan, rule.base).items():
-            rows[source].observed = steps
-        for site, row in rows.items():
-            if "P" in row.row and rule.base in OBSERVED:
-                row.source = rows[source_of(plan, site, rule.base) or site]
-            if "P" in row.row and rule.bonus:
-                row.raster = raster(schedule, plan, site, rule.bonus_grid)
-    modules: dict[str, list[SiteRow]] = {}
-    for site, row in rows.items():
-        modules.setdefault(site.split("#")[0], []).append(row)
-    return modules
-
-
-def raster(schedule: Schedule, plan: Plan, site: str, grid: int) -> tuple[int, int]:
-    """Returns rows and columns of the site's tokens; MismatchError where blocks of grid x grid do not fill them."""
-    tokens, patch = plan.tokens(site), plan.fingerprint.get("patch", 1)
-    patches = patch[-2:] if isinstance(patch, list) else [patch, patch]
-    sides = [size // p for size, p in zip(schedule.shape["latent"][-2:], patches, strict=True)]
-    if sides[0] * sides[1] != tokens or sides[0] % grid or sides[1] % grid:
-        raise MismatchError(
-            f"{site} has {tokens} tokens, of {sides[0]} x {sides[1]} patches; the schedule's local bonus wants blocks of "
-            f"{grid} x {grid} that fill them. Choose another size, or --policy soda."
-        )
-    return sides[0], sides[1]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from ..models.clock import Moment
 from .arena import Arenas
-from .lower import LoweredBlock
+from .lower import LoweredBlock, build_of
 
 
 class Recorder(Protocol):
@@ -78,7 +78,7 @@ class Capture:
     def __init__(self, recorder: Recorder, moment: Moment, blocks: list[LoweredBlock], transformer: nn.Module) -> None:
         self.recorder, self.moment, self.blocks, self.transformer = recorder, moment, blocks, transformer
         self.graphs: dict[Any, Graph] = {}
-        self.weights: tuple[Any, ...] = ()  # where they were when the graphs were made
+        self.frozen: Any = None  # what the graphs hold: where the weights are, how the transformer is built
         self.device = torch.device("cpu")
         self.seconds = 0.0  # spent on capturing
         self.bytes = 0  # of GPU memory that the graphs' pool took
@@ -89,16 +89,17 @@ class Capture:
             self.refused = "random token scores are drawn on the host"
 
     def begin(self, looks: Any) -> None:
-        """Begins a run: graphs read weights where they were; where these lie elsewhere now, all are made anew."""
+        """Begins a run: graphs read weights where they were; elsewhere now, or a module changed: all are made anew."""
         if looks not in self.buffers:
             self.buffers[looks] = Arenas(self.rows), [{} for _ in self.rows]
         arenas, buffers = self.buffers[looks]
         for row, mine in zip(self.rows, buffers, strict=True):
             row.buffers, row.make_buffer = mine, arenas.make
         weights = tuple((name, t.data_ptr(), t.shape, t.dtype) for name, t in _tensors(self.transformer))
-        if weights != self.weights:
+        frozen = weights, build_of(self.transformer)
+        if frozen != self.frozen:
             self.graphs.clear()
-            self.weights, self.device = weights, _tensors(self.transformer)[0][1].device
+            self.frozen, self.device = frozen, _tensors(self.transformer)[0][1].device
             self.refused = self.refused or self.recorder.missing(self.device)
 
     def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, looks: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..errors import UnsupportedModelError
+from ..errors import SodaprofError, UnsupportedModelError
 from ..models.clock import Moment
 from .actions import Given, Made, SiteRow
 
 PLAIN = (bool, int, float, str, type(None))
+MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing of how it is built
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +143,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
              None if row.source is None else row.source.key.split(".", 2)[2])
             for row in self.rows
         )  # fmt: skip
-        self.built = (tuple(self.names), shapes, _build(self.block), sites)
+        self.built = (tuple(self.names), shapes, build_of(self.block), sites)
 
     def _trace(self, key: Any, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
         constants = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
@@ -173,7 +175,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 # fake tensors: a branch on data is refused here instead of being baked into the program
                 trace = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)
                 graph = trace(*self.parameters(), *[leaves[i] for i in places])
-        except UnsupportedModelError:
+        except SodaprofError:  # a site's own word: another resolution, an output of another kind
             raise
         except Exception as error:  # whatever an operator says that cannot be traced
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -227,20 +229,27 @@ def kind_of(leaf: Any) -> Any:
     return leaf
 
 
-def _build(block: nn.Module) -> tuple[Any, ...]:
-    """Returns how a block is built: classes and plain settings of its modules and of what these hold, layer index aside."""
-    return tuple((name, type(module), _settings(module)) for name, module in block.named_modules())
+def build_of(block: nn.Module) -> tuple[Any, ...]:
+    """Returns how a module is built: classes and settings of its modules and of what these hold, its own name aside.
+
+    Whatever a trace would bake in counts, an adapter's scale or a processor's, so that a change of it is noticed.
+    """
+    return tuple((name, type(module), _setting(vars(module))) for name, module in block.named_modules())
 
 
-def _settings(thing: Any) -> tuple[Any, ...]:
-    found: list[Any] = []
-    for name, value in sorted(vars(thing).items()):
-        if name.startswith("_"):
-            continue
-        if isinstance(value, PLAIN):
-            found.append((name, value))
-        elif isinstance(value, tuple | list) and all(isinstance(v, PLAIN) for v in value):
-            found.append((name, tuple(value)))
-        elif not isinstance(value, nn.Module | torch.Tensor | dict) and hasattr(value, "__dict__"):
-            found.append((name, type(value)))
-    return tuple(found)
+def _setting(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(_setting(v, depth + 1) for v in value)
+    if isinstance(value, set | frozenset):
+        return frozenset(_setting(v, depth + 1) for v in value)
+    if isinstance(value, dict):
+        return tuple((key, _setting(v, depth + 1)) for key, v in value.items() if key not in MODULES_OWN)
+    if isinstance(value, torch.Tensor):  # a constant of the trace, which keeps it alive
+        return id(value), value._version
+    if isinstance(value, FunctionType | BuiltinFunctionType | type | torch.dtype | torch.device):
+        return value
+    if not isinstance(value, nn.Module) and hasattr(value, "__dict__") and depth < 3:
+        return type(value), _setting(vars(value), depth + 1)
+    return type(value)

@@ -171,4 +171,8 @@ class Tables(ModelHook):  # type: ignore[misc]
 
 
 def _kept(leaf: Any) -> Any:
-    return leaf.clone() if torch.is_tensor(leaf) and leaf.numel() <= LARGEST else leaf
+    """Returns a copy of a small tensor, expanded as it is: programs are bound to strides."""
+    if not torch.is_tensor(leaf) or leaf.numel() > LARGEST:
+        return leaf
+    once = leaf[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in leaf.stride())]
+    return once.clone().expand(leaf.shape)
