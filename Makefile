@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules released bench bench-gpu bench-peers train clean
+.PHONY: demo test test-zoo check format schedules released bench bench-gpu bench-peers train train-pixart clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -53,10 +53,14 @@ released: .venv/ready
 	for m in $$(ls build/published); do for p in toca duca; do mkdir -p schedules/$$m && \
 	  $(BIN)/sodaprof compile build/published/$$m --policy $$p -o schedules/$$m/$$p.json --force || exit 1; done; done
 
-# Tries discovery, runtime, FLOPs and lowering on tiny instances of diffusers' transformer classes.
+# Tries discovery, runtime, FLOPs and lowering on tiny instances of diffusers' transformer classes, and whole pipelines.
 test-zoo: .venv/ready
-	$(BIN)/python -m tests.zoo_check --markdown > build/zoo.md; code=$$?; \
-	{ sed -n '1,/^<!-- table -->/p' docs/zoo.md; echo; cat build/zoo.md; } > build/zoo-page.md; cp build/zoo-page.md docs/zoo.md; exit $$code
+	mkdir -p build
+	$(BIN)/python -m tests.zoo_check --markdown > build/zoo.md; classes=$$?; \
+	$(BIN)/python -m tests.zoo_pipelines --markdown > build/zoo-pipelines.md; pipelines=$$?; \
+	{ sed -n '1,/^<!-- classes -->/p' docs/zoo.md; echo; cat build/zoo.md; echo; \
+	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
+	cp build/zoo-page.md docs/zoo.md; exit $$((classes + pipelines))
 
 # Times the loop on this machine: DiT-S/2 with random weights, tiny-dit under budgets in milliseconds. Ten minutes on a CPU.
 BENCH := build/bench
@@ -74,16 +78,19 @@ bench: .venv/ready
 	$(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
-# Runs the GPU tests, times DiT-XL/2 with random weights in bf16, and profiles it. Needs a GPU; minutes.
+# Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.
+ON_GPU := --device cuda --dtype bfloat16 --force
 bench-gpu: .venv/ready
 	mkdir -p $(BENCH)
 	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m tests.random_models dit-xl-2 $(BENCH)/dit-xl-2
-	$(BIN)/sodaprof inspect $(BENCH)/dit-xl-2 --steps 50 -o $(BENCH)/dit-xl-2-inspected --force
-	$(BIN)/sodaprof compile $(BENCH)/dit-xl-2-inspected --policy fora --knob anchors=18 -o $(BENCH)/xl-18-of-50.json --force
-	$(BIN)/sodaprof bench $(BENCH)/dit-xl-2 $(BENCH)/xl-18-of-50.json --device cuda --dtype bfloat16 --force \
-	  -o $(RESULTS)/bench-dit-xl-2-cuda.json
-	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 --device cuda --dtype bfloat16 --force
+	set -e; for m in "dit-xl-2 50 18" "pixart-xl-2-512 20 8" "pixart-xl-2-1024 20 8"; do set -- $$m; \
+	  $(BIN)/python -m tests.random_models $$1 $(BENCH)/$$1; \
+	  $(BIN)/sodaprof inspect $(BENCH)/$$1 --steps $$2 -o $(BENCH)/$$1-inspected --force; \
+	  $(BIN)/sodaprof compile $(BENCH)/$$1-inspected --policy fora --knob anchors=$$3 -o $(BENCH)/$$1-$$3-of-$$2.json --force; \
+	  $(BIN)/sodaprof bench $(BENCH)/$$1 $(BENCH)/$$1-$$3-of-$$2.json $(ON_GPU) -o $(RESULTS)/bench-$$1-cuda.json; \
+	  $(BIN)/python -m tests.compiled $(BENCH)/$$1 $(RESULTS)/compiled-$$1-cuda.json --device cuda --dtype bfloat16; done
+	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 $(ON_GPU)
+	cp $(BENCH)/dit-xl-2-profile/manifest.json $(RESULTS)/profile-dit-xl-2-cuda.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Measures other caches beside this project's, and makes the tables in docs/peers.md. Most of an hour on two threads.
@@ -94,6 +101,10 @@ bench-peers: .venv/ready
 # Makes the weights of tiny-dit again (hours on a CPU, minutes on a GPU).
 train: .venv/ready
 	$(BIN)/python -m sodaprof.models.train_tiny_dit build/train
+
+# Makes the weights of tiny-pixart again (an hour and a half on a CPU).
+train-pixart: .venv/ready
+	$(BIN)/python -m sodaprof.models.train_tiny_pixart build/train-pixart
 
 clean:
 	rm -rf .venv build

@@ -25,7 +25,7 @@ from .runtime.attach import Handle, apply
 from .schedule import Schedule
 from .sites import Model, Sampler
 
-WARM_UP = 2  # runs: the first traces and notes the timesteps, the second fills tables
+WARM_UP = 3  # runs: the first traces and notes the timesteps, the second probes, the third captures
 
 
 @dataclass

@@ -14,9 +14,11 @@ from torch import nn
 
 from .errors import MismatchError, UnsupportedModelError
 from .models.clock import Moment
-from .models.discover import Step, find_modules, find_sites, hidden_states, hooked, is_halved, record_step
+from .models.discover import find_sites, guidance_form
 from .models.hazards import Call, Hazard, follow
 from .models.load import default_guidance, default_prompts, transformers_of
+from .models.recording import Step, hooked, record_step
+from .models.structure import find_modules
 from .models.surroundings import (
     Finding,
     built_findings,
@@ -97,12 +99,11 @@ def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None
             calls = [(args, kwargs) for n, args, kwargs in step.calls if n == part]
             about[part], verdict[part], found = audit(part, network, calls)
             findings += found
-    first = step.calls[0]
-    form = "passes" if len(step.calls) > 1 else "halves" if is_halved(hidden_states(*first[1:])) else "none"
     return {
         "format": "sodaprof.doctor", "version": 1, "model": name, "pipeline": type(pipe).__name__, "steps": steps,
         "scheduler": {"class": type(pipe.scheduler).__name__, "in_loop": in_loop(pipe.scheduler)},
-        "guidance": {"form": form, "scale": scale}, "transformers": about, "verdict": verdict, "findings": findings,
+        "guidance": {"form": guidance_form(pipe, step), "scale": scale},
+        "transformers": about, "verdict": verdict, "findings": findings,
     }  # fmt: skip
 
 

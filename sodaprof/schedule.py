@@ -59,6 +59,17 @@ class Plan:
         kind: str | None = self.fingerprint.get("kinds", {}).get(f"{stack}.{module}")
         return kind
 
+    def layout(self, site: str) -> str:
+        """How the site's output holds its tokens, a name in `models.layout.LAYOUTS`; "" is [B, N, D]."""
+        stack, _, module = site.split("#")[0].split(".", 2)
+        layout: str = self.fingerprint.get("layouts", {}).get(f"{stack}.{module}", "")
+        return layout
+
+    def holds_text(self, site: str) -> bool:
+        """Whether the site's tokens are, or hold, those of the text: as many as the prompt is long."""
+        stack, _, module = site.split(".", 2)
+        return f"{stack}.{module}" in self.fingerprint.get("text", ())
+
     def cell(self, site: str, step: int, action: str) -> int:
         """Which of the row's `action` cells stands at `step`: the index into its list of parameters."""
         return self.rows[site].count(action, 0, step)

@@ -45,6 +45,16 @@ class Transformer:
     fingerprint: dict[str, Any]
     sites: tuple[Site, ...]
 
+    def layout(self, site: Site) -> str:
+        """How the site's output holds its tokens, a name in `models.layout.LAYOUTS`; "" is [B, N, D]."""
+        layout: str = self.fingerprint.get("layouts", {}).get(f"{site.stack}.{site.module}", "")
+        return layout
+
+    def holds_text(self, site: Site) -> bool:
+        """Whether the site's tokens are, or hold, those of the text: as many as the prompt is long."""
+        module = site.key.split(".", 2)[2]  # with its call
+        return f"{site.stack}.{module}" in self.fingerprint.get("text", ())
+
 
 @dataclass(frozen=True)
 class Sampler:

@@ -70,7 +70,7 @@ def test_changed_after_a_capture(runtime):
         for _ in range(3):
             assert np.allclose(draw(pipe), seen[-1], atol=2e-5)
         if runtime in ("captured", "whole-steps"):
-            assert handle.report().path.startswith("captured: 7 graphs")
+            assert handle.report().path.startswith("captured: 8 graphs")
 
     with sodaprof.apply(pipe, schedule, **arguments(runtime)) as handle:
         check(handle)

@@ -249,7 +249,8 @@ def test_adapters_are_allowed():
     assert result["verdict"] == {"transformer": "captures"}
 
 
-def test_a_model_that_no_schedule_drives_is_examined_too():
+def test_a_model_that_no_schedule_drives_is_examined_too(monkeypatch):
+    monkeypatch.setattr("sodaprof.models.discover.layout_of", lambda *of_output: None)
     about, verdict, findings = examined("ErnieImageTransformer2DModel")
     assert verdict == "falls back"
     assert about["blocks"] == 0

@@ -13,10 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sodaprof.models.discover import Step, find_modules, find_sites, tapped, with_rows
+from sodaprof.errors import SodaprofError
+from sodaprof.models.discover import Step, find_sites, tapped
 from sodaprof.models.opensora.layers import positions
 from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.models.opensora.stdit3 import STDiT3
+from sodaprof.models.probe import with_rows
+from sodaprof.models.structure import find_modules
 
 FILE = Path(__file__).parent / "data" / "opensora_rflow.safetensors"
 DATA = load_file(FILE)
@@ -261,10 +264,10 @@ def test_linear_timesteps():
 
 def test_a_size_is_needed_and_few_frames_have_no_timesteps():
     scheduler = RectifiedFlowScheduler()
-    with pytest.raises(ValueError, match="needs height"):
+    with pytest.raises(SodaprofError, match="needs height"):
         scheduler.set_timesteps(30)
     for frames in (0, 2, 16):
-        with pytest.raises(ValueError, match="undefined"):
+        with pytest.raises(SodaprofError, match="undefined"):
             scheduler.set_timesteps(30, height=240, width=426, num_frames=frames)
 
 

@@ -11,6 +11,7 @@ import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.schedule import Forecast, TokenRule
 from tests.pipelines import SITES, STEPS, draw, schedule_for, tiny_pipe
+from tests.tape import Tapes
 
 STACK = "...S.SS."
 
@@ -138,3 +139,13 @@ def test_observing_attention_changes_no_bit(pipe):
         for row in handle.rows:
             row.observed = frozenset(range(STEPS)) if row.attends else row.observed
         assert (draw(pipe) == plain).all()
+
+
+def test_skipping_schedules_are_not_captured_and_say_so(pipe):
+    schedule = skipping(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes()) as handle:
+        for _ in range(4):
+            assert (draw(pipe) == wanted).all()
+        assert handle.report().path.startswith("lowered: the schedule skips the stack")

@@ -47,6 +47,9 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
         assert not counts
         assert np.array_equal(draw(pipe), wanted)
         assert len(counts) == 7 * 2  # all steps but the first, both blocks
+        counts.clear()
+        assert np.array_equal(draw(pipe), wanted)
+        assert len(counts) == 8 * 2  # from the third run on the first step, too
         assert handle.report().executed == handle.report().planned
 
 
@@ -122,7 +125,7 @@ def test_two_pass_guidance():
         counts = served(handle)
         for _ in range(3):
             assert np.array_equal(draw(pipe), wanted)
-        assert len(counts) == 2 * 7 * 2 * 2  # runs, steps, branches, blocks
+        assert len(counts) == (7 + 8) * 2 * 2  # steps of two runs, branches, blocks
 
 
 def test_values_are_forgotten_after_a_run(pipe):

@@ -1,13 +1,15 @@
-"""The checks of `zoo_check` on a few classes that differ: one stream and two, one text or none, pictures and video."""
+"""The checks of `zoo_check` and `zoo_pipelines` on a few that differ: streams, text or none, video, layouts, guidance."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from sodaprof.runtime.actions import SiteRow
 
-from . import zoo_check
+from . import zoo_check, zoo_pipelines
 from .zoo import ZOO, at, other
 from .zoo_check import CHECKS, cells, check, same, tensors
 
@@ -23,7 +25,13 @@ SAMPLE = {  # class -> stack -> module -> kind
     "WanTransformer3DModel": {"blocks": {"attn1": "attn", "attn2": "cross_attn", "ffn": "mlp"}},
     "CogVideoXTransformer3DModel": {"transformer_blocks": {"attn1": "joint_attn", "ff": "mlp"}},
 }  # fmt: skip
-PRUNABLE = {"DiTTransformer2DModel": {"attn1", "ff"}, "PixArtTransformer2DModel": {"attn1", "attn2", "ff"}}
+PRUNABLE = {
+    "DiTTransformer2DModel": {"attn1", "ff"}, "PixArtTransformer2DModel": {"attn1", "attn2", "ff"},
+    "SD3Transformer2DModel": {"ff"},
+}  # fmt: skip
+PIPELINES = {  # by what is only there
+    "FluxPipeline": "none", "WanPipeline": "passes", "LattePipeline": "halves", "QwenImagePipeline": "passes",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAMPLE)
@@ -52,7 +60,14 @@ def test_calls_differ_as_they_should(name):
     assert not same(outputs[1], outputs[2])
 
 
-def test_what_is_raised_is_in_the_notes(monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """Leaves out the checks that take long."""
+    for heading in ("FLOPs", "lowers", "collapses"):
+        monkeypatch.delitem(CHECKS, heading)
+
+
+def test_what_is_raised_is_in_the_notes(monkeypatch, few):
     def broken(case):
         raise ValueError("of\nsome kind")
 
@@ -60,10 +75,46 @@ def test_what_is_raised_is_in_the_notes(monkeypatch):
     row = check("DiTTransformer2DModel")
     assert not row.passed
     assert row.results == dict.fromkeys(CHECKS, True) | {"reuse exact": False}
-    assert row.notes == ["2 of 2 blocks are sums", "reuse exact: ValueError: of some kind"]
+    assert row.notes == ["reuse exact: ValueError: of some kind"]
 
 
-def test_sites_that_compute_in_place_of_reusing_are_seen(monkeypatch):
+def test_another_site_in_half_precision_is_seen(monkeypatch, few):
+    find = zoo_check.find_sites
+
+    def by_dtype(pipe, name, step):
+        found = find(pipe, name, step)
+        half = pipe.components[name].dtype != torch.float32
+        return replace(found, sites=found.sites[1:]) if half else found
+
+    monkeypatch.setattr(zoo_check, "find_sites", by_dtype)
+    row = check("DiTTransformer2DModel")
+    assert row.results == dict.fromkeys(CHECKS, True) | {"dtypes, backends": False}
+    assert "dtypes, backends: other sites in torch.bfloat16 with native" in row.notes
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_pipeline_is_profiled_compiled_and_run(name):
+    row = zoo_pipelines.check(name)
+    assert row.results == dict.fromkeys(zoo_pipelines.CHECKS, True), row.notes
+    assert row.form == PIPELINES[name]
+
+
+def test_a_pipeline_that_computes_everything_is_seen(monkeypatch):
+    act = SiteRow.act
+    monkeypatch.setattr(SiteRow, "act", lambda self, step, *rest: act(self, 0, *rest))
+    row = zoo_pipelines.check("FluxPipeline")
+    assert row.results["all-C identical"]
+    assert row.results["soda runs"] is False
+    assert "soda runs: the picture is the plain pipeline's: nothing was reused" in row.notes
+
+
+def test_a_schedule_that_stays_behind_is_seen(monkeypatch):
+    monkeypatch.setattr(zoo_pipelines.sodaprof.Handle, "remove", lambda self: None)
+    row = zoo_pipelines.check("FluxPipeline")
+    assert not row.passed
+
+
+def test_sites_that_compute_in_place_of_reusing_are_seen(monkeypatch, few):
     act = SiteRow.act
     monkeypatch.setattr(SiteRow, "act", lambda self, step, *rest: act(self, 0, *rest))
     results = check("DiTTransformer2DModel").results
@@ -72,7 +123,7 @@ def test_sites_that_compute_in_place_of_reusing_are_seen(monkeypatch):
     assert not results["branches apart"]
 
 
-def test_branches_that_share_a_cache_are_seen(monkeypatch):
+def test_branches_that_share_a_cache_are_seen(monkeypatch, few):
     read = SiteRow.read
 
     def first(self, moment):

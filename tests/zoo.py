@@ -487,8 +487,8 @@ def ErnieImageTransformer2DModel(cls: Any) -> Made:
 @member
 def NucleusMoEImageTransformer2DModel(cls: Any) -> Made:
     module = cls(
-        in_channels=8, out_channels=2, num_layers=5, attention_head_dim=HEAD, num_attention_heads=HEADS,
-        num_key_value_heads=1, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(4, 6, 6), num_experts=4,
+        in_channels=8, out_channels=2, num_layers=5, attention_head_dim=32, num_attention_heads=HEADS,
+        num_key_value_heads=1, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(8, 12, 12), num_experts=4,
         moe_intermediate_dim=16, capacity_factors=2.0,
     )  # fmt: skip
     return module, given(

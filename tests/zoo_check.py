@@ -17,13 +17,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import sodaprof
 from sodaprof.errors import UnsupportedModelError
-from sodaprof.models.discover import ATTENTION, ATTENTION_CLASS, NO_ATTENTION_CLASS, Step, find_modules, find_sites
+from sodaprof.models.discover import Step, find_sites
 from sodaprof.models.flops import count_flops
+from sodaprof.models.layout import as_tokens
+from sodaprof.models.structure import ATTENTION, ATTENTION_CLASS, NO_ATTENTION_CLASS, find_modules
 from sodaprof.runtime.attach import Report
 from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.sites import Model, Sampler, Site, Transformer
@@ -31,6 +34,9 @@ from sodaprof.sites import Model, Sampler, Site, Transformer
 from .zoo import LATENTS, ZOO, at, other
 
 STEPS = 4
+VARIANTS = [  # dtype, and one of diffusers' attention backends that a CPU has
+    (torch.bfloat16, "native"), (torch.float16, "native"), (torch.float32, "_native_math"), (torch.float32, "_native_flash"),
+]  # fmt: skip
 Calls = list[list[dict[str, Any]]]  # of each step, of each guidance branch
 Outputs = list[list[list[Tensor]]]  # of each step and branch, all tensors that the network returns
 
@@ -242,11 +248,32 @@ def collapses(case: Case) -> str:
     return f"{len(found)} of {blocks} blocks are sums"
 
 
+def finds_the_same(case: Case) -> str | None:
+    """Neither the dtype nor the attention backend changes what is found: sites, kinds, what can be pruned."""
+    unable = []
+    for dtype, backend in VARIANTS:
+        network, call = ZOO[case.name]()
+        network = network.to(dtype)
+        cast = lambda x, dtype=dtype: x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x  # noqa: E731
+        call = tree_map(cast, call)
+        with attention_backend(backend), torch.no_grad():
+            try:
+                network(**call, return_dict=False)
+            except Exception:  # the model's own limit: it runs under no schedule either
+                unable.append(f"{dtype} with {backend}".removeprefix("torch."))
+                continue
+            pipe = SimpleNamespace(components={"transformer": network})
+            found = find_sites(pipe, "transformer", Step([("transformer", (), call)]))
+        expect(found == case.found, f"other sites in {dtype} with {backend}")
+    return f"the model itself does not run in {', '.join(unable)}" if unable else None
+
+
 def near(a: Tensor, b: Tensor) -> bool:
     return float((a - b).norm() / b.norm().clamp_min(1e-12)) < 1e-5
 
 
 CHECKS: dict[str, Callable[[Case], str | None]] = {
+    "dtypes, backends": finds_the_same,
     "all-C identical": computes,
     "reuse exact": reuses,
     "branches apart": keeps_apart,
@@ -298,8 +325,12 @@ def check_reuse(case: Case, calls: Calls, form: str) -> int:
             own = same(now[branch], before[branch])
             expect(own, f"{site.key} at step {t}, branch {branch}: not its output of the step before")
         differ += any(not same(before[0], x) for x in before[1:])
-        rows_of = now[0][0].shape[0]
-        expect(rows_of % 2 == 0, f"{site.key} returns {list(now[0][0].shape)} for batch 2: tokens are not its dim 1")
+        layout = case.found.fingerprint.get("layouts", {}).get(f"{site.stack}.{site.module}", "")
+        batch, tokens, width = as_tokens(now[0][0], layout).shape
+        expect(
+            batch % 2 == 0 and (tokens, width) == (site.tokens, site.width),
+            f"{site.key} returns {list(now[0][0].shape)} for batch 2, not {site.tokens} tokens of {site.width} channels",
+        )
 
     for step, reused in enumerate((False, True, True, False)):
         for branch in range(branches):
@@ -381,7 +412,7 @@ def unscheduled(network: nn.Module, sites: tuple[Site, ...]) -> list[str]:
 
 def said(error: Exception) -> str:
     """Returns the error in one line, long ones cut."""
-    text = textwrap.shorten(str(error) or "no message", 200, placeholder=" …")
+    text = textwrap.shorten(str(error) or "no message", 260, placeholder=" …")
     return text if isinstance(error, Failed) else f"{type(error).__name__}: {text}"
 
 
@@ -411,20 +442,26 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := sorted(set(arguments.names) - set(ZOO)):
         parser.error(f"no {unknown[0]} in the zoo; it has {', '.join(ZOO)}")
+    print_table(HEADINGS, arguments.names or list(ZOO), lambda n: (cells(r := check(n)), r.passed), arguments.markdown)
 
+
+def print_table(
+    headings: tuple[str, ...], names: list[str], row_of: Callable[[str], tuple[list[str], bool]], markdown: bool
+) -> None:
+    """Prints a row for each name, as it is made, and exits: with 1 where one did not pass."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    edge, end = ("| ", " |") if arguments.markdown else ("", "")
-    print(edge + " | ".join(HEADINGS) + end)
-    if arguments.markdown:
-        print("|" + " --- |" * len(HEADINGS))
+    edge, end = ("| ", " |") if markdown else ("", "")
+    print(edge + " | ".join(headings) + end)
+    if markdown:
+        print("|" + " --- |" * len(headings))
     failed = 0
-    for name in arguments.names or ZOO:
-        row = check(name)
-        failed += not row.passed
-        print(edge + " | ".join(cell.replace("|", "/") for cell in cells(row)) + end, flush=True)
+    for name in names:
+        row, passed = row_of(name)
+        failed += not passed
+        print(edge + " | ".join(cell.replace("|", "/") for cell in row) + end, flush=True)
     sys.exit(failed > 0)
 
 

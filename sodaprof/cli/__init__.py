@@ -1,4 +1,4 @@
-"""The command line: profile, compile, show, run, eval, bench, inspect, doctor. Errors become one message and an exit code.
+"""The command line: profile, compile, show, run, ship, eval, bench, inspect, doctor. Errors become one message and an exit code.
 
 Exit codes: 0 done, 1 an error that sodaprof understands, 2 wrong usage, 130 Ctrl-C.
 """
@@ -26,6 +26,7 @@ COMMANDS = (  # in the order of --help
     ("compile", compiling.compile_, "sodaprof compile profile --budget 2.0x -o schedule.json"),
     ("show", compiling.show, "sodaprof show schedule.json"),
     ("run", sampling.run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
+    ("ship", sampling.ship, "sodaprof ship schedule.json path/to/model"),
     ("eval", sampling.evaluate_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
     ("bench", benching.bench, "sodaprof bench tiny-dit schedule.json --cost cost.json"),
     ("inspect", sampling.inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),

@@ -114,8 +114,11 @@ def inspect(
 
 def run(
     model: Model,
-    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Picture to write.")],
+    schedule: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="A schedule.  [default: the one beside the weights]")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the schedule to take from beside the weights.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; may be repeated.")] = None,
     label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture, the next counts on.")] = 0,
@@ -133,13 +136,21 @@ def run(
     entries: list[int | str] = [*(prompt or []), *(label or [])]
     if not entries:
         raise SodaprofError("Nothing to draw. Give --label N or --prompt TEXT, once or more.")
-    loaded = load_schedule(schedule)
+    if schedule is not None:
+        load_schedule(schedule)  # a broken file is told before a model is loaded
     from ..models.load import call, load_pipeline, pictures_of
     from ..report.pictures import save_picture, save_side_by_side
     from ..runtime.attach import apply_with
+    from ..runtime.shipped import find_shipped
 
     console = make_console()
     pipe = load_pipeline(model, dtype, device)
+    schedule = schedule or find_shipped(pipe, steps)
+    loaded = load_schedule(schedule)
+    if steps not in (None, loaded.steps):
+        raise SodaprofError(
+            f"{schedule} is for {loaded.steps} steps, not {steps}. Leave --steps out, or name another file."
+        )
     pipe.set_progress_bar_config(disable=not console.is_terminal)
     scale = loaded.sampler.guidance_scale if guidance_scale is None else guidance_scale
     with apply_with(pipe, loaded, runtime) as handle:
@@ -152,6 +163,22 @@ def run(
     console.print(str(handle.report()), highlight=False)
     console.print(f"Wrote {output}")
     say_next(console, f"sodaprof eval {model} {schedule}")
+
+
+def ship(
+    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")],
+    folder: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="The pipeline's folder.")],
+    force: Force = False,
+) -> None:
+    """Put a schedule beside a model's weights, where run and apply find it, after checking that it fits."""
+    from ..schedule import load_schedule
+
+    loaded = load_schedule(schedule)
+    from ..runtime.shipped import ship as ship_schedule
+
+    console = make_console()
+    console.print(f"Wrote {ship_schedule(schedule, folder, force=force)}")
+    say_next(console, f"sodaprof run {folder} --steps {loaded.steps} -o picture.png --prompt TEXT (or --label N)")
 
 
 def evaluate_(

@@ -32,7 +32,7 @@ Batch = Annotated[int, typer.Option(help="Generations at once.")]
 Runtime = Annotated[
     str,
     typer.Option(
-        help="hooks; lowered: traced, faster from the second run on; captured: CUDA graphs; whole-steps: with the solver in."
+        help="hooks; lowered: traced, faster from the second picture on; captured: CUDA graphs; whole-steps: with the solver in."
     ),
 ]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import MismatchError
 from ..sites import Sampler
-from .discover import is_halved
+from .recording import Latents, is_halved, latents_of
 
 
 @dataclass
@@ -64,6 +64,8 @@ class Clock:
                 result = self.loop.last()
             else:
                 result = step(model_output, timestep, sample, *args, **kwargs)
+            if self.step == 0:
+                self._check_index()
             if self.loop is not None and self.step == 0:
                 self.loop.begin(self.scheduler, model_output, sample, result, kwargs)
             if self.step is not None:
@@ -102,20 +104,31 @@ class Clock:
         assert self.step is not None
         wanted = self.sampler.timesteps[self.step]
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no synchronisation for the check
-        if on_host and float(timestep) != float(wanted):
-            raise MismatchError(
-                f"Step {self.step} of the schedule is at timestep {wanted:g}, the pipeline is at {float(timestep):g}. "
-                "Run the whole trajectory (no strength below 1), or remove() the schedule."
-            )
+        counts = hasattr(self.scheduler, "step_index")  # on the host, and looked at after the step
+        if (on_host or (self.step == 0 and not counts)) and float(timestep) != float(wanted):
+            self._refuse_start(f"at timestep {wanted:g}", f"at {float(timestep):g}")
         if self.step == 0:
             self._check_guidance()
+
+    def _check_index(self) -> None:
+        """After the first step: a scheduler that counts steps itself must have begun at its first."""
+        index = getattr(self.scheduler, "step_index", None)
+        if isinstance(index, int) and index != 1:
+            self._refuse_start("the first of its timesteps", f"at number {index}")
+
+    def _refuse_start(self, wanted: str, found: str) -> None:
+        step, self.step = self.step, None
+        raise MismatchError(
+            f"Step {step} of the schedule is {wanted}, the pipeline is {found}. Run the whole trajectory (no strength "
+            "below 1), or remove() the schedule."
+        )
 
     def _check_guidance(self) -> None:
         wanted = self.sampler.guidance_form
         if (self.branches > 1) != (wanted == "passes"):
             self._refuse("passes" if self.branches > 1 else "one network call a step", wanted)
 
-    def enter(self, hidden: torch.Tensor) -> tuple[int, int]:
+    def enter(self, hidden: Latents) -> tuple[int, int]:
         """Returns (step, branch) of the transformer call that begins; MismatchError outside a run.
 
         The first call of a run compares the two halves of the batch: one synchronisation, before the loop is under way.
@@ -149,8 +162,7 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.check()
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.moment.step, self.moment.branch = self.clock.enter(hidden)
+        self.moment.step, self.moment.branch = self.clock.enter(latents_of(module, args, kwargs))
         self.moment.forward += 1
         self.moment.tabled = False
         return args, kwargs

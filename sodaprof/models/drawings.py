@@ -31,7 +31,7 @@ def draw(labels: torch.Tensor, generator: torch.Generator, size: int = SIZE) -> 
     distance = torch.empty(b, size, size)
     for label in labels.unique().tolist():
         rows = labels == label
-        distance[rows] = _DISTANCES[CLASSES[label]](u[rows], v[rows])
+        distance[rows] = DISTANCES[CLASSES[label]](u[rows], v[rows])
     alpha = (0.5 - distance * scale * size / 2).clamp(0, 1)[:, None]
 
     near, far, fill, fill_to = _colours(b, generator)
@@ -86,7 +86,7 @@ def _heart(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return torch.minimum(lobe, body)
 
 
-_DISTANCES = {
+DISTANCES = {
     "disk": lambda u, v: _circle(u, v, 0, 0, 0.9),
     "ring": lambda u, v: (torch.hypot(u, v) - 0.7).abs() - 0.24,
     "triangle": lambda u, v: _regular(u, v, 3, 0.5),

@@ -7,8 +7,8 @@ Matrix products, convolutions and attention count, and the sums of forecasts; el
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,10 @@ from ..errors import UnsupportedModelError
 from ..scores import OBSERVED
 from ..sites import Model, Site
 from .attention import listen
-from .discover import Step, find_modules, tapped, with_rows
+from .layout import main_part
+from .probe import with_rows
+from .recording import Step, tapped
+from .structure import find_modules
 
 SOURCES = 4
 
@@ -79,6 +82,19 @@ def _counter() -> FlopCounterMode:
     )
 
 
+@contextmanager
+def _frozen(module: torch.nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients while the block runs: torch's counter stumbles over one handed to a submodule."""
+    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+
+
 def _count(shell: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
     found = find_modules(shell)
     by_key = {site.key: site for site in sites}
@@ -97,7 +113,7 @@ def _count(shell: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) ->
             before = counter.get_total_flops()
             out, heard = listen(forward, args, kwargs)
             full[key] = full.get(key, 0.0) + counter.get_total_flops() - before
-            first = out[0] if isinstance(out, tuple) else out
+            first = main_part(out)
             numbers[key] = numbers.get(key, 0) + first.numel()
             if by_key[key].prunable:
                 one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device=first.device)
@@ -123,7 +139,7 @@ def _count(shell: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) ->
 
     paths = {site.path for site in sites}
     stacks = {path.split(".")[0] for path in paths}
-    with torch.no_grad(), ExitStack() as stack, _counter() as counter:
+    with torch.no_grad(), _frozen(shell), ExitStack() as stack, _counter() as counter:
         for path in paths:
             stack.enter_context(tapped(found[path][4], tap(path), "sodaprof.count"))
         for name in stacks:

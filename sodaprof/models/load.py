@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,15 @@ import numpy as np
 import torch
 
 from ..errors import FormatError, SodaprofError, UnsupportedModelError
+from ..files import read_json
 
 REFERENCE = Path(__file__).parent / "reference"
 # inside an installed package, and at the top of the repository
 PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
 HUB_TIMEOUT_S = 10
+SMALLEST_BIN = 256  # pixels a side of the smallest square that a pipeline of diffusers rounds picture sizes to
+# a call of a pipeline by its user, who passes prompt embeddings, say: entries, a generator for each -> what it returns
+OwnCall = Callable[[list[int | str], list[torch.Generator]], Any]
 
 
 def reference_models() -> list[str]:
@@ -24,14 +28,24 @@ def reference_models() -> list[str]:
 
 
 def find_model(model: str) -> Path | str:
-    """Returns the folder of a pipeline, or the hub id; SodaprofError where `model` is neither."""
+    """Returns the folder of a pipeline, or the hub id; SodaprofError where `model` is neither.
+
+    A folder of a pipeline has a model_index.json, or what `opensora.published` reads.
+    """
     folder = Path(model)
     if (folder / "model_index.json").is_file():
         return folder
     if model in reference_models():
         return REFERENCE / model
     if folder.exists():
-        raise SodaprofError(f"{model}: a folder without model_index.json, so no diffusers pipeline. Save one there.")
+        from .opensora.published import AUTOENCODER, NETWORK, TEXT, is_published
+
+        if is_published(folder):
+            return folder
+        raise SodaprofError(
+            f"{model}: a folder without model_index.json, so no diffusers pipeline. Save one there, or what the authors "
+            f"of Open-Sora published: {NETWORK}/, {AUTOENCODER}/ and {TEXT}/."
+        )
     if model.count("/") == 1 and not model.startswith((".", "/")):
         return model
     names = ", ".join(reference_models())
@@ -50,14 +64,15 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
     if dtype not in ("float32", "bfloat16", "float16"):
         raise SodaprofError(f"dtype {dtype!r}; expected float32, bfloat16 or float16.")
     import diffusers
+    import transformers
     from huggingface_hub import constants
 
     constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = HUB_TIMEOUT_S
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where, dtype=getattr(torch, dtype))
-        pipe = pipe.to(device)
+        pipe = _read_pipeline(where, getattr(torch, dtype)).to(device)
     except Exception as error:  # the loaders below raise whatever their parts raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if isinstance(where, str):
@@ -68,6 +83,24 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
         raise FormatError(f"{where}: not loadable as a diffusers pipeline ({reason[:300]}).") from None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _read_pipeline(where: Path | str, dtype: torch.dtype) -> Any:
+    """Returns the pipeline in `dtype`, on the CPU; whatever diffusers, transformers and safetensors raise."""
+    import diffusers
+
+    if isinstance(where, Path):
+        from .opensora.pipeline import OpenSoraPipeline
+        from .opensora.published import load_published
+
+        index = where / "model_index.json"
+        if not index.is_file():
+            return load_published(where, dtype)
+        if read_json(index).get("_class_name") == OpenSoraPipeline.__name__:
+            # its text encoder runs in float32 in the published script, whatever the network runs in
+            parts = {"default": dtype, "text_encoder": torch.float32}
+            return OpenSoraPipeline.from_pretrained(where, dtype=parts)
+    return diffusers.DiffusionPipeline.from_pretrained(where, dtype=dtype)
 
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
@@ -100,7 +133,7 @@ def takes_labels(pipe: Any) -> bool:
 def default_guidance(pipe: Any) -> float | None:
     """The guidance scale that the pipeline uses when none is given."""
     parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    return None if parameter is None else float(parameter.default)
+    return None if parameter is None or parameter.default is None else float(parameter.default)
 
 
 def read_prompts(path: str | Path) -> list[int | str]:
@@ -130,6 +163,14 @@ def default_prompts(pipe: Any) -> list[int | str]:
     return own if 0 < len(own) <= 100 else read_prompts("imagenet-labels")
 
 
+def _is_below_bins(pipe: Any) -> bool:
+    """Whether the pipeline would round its own picture size to one of a list, all of which are larger."""
+    if "use_resolution_binning" not in inspect.signature(pipe.__call__).parameters:
+        return False
+    size, factor = pipe.transformer.config.get("sample_size"), getattr(pipe, "vae_scale_factor", None)
+    return isinstance(size, int) and isinstance(factor, int) and size * factor < SMALLEST_BIN
+
+
 def call(
     pipe: Any,
     entries: Sequence[int | str],
@@ -137,11 +178,16 @@ def call(
     steps: int,
     guidance_scale: float | None = None,
     output_type: str = "np",
+    own: OwnCall | None = None,
 ) -> Any:
     """Returns the pipeline's own output for one entry and one seed a generation.
 
     Each generation draws from its own generator, so that a picture does not depend on what else is in the batch.
+    own: called in place of the pipeline, with the entries and the generators; it sets everything else itself.
     """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if own is not None:
+        return own(list(entries), generators)
     labels = takes_labels(pipe)
     if wrong := [e for e in entries if isinstance(e, int) != labels]:
         want = "integer labels" if labels else "text prompts"
@@ -154,5 +200,6 @@ def call(
     arguments: dict[str, Any] = {"class_labels" if labels else "prompt": list(entries)}
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if _is_below_bins(pipe):
+        arguments["use_resolution_binning"] = False
     return pipe(**arguments, generator=generators, num_inference_steps=steps, output_type=output_type)

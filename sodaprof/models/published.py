@@ -27,10 +27,11 @@ from diffusers.utils import logging
 from ..cost import save_cost
 from ..profiles import write_inspection
 from ..sites import Model, Sampler
-from .discover import Step, config_of, find_sites
+from .discover import config_of, find_sites
 from .flops import count_flops
 from .opensora.scheduler import RectifiedFlowScheduler
 from .opensora.stdit3 import STDiT3
+from .recording import Step
 
 DIFFUSION = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 VIDEO = {"height": 480, "width": 854, "num_frames": 51}  # Open-Sora's 480p, 9:16: latents [4, 15, 60, 106]

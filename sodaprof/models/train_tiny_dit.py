@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-from .card import write_card
+from .card import write_dit_card
 from .classifier import Classifier
 from .drawings import CLASSES, SIZE, draw
+from .training import average, rate, record, train_autoencoder
 
 NULL = 1000  # DiTPipeline's own null class
 
@@ -56,23 +57,6 @@ def main() -> None:
         if args.stage in (name, "all"):
             torch.manual_seed(args.seed)
             stage(args)
-
-
-def record(out: Path, stage: str, **values: object) -> None:
-    """Adds values to training.STAGE.json; `curve` rows are appended."""
-    path = out / f"training.{stage}.json"
-    data = json.loads(path.read_text()) if path.exists() else {"curve": []}
-    row = values.pop("row", None)
-    if row is not None:
-        data["curve"].append(row)
-        print(stage, row, flush=True)
-    path.write_text(json.dumps(data | values, indent=1) + "\n")
-
-
-def rate(step: int, steps: int, peak: float) -> float:
-    """Learning rate: 200 steps of warm-up, constant, the last quarter decayed to zero by a cosine."""
-    tail = max(0.0, (step / steps - 0.75) / 0.25)
-    return peak * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * tail))
 
 
 def batch(size: int, generator: torch.Generator, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,40 +157,14 @@ def train_vae(args: argparse.Namespace) -> None:
     folder = args.out / "vae"
     if folder.exists():
         return
+
+    def pictures(count: int, generator: torch.Generator) -> torch.Tensor:
+        return batch(count, generator, args.device)[0]
+
     vae = make_vae().to(args.device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(vae).requires_grad_(False)
-    optimizer = torch.optim.Adam(vae.parameters(), lr=2e-3)
-    generator, start = torch.Generator().manual_seed(args.seed + 2), time.time()
-    for step in range(args.vae_steps):
-        x, _ = batch(16, generator, args.device)
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
-        loss = (y - x).abs().mean() + 0.5 * edges + 1e-5 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.param_groups[0]["lr"] = rate(step, args.vae_steps, 2e-3)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        average(ema, vae, step)
-        if step % 250 == 0:
-            psnr = -10 * math.log10(((y - x) / 2).square().mean().item())
-            row = {"step": step, "loss": round(loss.item(), 4), "psnr_db": round(psnr, 2)}
-            record(args.out, "vae", row=row | {"posterior_std": round(posterior.std.mean().item(), 3)})
-    held_out = torch.Generator().manual_seed(args.seed + 999_979)
-    with torch.no_grad():
-        x, _ = batch(500, held_out, args.device)
-        means = ema.encode(x).latent_dist.mean
-        psnr = -10 * math.log10(((ema.decode(means).sample - x) / 2).square().mean().item())
-    ema.register_to_config(scaling_factor=round(1 / means.std().item(), 5))
-    ema.to("cpu", memory_format=torch.contiguous_format).save_pretrained(folder)
-    record(args.out, "vae", held_out_psnr_db=round(psnr, 2), seconds=round(time.time() - start))
-
-
-def average(ema: torch.nn.Module, model: torch.nn.Module, step: int) -> None:
-    """Moves `ema` towards `model`: decay 0.999, faster at the start."""
-    decay = min(0.999, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+    vae, spread = train_autoencoder(args.out, vae, pictures, args.vae_steps, args.seed)
+    vae.register_to_config(scaling_factor=round(1 / spread, 5))
+    vae.save_pretrained(folder)
 
 
 def make_dit() -> DiTTransformer2DModel:
@@ -309,7 +267,7 @@ def train_dit(args: argparse.Namespace) -> None:
 
 
 def judge(args: argparse.Namespace) -> None:
-    write_card(args.out, args.judged, args.seed, args.device)
+    write_dit_card(args.out, args.judged, args.seed, args.device)
 
 
 def export(out: Path, ema: DiTTransformer2DModel) -> None:

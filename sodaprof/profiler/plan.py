@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import SodaprofError
-from ..models.discover import Step, inspect_pipeline
-from ..models.load import default_guidance, default_prompts
+from ..errors import SodaprofError, UnsupportedModelError
+from ..models.discover import inspect_pipeline
+from ..models.load import OwnCall, default_guidance, default_prompts
+from ..models.recording import Step
 from ..profiles import FORMAT, TABLES, VERSION
 from ..sites import Model, Sampler, Site
 
@@ -33,11 +34,19 @@ class ProfilePlan:
     disk_bytes: int
     seconds: float  # estimated
     step: Step = field(repr=False)
+    own: OwnCall | None = None  # what is called in place of the pipeline
 
     @property
     def branches(self) -> int:
         """Guidance branches of a step: both halves of a batch, or the calls of the network."""
-        return 2 if self.sampler.guidance_form == "halves" else len(self.step.calls)
+        return 2 if self.sampler.guidance_form == "halves" else self.step.passes
+
+    @property
+    def varying(self) -> frozenset[int]:
+        """Numbers of the sites whose tokens are as many as the prompt is long."""
+        return frozenset(
+            i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site)
+        )
 
     @property
     def sites(self) -> list[tuple[str, Site]]:
@@ -56,8 +65,14 @@ def plan_profile(
     batch_size: int = 16,
     seed: int = 0,
     memory_bytes: int | None = None,
+    call: OwnCall | None = None,
 ) -> ProfilePlan:
-    """Returns what `run_profile` will do and take. Raises SodaprofError for settings that make no sense."""
+    """Returns what `run_profile` will do and take. Raises SodaprofError for settings that make no sense.
+
+    call: called as call(entries, generators) where the pipeline would be, for prompt embeddings and any other arguments of
+    your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
+    guidance_scale is then what it uses, and is only noted.
+    """
     for what, value, least in (("steps", steps, 2), ("samples", samples, 1), ("batch-size", batch_size, 1)):
         if value < least:
             raise SodaprofError(f"--{what} is {value}; expected at least {least}.")
@@ -65,21 +80,33 @@ def plan_profile(
         raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
-    prompts = default_prompts(pipe) if prompts is None else list(prompts)
-    scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0])
+    if prompts is None:
+        prompts = default_prompts(pipe) if call is None else range(samples)
+    prompts = list(prompts)
+    scale = default_guidance(pipe) if guidance_scale is None and call is None else guidance_scale
+    model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0], call)
+    if call is not None and sampler.steps != steps:
+        raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")
+    if step.takes_turns:
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has transformers that take turns ({', '.join(model.transformers)}); this release "
+            "profiles those that are called at each step."
+        )
     batch_size = min(batch_size, samples)
-    branches = 2 if sampler.guidance_form == "halves" else len(step.calls)
+    branches = 2 if sampler.guidance_form == "halves" else step.passes
     sites = [s for t in model.transformers.values() for s in t.sites]
+    folds = [step.folds[n, s.key] for n, t in model.transformers.items() for s in t.sites]
     item = 4 if model.shape["dtype"] == "float32" else 2
-    ring = [(max_interval - 1) * branches * batch_size * s.tokens * (s.width * item + 12) for s in sites]
+    ages = max_interval - 1
+    rows = [branches * batch_size * fold * s.tokens for fold, s in zip(folds, sites, strict=True)]
+    ring = [ages * n * (s.width * item + 12) for n, s in zip(rows, sites, strict=True)]
     free = _free_memory(pipe) * MEMORY_SHARE if memory_bytes is None else memory_bytes
-    widest = max(s.tokens * s.width for s in sites)
-    scratch = (max_interval - 1) * (2 if sampler.guidance_form == "halves" else 1) * batch_size * widest * 4
+    widest = max(n * s.width for n, s in zip(rows, sites, strict=True))  # of all branches
+    scratch = ages * (widest if sampler.guidance_form == "halves" else widest // branches) * 4
     groups = _group(ring, free - scratch)
-    rows = steps * len(sites) * (max_interval - 1)
+    cells = steps * len(sites) * ages
     tokens = sum(s.tokens for s in sites) // len(sites)
-    disk = rows * ((branches + 1) * (24 + 8 * len(RATES)) + 2 * tokens)
+    disk = cells * ((branches + 1) * (24 + 8 * len(RATES)) + 2 * tokens)
     request = {
         "format": FORMAT, "version": VERSION, "tables": dict.fromkeys(TABLES, 1), "model": name,
         "sampler": sampler.class_name, "prompts": list(prompts), "seed": seed, "samples": samples,
@@ -87,8 +114,9 @@ def plan_profile(
     }  # fmt: skip
     seconds = _seconds_a_step(pipe, step) * steps * samples * len(groups) * 1.3
     return ProfilePlan(
-        model, sampler, request, groups, scratch + max(sum(ring[i] for i in g) for g in groups), disk, seconds, step
-    )
+        model, sampler, request, groups, scratch + max(sum(ring[i] for i in g) for g in groups), disk, seconds, step,
+        call,
+    )  # fmt: skip
 
 
 def _group(sizes: list[int], free: float) -> list[list[int]]:

@@ -16,6 +16,7 @@ import torch
 from ..cost import save_cost
 from ..errors import FormatError
 from ..files import digest, read_json, refuse_existing, write_json
+from ..launches import device_facts
 from ..models.flops import count_flops
 from ..models.load import call
 from ..profiles import Profile, load_profile, write_inspection
@@ -43,12 +44,14 @@ def run_profile(
     work = folder.with_name(folder.name + ".partial")
     groups = _open_partial(work, pipe, plan, force)
     steps, request = plan.sampler.steps, plan.request
-    statistics = Statistics(plan.sites, steps, request["max_interval"] - 1, plan.branches, RATES)
+    statistics = Statistics(plan.sites, steps, request["max_interval"] - 1, plan.branches, RATES, plan.varying)
     state = work / "state.npz"
     done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
     starts = range(0, request["samples"], request["batch_size"])
     total = len(groups) * request["samples"] * steps
     watch = Stopwatch(pipe)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for group in range(done["group"], len(groups)):
         for start in starts[done["batch"] if group == done["group"] else 0 :]:
@@ -56,8 +59,8 @@ def run_profile(
             entries = [request["prompts"][(start + i) % len(request["prompts"])] for i in range(count)]
             seeds = [request["seed"] + start + i for i in range(count)]
             on_step = partial(_report, on_progress, (group * request["samples"] + start) * steps, count, total)
-            with Taps(pipe, plan, groups[group], statistics, watch, on_step) as taps:
-                call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np")
+            with Taps(pipe, plan, groups[group], count, statistics, watch, on_step) as taps:
+                call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
             taps.flush()
             if group == 0:
                 statistics.samples += count
@@ -65,13 +68,15 @@ def run_profile(
             statistics.save(state, {"group": group + last, "batch": 0 if last else start // request["batch_size"] + 1})
     seconds = time.perf_counter() - began
     statistics.write_tables(work, plan.model)
+    device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)
     measured = {
         "seconds": round(seconds, 2),
         "time_over_plain": round(seconds / max(seconds - watch.seconds(), 1e-9), 3),
         "extra_bytes": plan.extra_bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated() if "cuda" in device else None,
         "passes": len(groups),
+        "hardware": device_facts(device),
     }
-    device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)
     write_json(
         work / "manifest.json", request | {"device": device, "versions": versions(), "measured": measured}, force=True
     )
@@ -84,7 +89,10 @@ def run_profile(
 
 
 def profile(pipe: Any, folder: str | Path, *, name: str | None = None, force: bool = False, **settings: Any) -> Profile:
-    """Profiles `pipe` into `folder` and returns the profile; `settings` are those of `plan_profile`."""
+    """Profiles `pipe` into `folder` and returns the profile; `settings` are those of `plan_profile`.
+
+    With prompt embeddings passed in, say call=lambda entries, generators: pipe(prompt_embeds=embeddings[entries], ...).
+    """
     plan = plan_profile(pipe, name or pipe.config.get("_name_or_path") or type(pipe).__name__, **settings)
     return run_profile(pipe, plan, folder, force=force)
 

@@ -15,15 +15,24 @@ from ..sites import Model, Site
 class Statistics:
     """Sums and sums of squares over generations, for each step, site, age and branch (the last is the branch mean)."""
 
-    def __init__(self, sites: list[tuple[str, Site]], steps: int, ages: int, branches: int, rates: np.ndarray) -> None:
+    def __init__(
+        self,
+        sites: list[tuple[str, Site]],
+        steps: int,
+        ages: int,
+        branches: int,
+        rates: np.ndarray,
+        varying: frozenset[int] = frozenset(),  # numbers of the sites whose tokens are as many as the prompt is long
+    ) -> None:
         self.sites, self.steps, self.ages, self.branches, self.rates = sites, steps, ages, branches, rates
+        self.varying = varying
         cells = (steps, len(sites), ages)
         self.whole = np.zeros((2, *cells, branches + 1, len(METRICS)))
         self.pruned = np.zeros((2, *cells, branches + 1, len(rates)))
         self.tokens = [np.zeros((steps, ages, site.tokens)) for _, site in sites]
         self.samples = 0
 
-    def add(self, step: int, site: int, whole: np.ndarray, pruned: np.ndarray, tokens: np.ndarray) -> None:
+    def add(self, step: int, site: int, whole: np.ndarray, pruned: np.ndarray, tokens: np.ndarray | None) -> None:
         """Adds one batch at one step: whole [branches, B, A, 3], pruned [branches, B, A, rates], tokens [N, A] (a sum)."""
         ages = whole.shape[2]
         for total, values in ((self.whole, whole), (self.pruned, pruned)):
@@ -32,7 +41,8 @@ class Statistics:
             )  # [branches + 1, B, A, …]
             total[0, step, site, :ages] += values.sum(1).swapaxes(0, 1)
             total[1, step, site, :ages] += np.square(values).sum(1).swapaxes(0, 1)
-        self.tokens[site][step, :ages] += tokens.T
+        if tokens is not None:
+            self.tokens[site][step, :ages] += tokens.T
 
     def save(self, path: Path, progress: dict[str, int]) -> None:
         """Writes the sums and how far the run is, atomically."""
@@ -69,7 +79,7 @@ class Statistics:
         caching["n"] = np.full(len(step), self.samples, dtype=np.int32)
         count = self.samples * self.branches
         caching["token_cos"] = [
-            (self.tokens[s][t, a] / count).astype(np.float16) if b == self.branches else None
+            (self.tokens[s][t, a] / count).astype(np.float16) if b == self.branches and s not in self.varying else None
             for t, s, a, b in zip(step, site, age, branch, strict=True)
         ]
         _write(folder, "caching", caching)

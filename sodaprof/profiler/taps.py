@@ -11,7 +11,8 @@ import torch
 
 from ..errors import MismatchError
 from ..models.clock import Clock, Moment, TransformerHook
-from ..models.discover import hooked, tapped
+from ..models.layout import as_tokens, main_part
+from ..models.recording import hooked, tapped
 from .errors import Ring, StaleErrors
 from .plan import RATES, ProfilePlan
 from .statistics import Statistics
@@ -53,11 +54,14 @@ class Taps:
         pipe: Any,
         plan: ProfilePlan,
         group: list[int],
+        count: int,  # generations in the batch
         statistics: Statistics,
         watch: Stopwatch,
         on_step: Callable[[int], None],
     ) -> None:
-        self.pipe, self.plan, self.group, self.statistics, self.watch = pipe, plan, group, statistics, watch
+        self.pipe, self.plan, self.group, self.count = pipe, plan, group, count
+        self.statistics, self.watch = statistics, watch
+        self.sites = plan.sites
         self.moment = Moment()
         self.clock = Clock(pipe.scheduler, plan.sampler, lambda: None, lambda: None)
         self.on_step = on_step
@@ -74,7 +78,7 @@ class Taps:
         self.stack.callback(self.clock.detach)
         for name, transformer in self.plan.model.transformers.items():
             module = self.pipe.components[name]
-            numbers = {s.key: i for i, (n, s) in enumerate(self.plan.sites) if n == name and i in self.group}
+            numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
             begin = TransformerHook(self.clock, self.moment, lambda: None)
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
             for path in dict.fromkeys(s.path for s in transformer.sites):
@@ -95,7 +99,7 @@ class Taps:
             site = numbers.get(path + (f"#{call_}" if call_ else ""))
             if site is not None:
                 with self.watch:
-                    self._push(site, out[0] if isinstance(out, tuple) else out)
+                    self._push(site, main_part(out))
             return out
 
         return run
@@ -103,6 +107,14 @@ class Taps:
     def _push(self, site: int, out: torch.Tensor) -> None:
         # both halves of a batch go through one ring: the rows keep apart
         branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
+        name, known = self.sites[site]
+        out = as_tokens(out, self.plan.model.transformers[name].layout(known))
+        rows = self.count * (2 if self.plan.sampler.guidance_form == "halves" else 1)
+        if out.shape[0] % rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
+            raise MismatchError(
+                f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {rows} generations, halves counted; "
+                f"{known.tokens} tokens were seen at the first step. Profile calls of one size."
+            )
         if (site, branch) not in self.rings:
             ages = self.plan.request["max_interval"] - 1
             self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
@@ -124,9 +136,12 @@ class Taps:
                 whole, pruned = (
                     torch.cat([getattr(c, part) for c in calls]).cpu().numpy() for part in ("whole", "pruned")
                 )
-                tokens = torch.stack([c.tokens.double() for c in calls]).sum(0).cpu().numpy()
-                rows = (self.plan.branches, -1)
-                self.statistics.add(
-                    step, site, whole.reshape(*rows, *whole.shape[1:]), pruned.reshape(*rows, *pruned.shape[1:]), tokens
-                )
+                # a module may see a generation as several rows (frames, say): their mean stands for it
+                rows = (self.plan.branches, self.count, -1)
+                folds = len(whole) / (self.plan.branches * self.count)
+                whole, pruned = (part.reshape(*rows, *part.shape[1:]).mean(2) for part in (whole, pruned))
+                tokens = None
+                if site not in self.statistics.varying:
+                    tokens = (torch.stack([c.tokens.double() for c in calls]).sum(0) / folds).cpu().numpy()
+                self.statistics.add(step, site, whole, pruned, tokens)
         self.found.clear()

@@ -19,7 +19,8 @@ the command that measured it and the machine. What no file holds is not measured
 """
 WANTED = {  # what this page is to show one day, and the file that would hold it
     "DiT-XL/2 at 256, batch 2 with guidance, bf16, 50 steps, on one GPU": "bench-dit-xl-2-cuda.json",
-    "PixArt-XL at 512 and 1024 on one GPU": "bench-pixart-xl-2-cuda.json",
+    "PixArt-XL at 512, batch 2 with guidance, bf16, 20 steps, on one GPU": "bench-pixart-xl-2-512-cuda.json",
+    "PixArt-XL at 1024, the same": "bench-pixart-xl-2-1024-cuda.json",
     "`sodaprof profile` of DiT-XL/2 on one GPU": "profile-dit-xl-2-cuda.json",
 }
 
@@ -33,6 +34,10 @@ def page(folder: Path) -> str:
             parts.append(f"## Fidelity: {path.stem}\n\n{_about(data)}\n\n{evaluation_markdown(data)}\n")
         elif data.get("format") == "sodaprof.benchmark":
             parts.append(f"## Latency: {path.stem}\n\n{_about(data)}\n\n{benchmark_markdown(data)}\n")
+        elif data.get("format") == "sodaprof.compiled":
+            parts.append(f"## Compiled by Inductor: {path.stem}\n\n{compiled_markdown(data)}\n")
+        elif data.get("format") == "sodaprof.profile":
+            parts.append(f"## Profile: {path.stem}\n\n{profile_markdown(data)}\n")
     missing = [f"- {what}: not measured (`{name}`)" for what, name in WANTED.items() if not (folder / name).exists()]
     if missing:
         parts.append("## Not measured\n\n" + "\n".join(missing) + "\n")
@@ -64,6 +69,30 @@ def benchmark_markdown(data: dict[str, Any]) -> str:
             f"{min(steps):.2f}", f"{max(steps):.2f}", f"{min(launches)}–{max(launches)}",
         ])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def compiled_markdown(data: dict[str, Any]) -> str:
+    """Returns the times of one call of a transformer: what a captured step of this project is held against."""
+    hardware = ", ".join(data["hardware"].values())
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+    graph = f", in a graph captured by hand {data['captured_ms']:.3f} ms" if "captured_ms" in data else ""
+    return (
+        f"`{data['command']}` on {data['device']} ({hardware}), {data['dtype']}: one call of the transformer takes "
+        f"{data['plain_ms']:.3f} ms plain, {data['compiled_ms']:.3f} ms compiled ({data['mode']}){graph}; {versions}."
+    )
+
+
+def profile_markdown(manifest: dict[str, Any]) -> str:
+    """Returns what a profile took, from its manifest."""
+    taken = manifest["measured"]
+    hardware = ", ".join(taken["hardware"].values())
+    peak = "" if taken["peak_bytes"] is None else f", peak {taken['peak_bytes'] / 2**30:.2f} GiB with the weights"
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    return (
+        f"`sodaprof profile {manifest['model']} --samples {manifest['samples']}` on {manifest['device']} ({hardware}), "
+        f"{manifest['dtype']}, batch {manifest['batch_size']}: {taken['seconds']:.0f} s, {taken['time_over_plain']:.2f}× plain "
+        f"sampling, {taken['extra_bytes'] / 2**30:.2f} GiB of extra memory{peak}, {taken['passes']} pass(es); {versions}."
+    )
 
 
 def _about(data: dict[str, Any]) -> str:

@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 from ..errors import MismatchError
 from ..models.clock import Moment
-from ..models.discover import hidden_states, with_rows
+from ..models.layout import as_tokens, main_part
+from ..models.probe import hidden_states, with_rows
 from ..schedule import Plan, TokenRule
 from .observe import observed
 from .tokens import base_score, feature_mean, random_scores, top, with_age, with_bonus
@@ -64,7 +65,10 @@ class SiteRow:
         self.key, self.attends, self.rule = key, attends, rule
         # where a module is called on groups of a sample's tokens: brings one value a token into the sample's order
         self.by_sample: Callable[[torch.Tensor, int], torch.Tensor] | None = getattr(module, "by_sample", None)
-        self.row, self.tokens = plan.rows[key], plan.tokens(key)
+        self.row, self.tokens, self.layout = plan.rows[key], plan.tokens(key), plan.layout(key)
+        self.holds_text = plan.holds_text(key)
+        # where other sites tell the resolution, text of any length will do
+        self.any_length = self.holds_text and "P" not in self.row and not all(map(plan.holds_text, plan.rows))
         ks, cells = iter(plan.k.get(key, ())), iter(plan.forecasts.get(key, ()))
         self.k = [next(ks) if action == "P" else 0 for action in self.row]
         self.forecasts = [next(cells) if action == "F" else None for action in self.row]
@@ -254,12 +258,20 @@ class SiteRow:
         return score
 
     def _check_tokens(self, out: Output) -> None:
-        tokens = (out[0] if isinstance(out, tuple) else out).shape[1]
-        if tokens != self.tokens:
+        tokens = as_tokens(main_part(out), self.layout).shape[1]
+        if tokens == self.tokens or self.any_length:
+            return
+        if self.holds_text and "P" in self.row:
             raise MismatchError(
-                f"{self.key} has {tokens} tokens here, {self.tokens} in the schedule: another resolution than profiled. "
-                "Call the pipeline at the profiled size, or profile and compile for this one."
+                f"{self.key} has {tokens} tokens here, {self.tokens} in the schedule: they hold the text, of another length "
+                "than profiled, and the schedule prunes them. Pad the prompts to the profiled length, or compile without "
+                "pruning: --knob uas=none"
             )
+        raise MismatchError(
+            f"{self.key} has {tokens} tokens here, {self.tokens} in the schedule: another resolution than profiled "
+            "(or, in a few models, text of another length). "
+            "Call the pipeline at the profiled size, or profile and compile for this one."
+        )
 
 
 def last_uses(cells: dict[int, tuple[int, ...]]) -> tuple[dict[int, int], dict[int, list[int]]]:

@@ -8,8 +8,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from diffusers.hooks import HookRegistry
-
 from ..errors import MismatchError, SodaprofError
 from ..legal import verify
 from ..models.clock import Clock, Moment, TransformerHook
@@ -18,8 +16,10 @@ from .actions import SiteHook, SiteRow
 from .capture import Capture, CudaGraphs, Recorder
 from .collapse import Collapse
 from .fits import HOOK, check_fits, check_runs, rows_by_module
+from .hooked import Hooked, refuse_group_offload
 from .loop import Loop
 from .lower import LoweredBlock, Program
+from .shipped import find_shipped
 from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
 
@@ -71,8 +71,7 @@ class Handle:
         self.moment = Moment()
         self.rows: list[SiteRow] = []
         self.stacks: list[StackRow] = []
-        self._hooks: list[tuple[Any, Any, str]] = []  # (module, hook, name): one stands around those before it
-        self._hooked: list[tuple[Any, str]] = []
+        self._hooked = Hooked()
         self._complete = False
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self._attached = False
@@ -84,17 +83,19 @@ class Handle:
         """Makes the hooks of one transformer, innermost first."""
         modules = rows_by_module(transformer, plan, self.schedule)
         for path, rows in modules.items():
-            self._hooks.append((transformer.get_submodule(path), SiteHook(rows, self.moment), HOOK))
+            self._hooked.add(transformer.get_submodule(path), SiteHook(rows, self.moment), HOOK)
             self.rows += rows
         if self.lowered:
             self._lower(transformer, [row for rows in modules.values() for row in rows])
-        self._hooks.append((transformer, TransformerHook(self.clock, self.moment, self._check_scheduler), HOOK))
+        self._hooked.add(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler), HOOK)
         if "S" in plan.stack:
+            for capture in self.captures:
+                capture.refused = "the schedule skips the stack, whose forecasts are kept outside of graphs"
             self.stacks.append(StackRow(plan))
             lowered = {block.path: block for block in self.blocks}
             for path in self.stacks[-1].blocks:
                 hook = BlockHook(self.stacks[-1], path, self.moment, lowered.get(path))
-                self._hooks.append((transformer.get_submodule(path), hook, HOOK))
+                self._hooked.add(transformer.get_submodule(path), hook, HOOK)
 
     def attach(self) -> None:
         """Puts the schedule on again after `remove()`; what was traced before is still there."""
@@ -102,9 +103,7 @@ class Handle:
             return
         check_fits(self.pipe, self.schedule)  # much may have happened to the pipeline since
         try:
-            for module, hook, name in self._hooks:
-                HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-                self._hooked.append((module, name))
+            self._hooked.attach()
             self.clock.attach()
             self._attached = True
         except BaseException:
@@ -119,18 +118,18 @@ class Handle:
         for path, rows in by_block.items():
             module = transformer.get_submodule(path)
             blocks.append(LoweredBlock(path, module, rows, self.moment, self.programs))
-            self._hooks.append((module, blocks[-1], f"{HOOK}.lowered"))
+            self._hooked.add(module, blocks[-1], f"{HOOK}.lowered")
         self.blocks += blocks
         if self.tabled:
             if self.recorder is not None:
-                self.captures.append(Capture(self.recorder, self.moment, blocks, transformer))
+                self.captures.append(Capture(self.recorder, self.moment, blocks, transformer, self.schedule.steps))
             capture = self.captures[-1] if self.captures else None
             self.tables.append(Tables(self.moment, blocks, self.schedule.steps, self.collapse, capture))
             if self.loops and capture is not None:
                 self.tables[-1].loop = self.clock.loop = Loop(
                     self.moment, capture, self.schedule.steps, self.schedule.sampler.guidance_form
                 )
-            self._hooks.append((transformer, self.tables[-1], f"{HOOK}.tables"))
+            self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
 
     def _check_scheduler(self) -> None:
         if self.pipe.scheduler is not self.clock.scheduler:
@@ -152,6 +151,9 @@ class Handle:
             self.clock.loop.reset()
 
     def _start(self) -> None:
+        for name in self.schedule.transformers:
+            refuse_group_offload(name, self.pipe.components[name])
+        self._hooked.keep()
         self._reset()
         self.moment.executed = Counter()
         self._complete = False
@@ -191,9 +193,7 @@ class Handle:
         if self._attached:
             self.clock.detach()
             self._attached = False
-        while self._hooked:
-            module, name = self._hooked.pop()
-            module._diffusers_hook.remove_hook(name, recurse=False)
+        self._hooked.remove()
         self._reset()
 
     def __enter__(self) -> Handle:
@@ -206,8 +206,9 @@ class Handle:
 
 def apply(
     pipe: Any,
-    schedule: Schedule | str | Path,
+    schedule: Schedule | str | Path | None = None,
     *,
+    steps: int | None = None,
     lower: bool = False,
     tables: bool = True,
     collapse: str | None = "ordered",
@@ -216,16 +217,23 @@ def apply(
 ) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
-    Inside, call the pipeline as ever. lower: run each block as traced programs, without what only fed modules that are
-    not run: the same bits, faster steps, some seconds of tracing in the first run. tables: with lower, compute
-    ahead what does not depend on the latents, from the second run on. collapse: with tables, blocks in a row that compute
-    nothing become one sum: "ordered" with the same bits, "fused" faster and equal but for rounding, None not. capture:
-    with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why. loop: with
-    capture, all steps but the first without the pipeline's Python, guidance and solver in the graph: equal but for
-    rounding; a pipeline's callbacks between steps are not heard. Raises
-    MismatchError where the schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this
-    release does not run.
+    Inside, call the pipeline as ever.
+
+    schedule: by default the one beside the model's weights that fits; steps: of so many, where there are several.
+    lower: run each block as traced programs, without what only fed modules that are not run: the same bits, faster steps,
+    some seconds of tracing in the first run.
+    tables: with lower, compute ahead what does not depend on the latents, once two runs have shown what that is.
+    collapse: with tables, blocks in a row that compute nothing become one sum: "ordered" with the same bits, "fused" faster
+    and equal but for rounding, None not.
+    capture: with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why.
+    loop: with capture, all steps but the first without the pipeline's Python, guidance and solver in the graph: equal but
+    for rounding; a pipeline's callbacks between steps are not heard.
+
+    Raises MismatchError where the schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this
+    release does not run, SodaprofError where no or several schedules are beside the weights.
     """
+    if schedule is None:
+        schedule = find_shipped(pipe, steps)
     if not isinstance(schedule, Schedule):
         schedule = load_schedule(schedule)
     verify(schedule)

@@ -7,7 +7,7 @@ one accumulator without rounding in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,11 +86,11 @@ class Run:
         """What the block's terms are multiplied by."""
         return list(self.members[self.place(block)].factors.values())
 
-    def swap(self, block: LoweredBlock, others: Iterator[torch.Tensor]) -> Callable[[], None]:
-        """Takes the block's factors from `others`, one for each; returns what takes that back."""
+    def swap(self, block: LoweredBlock, other: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        """Puts other(factor) in place of each of the block's factors; returns what takes that back."""
         member = self.members[self.place(block)]
         own = member.factors
-        member.factors = {number: next(others) for number in own}
+        member.factors = {number: other(factor) for number, factor in own.items()}
 
         def undo() -> None:
             member.factors = own
@@ -214,9 +214,9 @@ class Collapse:
         self.plans: dict[Any, kernels.Plan] = {}
         self.streams: dict[fx.GraphModule, tuple[Stream | None, ...] | None] = {}  # of what is left of each program
 
-    def join(self, calls: list[BlockCall], steps: int, branch: int) -> None:
+    def join(self, calls: list[BlockCall], steps: Sequence[int], branch: int) -> None:
         """Gives the blocks of each step that are sums alone their runs, neighbours that hand on what they return one."""
-        for step in range(1, steps):
+        for step in steps:
             run: Run | None = None
             before: BlockCall | None = None
             for call in calls:
@@ -243,7 +243,7 @@ class Collapse:
         streams = self.streams[rest]
         if streams is None:
             return None
-        at_step = [call.changed[at[0]].get(i, leaf) for i, leaf in enumerate(call.leaves)]
+        at_step = call.at(at[0])
         flat = [*call.block.parameters(), *(at_step[i] if i < len(at_step) else None for i in program.places), *values]
         terms = [term for stream in streams if stream is not None for term in stream.terms]
         factors = {term.factor: flat[term.factor] for term in terms if term.factor is not None}

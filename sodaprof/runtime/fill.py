@@ -6,13 +6,14 @@ at the first fill: matrix products of all steps are one batch of the step's own 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from .lower import BlockCall, Program
+from .lower import BlockCall, LoweredBlock, Program
 
 
 def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -73,6 +74,27 @@ def narrowed(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, new)
 
 
+class Filled(NamedTuple):
+    """The values of the steps that share a program."""
+
+    program: Program
+    rest: fx.GraphModule  # what is left of it
+    steps: list[int]
+    of_run: list[Any]  # values that hold for the run
+    of_steps: list[list[Any]]  # values of each step
+
+    def steps_of(self) -> Filled:
+        """Returns the same structure with the step of each value, None where it holds for the run."""
+        steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
+        none: Any = None
+        return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
+
+    def hold(self, block: LoweredBlock, branch: int) -> None:
+        """Lets the block take the values."""
+        for step, values in zip(self.steps, self.of_steps, strict=True):
+            block.ready[step, branch] = self.program, self.rest, [*self.of_run, *values]
+
+
 class Filler:
     """Fills the tables of blocks, one after the other, so that a block's weights stay near."""
 
@@ -80,22 +102,25 @@ class Filler:
         self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
         self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # parts of a step: what does all steps at once
 
-    def fill(self, call: BlockCall, steps: int, branch: int) -> None:
-        """Computes the block's values of all steps to come."""
-        block, by_program = call.block, dict[Program, list[int]]()
-        for step in range(1, steps):
-            if program := block.by_step.get((step, branch)):
-                by_program.setdefault(program, []).append(step)
-        parameters = block.parameters()
+    def fill(self, call: BlockCall, steps: Sequence[int], branch: int) -> list[Filled]:
+        """Returns the block's values at these steps, as `hold` takes them."""
+        block, by_program, fits = call.block, dict[Program, list[int]](), dict[Program, bool]()
+        for step in steps:
+            for program in block.by_step.get((step, branch), ()):
+                if program not in fits:
+                    fits[program] = block.fits(program, call.leaves)
+                if fits[program]:
+                    by_program.setdefault(program, []).append(step)
+                    break
+        parameters, found = block.parameters(), list[Filled]()
         for program, its_steps in by_program.items():
-            if not block.fits(program, call.leaves):
-                continue
             run, each, rest = self._parts(program, call)
-            leaves = [[call.changed[s].get(i, leaf) for i, leaf in enumerate(call.leaves)] for s in its_steps]
+            leaves = [call.at(step) for step in its_steps]
             inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
             of_run = run(*parameters, *inputs[0])
-            for step, values in zip(its_steps, self._of_steps(each, rest, parameters, inputs, of_run), strict=True):
-                block.ready[step, branch] = program, rest, [*of_run, *values]
+            values = self._of_steps(each, rest, parameters, inputs, of_run)
+            found.append(Filled(program, rest, its_steps, of_run, values))
+        return found
 
     def _of_steps(
         self, each: fx.GraphModule, rest: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]],
@@ -147,6 +172,8 @@ def _batched(
     flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
     places = [*(0 for _ in fixed), *(0 if move else None for move in moves), *(None for _ in of_run)]
     dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
+    if all(place is None for place in dims):  # what differs from step to step is not used here
+        return [list(each(*flat)) for _ in range(steps)]
     values = torch.func.vmap(each, in_dims=dims)(*flat)
     return [[value[i] for value in values] for i in range(steps)]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import MismatchError, UnsupportedModelError
-from ..models.discover import config_of, find_modules, fingerprint
+from ..models.discover import config_of, fingerprint
 from ..models.load import transformers_of
+from ..models.structure import find_modules
 from ..schedule import Plan, Schedule
 from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteRow
+from .hooked import refuse_group_offload
 
 HOOK = "sodaprof"  # the name of our hooks in diffusers' registries
 
@@ -37,6 +39,7 @@ def check_fits(pipe: Any, schedule: Schedule) -> None:
                 f"The schedule is for {name!r}, the pipeline has {', '.join(parts)}. Compile for this one."
             )
         _check_transformer(name, parts[name], plan)
+        refuse_group_offload(name, parts[name])
         registry = getattr(parts[name], "_diffusers_hook", None)
         if registry is not None and registry.get_hook(HOOK) is not None:
             raise MismatchError(f"{name} carries a schedule already. Take it off first: handle.remove()")
@@ -64,7 +67,7 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
         )
     found = fingerprint(transformer, ())
     for key, wanted in plan.fingerprint.items():
-        if key not in ("tokens", "kinds") and found.get(key) != wanted:
+        if key not in ("tokens", "kinds", "layouts", "text") and found.get(key) != wanted:
             raise MismatchError(
                 f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
             )

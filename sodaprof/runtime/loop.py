@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ..errors import UnsupportedModelError
 from ..models.clock import Moment
 from .capture import Capture
+from .packed import expanded_copy, once
 from .solvers import Solver, advance, solver_of
 
 NEAR = 1e-4  # relative: what is read off a step must give that step again
@@ -31,7 +32,7 @@ class Branch:
     leaves: list[Any]  # arguments of the first step
     spec: TreeSpec
     latents: int  # which of them the latents are
-    moving: dict[int, dict[int, Any]]  # step -> argument -> value, where it changes
+    moving: dict[int, dict[int, Any]]  # step, from 1 on -> argument -> value, where it changes
     looks: Any
     out: Any  # what the first step returned
 
@@ -44,6 +45,9 @@ class State:
     memory: torch.Tensor
     counter: torch.Tensor  # int64 [1], the step
     noise: torch.Tensor
+    arguments: list[dict[int, torch.Tensor]]  # of each branch: tensors that hold for the run
+    moving: list[dict[int, torch.Tensor]]  # of each branch: tensors that change, a row a step
+    number: int
 
 
 class Loop:
@@ -124,17 +128,19 @@ class Loop:
     def _steps(self) -> None:
         assert self.begun is not None
         solver, output, sample, prev, generator, _ = self.begun
-        looks = "loop", tuple(b.looks for b in self.branches), tuple(self.weights), self.doubled, self.twice
+        looks = tuple(b.looks for b in self.branches), tuple(self.weights), self.doubled, self.twice
         state = self.states.get(looks)
         if state is None:
-            wide = torch.zeros_like(sample, dtype=torch.float32)
-            counter = torch.zeros(1, dtype=torch.int64, device=sample.device)
-            state = self.states[looks] = State(prev.clone(), wide, counter, torch.zeros_like(output))
+            state = self.states[looks] = self._state(output, sample, prev)
         table = self._table(solver, sample.device)
         at_first = torch.zeros_like(state.counter)
         _, memory = advance(table, at_first, sample, output, torch.zeros_like(state.memory), None)
         assert memory is not None
-        torch._foreach_copy_([state.x, state.memory], [prev, memory])
+        places, news = [state.x, state.memory], [prev, memory]
+        for branch, held in zip(self.branches, state.arguments, strict=True):
+            places += [once(tensor) for tensor in held.values()]
+            news += [once(branch.leaves[i]) for i in held]
+        torch._foreach_copy_(places, news)
         state.counter.fill_(1)
         draws, executed_at = solver.draws, self.moment.step
         for step in range(1, self.steps):
@@ -142,9 +148,22 @@ class Loop:
                 state.noise.copy_(
                     randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
                 )
-            self._step(step, state, table, looks)
+            self._step(step, state, table)
         self.moment.step, self.moment.branch = executed_at, 0
         self.final = state.x.clone()
+
+    def _state(self, output: torch.Tensor, sample: torch.Tensor, prev: torch.Tensor) -> State:
+        """Returns places for runs of this kind."""
+        arguments, moving = [], []
+        for branch in self.branches:
+            changing = branch.moving[1]  # at every step the same arguments
+            still = [i for i, leaf in enumerate(branch.leaves) if torch.is_tensor(leaf) and i != branch.latents]
+            arguments.append({i: expanded_copy(branch.leaves[i]) for i in still if i not in changing})
+            rows = {i: [branch.leaves[i], *(branch.moving[s][i] for s in range(1, self.steps))] for i in changing}
+            moving.append({i: torch.stack([once(value) for value in values]) for i, values in rows.items()})
+        counter = torch.zeros(1, dtype=torch.int64, device=sample.device)
+        wide = torch.zeros_like(sample, dtype=torch.float32)
+        return State(prev.clone(), wide, counter, torch.zeros_like(output), arguments, moving, len(self.states))
 
     def _table(self, solver: Solver, device: torch.device) -> torch.Tensor:
         """Returns the coefficients in a place of their own, which graphs may read in later runs, too."""
@@ -153,22 +172,15 @@ class Loop:
         known.copy_(new)
         return known
 
-    def _step(self, step: int, state: State, table: torch.Tensor, looks: Any) -> None:
-        filled, places = [], []
-        for branch in self.branches:
-            leaves = [branch.moving[step].get(i, leaf) for i, leaf in enumerate(branch.leaves)]
-            mine = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf) and i != branch.latents]
-            filled.append(leaves)
-            places.append(mine)
-        arguments = [leaves[i] for leaves, mine in zip(filled, places, strict=True) for i in mine]
-
-        def body(tensors: list[torch.Tensor]) -> None:
-            queue, outputs = iter(tensors), []
-            fed = self._fed(state.x)
-            for number, (branch, leaves, mine) in enumerate(zip(self.branches, filled, places, strict=True)):
-                now = list(leaves)
-                for i in mine:
-                    now[i] = next(queue)
+    def _step(self, step: int, state: State, table: torch.Tensor) -> None:
+        def body(_: list[torch.Tensor]) -> None:
+            fed, outputs = self._fed(state.x), []
+            for number, (branch, held, moving) in enumerate(
+                zip(self.branches, state.arguments, state.moving, strict=True)
+            ):
+                now = [held.get(i, leaf) for i, leaf in enumerate(branch.leaves)]
+                for i, values in moving.items():
+                    now[i] = values.index_select(0, state.counter)[0].expand(branch.leaves[i].shape)
                 now[branch.latents] = fed.to(branch.leaves[branch.latents].dtype)
                 self.moment.step, self.moment.branch, self.moment.tabled = step, number, True
                 self.moment.forward += 1
@@ -181,7 +193,8 @@ class Loop:
             state.memory.copy_(memory)
             state.counter.add_(1).remainder_(self.steps)
 
-        self.capture.through(looks, [(step, b) for b in range(len(self.branches))], arguments, body)
+        ats = [(step, number) for number in range(len(self.branches))]
+        self.capture.through(("loop", state.number), ats, [], body, state.counter)
 
 
 def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tuple[list[float], bool]:

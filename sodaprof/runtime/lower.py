@@ -65,7 +65,9 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
         self.names: list[str] = []
         # for conditioning tables
-        self.by_step: dict[tuple[int, int], Program] = {}  # (step, branch) -> the program that ran
+        self.by_step: dict[
+            tuple[int, int], list[Program]
+        ] = {}  # (step, branch) -> programs that ran, of all batch sizes
         self.ready: dict[tuple[int, int], tuple[Program, fx.GraphModule, list[Any]]] = {}  # what is left of it, values
         self.runs: dict[tuple[int, int], Any] = {}  # collapsed with its neighbours
         self.listener: BlockCall | None = None  # is told arguments and output of the next call
@@ -82,11 +84,11 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         return [found[name] for found, name in self.tensors]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.built is None:
+            self._look()
         if self.answer is not None:
             self.asked = tree_flatten((args, kwargs))[0]
             return self.answer[0]
-        if self.built is None:
-            self._look()
         at, tabled = (self.moment.step, self.moment.branch), self.moment.tabled
         if tabled and at in self.runs and not torch.is_grad_enabled():
             return self.runs[at].call(self.moment, args, kwargs)
@@ -114,7 +116,8 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         program = self.programs.get(key)
         if program is None:
             program = self.programs[key] = self._trace(key, leaves, spec, at[0])
-        self.by_step[at] = program
+        if program not in (ran := self.by_step.setdefault(at, [])):
+            ran.append(program)
         return program
 
     def fits(self, program: Program, leaves: list[Any]) -> bool:
@@ -217,6 +220,11 @@ class BlockCall:
     def moving(self) -> set[int]:
         return {i for values in self.changed.values() for i in values}
 
+    def at(self, step: int) -> list[Any]:
+        """Returns its arguments at a step; those that depend on the latents as they were at step 0."""
+        changed = self.changed.get(step, {})
+        return [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+
 
 def kind_of(leaf: Any) -> Any:
     """Returns what a program is bound to of an argument: all of a plain value, the looks of a tensor."""
@@ -235,6 +243,19 @@ def build_of(block: nn.Module) -> tuple[Any, ...]:
     Whatever a trace would bake in counts, an adapter's scale or a processor's, so that a change of it is noticed.
     """
     return tuple((name, type(module), _setting(vars(module))) for name, module in block.named_modules())
+
+
+def frozen_of(module: nn.Module) -> tuple[Any, ...]:
+    """Returns what a graph of the module freezes: how it is built, and where its parameters and buffers lie."""
+    found: list[Any] = []
+    for part in module.modules():
+        found.append(type(part))
+        for name, value in vars(part).items():
+            if name not in MODULES_OWN:
+                found.append(value if type(value) in PLAIN else _setting(value))
+            elif name in ("_parameters", "_buffers"):
+                found += [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in value.values()]
+    return tuple(found)
 
 
 def _setting(value: Any, depth: int = 0) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..models.clock import Moment
-from ..models.discover import hidden_states
+from ..models.probe import hidden_states
 from ..schedule import Plan
 from .actions import last_uses, weighted
 

@@ -5,13 +5,16 @@ still, once with other latents and block outputs (an argument of a block that st
 at every timestep (one that stays equal holds for the whole run). Each program falls into three parts: for a run, for a
 step, and the rest. They are the program's own operators at the step's own shapes, so the bits are the same.
 
-A first run notes how the pipeline calls the transformer at each step; tables serve from the second run on.
+A first run notes how the pipeline calls the transformer at each step. A second probes at its first step and serves the
+others. From the third on the tables are filled before the first step, without running a block, and serve that, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
@@ -19,14 +22,40 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from ..models.clock import Moment
-from ..models.discover import hidden_states
+from ..models.recording import latents_of
 from .capture import Capture
 from .collapse import Collapse
 from .fill import Filler, same
 from .loop import Branch, Loop
 from .lower import BlockCall, LoweredBlock, kind_of
+from .packed import expanded_copy
 
 LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """How the transformer is called at the first step of the run under way, and what changes at the others."""
+
+    forward: Any
+    leaves: list[Any]
+    spec: TreeSpec
+    moved: dict[int, dict[int, Any]]  # step, from 1 on -> argument -> value
+
+    def outputs(self, changed: dict[int, Any]) -> Any:
+        """Returns what the transformer returns with some arguments changed."""
+        args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
+        return self.forward(*args, **kwargs)
+
+
+class Learned(NamedTuple):
+    """How a block is called in calls of one kind, as probing found."""
+
+    out: Any  # stands in for its output: the same looks
+    late: set[int]
+    handed: bool
+    moving: set[int]  # arguments that change from step to step
+    through: dict[int, int]  # those of them that are arguments of the transformer, and which
 
 
 class Tables(ModelHook):  # type: ignore[misc]
@@ -41,15 +70,22 @@ class Tables(ModelHook):  # type: ignore[misc]
         self.loop: Loop | None = None  # takes the steps after the first
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
         self.filler = Filler()
-        self.learned: dict[
-            Any, list[tuple[set[int], bool, dict[int, int]]]
-        ] = {}  # looks -> of each block: late, handed, arguments that are the transformer's own
+        self.learned: dict[Any, list[Learned]] = {}  # looks of a call -> of each block
+        self.stand_ins: dict[Any, torch.Tensor] = {}  # by number of the output and looks
+        self.held: dict[Any, list[Any]] = {}  # looks of a call -> what each block holds of what a graph fills
+        self.numbers: dict[Any, int] = {}  # of looks
         self.first: dict[int, list[Any]] = {}  # branch -> arguments at step 0 of the run under way
+        self.kinds: dict[int, tuple[Any, int]] = {}  # branch -> looks of its calls in the run under way, their number
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
         leaves, spec = tree_flatten((args, kwargs))
-        latents = next(i for i, leaf in enumerate(leaves) if leaf is hidden_states(args, kwargs))
+        given = latents_of(module, args, kwargs)
+        if not torch.is_tensor(given):  # a list, one tensor a sample: the traced blocks run whole
+            if self.capture is not None:
+                self.capture.refused = "the pipeline hands over its latents as a list"
+            return forward(*args, **kwargs)
+        latents = next(i for i, leaf in enumerate(leaves) if leaf is given)
         kinds = tuple(kind_of(leaf) for leaf in leaves)
         looks = spec, kinds, branch, torch.is_autocast_enabled(), torch.get_default_dtype()
         if self.capture is not None and not step and not branch:
@@ -57,40 +93,44 @@ class Tables(ModelHook):  # type: ignore[misc]
         seen = self.seen.setdefault(looks, {})
         if len(seen) < self.steps:
             seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
+            if self.capture is not None:
+                self.capture.settle()
             return forward(*args, **kwargs)
         if step and self.loop is not None and self.loop.wants(leaves[latents]):
             return self.loop.run()
         if step:
-            known = branch in self.first and self._as_noted(leaves, latents, seen[step], self.first[branch])
-            self.moment.tabled = known
-            if known and self.capture is not None:
-                return self.capture.run(forward, leaves, spec, looks)
+            self.moment.tabled = branch in self.first and self._as_noted(
+                leaves, latents, seen[step], self.first[branch]
+            )
+            if self.capture is None:
+                return forward(*args, **kwargs)
+            if self.moment.tabled and self.kinds.get(branch, (None,))[0] == looks:
+                return self.capture.run(forward, leaves, spec, self.kinds[branch][1])
+            self.capture.settle()
             return forward(*args, **kwargs)
         moving = {i for i in range(len(leaves)) if any(not same(seen[0][i], seen[s][i]) for s in range(1, self.steps))}
         if any(torch.is_tensor(leaves[i]) and leaves[i].numel() > LARGEST for i in moving):
             return forward(*args, **kwargs)
-        calls = [BlockCall(block) for block in self.blocks]
-        for call in calls:
-            call.block.listener = call
-        try:
-            out = forward(*args, **kwargs)
-        finally:
-            for call in calls:
-                call.block.listener = None
-        with torch.no_grad():
-            moved = {s: {i: seen[s][i] for i in moving} for s in seen}
-            self._probe(looks, forward, spec, leaves, latents, calls, moved, out)
-            for call in calls:
-                self.filler.fill(call, self.steps, branch)
-            if self.collapse is not None:
-                self.collapse.join(calls, self.steps, branch)
+        moved = {step: {i: seen[step][i] for i in moving} for step in range(1, self.steps)}
+        hooked = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)  # may make detours
+        call, kind = Call(forward, leaves, spec, moved), (looks, hooked)
+        if kind in self.learned:
+            with torch.no_grad():
+                self._fill(call, kind, branch)
+            self.moment.tabled = True
+            number = self.numbers.setdefault(kind, len(self.numbers))
+            self.kinds[branch] = looks, number
+            out = forward(*args, **kwargs) if self.capture is None else self.capture.run(forward, leaves, spec, number)
+        else:
+            out = self._learn(call, latents, kind, branch)
         self.first[branch] = leaves
         if self.loop is not None:
-            self.loop.branches.append(Branch(forward, leaves, spec, latents, moved, looks, out))
+            self.loop.branches.append(Branch(forward, leaves, spec, latents, moved, kind, out))
         return out
 
     def reset(self) -> None:
         self.first.clear()
+        self.kinds.clear()
 
     def _as_noted(self, leaves: list[Any], latents: int, noted: list[Any], first: list[Any]) -> bool:
         """Whether the arguments of this step are what the tables were made for: told without waiting for a device."""
@@ -106,10 +146,33 @@ class Tables(ModelHook):  # type: ignore[misc]
                 return False
         return True
 
-    def _probe(
-        self, looks: Any, forward: Any, spec: TreeSpec, leaves: list[Any], latents: int, calls: list[BlockCall],
-        moved: dict[int, dict[int, Any]], out: Any,
-    ) -> None:  # fmt: skip
+    def _learn(self, whole: Call, latents: int, kind: Any, branch: int) -> Any:
+        """Returns the transformer's output at the first step, with which it learns how blocks are called; fills the others."""
+        calls = [BlockCall(block) for block in self.blocks]
+        for call in calls:
+            call.block.listener = call
+        try:
+            out = whole.outputs({})
+        finally:
+            for call in calls:
+                call.block.listener = None
+        with torch.no_grad():
+            self._probe(whole, latents, calls, out)
+            steps = range(1, self.steps)
+            for call in calls:
+                for filled in self.filler.fill(call, steps, branch):
+                    filled.hold(call.block, branch)
+            if self.collapse is not None:
+                self.collapse.join(calls, steps, branch)
+        number = {id(leaf): i for i, leaf in enumerate(whole.leaves) if torch.is_tensor(leaf)}
+        self.learned[kind] = []
+        for call in calls:
+            through = {i: number[id(call.leaves[i])] for i in call.moving if id(call.leaves[i]) in number}
+            known = Learned(self._stand_in(call.out), call.late, call.handed, call.moving, through)
+            self.learned[kind].append(known)
+        return out
+
+    def _probe(self, whole: Call, latents: int, calls: list[BlockCall], out: Any) -> None:
         """Calls the transformer with its blocks standing still: with other latents, then at every other timestep."""
         noise = torch.Generator().manual_seed(0)
 
@@ -118,38 +181,26 @@ class Tables(ModelHook):  # type: ignore[misc]
                 return leaf
             return leaf + torch.randn(leaf.shape, generator=noise).to(leaf)
 
-        def arguments(changed: dict[int, Any], answers: list[Any]) -> list[list[Any]]:
-            """Returns the arguments of every block, and last what the transformer returns."""
-            for call, answer in zip(calls, answers, strict=True):
-                call.block.answer = (answer,)
-            args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
-            result = forward(*args, **kwargs)
-            return [*(call.block.asked for call in calls), tree_flatten(result)[0]]
+        answers = [call.out for call in calls]
+        others = self._asked(whole, {latents: stirred(whole.leaves[latents])}, [tree_map(stirred, a) for a in answers])
+        for call, other in zip(calls, others, strict=False):
+            call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not same(a, b)}
+        self._follow(calls, out, lambda answers: self._asked(whole, {}, answers), stirred)
+        for step, values in whole.moved.items():
+            for call, other in zip(calls, self._asked(whole, values, answers), strict=False):
+                pairs = enumerate(zip(call.leaves, other, strict=True))
+                call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not same(a, b)}
 
-        others_hooks = tuple((*c.block.block._forward_hooks, *c.block.block._forward_pre_hooks) for c in calls)
-        looks = looks, others_hooks  # by what is hooked to the blocks, which may make detours
-        if known := self.learned.get(looks):  # all that changes is handed through: no need to ask again
-            for call, (late, handed, through) in zip(calls, known, strict=True):
-                call.late, call.handed = late, handed
-                call.changed = {step: {i: values[j] for i, j in through.items()} for step, values in moved.items()}
-            return
+    def _asked(self, whole: Call, changed: dict[int, Any], answers: Sequence[Any]) -> list[list[Any]]:
+        """Returns the arguments of every block while they return `answers`, and last what the transformer returns."""
         try:
-            others = arguments({latents: stirred(leaves[latents])}, [tree_map(stirred, call.out) for call in calls])
-            for call, other in zip(calls, others[:-1], strict=True):
-                call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not same(a, b)}
-            self._follow(calls, out, lambda answers: arguments({}, answers), stirred)
-            for step in range(1, self.steps):
-                others = arguments(moved[step], [call.out for call in calls])
-                for call, other in zip(calls, others[:-1], strict=True):
-                    pairs = enumerate(zip(call.leaves, other, strict=True))
-                    call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not same(a, b)}
+            for block, answer in zip(self.blocks, answers, strict=True):
+                block.answer = (answer,)
+            out = whole.outputs(changed)
+            return [*(block.asked for block in self.blocks), tree_flatten(out)[0]]
         finally:
-            for call in calls:
-                call.block.answer, call.block.asked = None, []
-        numbers = {id(leaf): i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)}
-        own = [{i: numbers[id(c.leaves[i])] for i in c.moving if id(c.leaves[i]) in numbers} for c in calls]
-        if all(set(found) == c.moving for found, c in zip(own, calls, strict=True)):
-            self.learned[looks] = [(c.late, c.handed, found) for c, found in zip(calls, own, strict=True)]
+            for block in self.blocks:
+                block.answer, block.asked = None, []
 
     def _follow(self, calls: list[BlockCall], out: Any, arguments: Any, stirred: Any) -> None:
         """Notes which blocks' outputs the next block takes, and nobody else: no later block, nor the transformer itself."""
@@ -169,10 +220,71 @@ class Tables(ModelHook):  # type: ignore[misc]
         for call, on in zip(calls, onward, strict=False):
             call.handed = on
 
+    def _stand_in(self, out: Any) -> Any:
+        """Returns what looks like a block's output; blocks whose outputs look alike share it."""
+        leaves, spec = tree_flatten(out)
+        for i, leaf in enumerate(leaves):
+            if torch.is_tensor(leaf):
+                zeros = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).zero_()
+                leaves[i] = self.stand_ins.setdefault((i, kind_of(leaf)), zeros)
+        return tree_unflatten(leaves, spec)
+
+    def _fill(self, whole: Call, kind: Any, branch: int) -> None:
+        """Fills the tables of all steps without running a block; by a graph, where there are graphs."""
+        known, steps = self.learned[kind], range(self.steps)
+        answers, late = [one.out for one in known], list[dict[int, Any]]()
+
+        def body(leaves: list[Any]) -> list[Any]:
+            call = Call(whole.forward, leaves, whole.spec, whole.moved)
+            begun = self._asked(call, {}, answers)[:-1]
+            late[:] = [{i: of_block[i] for i in one.late} for one, of_block in zip(known, begun, strict=True)]
+            if all(set(one.through) == one.moving for one in known):
+                changed = [
+                    {s: {i: m[j] for i, j in one.through.items()} for s, m in call.moved.items()} for one in known
+                ]
+            else:
+                changed = [{} for _ in known]
+                for step, values in call.moved.items():
+                    asked = self._asked(call, values, answers)[:-1]
+                    for one, mine, of_block in zip(known, changed, asked, strict=True):
+                        mine[step] = {i: of_block[i] for i in one.moving}
+            found = []
+            for block, one, of_block, mine in zip(self.blocks, known, begun, changed, strict=True):
+                mine[0] = {i: of_block[i] for i in one.moving}
+                as_called = BlockCall(block, of_block, one.out, one.late, one.handed, mine)
+                early = [None if i in one.late else leaf for i, leaf in enumerate(of_block)]
+                found.append((early, mine, self.filler.fill(as_called, steps, branch)))
+            return found
+
+        if self.capture is not None and self.capture.refill(kind, branch, whole.leaves):
+            for block, (ready, runs) in zip(self.blocks, self.held[kind], strict=True):
+                block.ready.update(ready)
+                block.runs.update(runs)
+                for run in runs.values():
+                    run.at = 0  # whatever happened in the run before
+            return
+        found, lasting = body(whole.leaves), None
+        if self.capture is not None and all(sum(len(f.steps) for f in filled) == self.steps for _, _, filled in found):
+            steps_of = [
+                ([None] * len(early), {s: dict.fromkeys(m, s) for s, m in mine.items()}, [f.steps_of() for f in filled])
+                for early, mine, filled in found
+            ]
+            lasting = self.capture.fill(kind, branch, whole.leaves, body, found, steps_of)
+        calls = []
+        for block, one, (early, mine, filled), others in zip(self.blocks, known, lasting or found, late, strict=True):
+            arguments = [others.get(i, leaf) for i, leaf in enumerate(early)]
+            calls.append(BlockCall(block, arguments, one.out, one.late, one.handed, mine))
+            for values in filled:
+                values.hold(block, branch)
+        if self.collapse is not None:
+            self.collapse.join(calls, steps, branch)
+        if lasting is not None:
+            ats = [(step, branch) for step in steps]
+            self.held[kind] = [
+                tuple({at: of[at] for at in ats if at in of} for of in (block.ready, block.runs))
+                for block in self.blocks
+            ]
+
 
 def _kept(leaf: Any) -> Any:
-    """Returns a copy of a small tensor, expanded as it is: programs are bound to strides."""
-    if not torch.is_tensor(leaf) or leaf.numel() > LARGEST:
-        return leaf
-    once = leaf[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in leaf.stride())]
-    return once.clone().expand(leaf.shape)
+    return expanded_copy(leaf) if torch.is_tensor(leaf) and leaf.numel() <= LARGEST else leaf

@@ -8,6 +8,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
+from ...errors import SodaprofError
+
 BASE_PIXELS = 512 * 512
 CHUNK_FRAMES, CHUNK_LATENTS = 17, 5  # pixel frames that the autoencoder takes at once, and their latent frames
 
@@ -19,7 +21,7 @@ def shift_ratio(height: float, width: float, num_frames: int, dtype: torch.dtype
     """
     chunks = num_frames // CHUNK_FRAMES
     if num_frames != 1 and chunks == 0:
-        raise ValueError(
+        raise SodaprofError(
             f"The timestep transform of {num_frames} frames is undefined: ask for 1 or for {CHUNK_FRAMES} and more."
         )
     h, w = torch.tensor([height], dtype=dtype), torch.tensor([width], dtype=dtype)
@@ -58,7 +60,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         t = torch.tensor(linear, dtype=torch.float32)
         if self.config.use_timestep_transform:
             if height is None or width is None or num_frames is None:
-                raise ValueError("The timestep transform needs height, width and num_frames.")
+                raise SodaprofError("The timestep transform needs height, width and num_frames: give them.")
             ratio = shift_ratio(height, width, num_frames, getattr(torch, self.config.size_dtype))
             s = t / total
             t = total * (ratio * s / (1 + (ratio - 1) * s))
@@ -77,10 +79,12 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output is the guided velocity, of the sample's shape; timestep one of `timesteps`.
         """
         steps = self.timesteps.to(sample.device)
-        t = torch.as_tensor(timestep, device=sample.device).reshape(-1)[0]
-        index = (steps - t).abs().argmin()
+        if not isinstance(timestep, Tensor):
+            timestep = steps.new_full((1,), timestep)
+        # found on the device: an index that came to the host would make it wait in every step
+        index = (steps - timestep.to(sample.device).reshape(-1)[:1]).abs().argmin().reshape(1)
         sizes = (steps - torch.cat((steps[1:], steps.new_zeros(1)))) / self.config.num_train_timesteps
-        previous = sample + model_output * sizes[index].reshape((1,) * sample.ndim)
+        previous = sample + model_output * sizes.index_select(0, index).reshape((1,) * sample.ndim)
         return SchedulerOutput(prev_sample=previous) if return_dict else (previous,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

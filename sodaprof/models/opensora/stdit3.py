@@ -76,8 +76,9 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         hidden_states [B, 4, T, H, W]; timestep [B], 0 to 1000; encoder_hidden_states [B, 1, L, caption_channels];
         encoder_attention_mask [n, L], n a divisor of B, not 0 where a text token counts; fps, height and width (pixels
-        as asked for) numbers or [n], read on the host; x_mask bool [B, T], True where a frame is being generated, None
-        for all. The published script rounds height and width to bf16 (854 becomes 856): give rounded ones to repeat it.
+        as asked for) numbers or [n], height and width read on the host: in a loop give numbers; x_mask bool [B, T], True
+        where a frame is being generated, None for all. The published script rounds height and width to bf16 (854
+        becomes 856): give rounded ones to repeat it.
         """
         dtype, device = self.x_embedder.proj.weight.dtype, hidden_states.device
         batch, _, frames, rows, columns = hidden_states.shape
@@ -88,7 +89,9 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
         table = positions(grid, x.shape[-1], unit, dtype, device)
         x = (x.unflatten(1, (frames, -1)) + table[:, None]).flatten(1, 2)
 
-        rates = torch.as_tensor(fps, device=device).to(dtype).reshape(-1)
+        if not isinstance(fps, Tensor):
+            fps = torch.full((1,), float(fps), device=device)  # filled there, where a copy would have the host wait
+        rates = fps.to(device, dtype).reshape(-1)
         fps_embedding = self.fps_embedder(rates.repeat(batch // rates.shape[0]))
         t = timestep.to(dtype).expand(batch)
         e = self.t_embedder(t) + fps_embedding  # [B, D]

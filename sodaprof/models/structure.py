@@ -1,0 +1,69 @@
+"""Finds the candidate sites of a transformer by structure alone: what attends, what is a feed-forward. No list of models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_processor import Attention, MochiAttention
+from torch import nn
+
+Modules = dict[str, tuple[str, int, str, str, nn.Module]]  # path -> (stack, layer, module, kind, module)
+ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
+ATTENTION_CLASS = re.compile(r"attn|attention", re.I)
+NO_ATTENTION_CLASS = re.compile(r"norm|processor|block|layer$", re.I)
+MLP_NAME = re.compile(r"^(\w+_)?(ff|ffn|feed_?forward|mlp|moe)(_\w+)?\d*$")
+
+
+def find_modules(transformer: nn.Module) -> Modules:
+    """Returns {path: (stack, layer, module, kind, module)} of every candidate site, by structure alone."""
+    found = {}
+    for stack, child in transformer.named_children():
+        if not isinstance(child, nn.ModuleList):
+            continue
+        per_block = [list(_candidates(block)) for block in child]
+        if not any(kind == "attn" for block in per_block for _, kind, _ in block):
+            continue
+        for layer, block in enumerate(per_block):
+            if not any(kind == "mlp" for _, kind, _ in block):
+                block += _inline(child[layer])
+            for path, kind, module in block:
+                found[f"{stack}.{layer}.{path}"] = (stack, layer, path, kind, module)
+    return found
+
+
+def _candidates(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    for name, module in block.named_children():
+        kind = _kind(name, module)
+        if kind:
+            yield prefix + name, kind, module
+        else:
+            yield from _candidates(module, f"{prefix}{name}.")
+
+
+def _inline(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
+    """Returns the one projection in which an MLP ends that is written out in the block itself; none where there is none.
+
+    It narrows. "fused": it takes the attention's output too, side by side with the MLP's; else it is the MLP's alone.
+    """
+    linear = {name: part for name, part in block.named_children() if isinstance(part, nn.Linear)}
+    ends = {name: part for name, part in linear.items() if part.in_features > part.out_features}
+    if len(ends) != 1:
+        return []
+    ((name, end),) = ends.items()
+    inner = {part.out_features for part in linear.values() if part is not end}
+    alone = end.in_features in inner or 2 * end.in_features in inner  # as wide as what widens, or half: a gated one
+    return [(name, "mlp" if alone else "fused", end)]
+
+
+def _kind(name: str, module: nn.Module) -> str | None:
+    cls = type(module).__name__
+    weighs = any(isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d) for m in module.modules())
+    if isinstance(module, ATTENTION) or (ATTENTION_CLASS.search(cls) and not NO_ATTENTION_CLASS.search(cls) and weighs):
+        return "attn"
+    if isinstance(module, FeedForward):
+        return "mlp"
+    if MLP_NAME.match(name) and not isinstance(module, nn.Linear) and "Norm" not in cls and weighs:
+        return "mlp"
+    return None

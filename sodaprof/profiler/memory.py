@@ -1,0 +1,111 @@
+"""What a profile takes, from the shapes of its sites alone: rings on the device, sums on the host, tables on disk.
+
+The arithmetic stands in docs/concepts.md, with the figures of PixArt-XL at 1024 and Open-Sora at 480p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import SodaprofError
+from ..profiles import METRICS
+from ..sites import Site
+
+MOST_TOKENS = 1024  # of a site's vector of errors a token; longer ones are pooled
+BOOKS = 12  # bytes a token in the ring beside its features: norms and products
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What of a model and a request decides how much a profile takes."""
+
+    sites: Sequence[Site]
+    rows: Sequence[int]  # tokens of a generation's step at each site: both branches, folded samples included
+    grids: Sequence[tuple[int, int, int]]  # frames, rows and columns of each site's error a token
+    steps: int
+    branches: int
+    halves: bool  # both branches in one call
+    ages: int
+    item: int  # bytes of a feature's element
+    rates: int
+
+    def ring(self, site: int, batch: int) -> int:
+        """Bytes of a site's features of all ages, and what is noted beside them."""
+        return self.ages * self.rows[site] * batch * (self.sites[site].width * self.item + BOOKS)
+
+    def scratch(self, batch: int) -> int:
+        """Bytes of the differences of the widest site in fp32: of both branches, where they come at once."""
+        widest = max(n * site.width for n, site in zip(self.rows, self.sites, strict=True)) * batch
+        return self.ages * (widest if self.halves else widest // self.branches) * 4
+
+    @property
+    def cells(self) -> int:
+        return self.steps * len(self.sites) * self.ages
+
+    @property
+    def vectors(self) -> int:
+        """Numbers in all errors a token."""
+        return self.steps * self.ages * sum(frames * rows * columns for frames, rows, columns in self.grids)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the tables, before compression."""
+        return self.cells * (self.branches + 1) * (24 + 8 * self.rates) + 2 * self.vectors
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the sums, in float64."""
+        return 8 * (2 * self.cells * (self.branches + 1) * (len(METRICS) + self.rates) + self.vectors)
+
+
+def passes(shapes: Shapes, batch: int, free: float) -> tuple[int, list[list[int]]]:
+    """Returns the batch and the groups of sites, one pass over all trajectories each: few passes first, then a large batch.
+
+    batch: the largest wanted; free: bytes on the device. SodaprofError where not even one site fits.
+    """
+    found: tuple[int, list[list[int]]] | None = None
+    while batch:
+        left = free - shapes.scratch(batch)
+        rings = [shapes.ring(i, batch) for i in range(len(shapes.sites))]
+        if max(rings) <= left:
+            groups = grouped(rings, left)
+            if found is None or len(groups) < len(found[1]):
+                found = batch, groups
+        batch //= 2
+    if found is None:
+        need = shapes.scratch(1) + max(shapes.ring(i, 1) for i in range(len(shapes.sites)))
+        raise SodaprofError(
+            f"One generation's features of one site take {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB may be used. Lower "
+            "--max-interval, or free memory on the device."
+        )
+    return found
+
+
+def grouped(sizes: Sequence[int], free: float) -> list[list[int]]:
+    """Returns the numbers of consecutive sizes in as few groups as fit `free` each."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for i, size in enumerate(sizes):
+        if used + size > free:
+            groups.append([])
+            used = 0
+        groups[-1].append(i)
+        used += size
+    return groups
+
+
+def grid_of(tokens: int, raster: tuple[int, int, int] | None, full: bool) -> tuple[tuple[int, int, int], int]:
+    """Returns (grid, side): a site's error a token is averaged over side x side blocks of a frame's raster, edges included.
+
+    raster: frames, rows and columns of the tokens, None where they are no raster (text among them): then over runs of
+    `side` tokens. full: one number a token, however many.
+    """
+    frames, rows, columns = raster or (1, 1, tokens)
+    side = 1
+    while not full:
+        grid = frames, -(-rows // side), -(-columns // side)
+        if grid[0] * grid[1] * grid[2] <= MOST_TOKENS or (grid[1], grid[2]) == (1, 1):
+            return grid, side
+        side += 1
+    return (frames, rows, columns), 1

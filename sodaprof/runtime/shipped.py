@@ -1,0 +1,101 @@
+"""Schedules beside the weights: `MODEL/sodaprof/*.json`, in a folder or in a hub repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import MismatchError, SodaprofError
+from ..files import replacing
+from ..legal import verify
+from ..models.load import find_model, load_pipeline
+from ..schedule import Schedule, load_schedule
+from .fits import check_fits, check_runs
+
+FOLDER = "sodaprof"
+
+
+def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Path:
+    """Copies a schedule to the folder of the pipeline that it is for, and returns where to.
+
+    Raises SodaprofError where `model` is no folder of a pipeline, MismatchError where the schedule does not fit it,
+    FormatError where the file is there already and `force` is not set.
+    """
+    folder = find_model(str(model))
+    if isinstance(folder, str):
+        raise SodaprofError(
+            f"{model} is a hub id. Ship to a local folder of the model, then upload its folder {FOLDER}/."
+        )
+    schedule = Path(schedule)
+    loaded = load_schedule(schedule)
+    verify(loaded)
+    check_runs(loaded)
+    check_fits(load_pipeline(str(model), device="cpu"), loaded)
+    there = folder / FOLDER / schedule.with_suffix(".json").name
+    with replacing(there, force=force) as temporary:
+        temporary.write_bytes(schedule.read_bytes())
+    return there
+
+
+def find_shipped(pipe: Any, steps: int | None = None) -> Path:
+    """Returns the file of the one schedule beside the pipeline's weights that fits it (and so many steps, if given).
+
+    Raises SodaprofError where none or several do, and lists them.
+    """
+    where = str(getattr(pipe, "name_or_path", None) or getattr(pipe.config, "_name_or_path", None) or "")
+    if not where:
+        raise SodaprofError(
+            "This pipeline was not loaded from a folder or the hub, so nothing is shipped beside it. Give a schedule: "
+            "sodaprof.apply(pipe, 'schedule.json')"
+        )
+    files = sorted(_folder_of(where).glob("*.json"))
+    if not files:
+        raise SodaprofError(
+            f"{where} ships no schedules ({FOLDER}/*.json). Name a file, or put one there: "
+            f"sodaprof ship schedule.json {where}"
+        )
+    reasons = {path: _misfit(pipe, load_schedule(path), steps) for path in files}
+    fitting = [path for path, reason in reasons.items() if reason is None]
+    if not fitting:
+        listed = "\n".join(f"  {path.name}: {reason}" for path, reason in reasons.items())
+        raise MismatchError(f"No schedule shipped with {where} fits:\n{listed}")
+    if len(fitting) > 1:
+        listed = "\n".join(f"  {path}: {_told(load_schedule(path))}" for path in fitting)
+        raise SodaprofError(
+            f"{where} ships {len(fitting)} schedules that fit. Name one, or say how many steps:\n{listed}"
+        )
+    return fitting[0]
+
+
+def _folder_of(where: str) -> Path:
+    """Returns the folder of schedules of a model, fetched where the model is a hub id; it need not exist."""
+    if Path(where).is_dir():
+        return Path(where) / FOLDER
+    from huggingface_hub import snapshot_download  # `from_pretrained` leaves files that it does not know behind
+
+    try:
+        return Path(snapshot_download(where, allow_patterns=[f"{FOLDER}/*.json"])) / FOLDER
+    except Exception as error:  # the hub's client raises whatever its parts raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise SodaprofError(
+            f"{where}: its shipped schedules are neither in this machine's cache nor fetched from the hub ({reason}). "
+            "Check the network, or name a schedule file."
+        ) from None
+
+
+def _misfit(pipe: Any, schedule: Schedule, steps: int | None) -> str | None:
+    if steps is not None and schedule.steps != steps:
+        return f"it is for {schedule.steps} steps, not {steps}"
+    try:
+        verify(schedule)
+        check_runs(schedule)
+        check_fits(pipe, schedule)
+    except SodaprofError as error:
+        return str(error)
+    return None
+
+
+def _told(schedule: Schedule) -> str:
+    predicted = schedule.predicted or {}
+    speed = f", {predicted['speedup']:.2f}x {predicted['unit']}" if "speedup" in predicted else ""
+    return f"{schedule.policy['name']}, {schedule.steps} steps{speed}"
