@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules released bench bench-gpu bench-peers train train-pixart clean
+.PHONY: demo test test-zoo check format schedules released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -105,6 +105,10 @@ train: .venv/ready
 # Makes the weights of tiny-pixart again (an hour and a half on a CPU).
 train-pixart: .venv/ready
 	$(BIN)/python -m sodaprof.models.train_tiny_pixart build/train-pixart
+
+# Makes the weights of tiny-opensora again (hours on a CPU).
+train-opensora: .venv/ready
+	$(BIN)/python -m sodaprof.models.train_tiny_opensora build/train-opensora
 
 clean:
 	rm -rf .venv build

@@ -9,7 +9,10 @@ LEAST_FOR_DISTANCE = 1000  # samples a side below which Fréchet and kernel dist
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the peak signal-to-noise ratio of each pair, dB: pictures [n, H, W, C] in [0, 1] -> [n]."""
+    """Returns the peak signal-to-noise ratio of each pair, dB: pictures [n, H, W, C] in [0, 1] -> [n].
+
+    Of clips [n, F, H, W, C] over all frames.
+    """
     from skimage.metrics import peak_signal_noise_ratio
 
     a, b = _floats(a), _floats(b)
@@ -22,11 +25,16 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the structural similarity of each pair (Wang et al. 2004): pictures [n, H, W, C] in [0, 1] -> [n]."""
+    """Returns the structural similarity of each pair (Wang et al. 2004): pictures [n, H, W, C] in [0, 1] -> [n].
+
+    Of clips [n, F, H, W, C] the mean over the frames.
+    """
     from skimage.metrics import structural_similarity
 
-    pairs = zip(_floats(a), _floats(b), strict=True)
-    return np.array([structural_similarity(x, y, data_range=1.0, channel_axis=-1) for x, y in pairs])
+    a, b = _floats(a), _floats(b)
+    frames = [x.reshape(-1, *x.shape[-3:]) for x in (a, b)]
+    values = [structural_similarity(x, y, data_range=1.0, channel_axis=-1) for x, y in zip(*frames, strict=True)]
+    return np.array(values).reshape(len(a), -1).mean(1)
 
 
 def relative_l2(a: np.ndarray, reference: np.ndarray) -> np.ndarray:

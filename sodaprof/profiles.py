@@ -23,11 +23,13 @@ RANKING = "feature_mean"
 PLACE = {"transformer": "string", "stack": "string", "layer": "int16", "module": "string", "call": "int8"}
 CELL = PLACE | {"step": "int16", "age": "int8", "branch": "int8"}
 TABLES: dict[str, dict[str, str]] = {  # table -> column -> Arrow type
-    "sites": PLACE | {"kind": "string", "tokens": "int32", "width": "int32", "prunable": "bool"},
+    "sites": PLACE | {"kind": "string", "tokens": "int32", "width": "int32", "prunable": "bool", "token_grid": "list<int32>"},
     "caching": CELL | {f"{m}_{s}": "float" for m in METRICS for s in ("mean", "std")}
     | {"n": "int32", "token_cos": "list<float16>"},
     "pruning": CELL | {"ranking": "string", "prune_rate": "float", "mean": "float", "std": "float", "n": "int32"},
 }  # fmt: skip
+TABLE_VERSIONS = {"sites": 2, "caching": 1, "pruning": 1}
+ADDED = {"sites": ["token_grid"]}  # columns that version 1 of a table has not
 MANIFEST = {
     "format", "version", "tables", "model", "sampler", "prompts", "seed", "samples", "max_interval", "batch_size",
     "guidance_scale", "dtype", "device", "versions", "measured",
@@ -91,8 +93,9 @@ class Profile(Inspection):
                 raise FormatError(f"{self.folder}: a table has steps or ages outside the profile. Profile again.")
             array = np.full(shape, np.nan)
             array[index] = table[value][keep]
+            past = np.array(transformer.past(self.sampler.steps))
             for a in range(1, self.max_age + 1):
-                if np.isnan(array[a:, :, a]).any():
+                if np.isnan(array[past >= a, :, a]).any():
                     raise FormatError(f"{self.folder}: rows are missing at age {a}. Profile again with --force.")
             dense[name] = array
         return dense
@@ -122,8 +125,11 @@ def load_profile(folder: str | Path) -> Profile:
         if not (inspection.folder / f"{table}.parquet").is_file():
             raise FormatError(f"{folder}/{table}.parquet: no such file. Profile again with --force.")
         version = manifest["tables"].get(table) if isinstance(manifest["tables"], dict) else None
-        if type(version) is not int or version != 1:
-            raise FormatError(f"{path}: table {table} has version {version!r}, this release reads 1. Upgrade sodaprof.")
+        newest = TABLE_VERSIONS[table]
+        if type(version) is not int or not 1 <= version <= newest:
+            raise FormatError(
+                f"{path}: table {table} has version {version!r}, this release reads up to {newest}. Upgrade sodaprof."
+            )
     for key, least in (("seed", 0), ("samples", 1), ("max_interval", 2)):
         if type(manifest[key]) is not int or manifest[key] < least:
             raise FormatError(f"{path}: {key} is {manifest[key]!r}; expected a whole number of at least {least}.")
@@ -135,7 +141,7 @@ def schema(table: str) -> Any:
     import pyarrow as pa
 
     types = {name: pa.type_for_alias(name) for name in ("string", "int8", "int16", "int32", "float", "bool")}
-    types["list<float16>"] = pa.list_(pa.float16())
+    types |= {"list<float16>": pa.list_(pa.float16()), "list<int32>": pa.list_(pa.int32())}
     return pa.schema([(column, types[t]) for column, t in TABLES[table].items()])
 
 
@@ -147,7 +153,8 @@ def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.nda
     path = folder / f"{table}.parquet"
     try:
         found = pq.read_schema(path)
-        if found.names != list(TABLES[table]):
+        before = [column for column in TABLES[table] if column not in ADDED.get(table, ())]
+        if found.names not in (list(TABLES[table]), before):
             odd = sorted(set(found.names) ^ set(TABLES[table])) or ["their order"]
             raise FormatError(f"{path}: columns differ from this release's: {', '.join(odd)}. Profile again.")
         types = schema(table)

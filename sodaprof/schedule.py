@@ -21,7 +21,7 @@ from typing import Any
 
 from .files import checked, digest, exact_keys, header, of_type, read_json, write_json
 from .legal import verify
-from .sites import Sampler, sampler_from_json
+from .sites import Sampler, sampler_from_json, turn_ages
 
 FORMAT, VERSION = "sodaprof.schedule", 1
 
@@ -85,9 +85,13 @@ class Plan:
                 cells.append(self.forecasts[site][number])
         return tuple(cells)
 
+    def past(self) -> list[int]:
+        """How many steps of its turn went before each step, as `turn_ages` counts them."""
+        return turn_ages(action != "_" for action in self.stack)
+
     def counts(self) -> Counter[str]:
-        """How many cells of each action the site rows hold."""
-        return Counter("".join(self.rows.values()))
+        """How many cells of each action the site rows hold; _ is none."""
+        return Counter("".join(self.rows.values()).replace("_", ""))
 
     def anchors(self) -> list[int]:
         """Steps at which every site is C."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +45,11 @@ class Transformer:
     class_name: str
     fingerprint: dict[str, Any]
     sites: tuple[Site, ...]
+    called: tuple[int, ...] = ()  # the steps at which the pipeline calls it; () stands for all of them
+
+    def past(self, steps: int) -> list[int]:
+        """How many steps of its turn went before each step, as `turn_ages` counts them."""
+        return turn_ages(not self.called or step in self.called for step in range(steps))
 
     def layout(self, site: Site) -> str:
         """How the site's output holds its tokens, a name in `models.layout.LAYOUTS`; "" is [B, N, D]."""
@@ -54,6 +60,17 @@ class Transformer:
         """Whether the site's tokens are, or hold, those of the text: as many as the prompt is long."""
         module = site.key.split(".", 2)[2]  # with its call
         return f"{site.stack}.{module}" in self.fingerprint.get("text", ())
+
+
+def turn_ages(at_work: Iterable[bool]) -> list[int]:
+    """Returns for each step how many steps went before it in the same turn, −1 where the transformer is not called.
+
+    A turn is a run of consecutive steps at which the pipeline calls one transformer; what a cache holds is its turn's.
+    """
+    ages: list[int] = []
+    for works in at_work:
+        ages.append(-1 if not works else ages[-1] + 1 if ages else 0)
+    return ages
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,7 @@ class Model:
     def to_json(self) -> dict[str, Any]:
         transformers = {
             name: {"class": t.class_name, "fingerprint": t.fingerprint, "sites": [asdict(s) for s in t.sites]}
+            | ({"called": list(t.called)} if t.called else {})
             for name, t in self.transformers.items()
         }
         return {"name": self.name, "pipeline": self.pipeline, "transformers": transformers, "shape": self.shape}
@@ -113,13 +131,25 @@ def sampler_from_json(data: Any, where: str) -> Sampler:
     return Sampler(data["class"], data["config"], tuple(timesteps), guidance["form"], guidance["scale"])
 
 
+def raster_of(latent: Sequence[int], patch: int | Sequence[int], tokens: int) -> tuple[int, int, int] | None:
+    """Returns frames, rows and columns of a site's tokens, None where they are not those of the latents [C, (T,) H, W]."""
+    sides = [patch, patch] if isinstance(patch, int) else list(patch)[-2:]
+    if len(latent) < 3 or len(sides) != 2:
+        return None
+    rows, columns = (-(-size // side) for size, side in zip(latent[-2:], sides, strict=True))
+    frames = tokens // (rows * columns)
+    most = latent[-3] if len(latent) > 3 else 1
+    return (frames, rows, columns) if 0 < frames <= most and frames * rows * columns == tokens else None
+
+
 def model_from_json(data: Any, where: str) -> Model:
     """Returns the model written by `Model.to_json`; FormatError on anything else."""
     exact_keys(data, {"name", "pipeline", "transformers", "shape"}, where)
     transformers = {}
     for name, entry in data["transformers"].items():
         at = f"{where}: transformer {name}"
-        exact_keys(entry, {"class", "fingerprint", "sites"}, at)
+        turns = {"called"} & set(entry)  # only there where the transformer is not called at each step
+        exact_keys(entry, {"class", "fingerprint", "sites"} | turns, at)
         for s in entry["sites"]:
             exact_keys(s, set(FIELDS), f"{at}: site")
             for key, kind in FIELDS.items():
@@ -129,7 +159,10 @@ def model_from_json(data: Any, where: str) -> Model:
         sites = tuple(Site(**s) for s in entry["sites"])
         if not sites:
             raise FormatError(f"{at}: no sites. Run `sodaprof inspect` again.")
-        transformers[name] = Transformer(entry["class"], entry["fingerprint"], sites)
+        called = tuple(of_type(step, int, f"{at}: called") for step in entry["called"]) if turns else ()
+        if turns and (not called or sorted({*called}) != list(called) or called[0] < 0):
+            raise FormatError(f"{at}: called is {list(called)}; expected steps in rising order. Profile again.")
+        transformers[name] = Transformer(entry["class"], entry["fingerprint"], sites, called)
     shape = exact_keys(data["shape"], {"latent", "tokens", "batch_profiled", "dtype"}, f"{where}: shape")
     of_type(shape["dtype"], str, f"{where}: shape: dtype")
     for key in ("name", "pipeline"):

@@ -14,7 +14,7 @@ import pytest
 
 from sodaprof.cost import CostModel, SiteCost, StepCost, TransformerCost, save_cost
 from sodaprof.files import write_json
-from sodaprof.profiles import MEAN, RANKING, TABLES, schema
+from sodaprof.profiles import MEAN, RANKING, TABLE_VERSIONS, schema
 from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule, Update
 from sodaprof.sites import Model, Sampler, Site, Transformer
 
@@ -154,7 +154,8 @@ def build_profile(
 ) -> Path:
     """Writes a whole profile folder from the errors of reuse [T, S, ages + 1], the same for all metrics or one each.
 
-    Entry [t, s, a] is used for 1 <= a <= t. pruning [T, S, ages + 1, rates] defaults to E_c · rate², which keeps E_p below
+    Entry [t, s, a] is used for 1 <= a <= t, of transformers that take turns within the turn; S counts the sites of all
+    transformers where they differ in their errors. pruning [T, S, ages + 1, rates] defaults to E_c · rate², which keeps E_p below
     E_c and makes early tokens worth more. Sites are in the order of `build_model`.
     """
     errors = caching if isinstance(caching, dict) else dict.fromkeys(("cos", "l1", "l2"), caching)
@@ -167,7 +168,7 @@ def build_profile(
     write_json(folder / "sampler.json", build_sampler(steps).to_json(), force=True)
     save_cost(build_cost(model) if cost is None else cost, folder / "cost.flops.json", force=True)
     manifest = {
-        "format": "sodaprof.profile", "version": 1, "tables": dict.fromkeys(TABLES, 1), "model": "tiny",
+        "format": "sodaprof.profile", "version": 1, "tables": TABLE_VERSIONS, "model": "tiny",
         "sampler": "DDIMScheduler", "prompts": [0, 1], "seed": 7, "samples": 3, "max_interval": ages, "batch_size": 2,
         "guidance_scale": 4.0, "dtype": "float32", "device": "cpu", "versions": {}, "measured": {},
     }  # fmt: skip
@@ -177,7 +178,7 @@ def build_profile(
         (name, i % count, s, t, a, branch)
         for t in range(steps)
         for i, (name, s) in enumerate(places)
-        for a in range(1, min(t, ages - 1) + 1)
+        for a in range(1, min(model.transformers[name].past(steps)[t], ages - 1) + 1)
         for branch in (0, 1, MEAN)
     ]
 
@@ -207,6 +208,7 @@ def build_profile(
     write_table(folder, "pruning", columns)
     every = [(name, 0, s) for name, s in places]
     columns = {c: [getattr(s, c) for _, s in places] for c in ("kind", "tokens", "width", "prunable")}
+    columns["token_grid"] = [[1, 1, s.tokens] for _, s in places]
     write_table(folder, "sites", place(every) | columns)
     return folder
 

@@ -165,6 +165,39 @@ def test_one_transformer_a_step(relay):
     refused(none, legal.one_transformer_a_step, "0 transformers are at work at step 3")
 
 
+def again(relay: Schedule, high: str = "CR__CR", stack: str = "..__..", **changes: Any) -> Schedule:
+    """Returns a schedule in which `high` has the first and the last two steps, `low` those between."""
+    keys = relay.transformers["low"].rows
+    between = edit(relay, "low", stack="__..__", rows=dict.fromkeys(keys, "__CR__"))
+    return edit(between, "high", stack=stack, rows=dict.fromkeys(keys, high), **changes)
+
+
+def forecasts(source: int) -> dict[str, tuple[Forecast, ...]]:
+    return dict.fromkeys((ATTN0, FF0, ATTN1, FF1), (Forecast((source,), (1.0,)),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"high": "CR__RC"}, "high does not compute everything at step 4"),
+        ({"high": "CR__-C", "stack": "..__S.", "stack_forecasts": (Forecast((1,), (1.0,)),)}, "everything at step 4"),
+        ({"high": "CC__CF", "forecasts": forecasts(1)}, "forecasts step 5 from before step 4"),
+        (
+            {"high": "CC__C-", "stack": "..__.S", "stack_forecasts": (Forecast((4, 0), (1.5, -0.5)),)},
+            "high/stack forecasts step 5 from before step 4",
+        ),
+    ],
+)
+def test_turns_begin_anew(relay, changes, found):
+    refused(again(relay, **changes), legal.turns_begin_anew, found)
+
+
+def test_within_a_turn_that_comes_again_all_is_as_ever(relay):
+    legal.verify(again(relay))
+    legal.verify(again(relay, "CC__CF", forecasts=forecasts(4)))
+    legal.verify(again(relay, "CC__C-", "..__.S", stack_forecasts=(Forecast((4,), (1.0,)),)))
+
+
 @pytest.mark.parametrize(
     ("broken", "found"),
     [

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import sodaprof
 from sodaprof.models import motions
-from sodaprof.models.linear_start import start_linear
+from sodaprof.models.linear_start import start_linear, start_linear_in_time
 from sodaprof.models.motions import Motions, Reading, caption, draw, held_out, read, sample, softened, vocabulary
 from sodaprof.models.opensora.text import with_scores
 from sodaprof.models.opensora.vae import AutoencoderKLOpenSora
@@ -124,3 +124,14 @@ def test_a_linear_start_repeats_averages():
         found = vae.decode(vae.encode(x).latent_dist.mean).sample
     wanted = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
     assert (found - wanted).square().mean() < 1e-3 < (x - wanted).square().mean()
+
+
+def test_a_linear_start_in_time_repeats_averages():
+    half = AutoencoderKLOpenSora(**VAE).temporal_vae
+    start_linear_in_time(half)
+    x = torch.randn(2, 4, motions.FRAMES, 8, 8, generator=generator())
+    with torch.no_grad():
+        found = half(x)
+    averages = F.pad(x, (0, 0, 0, 0, 3, 0)).unflatten(2, (5, 4)).mean(3)
+    wanted = averages.repeat_interleave(4, 2)[:, :, 3:]
+    assert (found - wanted).square().mean() < 0.01 * wanted.square().mean()

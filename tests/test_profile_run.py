@@ -119,15 +119,17 @@ def test_other_settings_do_not_resume(tmp_path):
     assert run_profile(pipe, other, folder, force=True).manifest["samples"] == 6
 
 
-def test_passes_over_groups_of_sites_give_the_same_tables(profiled, tmp_path):
+def test_passes_over_groups_of_sites_give_the_same_tables(tmp_path):
     pipe = tiny_pipe()
-    whole = plan_profile(pipe, "DiTPipeline", **SETTINGS)
-    plan = plan_profile(pipe, "DiTPipeline", **SETTINGS, memory_bytes=int(whole.extra_bytes * 0.6))
+    single = plan_profile(pipe, "DiTPipeline", **SETTINGS | {"batch_size": 1})
+    plan = plan_profile(pipe, "DiTPipeline", **SETTINGS, memory_bytes=int(single.extra_bytes * 0.6))
     assert len(plan.groups) == 2
-    assert plan.extra_bytes <= whole.extra_bytes * 0.6
+    assert plan.extra_bytes <= single.extra_bytes * 0.6
     run_profile(pipe, plan, tmp_path / "p")
-    assert tables(tmp_path / "p") == tables(profiled.folder)
-    with pytest.raises(SodaprofError, match="--batch-size"):
+    run_profile(pipe, single, tmp_path / "whole")
+    assert len(single.groups) == 1
+    assert tables(tmp_path / "p") == tables(tmp_path / "whole")
+    with pytest.raises(SodaprofError, match="--max-interval"):
         plan_profile(pipe, "m", **SETTINGS, memory_bytes=1000)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sodaprof.profiler.errors import Ring, kept_tokens
+from sodaprof.profiler.memory import Grid
 from sodaprof.profiler.statistics import Statistics
 from sodaprof.profiles import CELL, MEAN, read_table
 from sodaprof.runtime.tokens import feature_mean, top
@@ -188,7 +189,7 @@ def model(make_model):
 
 def empty(model) -> Statistics:
     sites = [(name, s) for name, t in model.transformers.items() for s in t.sites]
-    return Statistics(sites, STEPS, AGES, 2, POINTS)
+    return Statistics(sites, STEPS, AGES, 2, POINTS, [Grid(1, 1, site.tokens, 1) for _, site in sites])
 
 
 def tables(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

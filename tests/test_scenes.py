@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sodaprof.models import scenes
+from sodaprof.models.classifier import Classifier, load_classifier
 from sodaprof.models.load import read_prompts
 
 
@@ -121,3 +122,17 @@ def test_calibration_prompts_are_captions_that_are_not_held_out():
     made = generator(100)
     batch = scenes.sample(100, made)
     assert read_prompts("tiny-pixart") == [scenes.caption(batch, row, made).text for row in range(100)]
+
+
+def test_a_judge_of_several_questions_survives_saving(tmp_path):
+    torch.manual_seed(0)
+    model = Classifier(tuple("abxyz"), width=2, heads=(2, 3), grid=2).bfloat16().float().eval()
+    model.save(tmp_path / "classifier", torch.bfloat16)
+    loaded = load_classifier(tmp_path)
+    pictures = 2 * torch.rand(50, 3, 32, 32, generator=generator()) - 1
+    assert torch.equal(loaded(pictures), model(pictures))
+    found = loaded.verdicts(pictures)
+    assert torch.equal(found[:, 0], model(pictures)[:, :2].argmax(1))
+    assert torch.equal(found[:, 1], model(pictures)[:, 2:].argmax(1))
+    mirrored = loaded.features(pictures.flip(3)) - loaded.features(pictures)
+    assert mirrored.abs().max() > 1e-3

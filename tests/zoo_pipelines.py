@@ -332,7 +332,7 @@ def profiles(work: Work) -> str:
     settings = {"steps": STEPS, "samples": 2, "batch_size": 2, "max_interval": 4, "name": "tiny"}
     profile = sodaprof.profile(work.case.pipe, work.folder, call=work.case.call, **settings)
     errors = profile.caching_error()
-    expect(all((e[3, :, 1] > 0).any() for e in errors.values()), "no site has an error of reuse at step 3")
+    expect(all((e[:, :, 1] > 0).any() for e in errors.values()), "no site has an error of reuse")
     return f"{sum(len(t.sites) for t in profile.model.transformers.values())} sites"
 
 

@@ -24,6 +24,7 @@ from .shared import (
     make_console,
     progress,
     say_next,
+    size,
 )  # fmt: skip
 
 
@@ -31,11 +32,18 @@ def profile(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
     steps: Steps = 50,
-    samples: Annotated[int, typer.Option(help="Generations to average over.")] = 100,
+    samples: Annotated[
+        int | None, typer.Option(help="Generations to average over.  [default: 100, of video 10]")
+    ] = None,
     prompts: Prompts = None,
     guidance_scale: Scale = None,
     max_interval: Annotated[int, typer.Option(help="Longest cache interval; ages 1 to this minus 1 are measured.")] = 8,
-    batch_size: Batch = 16,
+    batch_size: Annotated[
+        int, typer.Option(help="Generations at once, at most: fewer where that saves passes over them.")
+    ] = 16,
+    tokens: Annotated[
+        str, typer.Option(help="Errors a token: pooled to 1024 a site where there are more, or full.")
+    ] = "pooled",
     seed: Annotated[int, typer.Option(help="Seed of the first generation.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
@@ -45,6 +53,8 @@ def profile(
     from ..files import refuse_existing
 
     refuse_existing(output, force)
+    if tokens not in ("pooled", "full"):
+        raise SodaprofError(f"--tokens is {tokens!r}; expected pooled or full.")
     from ..models.load import load_pipeline, read_prompts
     from ..profiler.plan import plan_profile
     from ..profiler.run import run_profile
@@ -54,20 +64,19 @@ def profile(
     pipe = load_pipeline(model, dtype, device)
     plan = plan_profile(
         pipe, model, steps=steps, samples=samples, prompts=entries, guidance_scale=guidance_scale,
-        max_interval=max_interval, batch_size=batch_size, seed=seed,
+        max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
     )  # fmt: skip
     console.print(
-        f"{len(plan.sites)} sites, {steps} steps, {samples} generations in {len(plan.groups)} pass(es): "
-        f"{plan.extra_bytes / 2**20:.0f} MiB of extra memory, about {plan.disk_bytes / 2**20:.1f} MiB on disk, "
-        f"about {duration(plan.seconds)}"
+        f"{len(plan.sites)} sites, {steps} steps, {plan.request['samples']} generations, {plan.request['batch_size']} at "
+        f"once, in {len(plan.groups)} pass(es)\nMemory beside the model's: {size(plan.extra_bytes)} on the device, "
+        f"{size(plan.host_bytes)} on the host. Disk: at most {size(plan.disk_bytes)}. Time: about {duration(plan.seconds)}"
     )
     with progress(console, "profile") as on_progress:
         found = run_profile(pipe, plan, output, force=force, on_progress=on_progress)
     taken = found.manifest["measured"]
-    size = sum(f.stat().st_size for f in output.iterdir())
     console.print(
         f"Took {duration(taken['seconds'])}, {taken['time_over_plain']:.2f}x plain sampling. "
-        f"Wrote {output}/ ({size / 2**20:.2f} MiB)"
+        f"Wrote {output}/ ({size(sum(f.stat().st_size for f in output.iterdir()))})"
     )
     say_next(console, f"sodaprof compile {output} --budget 2.0x -o schedule.json")
 
@@ -114,7 +123,10 @@ def inspect(
 
 def run(
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Picture to write.")],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", metavar="FILE", help="Picture to write; of a video model .mp4, or some frames."),
+    ],
     schedule: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="A schedule.  [default: the one beside the weights]")
     ] = None,
@@ -123,6 +135,11 @@ def run(
     label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture, the next counts on.")] = 0,
     guidance_scale: Scale = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, with --width.  [default: the pipeline's]")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, with --height.")] = None,
+    allow_resolution: Annotated[
+        bool, typer.Option("--allow-resolution", help="Also at another size than profiled, pruning scaled to it.")
+    ] = False,
     runtime: Runtime = "hooks",
     dtype: Dtype = None,
     device: Device = None,
@@ -139,7 +156,8 @@ def run(
     if schedule is not None:
         load_schedule(schedule)  # a broken file is told before a model is loaded
     from ..models.load import call, load_pipeline, pictures_of
-    from ..report.pictures import save_picture, save_side_by_side
+    from ..report.clips import save_video
+    from ..report.pictures import save_picture, save_side_by_side, strip
     from ..runtime.attach import apply_with
     from ..runtime.shipped import find_shipped
 
@@ -153,10 +171,18 @@ def run(
         )
     pipe.set_progress_bar_config(disable=not console.is_terminal)
     scale = loaded.sampler.guidance_scale if guidance_scale is None else guidance_scale
-    with apply_with(pipe, loaded, runtime) as handle:
-        pictures = pictures_of(call(pipe, entries, [seed + i for i in range(len(entries))], loaded.steps, scale))
-    if len(pictures) == 1:
-        save_picture(pictures[0], output, force=force)
+    if (height is None) != (width is None):
+        raise SodaprofError("Give --height and --width together, or neither.")
+    size_ = None if height is None or width is None else (height, width)
+    seeds = [seed + i for i in range(len(entries))]
+    with apply_with(pipe, loaded, runtime, allow_resolution=allow_resolution) as handle:
+        pictures = pictures_of(call(pipe, entries, seeds, loaded.steps, scale, size=size_))
+    if output.suffix == ".mp4":
+        if pictures.ndim != 5 or len(pictures) > 1:
+            raise SodaprofError(f"{output}: an mp4 holds one clip. Give one prompt to a video model, or a .png.")
+        save_video(pictures[0], output, force=force)
+    elif len(pictures) == 1:
+        save_picture(strip(pictures[0]) if pictures.ndim == 5 else pictures[0], output, force=force)
     else:
         names = {f"{e} (seed {seed + i})": pictures[i : i + 1] for i, e in enumerate(entries)}
         save_side_by_side(names, output, force=force)

@@ -70,10 +70,9 @@ def _possible(compile_with: Callable[[CostModel], Schedule], costs: CostModel) -
 
 def _overhead(cost: CostModel) -> str:
     """Returns what of a step's time no reuse can save."""
-    parts = cost.transformers.values()
-    full = sum(part.full for part in parts) + cost.loop_step(False)
-    cached = sum(part.step.all_cached for part in parts) + cost.loop_step(False)
-    return f"on this device a step that reuses everything takes {cached:.3g} ms of {full:.3g}, scheduler and guidance included"
+    loop = cost.loop_step(False)
+    shares = [f"{p.step.all_cached + loop:.3g} ms of {p.full + loop:.3g}" for p in cost.transformers.values()]
+    return f"on this device a step that reuses everything takes {' or '.join(shares)}, scheduler and guidance included"
 
 
 def parse_budget(text: str | float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -33,6 +35,22 @@ def place_anchors(segment: np.ndarray, steps: int, most: int | None = None) -> d
                 anchors.append(step)
                 step += int(choice[left, step])
             found[count] = (anchors, float(best[count, 0]))
+    return found
+
+
+def place_in_turns(segment: np.ndarray, turns: Sequence[range]) -> dict[int, tuple[list[int], float]]:
+    """Returns `place_anchors` for a transformer that works in turns, at whose first steps it computes everything.
+
+    segment: as there, of all T steps; no segment goes beyond its turn. Exact: counts of anchors are split over the turns.
+    """
+    found: dict[int, tuple[list[int], float]] = {0: ([], 0.0)}
+    for turn in turns:
+        longer: dict[int, tuple[list[int], float]] = {}
+        for count, (own, error) in place_anchors(segment[turn.start : turn.stop], len(turn)).items():
+            for before, (anchors, so_far) in found.items():
+                if count + before not in longer or so_far + error < longer[count + before][1]:
+                    longer[count + before] = [*anchors, *(turn.start + step for step in own)], so_far + error
+        found = longer
     return found
 
 

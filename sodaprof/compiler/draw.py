@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,15 +27,17 @@ def draw_schedule(model: Model, sampler: Sampler, anchors: list[int], prune: dic
     plans = {}
     for name, transformer in model.transformers.items():
         rows, ks = {}, {}
+        own = [step for step, past in enumerate(transformer.past(sampler.steps)) if past >= 0]
+        stack = "".join("." if step in own else "_" for step in range(sampler.steps))
         for i, site in enumerate(transformer.sites):
             k = prune[name][:, i] if name in prune else np.full(sampler.steps, -1)
-            row = ["R" if k[t] < 0 else "P" if k[t] < site.tokens else "C" for t in range(sampler.steps)]
-            for t in anchors:
-                row[t] = "C"
+            row = ["_"] * sampler.steps
+            for t in own:
+                row[t] = "C" if t in anchors or k[t] >= site.tokens else "R" if k[t] < 0 else "P"
             rows[site.key] = "".join(row)
             if "P" in row:
                 ks[site.key] = tuple(int(k[t]) for t in range(sampler.steps) if row[t] == "P")
-        plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, "." * sampler.steps, ks)
+        plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, stack, ks)
     pruned = any(plan.k for plan in plans.values())
     return Schedule(plans, sampler, model.shape, {}, token_rule=FEATURE_MEAN if pruned else None)
 
@@ -69,18 +71,20 @@ def sign(
 def cache_bytes(schedule: Schedule, model: Model) -> int:
     """Bytes that the caches of one generation take, both guidance branches included.
 
-    One output for each site that is not always computed; for forecasts of the stack, the most sources alive at once.
+    One output for each site that is not always computed; for forecasts of the stack, the most sources alive at once. Of
+    transformers that take turns the one that keeps most: each begins with nothing.
     """
     branches = 1 if schedule.sampler.guidance_form == "none" else 2
     size = 4 if model.shape["dtype"] == "float32" else 2
-    total = 0
+    totals = []
     for name, plan in schedule.transformers.items():
+        total = 0
         for site in model.transformers[name].sites:
             if set(plan.rows[site.key]) & set("RFP"):
                 total += site.tokens * site.width * size * branches
         last = model.transformers[name].sites[-1]
-        total += _most_alive(plan) * last.tokens * last.width * size * branches
-    return total
+        totals.append(total + _most_alive(plan) * last.tokens * last.width * size * branches)
+    return max(totals)
 
 
 def _most_alive(plan: Plan) -> int:
@@ -100,13 +104,40 @@ def one_transformer(model: Model, policy: str) -> str:
     return next(iter(model.transformers))
 
 
-def reuse_only_cost(model: Model, sampler: Sampler, cost: CostModel) -> tuple[float, Callable[[int], float]]:
-    """Returns the loop's cost with every step full, and a function: its cost with k full steps and the rest all R."""
+def turns_of(model: Model, sampler: Sampler, policy: str) -> dict[str, list[range]]:
+    """Returns each transformer's turns: runs of steps at which the pipeline calls it.
+
+    Raises UnsupportedModelError where not exactly one transformer is called at each step.
+    """
+    past = {name: transformer.past(sampler.steps) for name, transformer in model.transformers.items()}
+    if any(sum(p >= 0 for p in column) != 1 for column in zip(*past.values(), strict=True)):
+        raise UnsupportedModelError(
+            f"{model.name} has several transformers ({', '.join(model.transformers)}) that do not take turns; --policy "
+            f"{policy} takes those of which one works at each step."
+        )
+    turns: dict[str, list[range]] = {name: [] for name in past}
+    for name, ages in past.items():
+        for step, age in enumerate(ages):
+            if age == 0:
+                turns[name].append(range(step, step))
+            if age >= 0:
+                turns[name][-1] = range(turns[name][-1].start, step + 1)
+    return turns
+
+
+def reuse_only_cost(
+    model: Model, sampler: Sampler, cost: CostModel
+) -> tuple[float, Callable[[Mapping[str, int]], float]]:
+    """Returns the loop's cost with every step full, and a function of {transformer: k}: with k full steps, the rest all R."""
     check_covers(cost, {name: [s.key for s in t.sites] for name, t in model.transformers.items()})
-    steps, tables = sampler.steps, [cost.transformers[name] for name in model.transformers]
-    loop = steps * cost.loop_step(False)
-    full, cached = sum(t.full for t in tables), sum(t.step.all_cached for t in tables)
-    return loop + steps * full, lambda k: loop + k * full + (steps - k) * cached
+    loop = sampler.steps * cost.loop_step(False)
+    steps = {name: sum(p >= 0 for p in t.past(sampler.steps)) for name, t in model.transformers.items()}
+
+    def spent(full: Mapping[str, int]) -> float:
+        tables = ((cost.transformers[name], full[name], steps[name]) for name in steps)
+        return loop + sum(k * table.full + (own - k) * table.step.all_cached for table, k, own in tables)
+
+    return spent(steps), spent
 
 
 def take_knobs(policy: str, defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 
-from ..cost import CostModel, SiteCost
+from ..cost import CostModel, TransformerCost
 from ..errors import BudgetError
 from ..profiles import Profile
 from ..schedule import Schedule
-from ..sites import Model, Sampler
-from .anchors import ages_since, place_anchors, segment_costs
-from .draw import draw_schedule, one_transformer, reuse_only_cost, sign, take_knobs, unreachable, within
+from ..sites import Model, Sampler, Site
+from .anchors import ages_since, place_in_turns, segment_costs
+from .draw import draw_schedule, reuse_only_cost, sign, take_knobs, turns_of, unreachable, within
 
 KNOBS: dict[str, Any] = {
     "anchors": 0,  # N_s; 0: the number with the least predicted error
@@ -30,7 +32,8 @@ def compile_soda(
     """Returns the schedule of least predicted error within the budget.
 
     For every N_s that the budget allows, DCS places the anchors and UAS spends what is left of the budget on pruning;
-    the N_s of least predicted error (sum of 1 − cosine over all cached cells) wins.
+    the N_s of least predicted error (sum of 1 − cosine over all cached cells) wins. Of transformers that take turns, each
+    has an N_s of its own, under the one budget: every combination that this allows is tried.
     """
     if profile is None:
         raise BudgetError("Policy soda needs sensitivity tables. Measure them: sodaprof profile MODEL -o DIR")
@@ -38,48 +41,57 @@ def compile_soda(
     for knob, allowed in (("uas", UAS), ("segment", ("sum", "endpoint")), ("metric", ("cos", "l1", "l2"))):
         if chosen[knob] not in allowed:
             raise BudgetError(f"Knob {knob} is {chosen[knob]!r}; expected one of {', '.join(allowed)}.")
-    name = one_transformer(model, "soda")
-    steps = sampler.steps
-    caching = profile.caching_error("cos")[name]  # [T, S, ages + 1]
-    placing = caching if chosen["metric"] == "cos" else profile.caching_error(chosen["metric"])[name]
+    turns = turns_of(model, sampler, "soda")
+    caching = profile.caching_error("cos")  # [T, S, ages + 1] of each transformer
+    placing = caching if chosen["metric"] == "cos" else profile.caching_error(chosen["metric"])
     pruning, rates = profile.pruning_error()
-    segment = segment_costs(np.nansum(placing, axis=1), last_only=chosen["segment"] == "endpoint")
-
     full, spent = reuse_only_cost(model, sampler, cost)
-    placed = place_anchors(segment, steps)
-    affordable = {n: anchors for n, (anchors, _) in placed.items() if within(spent(n), full / budget)}
+    placed = {}
+    for name, own in turns.items():
+        segment = segment_costs(np.nansum(placing[name], axis=1), last_only=chosen["segment"] == "endpoint")
+        placed[name] = place_in_turns(segment, own)
+
+    every = [dict(zip(placed, counts, strict=True)) for counts in product(*placed.values())]
+    affordable = [counts for counts in every if within(spent(counts), full / budget)]
     if not affordable:
-        raise unreachable(budget, full / spent(min(placed)), cost)
+        raise unreachable(budget, full / spent({name: min(counts) for name, counts in placed.items()}), cost)
     if chosen["anchors"]:
-        if chosen["anchors"] not in affordable:
+        fitting = [counts for counts in affordable if sum(counts.values()) == chosen["anchors"]]
+        if not fitting:
+            sums = [sum(counts.values()) for counts in affordable]
             raise BudgetError(
                 f"{chosen['anchors']} anchors do not fit {budget:.3g}x within max-interval {profile.max_age + 1}; "
-                f"{min(affordable)} to {max(affordable)} do."
+                f"{min(sums)} to {max(sums)} do."
             )
-        affordable = {chosen["anchors"]: affordable[chosen["anchors"]]}
+        affordable = fitting
 
-    sites = model.transformers[name].sites
-    tables = [cost.transformers[name].sites[s.key] for s in sites]
-    prunable = np.array([s.prunable for s in sites])
-    tokens = np.array([s.tokens for s in sites])
-    # a step with a pruned site pays `fixed` and each R by itself, where a fully cached one pays `all_cached`
-    step_cost = cost.transformers[name].step
-    surcharge = step_cost.fixed + sum(table.R for table in tables) - step_cost.all_cached
-    best: tuple[float, list[int], np.ndarray] | None = None
-    for count, anchors in affordable.items():
-        cells = Cells(anchors, caching, pruning[name], rates, tables, prunable, tokens, surcharge)
-        k, error = UAS[chosen["uas"]](cells, full / budget - spent(count), chosen["scale"])
+    parts: dict[tuple[str, int], Part] = {}
+    for name, count in {item for counts in affordable for item in counts.items()}:
+        steps = [step for turn in turns[name] for step in turn]
+        sites, table = model.transformers[name].sites, cost.transformers[name]
+        errors = caching[name][steps], pruning[name][steps]
+        cells = Cells([steps.index(t) for t in placed[name][count][0]], *errors, rates, sites, table)
+        parts[name, count] = UAS[chosen["uas"]](cells, chosen["scale"])
+    best: tuple[float, dict[str, int], list[np.ndarray]] | None = None
+    for counts in affordable:
+        ks, error = spend([parts[item] for item in counts.items()], full / budget - spent(counts))
         if best is None or error < best[0]:
-            best = error, anchors, k
+            best = error, counts, ks
     assert best is not None  # affordable is not empty
-    error, anchors, k = best
-    schedule = draw_schedule(model, sampler, anchors, {name: k})
+    error, counts, ks = best
+    anchors = sorted(step for name, count in counts.items() for step in placed[name][count][0])
+    prune = {}
+    for name, k in zip(counts, ks, strict=True):
+        prune[name] = np.full((sampler.steps, k.shape[1]), -1)
+        prune[name][[step for turn in turns[name] for step in turn]] = k
+    schedule = draw_schedule(model, sampler, anchors, prune)
     return sign(schedule, "soda", chosen | {"anchors": len(anchors)}, profile, model, cost, error)
 
 
 class Cells:
     """The cached cells of one choice of anchors, with the error and the cost of every action on them.
 
+    T: one transformer's own steps, by which its anchors are numbered.
     reuse [T, S]: E_c at the true age. prune, prune_cost [T, S, G] and keep [G]: the same for each number of kept tokens.
     """
 
@@ -89,15 +101,13 @@ class Cells:
         caching: np.ndarray,
         pruning: np.ndarray,
         rates: np.ndarray,
-        tables: list[SiteCost],
-        prunable: np.ndarray,
-        tokens: np.ndarray,
-        surcharge: float,
+        sites: tuple[Site, ...],
+        cost: TransformerCost,
     ) -> None:
-        steps, sites = caching.shape[:2]
+        steps = len(caching)
         self.age = ages_since(anchors, steps)
-        self.cached = (self.age > 0)[:, None] & np.ones(sites, dtype=bool)
-        self.prunable = self.cached & prunable
+        self.cached = (self.age > 0)[:, None] & np.ones(len(sites), dtype=bool)
+        self.prunable = self.cached & np.array([s.prunable for s in sites])
         t = np.arange(steps)
         self.reuse = np.where(self.cached, caching[t, :, self.age], 0.0)
         # prune rates from 0 (nothing dropped, no error) over the profile's to 1 (all dropped: reuse)
@@ -105,7 +115,11 @@ class Cells:
         self.prune = self._with_ends(pruning[t, :, self.age], self.reuse)
         first = np.minimum(self.age, 1)
         self.prune_first = self._with_ends(pruning[t, :, first], np.nan_to_num(caching[t, :, first]))
-        self.tables, self.tokens, self.surcharge = tables, tokens, surcharge
+        self.tokens = np.array([s.tokens for s in sites])
+        tables = [cost.sites[s.key] for s in sites]
+        self.columns = {table: [i for i, other in enumerate(tables) if other == table] for table in set(tables)}
+        # a step with a pruned site pays `fixed` and each R by itself, where a fully cached one pays `all_cached`
+        self.surcharge = cost.step.fixed + sum(table.R for table in tables) - cost.step.all_cached
 
     @staticmethod
     def _with_ends(prune: np.ndarray, reuse: np.ndarray) -> np.ndarray:
@@ -113,7 +127,10 @@ class Cells:
 
     def cost_of(self, k: np.ndarray) -> np.ndarray:
         """Cost beyond reuse [T, S, ...] of recomputing k [T, S, ...] tokens."""
-        return np.stack([table.prune(k[:, i]) - table.R for i, table in enumerate(self.tables)], axis=1)
+        found = np.empty(k.shape)
+        for table, columns in self.columns.items():
+            found[:, columns] = table.prune(k[:, columns]) - table.R
+        return found
 
     def total(self, k: np.ndarray) -> float:
         """Cost beyond reuse of the whole choice k [T, S], −1 where the cell is reused."""
@@ -134,17 +151,23 @@ class Cells:
         return take(right - 1) * (1 - part) + take(right) * part
 
 
-def prune_none(cells: Cells, left: float, scale: float) -> tuple[np.ndarray, float]:
-    """Returns k [T, S] (−1 everywhere: reuse) and the predicted error."""
-    k = np.full(cells.reuse.shape, -1)
-    return k, cells.error_of(k)
+@dataclass(frozen=True)
+class Part:
+    """One transformer's cells, and a family of choices on them: the larger the parameter, the less is pruned."""
+
+    cells: Cells
+    choose: Callable[[float], np.ndarray] | None = None  # parameter -> k [T, S], −1: reused; None: all cells are
+    low: float = 0.0  # the range of the parameter
+    high: float = 0.0
 
 
-def prune_priced(cells: Cells, left: float, scale: float) -> tuple[np.ndarray, float]:
-    """Returns k [T, S] and the predicted error: each cell at the rate of largest (E_c − E_p) − price · cost.
+def prune_none(cells: Cells, scale: float) -> Part:
+    """Every cell is reused."""
+    return Part(cells)
 
-    The price is bisected so that the pruning costs at most `left`: a site is pruned where (E_c − E_p) / cost reaches it.
-    """
+
+def prune_priced(cells: Cells, scale: float) -> Part:
+    """Each cell at the rate of largest (E_c − E_p) − price · cost: pruned where (E_c − E_p) / cost reaches the price."""
     keep = np.rint((1 - cells.rates) * cells.tokens[:, None]).astype(int)  # [S, G]
     k = np.broadcast_to(keep, (*cells.reuse.shape, keep.shape[1]))
     gain = np.where(cells.prunable[..., None] & (k > 0), cells.reuse[..., None] - cells.prune, -np.inf)
@@ -159,13 +182,13 @@ def prune_priced(cells: Cells, left: float, scale: float) -> tuple[np.ndarray, f
         return np.where((best == keep.shape[1] - 1) | ~cells.prunable, -1, chosen)
 
     top = float((gain / cost).max(initial=0.0))
-    return _bisect(cells, choose, 0.0, 2 * top + 1e-30, left)
+    return Part(cells, choose, 0.0, 2 * top + 1e-30)
 
 
-def prune_paper(cells: Cells, left: float, scale: float) -> tuple[np.ndarray, float]:
-    """Returns k [T, S] and the predicted error by the published rule: prune where E_p(age 1, rate) < E_c(true age).
+def prune_paper(cells: Cells, scale: float) -> Part:
+    """By the published rule, prune where E_p(age 1, rate) < E_c(true age); the parameter is −beta.
 
-    keep = clamp(scale · E_c + beta, 0, 1), rate = 1 − keep; beta is bisected so that the pruning costs at most `left`.
+    keep = clamp(scale · E_c + beta, 0, 1), rate = 1 − keep.
     """
 
     def choose(minus_beta: float) -> np.ndarray:
@@ -174,27 +197,28 @@ def prune_paper(cells: Cells, left: float, scale: float) -> tuple[np.ndarray, fl
         pruned = cells._at_rate(cells.prune_first, 1 - tokens / cells.tokens) < cells.reuse
         return np.where(pruned & cells.prunable & (tokens > 0), tokens, -1)
 
-    return _bisect(cells, choose, -1.0, float(scale * cells.reuse.max(initial=0.0)), left)
+    return Part(cells, choose, -1.0, float(scale * cells.reuse.max(initial=0.0)))
 
 
-def _bisect(
-    cells: Cells, choose: Callable[[float], np.ndarray], low: float, high: float, left: float
-) -> tuple[np.ndarray, float]:
-    """Returns the choice with the smallest parameter whose cost is at most `left`; larger parameters prune less."""
-    none, error = prune_none(cells, left, 1.0)
-    best = none
-    if left > 0:
+def spend(parts: list[Part], left: float) -> tuple[list[np.ndarray], float]:
+    """Returns k [T, S] of each part (−1: reuse) and the predicted error of all, where pruning costs at most `left`.
+
+    One parameter for all parts is bisected: the smallest whose choice keeps to that.
+    """
+    best = [np.full(part.cells.reuse.shape, -1) for part in parts]
+    low, high = min(part.low for part in parts), max(part.high for part in parts)
+    if left > 0 and all(part.choose for part in parts):
         for _ in range(60):
             middle = (low + high) / 2
-            k = choose(middle)
-            if cells.total(k) <= left:
-                best, high = k, middle
+            ks = [part.choose(middle) for part in parts if part.choose]
+            if sum(part.cells.total(k) for part, k in zip(parts, ks, strict=True)) <= left:
+                best, high = ks, middle
             else:
                 low = middle
-    return (best, cells.error_of(best)) if best is not none else (none, error)
+    return best, sum(part.cells.error_of(k) for part, k in zip(parts, best, strict=True))
 
 
-UAS: dict[str, Callable[[Cells, float, float], tuple[np.ndarray, float]]] = {
+UAS: dict[str, Callable[[Cells, float], Part]] = {
     "priced": prune_priced,
     "paper": prune_paper,
     "none": prune_none,

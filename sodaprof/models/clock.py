@@ -40,6 +40,7 @@ class Clock:
         self.on_start, self.on_end = on_start, on_end
         self.step: int | None = None  # None: no run under way
         self.branches = 0  # transformer calls since the last scheduler step
+        self.begins = True  # at this step a transformer's turn begins
         self.loop: Any = None  # takes the steps after the first itself: asked here for what they give
         self._saved: dict[str, Any] = {}
 
@@ -52,7 +53,7 @@ class Clock:
             self.step = None
             result = set_timesteps(*args, **kwargs)
             self._check_timesteps()
-            self.step, self.branches = 0, 0
+            self.step, self.branches, self.begins = 0, 0, True
             self.on_start()
             return result
 
@@ -69,7 +70,7 @@ class Clock:
             if self.loop is not None and self.step == 0:
                 self.loop.begin(self.scheduler, model_output, sample, result, kwargs)
             if self.step is not None:
-                self.step, self.branches = self.step + 1, 0
+                self.step, self.branches, self.begins = self.step + 1, 0, False
                 if self.step == self.sampler.steps:
                     self.step = None
                     self.on_end()
@@ -107,7 +108,13 @@ class Clock:
         counts = hasattr(self.scheduler, "step_index")  # on the host, and looked at after the step
         if (on_host or (self.step == 0 and not counts)) and float(timestep) != float(wanted):
             self._refuse_start(f"at timestep {wanted:g}", f"at {float(timestep):g}")
-        if self.step == 0:
+        if not self.branches:
+            step, self.step = self.step, None
+            raise MismatchError(
+                f"The pipeline took step {step} without calling a transformer, which the schedule has at work there. Run it "
+                "without what skips steps, or remove() the schedule."
+            )
+        if self.begins:
             self._check_guidance()
 
     def _check_index(self) -> None:
@@ -154,18 +161,47 @@ class Clock:
 
 
 class TransformerHook(ModelHook):  # type: ignore[misc]
-    """The diffusers hook on a transformer: sets the moment before each of its calls."""
+    """The diffusers hook on a transformer: sets the moment before each of its calls.
 
-    def __init__(self, clock: Clock, moment: Moment, check: Callable[[], None]) -> None:
+    past: how many steps of its turn go before each step, −1 where another transformer is at work (`sites.turn_ages`).
+    on_turn is called before the first call of each turn. Raises MismatchError for a call out of turn.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        moment: Moment,
+        check: Callable[[], None],
+        name: str,
+        past: list[int],
+        on_turn: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.clock, self.moment, self.check = clock, moment, check
+        self.name, self.past, self.on_turn = name, past, on_turn
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.check()
         self.moment.step, self.moment.branch = self.clock.enter(latents_of(module, args, kwargs))
+        past = self.past[self.moment.step]
+        if past < 0:
+            self._refuse()
+        if past == 0 and self.moment.branch == 0:
+            self.clock.begins = True
+            self.on_turn()
         self.moment.forward += 1
         self.moment.tabled = False
         return args, kwargs
+
+    def _refuse(self) -> None:
+        """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""
+        step, self.clock.step = self.moment.step, None
+        mine = [t for t, past in enumerate(self.past) if past >= 0]
+        raise MismatchError(
+            f"The pipeline calls {self.name} at step {step} (timestep {self.clock.sampler.timesteps[step]:g}), where another "
+            f"transformer was at work when it was profiled; {self.name} was at work at steps {_brief(tuple(mine))}. Set the "
+            "boundary between them back (for Wan pipe.register_to_config(boundary_ratio=...)), or profile and compile anew."
+        )
 
 
 def _brief(values: tuple[float, ...]) -> str:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ def inspect_pipeline(
         entry = default_prompts(pipe)[0] if own is None else 0
     with torch.no_grad():
         step = record_step(pipe, [entry], steps, guidance_scale, own)
-        transformers = {n: find_sites(pipe, n, step) for n in dict.fromkeys(c[0] for c in step.calls)}
+        names = dict.fromkeys(name for name, *_ in step.calls)
+        transformers = {n: replace(find_sites(pipe, n, step), called=step.called.get(n, ())) for n in names}
     first = next(iter(transformers))
     parameter = next(pipe.components[first].parameters())
     shape = {
@@ -61,11 +62,21 @@ def inspect_pipeline(
 
 
 def guidance_form(pipe: Any, step: Step) -> str:
-    """Returns how a step calls the network: "halves" (both branches in one batch), "passes" or "none"."""
-    if step.passes > 1:
-        return "passes"
-    name, args, kwargs = step.calls[0]
-    return "halves" if is_halved(latents_of(pipe.components[name], args, kwargs)) else "none"
+    """Returns how a step calls the network: "halves" (both branches in one batch), "passes" or "none".
+
+    Raises UnsupportedModelError where networks that take turns are not called alike.
+    """
+    forms = {}
+    for name, args, kwargs in step.calls:
+        halved = is_halved(latents_of(pipe.components[name], args, kwargs))
+        forms[name] = "passes" if name in forms else "halves" if halved else "none"
+    if step.called and len(set(forms.values())) > 1:
+        found = ", ".join(f"{name} with {form}" for name, form in forms.items())
+        raise UnsupportedModelError(
+            f"The pipeline's transformers take turns and are guided differently ({found}); this release takes one guidance "
+            "form. Call the pipeline with guidance on, or off, for all of them."
+        )
+    return next(iter(forms.values()))
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:

@@ -117,12 +117,16 @@ def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
 
 
 def pictures_of(out: Any) -> np.ndarray:
-    """Returns the pictures [n, H, W, 3] in [0, 1] of a pipeline's output; UnsupportedModelError where it made none."""
-    if not hasattr(out, "images"):
+    """Returns the pictures [n, H, W, 3] or clips [n, F, H, W, 3] in [0, 1] of a pipeline's output.
+
+    Raises UnsupportedModelError where it made neither.
+    """
+    found = next((getattr(out, name) for name in ("images", "frames") if hasattr(out, name)), None)
+    if found is None:
         raise UnsupportedModelError(
-            f"The pipeline returned {type(out).__name__} without images; this release takes images."
+            f"The pipeline returned {type(out).__name__} without images or frames; this release takes these."
         )
-    return np.asarray(out.images, dtype=np.float32)
+    return np.asarray(found, dtype=np.float32)
 
 
 def takes_labels(pipe: Any) -> bool:
@@ -155,10 +159,18 @@ def read_prompts(path: str | Path) -> list[int | str]:
     return [int(e) if e.lstrip("-").isdigit() else e for e in entries]
 
 
+def makes_video(pipe: Any) -> bool:
+    """Whether the pipeline is called with a number of frames."""
+    return bool({"num_frames", "video_length"} & set(inspect.signature(pipe.__call__).parameters))
+
+
 def default_prompts(pipe: Any) -> list[int | str]:
-    """Returns the pipeline's own labels where it names a few, else the shipped labels or prompts."""
+    """Returns the pipeline's own labels where it names a few, or shipped entries: under the model's name, or for its kind."""
+    own_list = Path(str(pipe.config.get("_name_or_path", ""))).name
+    if any((folder / f"{own_list}.txt").is_file() for folder in PROMPT_FOLDERS):
+        return read_prompts(own_list)
     if not takes_labels(pipe):
-        return read_prompts("text-to-image")
+        return read_prompts("text-to-video" if makes_video(pipe) else "text-to-image")
     own: list[int | str] = sorted(set((getattr(pipe, "labels", None) or {}).values()))
     return own if 0 < len(own) <= 100 else read_prompts("imagenet-labels")
 
@@ -179,10 +191,12 @@ def call(
     guidance_scale: float | None = None,
     output_type: str = "np",
     own: OwnCall | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Any:
     """Returns the pipeline's own output for one entry and one seed a generation.
 
     Each generation draws from its own generator, so that a picture does not depend on what else is in the batch.
+    size: height and width in pixels, by default the pipeline's.
     own: called in place of the pipeline, with the entries and the generators; it sets everything else itself.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -200,6 +214,10 @@ def call(
     arguments: dict[str, Any] = {"class_labels" if labels else "prompt": list(entries)}
     if guidance_scale is not None:
         arguments["guidance_scale"] = guidance_scale
+    if size is not None:
+        if "height" not in inspect.signature(pipe.__call__).parameters:
+            raise SodaprofError(f"{type(pipe).__name__} makes pictures of one size. Leave --height and --width out.")
+        arguments |= {"height": size[0], "width": size[1]}
     if _is_below_bins(pipe):
         arguments["use_resolution_binning"] = False
     return pipe(**arguments, generator=generators, num_inference_steps=steps, output_type=output_type)

@@ -80,7 +80,7 @@ def load_dit(weights: Weights, dtype: torch.dtype | None = None, heads: int = 16
     Meta's timestep frequencies end one step short of diffusers': this is set on the modules, for the configuration
     cannot hold it. After `save_pretrained` and `from_pretrained` it is gone, and outputs differ: load the original.
     """
-    tensors, where = _read(weights)
+    tensors, where = read_weights(weights)
     layers = _layers(tensors)
     blocks = "transformer_blocks.{}.norm1.emb."
     table: dict[str, Parts] = {
@@ -88,13 +88,13 @@ def load_dit(weights: Weights, dtype: torch.dtype | None = None, heads: int = 16
         for name, target in DIT_EMBEDDERS.items()
     }
     table |= _pairs(DIT_MODULES, DIT_BLOCK_MODULES, layers)
-    _check_names(tensors, [*table, POSITIONS], where)
+    check_names(tensors, [*table, POSITIONS], where)
 
     def build() -> DiTTransformer2DModel:
         return DiTTransformer2DModel(
             **_common(tensors, heads, layers, where),
             norm_eps=1e-6,
-            num_embeds_ada_norm=_shape(tensors, "y_embedder.embedding_table.weight", 2, where)[0] - 1,
+            num_embeds_ada_norm=shape_of(tensors, "y_embedder.embedding_table.weight", 2, where)[0] - 1,
         )
 
     model = _filled(build, table, tensors, dtype, where)
@@ -109,14 +109,14 @@ def load_pixart(weights: Weights, dtype: torch.dtype | None = None, heads: int =
     weights, dtype, heads and errors as for `load_dit`; heads are 16 in PixArt-XL. Weights that embed resolution and
     aspect ratio (1024-MS) give a model with `use_additional_conditions`.
     """
-    tensors, where = _read(weights)
+    tensors, where = read_weights(weights)
     layers = _layers(tensors)
     sized = any(name.startswith(("csize_embedder.", "ar_embedder.")) for name in tensors)
     table = _pairs({**PIXART_MODULES, **(PIXART_SIZE_MODULES if sized else {})}, PIXART_BLOCK_MODULES, layers)
     for layer in range(layers):
         table[f"blocks.{layer}.scale_shift_table"] = ((f"transformer_blocks.{layer}.scale_shift_table",),)
     table["final_layer.scale_shift_table"] = (("scale_shift_table",),)
-    _check_names(tensors, [*table, POSITIONS, NULL], where)
+    check_names(tensors, [*table, POSITIONS, NULL], where)
 
     def build() -> PixArtTransformer2DModel:
         common = _common(tensors, heads, layers, where)
@@ -124,7 +124,7 @@ def load_pixart(weights: Weights, dtype: torch.dtype | None = None, heads: int =
             **common,
             norm_eps=1e-6,
             cross_attention_dim=common["num_attention_heads"] * common["attention_head_dim"],
-            caption_channels=_shape(tensors, "y_embedder.y_proj.fc1.weight", 2, where)[1],
+            caption_channels=shape_of(tensors, "y_embedder.y_proj.fc1.weight", 2, where)[1],
             use_additional_conditions=sized,
             interpolation_scale=_interpolation_scale(tensors[POSITIONS]),
         )
@@ -137,14 +137,14 @@ def pixart_null_embedding(weights: Weights) -> Tensor:
 
     weights and errors as for `load_pixart`. The original masks it to the length of the prompt.
     """
-    tensors, where = _read(weights)
+    tensors, where = read_weights(weights)
     if NULL not in tensors:
         raise FormatError(f"{where}: no {NULL}; expected the weights of PixArt under their original names.")
-    _shape(tensors, NULL, 2, where)
+    shape_of(tensors, NULL, 2, where)
     return tensors[NULL]
 
 
-def _read(weights: Weights) -> tuple[dict[str, Tensor], str]:
+def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
     """Returns the tensors by name, and what to call their source in messages."""
     if isinstance(weights, Mapping):
         found: Any = weights
@@ -192,7 +192,7 @@ def _pairs(modules: Modules, blocks: Modules, layers: int) -> dict[str, Parts]:
     }
 
 
-def _check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: str) -> None:
+def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: str) -> None:
     """Raises FormatError unless the tensors have exactly the expected names."""
     wanted = set(expected)
     missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
@@ -205,7 +205,7 @@ def _check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: 
         )
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> tuple[int, ...]:
     shape = tuple(tensors[name].shape)
     if len(shape) != axes or 0 in shape:
         raise FormatError(f"{where}: {name} has the shape {list(shape)}, expected {axes} axes.")
@@ -214,9 +214,9 @@ def _shape(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> t
 
 def _common(tensors: Mapping[str, Tensor], heads: int, layers: int, where: str) -> dict[str, Any]:
     """Returns the part of the configuration that DiT and PixArt share, read off the shapes."""
-    width, channels, patch, _ = _shape(tensors, "x_embedder.proj.weight", 4, where)
-    tokens = _shape(tensors, POSITIONS, 3, where)[1]
-    out = _shape(tensors, "final_layer.linear.weight", 2, where)[0]
+    width, channels, patch, _ = shape_of(tensors, "x_embedder.proj.weight", 4, where)
+    tokens = shape_of(tensors, POSITIONS, 3, where)[1]
+    out = shape_of(tensors, "final_layer.linear.weight", 2, where)[0]
     side = math.isqrt(tokens)
     if tuple(tensors[POSITIONS].shape) != (1, side * side, width):
         raise FormatError(

@@ -53,7 +53,9 @@ class Step:
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     timesteps: tuple[float, ...] = ()
     latents: tuple[int, ...] = ()  # shape of the scheduler's sample
-    takes_turns: bool = False  # not every network is called at each step
+    called: dict[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of networks that take turns: network -> its steps
     folds: dict[tuple[str, str], int] = field(default_factory=dict)  # (network, site) -> B of its output a sample
 
     @property
@@ -71,7 +73,8 @@ def record_step(
 ) -> Step:
     """Returns the first step of a run of the pipeline, which is stopped there.
 
-    With several transformers it is stopped when each was called, or at its end; those that were recorded compute no more.
+    Where not all transformers are called at it, the run goes on to its end, to see which steps are whose; those that were
+    recorded compute no more.
     """
     step = Step()
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
@@ -79,7 +82,7 @@ def record_step(
         raise MismatchError("The pipeline carries a schedule; it is looked at plain. Take it off: handle.remove()")
     take_step = scheduler.step
     outputs: dict[str, Any] = {}  # the latest of each transformer
-    first: dict[str, int] = {}  # transformer -> the step that called it first
+    called: dict[str, list[int]] = {}  # transformer -> the steps that called it
     done = 0
 
     def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -88,13 +91,16 @@ def record_step(
         if not step.timesteps:
             step.timesteps = tuple(scheduler.timesteps.tolist())
             step.latents = tuple(sample.shape)
-        if len(first) == len(parts) or done == len(step.timesteps):
+        if (done == 1 and len(called) == len(parts)) or done == len(step.timesteps):
             raise _Enough
         return take_step(model_output, timestep, sample, *args, **kwargs)
 
     def record(name: str) -> Callable[..., Any]:
         def tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if first.setdefault(name, done) == done:
+            steps = called.setdefault(name, [])
+            if steps[-1:] != [done]:
+                steps.append(done)
+            if steps == [done]:
                 step.calls.append((name, args, kwargs))
                 outputs[name] = forward(*args, **kwargs)
             return outputs[name]
@@ -111,7 +117,8 @@ def record_step(
             pass
         finally:
             del scheduler.step
-    step.takes_turns = len(set(first.values())) > 1
+    if any(len(steps) < done for steps in called.values()):
+        step.called = {name: tuple(steps) for name, steps in called.items()}
     if not step.calls or not step.timesteps:
         raise UnsupportedModelError(f"{type(pipe).__name__} called no transformer before its scheduler's first step.")
     return step

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import os
 import shutil
 import time
@@ -25,6 +24,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from .card import write_dit_card
 from .classifier import Classifier
 from .drawings import CLASSES, SIZE, draw
+from .linear_start import start_linear
 from .training import average, rate, record, train_autoencoder
 
 NULL = 1000  # DiTPipeline's own null class
@@ -102,55 +102,6 @@ def make_vae() -> AutoencoderKL:
     )  # fmt: skip
     start_linear(vae)
     return vae
-
-
-@torch.no_grad()
-def start_linear(vae: AutoencoderKL, level: float = 3.0) -> None:
-    """Makes the autoencoder average 2x2 pixels and repeat them: 20 dB better than a random start, and trains on.
-
-    Colours ride in channels 0-2 and negated in 3-5 (silu(x) - silu(-x) = x); the other channels of the last norm's
-    input hold +-level, so that its scale hardly depends on the picture. Residual branches start at zero.
-    """
-    for module in vae.modules():
-        if type(module).__name__ == "ResnetBlock2D":
-            torch._foreach_zero_(list(module.conv2.parameters()))
-        if type(module).__name__ == "Attention":
-            torch._foreach_zero_(list(module.to_out[0].parameters()))
-
-    def carry(conv: torch.nn.Conv2d, taps: torch.Tensor, pairs_in: bool, constant: bool = False) -> None:
-        """Channels 0-2 -> 0-2 through `taps`, and their negatives to 3-5; the remaining channels keep a tenth."""
-        assert conv.bias is not None
-        conv.weight[:6] = 0
-        conv.bias.zero_()
-        conv.weight[6:] *= 0.1
-        for c in range(3):
-            conv.weight[c, c], conv.weight[3 + c, 3 + c if pairs_in else c] = taps, taps if pairs_in else -taps
-        if constant:
-            conv.weight[6:] = 0
-            conv.bias[6:] = level * (1 - 2 * (torch.arange(len(conv.bias) - 6) % 2))
-
-    centre = torch.zeros(3, 3)
-    centre[1, 1] = 1
-    quarter = torch.tensor([[0.25, 0.25, 0], [0.25, 0.25, 0], [0, 0, 0]])
-    one = torch.ones(1, 1)
-    carry(vae.encoder.conv_in, centre, pairs_in=False)
-    carry(vae.encoder.down_blocks[0].downsamplers[0].conv, quarter, pairs_in=True)
-    carry(vae.encoder.down_blocks[1].resnets[0].conv_shortcut, one, pairs_in=True, constant=True)
-    carry(vae.decoder.conv_in, centre, pairs_in=False)
-    carry(vae.decoder.up_blocks[0].upsamplers[0].conv, centre, pairs_in=True)
-    carry(vae.decoder.up_blocks[1].resnets[0].conv_shortcut, one, pairs_in=True, constant=True)
-    for part, width, rows in ((vae.encoder, 32, 3), (vae.decoder, 16, 3)):
-        part.conv_norm_out.weight.fill_(level * math.sqrt((width - 6) / width))
-        part.conv_out.weight[:rows] = 0
-        part.conv_out.weight[rows:] *= 0.1
-        part.conv_out.bias.zero_()
-        for c in range(3):
-            part.conv_out.weight[c, c], part.conv_out.weight[c, 3 + c] = centre, -centre
-    for conv in (vae.quant_conv, vae.post_quant_conv):
-        torch._foreach_zero_(list(conv.parameters()))
-        for c in range(4):
-            conv.weight[c, c] = 1
-    vae.quant_conv.bias[4:] = -6  # a narrow posterior: wide ones drown the signal for long
 
 
 def train_vae(args: argparse.Namespace) -> None:

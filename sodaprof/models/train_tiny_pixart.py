@@ -39,10 +39,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--stage", choices=["text", "judge", "vae", "transformer", "card", "all"], default="all")
     parser.add_argument("--text-steps", type=int, default=2000)
-    parser.add_argument("--judge-steps", type=int, default=3000)
+    parser.add_argument("--judge-steps", type=int, default=2500)
     parser.add_argument("--vae-steps", type=int, default=1500)
     parser.add_argument("--pictures", type=int, default=120_000)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--judged", type=int, default=400, help="prompts that the model card's figures are taken from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -197,7 +197,7 @@ def train_vae(args: argparse.Namespace) -> None:
 
 
 def make_transformer() -> PixArtTransformer2DModel:
-    """adaLN-single, 8 layers of width 128, 64 tokens; starts as the identity of nothing: every output is zero."""
+    """adaLN-single, 8 layers of width 128, 64 tokens; its output starts at zero, its gates do not."""
     model = PixArtTransformer2DModel(
         num_attention_heads=4, attention_head_dim=32, in_channels=4, out_channels=4, num_layers=8, sample_size=16,
         patch_size=2, cross_attention_dim=128, caption_channels=TEXT, norm_type="ada_norm_single",

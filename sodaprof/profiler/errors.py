@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+from .memory import Grid
 
 TINY = 1e-20
 
@@ -14,7 +17,7 @@ class StaleErrors:
     """Errors of one site at one step on one branch, for the ages 1…A in order; float32."""
 
     whole: torch.Tensor  # [B, A, 3]: 1 − cosine (mean over tokens), relative L1, relative L2 of the whole output
-    tokens: torch.Tensor  # [N, A]: 1 − cosine a token, summed over B
+    tokens: torch.Tensor  # [N, A]: 1 − cosine a token, summed over B; [M, A] once `pooled`
     pruned: torch.Tensor  # [B, A, rates]: E_p with the kept tokens ranked by the stale output's feature mean
 
 
@@ -101,3 +104,12 @@ def stale_errors(
 def kept_tokens(rates: torch.Tensor, tokens: int) -> torch.Tensor:
     """Returns how many of N tokens each prune rate recomputes, int64."""
     return ((1 - rates.double()) * tokens).round().long()
+
+
+def pooled(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Returns errors [N, A] of a raster's tokens as their means [M, A] on the grid."""
+    if grid.side == 1:
+        return tokens
+    raster = tokens.T.reshape(-1, 1, grid.rows, grid.columns)  # [A · frames, 1, rows, columns]
+    side = (min(grid.side, grid.rows), grid.side)
+    return F.avg_pool2d(raster, side, ceil_mode=True).reshape(tokens.shape[1], -1).T

@@ -5,8 +5,10 @@ The arithmetic stands in docs/concepts.md, with the figures of PixArt-XL at 1024
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import SodaprofError
 from ..profiles import METRICS
@@ -16,13 +18,31 @@ MOST_TOKENS = 1024  # of a site's vector of errors a token; longer ones are pool
 BOOKS = 12  # bytes a token in the ring beside its features: norms and products
 
 
+class Grid(NamedTuple):
+    """A raster of tokens, whose errors are averaged over side x side blocks of each frame, smaller ones at its edges."""
+
+    frames: int
+    rows: int
+    columns: int
+    side: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the averages."""
+        return self.frames, -(-self.rows // self.side), -(-self.columns // self.side)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
 @dataclass(frozen=True)
 class Shapes:
     """What of a model and a request decides how much a profile takes."""
 
     sites: Sequence[Site]
     rows: Sequence[int]  # tokens of a generation's step at each site: both branches, folded samples included
-    grids: Sequence[tuple[int, int, int]]  # frames, rows and columns of each site's error a token
+    grids: Sequence[Grid]  # of each site's errors a token
     steps: int
     branches: int
     halves: bool  # both branches in one call
@@ -46,7 +66,7 @@ class Shapes:
     @property
     def vectors(self) -> int:
         """Numbers in all errors a token."""
-        return self.steps * self.ages * sum(frames * rows * columns for frames, rows, columns in self.grids)
+        return self.steps * self.ages * sum(grid.size for grid in self.grids)
 
     @property
     def disk_bytes(self) -> int:
@@ -95,17 +115,12 @@ def grouped(sizes: Sequence[int], free: float) -> list[list[int]]:
     return groups
 
 
-def grid_of(tokens: int, raster: tuple[int, int, int] | None, full: bool) -> tuple[tuple[int, int, int], int]:
-    """Returns (grid, side): a site's error a token is averaged over side x side blocks of a frame's raster, edges included.
+def grid_of(tokens: int, raster: tuple[int, int, int] | None, full: bool) -> Grid:
+    """Returns the grid of a site's errors a token: the finest of at most MOST_TOKENS numbers, or one number a token.
 
-    raster: frames, rows and columns of the tokens, None where they are no raster (text among them): then over runs of
-    `side` tokens. full: one number a token, however many.
+    raster: frames, rows and columns of the tokens, None where they are no raster (text among them): then runs of tokens.
     """
-    frames, rows, columns = raster or (1, 1, tokens)
-    side = 1
-    while not full:
-        grid = frames, -(-rows // side), -(-columns // side)
-        if grid[0] * grid[1] * grid[2] <= MOST_TOKENS or (grid[1], grid[2]) == (1, 1):
-            return grid, side
-        side += 1
-    return (frames, rows, columns), 1
+    grid = Grid(*(raster or (1, 1, tokens)), 1)
+    while not full and grid.size > MOST_TOKENS and grid.shape[1:] != (1, 1):
+        grid = grid._replace(side=grid.side + 1)
+    return grid

@@ -13,10 +13,11 @@ import torch
 
 from ..errors import SodaprofError, UnsupportedModelError
 from ..models.discover import inspect_pipeline
-from ..models.load import OwnCall, default_guidance, default_prompts
+from ..models.load import OwnCall, default_guidance, default_prompts, makes_video
 from ..models.recording import Step
-from ..profiles import FORMAT, TABLES, VERSION
-from ..sites import Model, Sampler, Site
+from ..profiles import FORMAT, TABLE_VERSIONS, VERSION
+from ..sites import Model, Sampler, Site, raster_of
+from .memory import Grid, Shapes, grid_of, passes
 
 RATES = np.array([0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375])
 MEMORY_SHARE = 0.6  # of what is free may go to the rings
@@ -31,8 +32,10 @@ class ProfilePlan:
     request: dict[str, Any]  # the manifest without what is only known at the end
     groups: list[list[int]]  # sites profiled together; one pass over the trajectories each
     extra_bytes: int  # the rings of the largest group, and the differences of one site
-    disk_bytes: int
+    host_bytes: int  # the sums
+    disk_bytes: int  # before compression
     seconds: float  # estimated
+    grids: list[Grid]  # of each site's errors a token
     step: Step = field(repr=False)
     own: OwnCall | None = None  # what is called in place of the pipeline
 
@@ -52,27 +55,38 @@ class ProfilePlan:
     def sites(self) -> list[tuple[str, Site]]:
         return [(name, s) for name, t in self.model.transformers.items() for s in t.sites]
 
+    @property
+    def past(self) -> dict[str, list[int]]:
+        """How many steps of its turn go before each step, by transformer (`sites.turn_ages`)."""
+        return {name: t.past(self.sampler.steps) for name, t in self.model.transformers.items()}
+
 
 def plan_profile(
     pipe: Any,
     name: str,
     *,
     steps: int = 50,
-    samples: int = 100,
+    samples: int | None = None,
     prompts: Sequence[int | str] | None = None,
     guidance_scale: float | None = None,
     max_interval: int = 8,
     batch_size: int = 16,
     seed: int = 0,
     memory_bytes: int | None = None,
+    full_tokens: bool = False,
     call: OwnCall | None = None,
 ) -> ProfilePlan:
     """Returns what `run_profile` will do and take. Raises SodaprofError for settings that make no sense.
 
+    samples: generations, by default 100, of video 10 (SODA, 4.1). batch_size: generations at once, at most: fewer where
+    that saves passes over the trajectories. full_tokens: keep every site's error a token, also where there are more than
+    MOST_TOKENS.
     call: called as call(entries, generators) where the pipeline would be, for prompt embeddings and any other arguments of
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
     guidance_scale is then what it uses, and is only noted.
     """
+    if samples is None:
+        samples = 10 if makes_video(pipe) else 100
     for what, value, least in (("steps", steps, 2), ("samples", samples, 1), ("batch-size", batch_size, 1)):
         if value < least:
             raise SodaprofError(f"--{what} is {value}; expected at least {least}.")
@@ -87,54 +101,39 @@ def plan_profile(
     model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0], call)
     if call is not None and sampler.steps != steps:
         raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")
-    if step.takes_turns:
+    works = {name: sum(past >= 0 for past in t.past(sampler.steps)) for name, t in model.transformers.items()}  # steps
+    if step.called and sum(works.values()) != sampler.steps:
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} has transformers that take turns ({', '.join(model.transformers)}); this release "
-            "profiles those that are called at each step."
+            f"{type(pipe).__name__} has transformers that take turns ({', '.join(model.transformers)}), and calls "
+            f"{sum(works.values())} in {sampler.steps} steps; this release takes one transformer a step."
         )
     batch_size = min(batch_size, samples)
     branches = 2 if sampler.guidance_form == "halves" else step.passes
     sites = [s for t in model.transformers.values() for s in t.sites]
     folds = [step.folds[n, s.key] for n, t in model.transformers.items() for s in t.sites]
-    item = 4 if model.shape["dtype"] == "float32" else 2
-    ages = max_interval - 1
-    rows = [branches * batch_size * fold * s.tokens for fold, s in zip(folds, sites, strict=True)]
-    ring = [ages * n * (s.width * item + 12) for n, s in zip(rows, sites, strict=True)]
+    latent = model.shape["latent"]
+    grids = [
+        grid_of(site.tokens, raster_of(latent, t.fingerprint.get("patch", 1), site.tokens), full_tokens)
+        for t in model.transformers.values()
+        for site in t.sites
+    ]
+    shapes = Shapes(
+        sites, [branches * fold * s.tokens for fold, s in zip(folds, sites, strict=True)], grids, steps,
+        branches, sampler.guidance_form == "halves", max_interval - 1, 4 if model.shape["dtype"] == "float32" else 2,
+        len(RATES),
+    )  # fmt: skip
     free = _free_memory(pipe) * MEMORY_SHARE if memory_bytes is None else memory_bytes
-    widest = max(n * s.width for n, s in zip(rows, sites, strict=True))  # of all branches
-    scratch = ages * (widest if sampler.guidance_form == "halves" else widest // branches) * 4
-    groups = _group(ring, free - scratch)
-    cells = steps * len(sites) * ages
-    tokens = sum(s.tokens for s in sites) // len(sites)
-    disk = cells * ((branches + 1) * (24 + 8 * len(RATES)) + 2 * tokens)
+    batch_size, groups = passes(shapes, batch_size, free)
+    extra = shapes.scratch(batch_size) + max(sum(shapes.ring(i, batch_size) for i in group) for group in groups)
     request = {
-        "format": FORMAT, "version": VERSION, "tables": dict.fromkeys(TABLES, 1), "model": name,
+        "format": FORMAT, "version": VERSION, "tables": TABLE_VERSIONS, "model": name,
         "sampler": sampler.class_name, "prompts": list(prompts), "seed": seed, "samples": samples,
         "max_interval": max_interval, "batch_size": batch_size, "guidance_scale": scale, "dtype": model.shape["dtype"],
     }  # fmt: skip
-    seconds = _seconds_a_step(pipe, step) * steps * samples * len(groups) * 1.3
+    seconds = _seconds(pipe, step, works) * samples * len(groups) * 1.3
     return ProfilePlan(
-        model, sampler, request, groups, scratch + max(sum(ring[i] for i in g) for g in groups), disk, seconds, step,
-        call,
+        model, sampler, request, groups, extra, shapes.host_bytes, shapes.disk_bytes, seconds, grids, step, call,
     )  # fmt: skip
-
-
-def _group(sizes: list[int], free: float) -> list[list[int]]:
-    """Returns the sites in as few consecutive groups as fit `free` bytes each."""
-    if max(sizes) > free:
-        raise SodaprofError(
-            f"The ring of one site takes {max(sizes) / 2**20:.0f} MiB, {free / 2**20:.0f} MiB may be used. "
-            "Lower --batch-size or --max-interval."
-        )
-    groups: list[list[int]] = [[]]
-    used = 0
-    for i, size in enumerate(sizes):
-        if used + size > free:
-            groups.append([])
-            used = 0
-        groups[-1].append(i)
-        used += size
-    return groups
 
 
 def _free_memory(pipe: Any) -> float:
@@ -144,14 +143,18 @@ def _free_memory(pipe: Any) -> float:
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def _seconds_a_step(pipe: Any, step: Any) -> float:
-    """Returns the seconds of one generation's step, timed on the recorded one."""
-    with torch.no_grad():
-        for repeat in range(2):  # the first one warms up
-            if repeat:
-                began = time.perf_counter()
-            for name, args, kwargs in step.calls:
-                pipe.components[name](*args, **kwargs)
-            if getattr(pipe, "device", torch.device("cpu")).type == "cuda":
-                torch.cuda.synchronize()
-    return time.perf_counter() - began
+def _seconds(pipe: Any, step: Step, works: dict[str, int]) -> float:
+    """Returns the seconds of one generation's calls, timed on the recorded ones; works: steps of each transformer."""
+    total = 0.0
+    for name, steps in works.items():
+        with torch.no_grad():
+            for repeat in range(2):  # the first one warms up
+                if repeat:
+                    began = time.perf_counter()
+                for called, args, kwargs in step.calls:
+                    if called == name:
+                        pipe.components[name](*args, **kwargs)
+                if getattr(pipe, "device", torch.device("cpu")).type == "cuda":
+                    torch.cuda.synchronize()
+        total += (time.perf_counter() - began) * steps
+    return total

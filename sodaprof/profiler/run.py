@@ -44,7 +44,9 @@ def run_profile(
     work = folder.with_name(folder.name + ".partial")
     groups = _open_partial(work, pipe, plan, force)
     steps, request = plan.sampler.steps, plan.request
-    statistics = Statistics(plan.sites, steps, request["max_interval"] - 1, plan.branches, RATES, plan.varying)
+    statistics = Statistics(
+        plan.sites, steps, request["max_interval"] - 1, plan.branches, RATES, plan.grids, plan.varying
+    )
     state = work / "state.npz"
     done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
     starts = range(0, request["samples"], request["batch_size"])
@@ -110,11 +112,13 @@ def _report(on_progress: Callable[[int, int], None], before: int, count: int, to
 
 def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list[list[int]]:
     """Makes the working folder, or checks that the one there is of the same request; returns its groups of sites."""
-    mark = digest({"request": plan.request, "model": plan.model.to_json(), "sampler": plan.sampler.to_json()})
+    asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # that one follows from memory
+    mark = digest({"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json()})
     if (work / "request.json").exists():
         found = read_json(work / "request.json")
         if isinstance(found, dict) and found.get("digest") == mark:
-            return found["groups"]  # memory may have changed since: the passes may not
+            plan.request["batch_size"] = found["batch_size"]  # memory may have changed since: batch and passes may not
+            return found["groups"]
     if work.exists() and not force:
         raise FormatError(
             f"{work}: an interrupted profile with other settings is there. Repeat its settings to go on with it, or "
@@ -125,5 +129,5 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list
     work.mkdir(parents=True)
     write_inspection(work, plan.model, plan.sampler)
     save_cost(count_flops(pipe, plan.model, plan.step), work / "cost.flops.json", force=True)
-    write_json(work / "request.json", {"digest": mark, "groups": plan.groups})
+    write_json(work / "request.json", {"digest": mark, "groups": plan.groups, "batch_size": plan.request["batch_size"]})
     return plan.groups

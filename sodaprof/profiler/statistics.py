@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from ..files import replacing
 from ..profiles import MEAN, METRICS, RANKING, schema
 from ..sites import Model, Site
+from .memory import Grid
 
 
 class Statistics:
@@ -22,18 +24,22 @@ class Statistics:
         ages: int,
         branches: int,
         rates: np.ndarray,
+        grids: Sequence[Grid],  # of each site's errors a token
         varying: frozenset[int] = frozenset(),  # numbers of the sites whose tokens are as many as the prompt is long
     ) -> None:
         self.sites, self.steps, self.ages, self.branches, self.rates = sites, steps, ages, branches, rates
-        self.varying = varying
+        self.varying, self.grids = varying, grids
         cells = (steps, len(sites), ages)
         self.whole = np.zeros((2, *cells, branches + 1, len(METRICS)))
         self.pruned = np.zeros((2, *cells, branches + 1, len(rates)))
-        self.tokens = [np.zeros((steps, ages, site.tokens)) for _, site in sites]
+        self.tokens = [np.zeros((steps, ages, grid.size)) for grid in grids]
         self.samples = 0
 
     def add(self, step: int, site: int, whole: np.ndarray, pruned: np.ndarray, tokens: np.ndarray | None) -> None:
-        """Adds one batch at one step: whole [branches, B, A, 3], pruned [branches, B, A, rates], tokens [N, A] (a sum)."""
+        """Adds one batch at one step: whole [branches, B, A, 3], pruned [branches, B, A, rates], tokens [M, A].
+
+        tokens: summed over the generations, on the site's grid.
+        """
         ages = whole.shape[2]
         for total, values in ((self.whole, whole), (self.pruned, pruned)):
             values = np.concatenate([values, values.mean(0, keepdims=True)]).astype(
@@ -60,11 +66,12 @@ class Statistics:
 
     def write_tables(self, folder: Path, model: Model) -> None:
         """Writes sites.parquet, caching.parquet and pruning.parquet."""
-        known = np.arange(1, self.ages + 1)[None] <= np.arange(self.steps)[:, None]  # [T, A]: such a past exists
+        past = np.array([model.transformers[name].past(self.steps) for name, _ in self.sites])  # [S, T]
+        known = np.arange(1, self.ages + 1) <= past.T[..., None]  # [T, S, A]: such a past exists
         step, site, age, branch = (
             i.ravel() for i in np.meshgrid(*(np.arange(n) for n in self.whole.shape[1:5]), indexing="ij")
         )
-        rows = known[step, age]
+        rows = known[step, site, age]
         step, site, age, branch = step[rows], site[rows], age[rows], branch[rows]
         cell = self._places(site) | {
             "step": step.astype(np.int16),
@@ -97,7 +104,8 @@ class Statistics:
         _write(folder, "pruning", pruning)
         every = np.arange(len(self.sites))
         columns = {c: np.array([getattr(s, c) for _, s in self.sites]) for c in ("kind", "tokens", "width", "prunable")}
-        _write(folder, "sites", self._places(every) | columns)
+        grids: Any = {"token_grid": [list(grid.shape) for grid in self.grids]}
+        _write(folder, "sites", self._places(every) | columns | grids)
 
     def _moments(self, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation over the generations (of the sample, 0 for a single one)."""

@@ -13,7 +13,7 @@ from ..errors import MismatchError
 from ..models.clock import Clock, Moment, TransformerHook
 from ..models.layout import as_tokens, main_part
 from ..models.recording import hooked, tapped
-from .errors import Ring, StaleErrors
+from .errors import Ring, StaleErrors, pooled
 from .plan import RATES, ProfilePlan
 from .statistics import Statistics
 
@@ -61,7 +61,8 @@ class Taps:
     ) -> None:
         self.pipe, self.plan, self.group, self.count = pipe, plan, group, count
         self.statistics, self.watch = statistics, watch
-        self.sites = plan.sites
+        self.sites, self.past = plan.sites, plan.past
+        self.last = set({plan.sites[i][0]: i for i in group}.values())  # of each transformer
         self.moment = Moment()
         self.clock = Clock(pipe.scheduler, plan.sampler, lambda: None, lambda: None)
         self.on_step = on_step
@@ -79,7 +80,7 @@ class Taps:
         for name, transformer in self.plan.model.transformers.items():
             module = self.pipe.components[name]
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
-            begin = TransformerHook(self.clock, self.moment, lambda: None)
+            begin = TransformerHook(self.clock, self.moment, lambda: None, name, self.past[name])
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
             for path in dict.fromkeys(s.path for s in transformer.sites):
                 self.stack.enter_context(
@@ -115,20 +116,25 @@ class Taps:
                 f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {rows} generations, halves counted; "
                 f"{known.tokens} tokens were seen at the first step. Profile calls of one size."
             )
+        if self.past[name][self.moment.step] == 0:  # nothing that was kept before a turn serves in it
+            self.rings.pop((site, branch), None)
         if (site, branch) not in self.rings:
             ages = self.plan.request["max_interval"] - 1
             self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
         errors = self.rings[site, branch].push(out)
         if errors is not None:
+            if site not in self.statistics.varying:
+                errors.tokens = pooled(errors.tokens, self.plan.grids[site])
             self.found.setdefault((self.moment.step, site), []).append(errors)
-        if site == self.group[-1]:
+        if site in self.last:
             self.on_step(self.moment.step + 1)
 
     def flush(self) -> None:
         """Moves the batch's errors off the device and into the statistics."""
-        if len(self.found) != (self.plan.sampler.steps - 1) * len(self.group):
+        cells = sum(past > 0 for site in self.group for past in self.past[self.sites[site][0]])
+        if len(self.found) != cells:
             raise MismatchError(
-                f"The pipeline ran {len(self.found)} cells of {(self.plan.sampler.steps - 1) * len(self.group)}: it "
+                f"The pipeline ran {len(self.found)} cells of {cells}: it "
                 "leaves out calls of its transformer. Profile without options that skip steps or guidance."
             )
         with self.watch:

@@ -17,10 +17,20 @@ def save_picture(picture: np.ndarray, path: Path, *, force: bool = False) -> Non
         _image(picture).save(temporary)
 
 
+def strip(clip: np.ndarray, frames: int = 5) -> np.ndarray:
+    """Returns some frames of a clip [F, H, W, 3], from first to last, side by side as one picture."""
+    shown = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
+    return np.concatenate(list(clip[shown]), axis=1)
+
+
 def save_side_by_side(columns: dict[str, np.ndarray], path: Path, *, force: bool = False, least: int = 96) -> None:
-    """Writes a sheet with one named column an entry, pictures [n, H, W, 3] in [0, 1], small ones enlarged."""
+    """Writes a sheet with one named column an entry, pictures [n, H, W, 3] in [0, 1], small ones enlarged.
+
+    Of clips [n, F, H, W, 3] some frames beside each other.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
+    columns = {name: np.stack([strip(c) for c in p]) if p.ndim == 5 else p for name, p in columns.items()}
     font = ImageFont.load_default(size=13)
     rows = min(len(p) for p in columns.values())
     height, width = next(iter(columns.values())).shape[1:3]

@@ -11,7 +11,14 @@ from rich.text import Text
 
 from ..schedule import Plan, Schedule
 
-STYLES = {"C": "bold black on green", "R": "bright_black", "F": "black on cyan", "P": "black on yellow", "-": "dim"}
+STYLES = {
+    "C": "bold black on green",
+    "R": "bright_black",
+    "F": "black on cyan",
+    "P": "black on yellow",
+    "-": "dim",
+    "_": "dim",
+}
 BARS = " ▁▂▃▄▅▆▇█"
 
 
@@ -26,9 +33,7 @@ def schedule_data(schedule: Schedule) -> dict[str, Any]:
             rates = {str(t): round(1 - k / plan.tokens(site), 4) for t, k in _pruned(plan, site)}
             reused = {str(t): age for t, (age, action) in enumerate(zip(ages, row, strict=True)) if action in "RP"}
             sites[site] = {"row": row, "reuse_ages": reused, "prune_rates": rates}
-        ends = [*anchors[1:], schedule.steps]
-        intervals = [end - start for start, end in zip(anchors, ends, strict=True)]
-        transformers[name] = {"anchors": anchors, "intervals": intervals, "sites": sites}
+        transformers[name] = {"anchors": anchors, "intervals": _intervals(plan), "sites": sites}
     return {
         "policy": schedule.policy,
         "steps": schedule.steps,
@@ -44,7 +49,8 @@ def schedule_view(schedule: Schedule, width: int = 80) -> RenderableType:
     """Returns the picture, the cache intervals and the prune rates by step, layer and module."""
     parts: list[RenderableType] = [_headline(schedule)]
     for name, plan in schedule.transformers.items():
-        parts += [Text(), _picture(name, plan, width), Text(), _intervals(plan, schedule.steps)]
+        told = f"{len(plan.anchors())} anchors at {_list(plan.anchors())}\ncache intervals {_list(_intervals(plan))}"
+        parts += [Text(), _picture(name, plan, width), Text(), Text(told)]
         if plan.k:
             parts += [Text(), _prune_table(plan)]
     return Group(*parts)
@@ -89,7 +95,8 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
         text.append(
             f"{'not computed':<{margin}}" + "".join(BARS[round(s * (len(BARS) - 1))] for s in shares) + "\n", "dim"
         )
-    text.append("C computes  R reuses  P recomputes k tokens  F forecasts", "dim")
+    turns = "  _ another transformer's step" if "_" in plan.stack else ""
+    text.append(f"C computes  R reuses  P recomputes k tokens  F forecasts{turns}", "dim")
     return text
 
 
@@ -98,10 +105,10 @@ def _label(plan: Plan, site: str) -> str:
     return site if len(stacks) > 1 else site.split(".", 1)[1]
 
 
-def _intervals(plan: Plan, steps: int) -> Text:
-    anchors = plan.anchors()
-    lengths = [b - a for a, b in zip(anchors, [*anchors[1:], steps], strict=True)]
-    return Text(f"{len(anchors)} anchors at {_list(anchors)}\ncache intervals {_list(lengths)}")
+def _intervals(plan: Plan) -> list[int]:
+    """Returns the steps from each anchor to the next, or to the end of its turn."""
+    ends = {*plan.anchors(), *(t for t, action in enumerate(plan.stack) if action == "_"), len(plan.stack)}
+    return [min(end for end in ends if end > anchor) - anchor for anchor in plan.anchors()]
 
 
 def _prune_table(plan: Plan) -> Table:
@@ -138,7 +145,7 @@ def _not_computed(plan: Plan, step: int) -> float:
     shares = []
     for site, row in plan.rows.items():
         k = plan.k[site][plan.cell(site, step, "P")] if row[step] == "P" else 0
-        shares.append(0.0 if row[step] == "C" else 1 - k / plan.tokens(site))
+        shares.append(0.0 if row[step] in "C_" else 1 - k / plan.tokens(site))
     return sum(shares) / len(shares)
 
 

@@ -77,9 +77,12 @@ class SiteRow:
         # a cache is only written where R or P reads it before the next C
         self.keeps = [next((a for a in self.row[t + 1 :] if a in "CRP"), "C") != "C" for t in range(len(self.row))]
         self.passed = [self._passed(t) if self._chooses(t) else 0 for t in range(len(self.row))]
+        self.planned, self.planned_k = self.tokens, self.k  # at the resolution that was profiled
         self.observed: frozenset[int] = frozenset()  # steps at which its attention is looked at
         self.source: SiteRow | None = None  # whose attention its own tokens are scored by
         self.raster: tuple[int, int] | None = None  # of its tokens, for a local bonus
+        self.planned_raster: tuple[int, int] | None = None
+        self.any_size = False  # how many tokens there are makes no difference
         self.tracer: Any = None  # runs the cells instead while the block is traced
         self.selected: torch.Tensor | None = None  # Made.selected of the latest call
         self.buffers: dict[Any, Output] | None = None  # where steps are captured: what is kept is copied there
@@ -91,6 +94,16 @@ class SiteRow:
     def reset(self) -> None:
         self.stores.clear()
         self.selected = None
+
+    def resize(self, tokens: int, raster: tuple[int, int] | None) -> None:
+        """Takes another number of tokens than the schedule's: each pruned cell computes the same share of them."""
+        self.any_size = "P" not in self.row
+        if tokens == self.tokens:
+            return
+        self.tokens, self.raster = tokens, raster if self.planned_raster else None
+        share = tokens / self.planned
+        self.k = [k and min(tokens, max(1, round(k * share))) for k in self.planned_k]
+        self.passed = [self._passed(t) if self._chooses(t) else 0 for t in range(len(self.row))]
 
     def run(
         self, moment: Moment, forward: Callable[..., Output], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -259,7 +272,7 @@ class SiteRow:
 
     def _check_tokens(self, out: Output) -> None:
         tokens = as_tokens(main_part(out), self.layout).shape[1]
-        if tokens == self.tokens or self.any_length:
+        if tokens == self.tokens or self.any_length or self.any_size:
             return
         if self.holds_text and "P" in self.row:
             raise MismatchError(
@@ -270,7 +283,8 @@ class SiteRow:
         raise MismatchError(
             f"{self.key} has {tokens} tokens here, {self.tokens} in the schedule: another resolution than profiled "
             "(or, in a few models, text of another length). "
-            "Call the pipeline at the profiled size, or profile and compile for this one."
+            "Call the pipeline at the profiled size, profile and compile for this one, or let the schedule be scaled: "
+            "--allow-resolution, apply(..., allow_resolution=True)."
         )
 
 

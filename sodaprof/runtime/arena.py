@@ -17,7 +17,7 @@ class Arenas:
     def __init__(self, rows: list[SiteRow]) -> None:
         self.slots: Counter[int] = Counter()  # that sites of so many tokens need on a branch
         for row in rows:
-            self.slots[row.tokens] += any(row.keeps) + len(set(row.source_places.values()))
+            self.slots[row.planned] += any(row.keeps) + len(set(row.source_places.values()))
         self.arenas: dict[Any, torch.Tensor] = {}
         self.taken: Counter[Any] = Counter()
 
@@ -26,9 +26,9 @@ class Arenas:
         branch, name = what
         if not torch.is_tensor(value) or not (name == "cache" or isinstance(name, int)):
             return tree_map(torch.empty_like, value)
-        key = branch, row.tokens, value.shape, value.dtype, value.device
+        key = branch, row.planned, value.shape, value.dtype, value.device
         if key not in self.arenas:
-            shape = self.slots[row.tokens], *value.shape
+            shape = self.slots[row.planned], *value.shape
             self.arenas[key] = torch.empty(shape, dtype=value.dtype, device=value.device)
         self.taken[key] += 1
         return self.arenas[key][self.taken[key] - 1]

@@ -19,6 +19,7 @@ from .fits import HOOK, check_fits, check_runs, rows_by_module
 from .hooked import Hooked, refuse_group_offload
 from .loop import Loop
 from .lower import LoweredBlock, Program
+from .resized import SizeHook
 from .shipped import find_shipped
 from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
@@ -42,11 +43,14 @@ class Report:
     unit: str | None
     path: str  # hooks, lowered or captured, and why not captured where that was asked for
     guidance_scale: float | None  # the scale that the schedule was profiled at; another one runs too
+    resized: dict[str, tuple[int, int]]  # site -> tokens profiled and tokens that ran, where they differ
 
     def __str__(self) -> str:
         counts = "  ".join(f"{a} {self.executed.get(a, 0)}/{n}" for a, n in sorted(self.planned.items()))
+        sizes = sorted(set(self.resized.values()))
+        tokens = "".join(f", {before} tokens re-scaled to {now}" for before, now in sizes)
         speed = "" if self.speedup is None else f", {self.speedup:.2f}x {self.unit} predicted"
-        return f"executed/planned: {counts}{speed}, fitted at guidance {self.guidance_scale}, {self.path}"
+        return f"executed/planned: {counts}{speed}, fitted at guidance {self.guidance_scale}{tokens}, {self.path}"
 
 
 class Handle:
@@ -61,7 +65,9 @@ class Handle:
         collapse: str | None,
         capture: Recorder | None,
         loop: bool,
+        any_resolution: bool,
     ) -> None:
+        self.any_resolution = any_resolution
         self.pipe, self.schedule, self.lowered, self.tabled = pipe, schedule, lower, tables
         self.recorder, self.captures, self.loops = capture, list[Capture](), loop
         self.collapse = Collapse(collapse == "fused") if collapse else None
@@ -76,18 +82,22 @@ class Handle:
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self._attached = False
         for name, plan in schedule.transformers.items():
-            self._prepare(pipe.components[name], plan)
+            self._prepare(name, pipe.components[name], plan)
         self.attach()
 
-    def _prepare(self, transformer: Any, plan: Plan) -> None:
+    def _prepare(self, name: str, transformer: Any, plan: Plan) -> None:
         """Makes the hooks of one transformer, innermost first."""
         modules = rows_by_module(transformer, plan, self.schedule)
         for path, rows in modules.items():
             self._hooked.add(transformer.get_submodule(path), SiteHook(rows, self.moment), HOOK)
             self.rows += rows
         if self.lowered:
-            self._lower(transformer, [row for rows in modules.values() for row in rows])
-        self._hooked.add(transformer, TransformerHook(self.clock, self.moment, self._check_scheduler), HOOK)
+            self._lower(transformer, plan, [row for rows in modules.values() for row in rows])
+        if self.any_resolution:
+            rows = [row for of_module in modules.values() for row in of_module]
+            self._hooked.add(transformer, SizeHook(rows, plan, self.schedule), f"{HOOK}.size")
+        hook = TransformerHook(self.clock, self.moment, self._check_scheduler, name, plan.past(), self._forget)
+        self._hooked.add(transformer, hook, HOOK)
         if "S" in plan.stack:
             for capture in self.captures:
                 capture.refused = "the schedule skips the stack, whose forecasts are kept outside of graphs"
@@ -110,7 +120,7 @@ class Handle:
             self.remove()
             raise
 
-    def _lower(self, transformer: Any, all_rows: list[SiteRow]) -> None:
+    def _lower(self, transformer: Any, plan: Plan, all_rows: list[SiteRow]) -> None:
         by_block: dict[str, list[SiteRow]] = {}
         for row in all_rows:
             by_block.setdefault(block_of(row.key), []).append(row)
@@ -124,7 +134,8 @@ class Handle:
             if self.recorder is not None:
                 self.captures.append(Capture(self.recorder, self.moment, blocks, transformer, self.schedule.steps))
             capture = self.captures[-1] if self.captures else None
-            self.tables.append(Tables(self.moment, blocks, self.schedule.steps, self.collapse, capture))
+            own = [step for step, past in enumerate(plan.past()) if past >= 0]
+            self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture))
             if self.loops and capture is not None:
                 self.tables[-1].loop = self.clock.loop = Loop(
                     self.moment, capture, self.schedule.steps, self.schedule.sampler.guidance_form
@@ -138,11 +149,15 @@ class Handle:
                 "was applied. remove() the schedule first, then apply one made for the new scheduler."
             )
 
-    def _reset(self) -> None:
+    def _forget(self) -> None:
+        """Lets go of what is kept: where a transformer's turn begins, it computes everything."""
         for row in self.rows:
             row.reset()
         for stack in self.stacks:
             stack.reset()
+
+    def _reset(self) -> None:
+        self._forget()
         for block in self.blocks:
             block.reset()
         for tables in self.tables:
@@ -173,6 +188,7 @@ class Handle:
             unit=predicted.get("unit"),
             path=self._path(),
             guidance_scale=self.schedule.sampler.guidance_scale,
+            resized={row.key: (row.planned, row.tokens) for row in self.rows if row.tokens != row.planned},
         )
 
     def _path(self) -> str:
@@ -214,6 +230,7 @@ def apply(
     collapse: str | None = "ordered",
     capture: bool | Recorder = False,
     loop: bool = False,
+    allow_resolution: bool = False,
 ) -> Handle:
     """Attaches the schedule (or the file of one) to this pipeline and returns the handle; use it as a context manager.
 
@@ -228,6 +245,8 @@ def apply(
     capture: with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why.
     loop: with capture, all steps but the first without the pipeline's Python, guidance and solver in the graph: equal but
     for rounding; a pipeline's callbacks between steps are not heard.
+
+    allow_resolution: run at other resolutions than profiled, too, with the same share of the tokens pruned.
 
     Raises MismatchError where the schedule does not fit the pipeline, UnsupportedModelError where it holds actions that this
     release does not run, SodaprofError where no or several schedules are beside the weights.
@@ -248,11 +267,11 @@ def apply(
     if loop and (not capture or len(schedule.transformers) > 1):
         raise SodaprofError("The whole-step loop is for one captured transformer: apply(..., capture=True, loop=True)")
     recorder = CudaGraphs() if capture is True else capture or None
-    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder, loop)
+    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder, loop, allow_resolution)
 
 
-def apply_with(pipe: Any, schedule: Schedule, runtime: str) -> Handle:
-    """Returns `apply` with the arguments that a name in RUNTIMES stands for; SodaprofError for another name."""
+def apply_with(pipe: Any, schedule: Schedule, runtime: str, **others: Any) -> Handle:
+    """Returns `apply` with `others` and the arguments that a name in RUNTIMES stands for; SodaprofError for another name."""
     if runtime not in RUNTIMES:
         raise SodaprofError(f"No runtime {runtime!r}; there are {', '.join(RUNTIMES)}. Try --runtime lowered")
-    return apply(pipe, schedule, **RUNTIMES[runtime])
+    return apply(pipe, schedule, **RUNTIMES[runtime], **others)

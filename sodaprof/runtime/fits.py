@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from ..errors import MismatchError, UnsupportedModelError
 from ..models.discover import config_of, fingerprint
 from ..models.load import transformers_of
@@ -21,7 +23,7 @@ def check_runs(schedule: Schedule) -> None:
     reason = None
     if schedule.update is not None:
         reason = "a fitted state update"
-    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - set(".S")):
+    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - set(".S_")):
         reason = f"stack action {odd[0]!r}"
     if reason:
         raise UnsupportedModelError(
@@ -58,6 +60,29 @@ def check_fits(pipe: Any, schedule: Schedule) -> None:
             raise MismatchError(
                 f"The scheduler's {key} is {found!r}, {wanted!r} in the schedule. Set it back, or profile and compile anew."
             )
+    _check_boundary(pipe, schedule)
+
+
+def _check_boundary(pipe: Any, schedule: Schedule) -> None:
+    """Raises MismatchError where diffusers' `boundary_ratio` gives steps to another transformer than the schedule does.
+
+    What other pipelines change transformers by is seen while they run.
+    """
+    config, trained = getattr(pipe, "config", {}), schedule.sampler.config.get("num_train_timesteps")
+    if set(schedule.transformers) != {"transformer", "transformer_2"} or "boundary_ratio" not in config or not trained:
+        return
+    ratio = config["boundary_ratio"]
+    # by a tensor, as the pipeline compares: a timestep at the boundary must fall to the same side
+    found = (torch.tensor(schedule.sampler.timesteps) >= (0 if ratio is None else ratio * trained)).tolist()
+    wanted = [past >= 0 for past in schedule.transformers["transformer"].past()]
+    if found != wanted:
+        count = sum(wanted)
+        above, below = (t / trained for t in schedule.sampler.timesteps[count - 1 : count + 1])
+        raise MismatchError(
+            f"With boundary_ratio={ratio} the pipeline calls transformer at {sum(found)} of {len(found)} steps, then "
+            f"transformer_2; in the schedule it is {count}. Set the boundary above {below:.4g} and at most {above:.4g}, say "
+            f"pipe.register_to_config(boundary_ratio={(above + below) / 2:.4g}), or profile and compile for this one."
+        )
 
 
 def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
@@ -94,7 +119,7 @@ def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str
             if "P" in row.row and rule.base in OBSERVED:
                 row.source = rows[source_of(plan, site, rule.base) or site]
             if "P" in row.row and rule.bonus:
-                row.raster = raster(schedule, plan, site, rule.bonus_grid)
+                row.raster = row.planned_raster = raster(schedule, plan, site, rule.bonus_grid)
     modules: dict[str, list[SiteRow]] = {}
     for site, row in rows.items():
         modules.setdefault(site.split("#")[0], []).append(row)

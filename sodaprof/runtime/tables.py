@@ -35,12 +35,12 @@ LARGEST = 65_536  # numbers in an argument that changes from step to step: a lar
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """How the transformer is called at the first step of the run under way, and what changes at the others."""
+    """How the transformer is called at its first step of the run under way, and what changes at the others."""
 
     forward: Any
     leaves: list[Any]
     spec: TreeSpec
-    moved: dict[int, dict[int, Any]]  # step, from 1 on -> argument -> value
+    moved: dict[int, dict[int, Any]]  # step, from the second on -> argument -> value
 
     def outputs(self, changed: dict[int, Any]) -> Any:
         """Returns what the transformer returns with some arguments changed."""
@@ -62,7 +62,12 @@ class Tables(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a transformer whose blocks are lowered; it stands inside the clock's."""
 
     def __init__(
-        self, moment: Moment, blocks: list[LoweredBlock], steps: int, collapse: Collapse | None, capture: Capture | None
+        self,
+        moment: Moment,
+        blocks: list[LoweredBlock],
+        steps: list[int],  # at which the pipeline calls this transformer
+        collapse: Collapse | None,
+        capture: Capture | None,
     ) -> None:
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
@@ -74,11 +79,12 @@ class Tables(ModelHook):  # type: ignore[misc]
         self.stand_ins: dict[Any, torch.Tensor] = {}  # by number of the output and looks
         self.held: dict[Any, list[Any]] = {}  # looks of a call -> what each block holds of what a graph fills
         self.numbers: dict[Any, int] = {}  # of looks
-        self.first: dict[int, list[Any]] = {}  # branch -> arguments at step 0 of the run under way
+        self.first: dict[int, list[Any]] = {}  # branch -> arguments at its first step of the run under way
         self.kinds: dict[int, tuple[Any, int]] = {}  # branch -> looks of its calls in the run under way, their number
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
+        begin, *later = self.steps
         leaves, spec = tree_flatten((args, kwargs))
         given = latents_of(module, args, kwargs)
         if not torch.is_tensor(given):  # a list, one tensor a sample: the traced blocks run whole
@@ -88,17 +94,17 @@ class Tables(ModelHook):  # type: ignore[misc]
         latents = next(i for i, leaf in enumerate(leaves) if leaf is given)
         kinds = tuple(kind_of(leaf) for leaf in leaves)
         looks = spec, kinds, branch, torch.is_autocast_enabled(), torch.get_default_dtype()
-        if self.capture is not None and not step and not branch:
+        if self.capture is not None and step == begin and not branch:
             self.capture.begin((spec, kinds))
         seen = self.seen.setdefault(looks, {})
-        if len(seen) < self.steps:
+        if len(seen) < len(self.steps):
             seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
             if self.capture is not None:
                 self.capture.settle()
             return forward(*args, **kwargs)
-        if step and self.loop is not None and self.loop.wants(leaves[latents]):
+        if step != begin and self.loop is not None and self.loop.wants(leaves[latents]):
             return self.loop.run()
-        if step:
+        if step != begin:
             self.moment.tabled = branch in self.first and self._as_noted(
                 leaves, latents, seen[step], self.first[branch]
             )
@@ -108,10 +114,10 @@ class Tables(ModelHook):  # type: ignore[misc]
                 return self.capture.run(forward, leaves, spec, self.kinds[branch][1])
             self.capture.settle()
             return forward(*args, **kwargs)
-        moving = {i for i in range(len(leaves)) if any(not same(seen[0][i], seen[s][i]) for s in range(1, self.steps))}
+        moving = {i for i in range(len(leaves)) if any(not same(seen[begin][i], seen[s][i]) for s in later)}
         if any(torch.is_tensor(leaves[i]) and leaves[i].numel() > LARGEST for i in moving):
             return forward(*args, **kwargs)
-        moved = {step: {i: seen[step][i] for i in moving} for step in range(1, self.steps)}
+        moved = {step: {i: seen[step][i] for i in moving} for step in later}
         hooked = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)  # may make detours
         call, kind = Call(forward, leaves, spec, moved), (looks, hooked)
         if kind in self.learned:
@@ -147,7 +153,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         return True
 
     def _learn(self, whole: Call, latents: int, kind: Any, branch: int) -> Any:
-        """Returns the transformer's output at the first step, with which it learns how blocks are called; fills the others."""
+        """Returns the transformer's output at its first step, with which it learns how blocks are called; fills the others."""
         calls = [BlockCall(block) for block in self.blocks]
         for call in calls:
             call.block.listener = call
@@ -158,7 +164,7 @@ class Tables(ModelHook):  # type: ignore[misc]
                 call.block.listener = None
         with torch.no_grad():
             self._probe(whole, latents, calls, out)
-            steps = range(1, self.steps)
+            steps = self.steps[1:]
             for call in calls:
                 for filled in self.filler.fill(call, steps, branch):
                     filled.hold(call.block, branch)
@@ -231,7 +237,7 @@ class Tables(ModelHook):  # type: ignore[misc]
 
     def _fill(self, whole: Call, kind: Any, branch: int) -> None:
         """Fills the tables of all steps without running a block; by a graph, where there are graphs."""
-        known, steps = self.learned[kind], range(self.steps)
+        known, steps = self.learned[kind], self.steps
         answers, late = [one.out for one in known], list[dict[int, Any]]()
 
         def body(leaves: list[Any]) -> list[Any]:
@@ -250,7 +256,7 @@ class Tables(ModelHook):  # type: ignore[misc]
                         mine[step] = {i: of_block[i] for i in one.moving}
             found = []
             for block, one, of_block, mine in zip(self.blocks, known, begun, changed, strict=True):
-                mine[0] = {i: of_block[i] for i in one.moving}
+                mine[self.steps[0]] = {i: of_block[i] for i in one.moving}
                 as_called = BlockCall(block, of_block, one.out, one.late, one.handed, mine)
                 early = [None if i in one.late else leaf for i, leaf in enumerate(of_block)]
                 found.append((early, mine, self.filler.fill(as_called, steps, branch)))
@@ -264,7 +270,7 @@ class Tables(ModelHook):  # type: ignore[misc]
                     run.at = 0  # whatever happened in the run before
             return
         found, lasting = body(whole.leaves), None
-        if self.capture is not None and all(sum(len(f.steps) for f in filled) == self.steps for _, _, filled in found):
+        if self.capture is not None and all(sum(len(f.steps) for f in filled) == len(steps) for _, _, filled in found):
             steps_of = [
                 ([None] * len(early), {s: dict.fromkeys(m, s) for s, m in mine.items()}, [f.steps_of() for f in filled])
                 for early, mine, filled in found

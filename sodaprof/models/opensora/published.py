@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from ...errors import FormatError
 from ...files import checked
-from ..original import Weights, _check_names, _read, _shape
+from ..original import Weights, check_names, read_weights, shape_of
 from .layers import RotaryEmbed
 from .pipeline import OpenSoraPipeline
 from .scheduler import RectifiedFlowScheduler
@@ -68,16 +68,16 @@ def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
     weights: a .safetensors or .pt file, or tensors by their published names; dtype: by default the stored one. Raises
     FormatError for a file that is missing or broken and for weights of another network.
     """
-    tensors, where = _read(weights)
+    tensors, where = read_weights(weights)
     blocks = [name for name in tensors if name.startswith("spatial_blocks.") and name.endswith("scale_shift_table")]
     for name in ("x_embedder.proj.weight", "y_embedder.y_embedding", "spatial_blocks.0.attn.q_norm.weight"):
         if name not in tensors:
             raise FormatError(f"{where}: no {name}; expected the weights of STDiT3 under their published names.")
-    width, channels, *patch = _shape(tensors, "x_embedder.proj.weight", 5, where)
-    length, captions = _shape(tensors, "y_embedder.y_embedding", 2, where)
-    head = _shape(tensors, "spatial_blocks.0.attn.q_norm.weight", 1, where)[0]
-    hidden = _shape(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, where)[0] if blocks else 0
-    out = _shape(tensors, "final_layer.linear.weight", 2, where)[0]
+    width, channels, *patch = shape_of(tensors, "x_embedder.proj.weight", 5, where)
+    length, captions = shape_of(tensors, "y_embedder.y_embedding", 2, where)
+    head = shape_of(tensors, "spatial_blocks.0.attn.q_norm.weight", 1, where)[0]
+    hidden = shape_of(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, where)[0] if blocks else 0
+    out = shape_of(tensors, "final_layer.linear.weight", 2, where)[0]
 
     def build() -> STDiT3:
         return STDiT3(
@@ -95,7 +95,7 @@ def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups:
 
     weights, dtype and errors as for `load_stdit3`. groups: of all norms; the shapes do not tell.
     """
-    tensors, where = _read(weights)
+    tensors, where = read_weights(weights)
     tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
     spatial = _widths(tensors, "spatial_vae.module.encoder.down_blocks.{}.resnets.0.conv1.weight", where)
     temporal = _widths(tensors, "temporal_vae.encoder.block_res_blocks.{}.0.conv1.conv.weight", where)
@@ -160,7 +160,7 @@ def _filled(
         model: nn.Module = checked(build, where)
     own = model.state_dict()
     tensors = dict(absent or {}) | dict(tensors)
-    _check_names(tensors, own, where)
+    check_names(tensors, own, where)
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise FormatError(f"{where}: {name} has the shape {list(tensor.shape)}, expected {list(own[name].shape)}.")
