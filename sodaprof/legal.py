@@ -66,21 +66,6 @@ def first_step_computes(s: Schedule) -> Iterator[str]:
             yield f"{name} does not compute everything at its first step {first}"
 
 
-def turns_begin_anew(s: Schedule) -> Iterator[str]:
-    """After steps of another transformer (_), a transformer first computes everything, and forecasts from nothing before."""
-    for name, plan in s.transformers.items():
-        past = plan.past()
-        for t, age in enumerate(past):
-            if age == 0 and (plan.stack[t] != "." or any(row[t] != "C" for row in plan.rows.values())):
-                yield f"{name} does not compute everything at step {t}, its first after another transformer's"
-        rows = [(site, plan.rows[site], "F", cells) for site, cells in plan.forecasts.items() if site in plan.rows]
-        for site, row, action, cells in [*rows, ("stack", plan.stack, "S", plan.stack_forecasts)]:
-            steps = [t for t, cell in enumerate(row) if cell == action]
-            for step, cell in zip(steps, cells, strict=False):
-                if any(type(source) is int and source < step - past[step] for source in cell.sources):
-                    yield f"{name}/{site} forecasts step {step} from before step {step - past[step]}, where its turn begins"
-
-
 def columns_agree(s: Schedule) -> Iterator[str]:
     """Sites are - in skipped columns and only there, but for a prefix of C under an S; _ goes through all rows."""
     for name, plan in s.transformers.items():
@@ -189,6 +174,20 @@ def _forecast_complaints(cell: Forecast, step: int, computed: Callable[[int], bo
             yield f"{where} has the weight {weight} at step {step}, which has more than 6 significant digits"
 
 
+def turns_begin_anew(s: Schedule) -> Iterator[str]:
+    """After another transformer's steps (_), a transformer first computes everything, and forecasts from nothing before."""
+    for name, plan in s.transformers.items():
+        past = plan.past()
+        for t, age in enumerate(past):
+            if age == 0 and (plan.stack[t] != "." or any(row[t] != "C" for row in plan.rows.values())):
+                yield f"{name} does not compute everything at step {t}, its first after another transformer's"
+        rows = [(site, plan.rows[site], "F", cells) for site, cells in plan.forecasts.items()]
+        for site, row, action, cells in [*rows, ("stack", plan.stack, "S", plan.stack_forecasts)]:
+            for step, cell in zip((t for t, a in enumerate(row) if a == action), cells, strict=True):
+                if min(cell.sources) < (begin := step - past[step]):
+                    yield f"{name}/{site} forecasts step {step} from before step {begin}, where its turn begins"
+
+
 def update_is_complete(s: Schedule) -> Iterator[str]:
     """An update has a known basis, 1 to 4 outputs of history, T rows of finite coefficients, 0 for outputs to come."""
     update = s.update
@@ -216,11 +215,11 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
     first_step_computes,
     columns_agree,
     one_transformer_a_step,
-    turns_begin_anew,
     prunes_have_their_k,
     rule_goes_with_prunes,
     rules_have_what_they_observe,
     forecasts_have_sources,
     stack_forecasts_have_sources,
+    turns_begin_anew,
     update_is_complete,
 )

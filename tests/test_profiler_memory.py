@@ -21,9 +21,7 @@ FREE = 0.6 * 79 * GIB  # of an 80 GB device
 
 def published(layers, modules, latent, patch, tokens, width, steps, full=False):
     sites = [
-        Site(stack, layer, module, "mlp", tokens, width, True)
-        for layer in range(layers)
-        for stack, module in modules
+        Site(stack, layer, module, "mlp", tokens, width, True) for layer in range(layers) for stack, module in modules
     ]
     grid = grid_of(tokens, raster_of(latent, patch, tokens), full)
     return Shapes(sites, [2 * tokens] * len(sites), [grid] * len(sites), steps, 2, True, 7, 2, 8)
