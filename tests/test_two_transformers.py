@@ -242,14 +242,18 @@ def test_two_transformers_in_one_step_are_refused():
 SETTINGS = {"steps": STEPS, "samples": 2, "batch_size": 2, "max_interval": 4}
 
 
-@pytest.mark.parametrize("halves", [True, False])
-def test_errors_are_those_of_a_transformer_against_itself(halves, tmp_path):
+AGAIN = (0, 1, 2, 8, 9, 10), tuple(range(3, 8))  # the first one's turn comes again
+
+
+@pytest.mark.parametrize(("halves", "turns"), [(True, (HIGH, LOW)), (False, (HIGH, LOW)), (True, AGAIN)])
+def test_errors_are_those_of_a_transformer_against_itself(halves, turns, tmp_path):
     pipe = turns_pipe(halves)
+    pipe.turns = turns
     profile = sodaprof.profile(pipe, tmp_path / "p", prompts=[3, 4], **SETTINGS)
     assert profile.sampler.guidance_form == ("halves" if halves else "passes")
     errors = profile.caching_error()
     pruning, rates = profile.pruning_error()
-    for name, own in zip(NAMES, (HIGH, LOW), strict=True):
+    for name, own in zip(NAMES, turns, strict=True):
         sites = profile.model.transformers[name].sites
         found = {s.key: [] for s in sites}
         modules = {key: pipe.components[name].get_submodule(key) for key in found}
@@ -262,7 +266,7 @@ def test_errors_are_those_of_a_transformer_against_itself(halves, tmp_path):
             full = seen if halves else [torch.cat(pair) for pair in zip(seen[::2], seen[1::2], strict=True)]
             for i, step in enumerate(own):
                 for age in range(1, 4):
-                    if age > i:
+                    if step - age not in own:
                         assert np.isnan(errors[name][step, s, age])
                         assert np.isnan(pruning[name][step, s, age]).all()
                         continue
@@ -272,7 +276,8 @@ def test_errors_are_those_of_a_transformer_against_itself(halves, tmp_path):
         others = [step for step in range(STEPS) if step not in own]
         assert np.isnan(errors[name][others]).all()
     rows = pq.read_table(profile.folder / "caching.parquet", columns=["transformer", "step", "age", "branch"])
-    ages = sum(min(i, 3) for own in (HIGH, LOW) for i in range(len(own)))
+    lengths = [3, 5, 3] if turns is AGAIN else [5, 6]
+    ages = sum(min(i, 3) for length in lengths for i in range(length))
     assert rows.num_rows == ages * 4 * 3  # sites, branches and their mean
     assert len(rates) == 8
 
@@ -592,9 +597,10 @@ def test_stacks_are_skipped_in_each_turn(wan):
             assert torch.equal(draw(wan), first)
 
 
-@pytest.mark.parametrize("halves", [True, False])
-def test_both_guidance_forms_from_profile_to_picture(halves, tmp_path):
+@pytest.mark.parametrize(("halves", "turns"), [(True, (HIGH, LOW)), (False, (HIGH, LOW)), (True, AGAIN)])
+def test_both_guidance_forms_from_profile_to_picture(halves, turns, tmp_path):
     pipe = turns_pipe(halves)
+    pipe.turns = turns
     sodaprof.profile(pipe, tmp_path / "p", prompts=[3, 4], **SETTINGS)
     plain = paint(pipe)
     for policy in ("soda", "fora"):

@@ -61,7 +61,9 @@ A text-to-image diffusion transformer small enough to ship: `PixArtAlphaPipeline
 such as "a large red ring left of a small blue disk on a grey gradient", 20 steps. Other words are unknown to it. PixArt's own
 pipeline rounds sizes to those of the published models, so outside of sodaprof call it with `use_resolution_binning=False`.
 
-Trained on captioned scenes that `sodaprof/models/scenes.py` makes; no data set and no published weights are needed.
+Trained from nothing on captioned scenes that `sodaprof/models/scenes.py` makes, but for the autoencoder: its encoder is that of
+tiny-dit as it is, its decoder that of tiny-dit, trained on with scenes. No data set is needed. The text encoder learns first, to
+tell in the words of an object its shape, colour, size and place, and is then frozen.
 
 ```
 make train-pixart    # python -m sodaprof.models.train_tiny_pixart build/train-pixart
