@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format schedules schedules-pixart released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -46,6 +46,15 @@ schedules: .venv/ready
 	  -o schedules/tiny-dit/$${p%% *}-$$b.json --force || exit 1; done; done
 	$(BIN)/sodaprof eval tiny-dit schedules/tiny-dit/*.json --samples 128 --record --force \
 	  -o $(RESULTS)/tiny-dit.json --picture $(RESULTS)/tiny-dit.png
+
+# The same for tiny-pixart: what schedules/tiny-pixart holds, and its table in docs/results.md.
+schedules-pixart: .venv/ready
+	$(BIN)/sodaprof profile tiny-pixart -o schedules/tiny-pixart/profile --samples 100 --force
+	for b in 1.5x 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile schedules/tiny-pixart/profile --policy $$p \
+	  --budget $$b -o schedules/tiny-pixart/$$p-$$b.json --force || exit 1; done; done
+	$(BIN)/sodaprof eval tiny-pixart schedules/tiny-pixart/*.json --samples 64 --record --force \
+	  -o $(RESULTS)/tiny-pixart.json --picture $(RESULTS)/tiny-pixart.png
+	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
 released: .venv/ready

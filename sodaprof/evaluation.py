@@ -103,7 +103,7 @@ def evaluate(
         _keep_apart(schedule, seed, samples)
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     entries = default_prompts(pipe) if prompts is None else list(prompts)
-    classifier = load_classifier(Path(str(pipe.config.get("_name_or_path", "")))) if takes_labels(pipe) else None
+    classifier = load_classifier(Path(str(pipe.config.get("_name_or_path", ""))))
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])
     cost = count_flops(pipe, model, step)
 
@@ -181,9 +181,11 @@ class Run:
             x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
             with torch.no_grad():
                 features = self.classifier.features(x)
-                guess = self.classifier.head(features).argmax(1).numpy()
             contender.features.append(features.double().numpy())
-            contender.hits.append(guess == np.array(entries))
+            if takes_labels(self.pipe):
+                with torch.no_grad():
+                    guess = self.classifier.head(features).argmax(1).numpy()
+                contender.hits.append(guess == np.array(entries))
 
 
 @contextmanager

@@ -20,9 +20,9 @@ def bench(
         Path | None,
         typer.Option(metavar="FILE", help="Measure what each action takes, too: a cost.json to compile with."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Runs of each, in turn, after two that do not count.")] = 7,
+    rounds: Annotated[int, typer.Option(help="Runs of each, in turn, after three that do not count.")] = 7,
     batch_size: Annotated[int, typer.Option(help="Generations at once.")] = 1,
-    steps: Steps = 50,
+    steps: Steps = None,
     prompts: Prompts = None,
     guidance_scale: Scale = None,
     dtype: Dtype = None,
@@ -42,13 +42,13 @@ def bench(
     from ..bench import benchmark
     from ..cost import save_cost
     from ..latency import measure_costs
-    from ..models.load import load_pipeline, read_prompts
+    from ..models.load import default_steps, load_pipeline, read_prompts
     from ..report.results import benchmark_view
 
     console = make_console(stderr=as_json)
     pipe = load_pipeline(model, dtype, device)
     entries = None if prompts is None else read_prompts(prompts)
-    steps = loaded[0].steps if loaded else steps
+    steps = loaded[0].steps if loaded else steps or default_steps(pipe)
     scale = loaded[0].sampler.guidance_scale if loaded and guidance_scale is None else guidance_scale
     if cost is not None:
         with progress(console, "costs") as on_progress:

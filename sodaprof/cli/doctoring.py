@@ -7,14 +7,16 @@ import json
 from .shared import Json, Model, Steps, make_console, say_next
 
 
-def doctor(model: Model, steps: Steps = 50, as_json: Json = False) -> None:
+def doctor(model: Model, steps: Steps = None, as_json: Json = False) -> None:
     """Say what of a model CUDA graphs cannot hold, and what to do about it. Needs no GPU: one step runs on the CPU."""
     from ..doctor import diagnose
-    from ..models.load import load_pipeline
+    from ..models.load import default_steps, load_pipeline
     from ..report.diagnosis import diagnosis_view
 
     console = make_console(stderr=as_json)
-    result = diagnose(load_pipeline(model, device="cpu"), model, steps)
+    pipe = load_pipeline(model, device="cpu")
+    steps = steps or default_steps(pipe)
+    result = diagnose(pipe, model, steps)
     if as_json:
         print(json.dumps(result))
         return

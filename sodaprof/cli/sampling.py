@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +33,7 @@ from .shared import (
 def profile(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
-    steps: Steps = 50,
+    steps: Steps = None,
     samples: Annotated[
         int | None, typer.Option(help="Generations to average over.  [default: 100, of video 10]")
     ] = None,
@@ -66,16 +68,17 @@ def profile(
         pipe, model, steps=steps, samples=samples, prompts=entries, guidance_scale=guidance_scale,
         max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
     )  # fmt: skip
+    taken = plan.request
     console.print(
-        f"{len(plan.sites)} sites, {steps} steps, {plan.request['samples']} generations, {plan.request['batch_size']} at "
-        f"once, in {len(plan.groups)} pass(es)\nMemory beside the model's: {size(plan.extra_bytes)} on the device, "
+        f"{len(plan.sites)} sites, {plan.sampler.steps} steps, {taken['samples']} generations, {taken['batch_size']} at once, in "
+        f"{len(plan.groups)} pass(es). Memory beside the model's: {size(plan.extra_bytes)} on the device, "
         f"{size(plan.host_bytes)} on the host. Disk: at most {size(plan.disk_bytes)}. Time: about {duration(plan.seconds)}"
     )
     with progress(console, "profile") as on_progress:
         found = run_profile(pipe, plan, output, force=force, on_progress=on_progress)
-    taken = found.manifest["measured"]
+    measured = found.manifest["measured"]
     console.print(
-        f"Took {duration(taken['seconds'])}, {taken['time_over_plain']:.2f}x plain sampling. "
+        f"Took {duration(measured['seconds'])}, {measured['time_over_plain']:.2f}x plain sampling. "
         f"Wrote {output}/ ({size(sum(f.stat().st_size for f in output.iterdir()))})"
     )
     say_next(console, f"sodaprof compile {output} --budget 2.0x -o schedule.json")
@@ -83,7 +86,7 @@ def profile(
 
 def inspect(
     model: Model,
-    steps: Steps = 50,
+    steps: Steps = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")] = None,
     guidance_scale: Scale = None,
     dtype: Dtype = None,
@@ -99,13 +102,13 @@ def inspect(
     from ..cost import save_cost
     from ..models.discover import inspect_pipeline
     from ..models.flops import count_flops
-    from ..models.load import default_guidance, load_pipeline
+    from ..models.load import default_guidance, default_steps, load_pipeline
     from ..profiles import write_inspection
     from ..report.results import inspection_view
 
     pipe = load_pipeline(model, dtype, device)
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    found, sampler, step = inspect_pipeline(pipe, model, steps, scale)
+    found, sampler, step = inspect_pipeline(pipe, model, steps or default_steps(pipe), scale)
     cost = count_flops(pipe, found, step)
     console = make_console(stderr=as_json)
     if as_json:
@@ -249,6 +252,7 @@ def evaluate_(
             names=_names(schedules, loaded),
         )  # fmt: skip
     pictures = result.pop("pictures")
+    result["command"] = shlex.join(["sodaprof", *sys.argv[1:]])
     if as_json:
         print(json.dumps(result))
     else:

@@ -35,7 +35,7 @@ Runtime = Annotated[
         help="hooks; lowered: traced, faster from the second picture on; captured: CUDA graphs; whole-steps: with the solver in."
     ),
 ]
-Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.  [default: the pipeline's]")]
 
 
 def make_console(stderr: bool = False) -> Console:

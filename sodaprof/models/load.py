@@ -140,6 +140,12 @@ def default_guidance(pipe: Any) -> float | None:
     return None if parameter is None or parameter.default is None else float(parameter.default)
 
 
+def default_steps(pipe: Any) -> int:
+    """How many steps the pipeline takes when no number is given; 50 where it does not say."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else 50
+
+
 def read_prompts(path: str | Path) -> list[int | str]:
     """Returns the entries of a prompt file, or of a shipped one by its name (`text-to-image`).
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import SodaprofError, UnsupportedModelError
 from ..models.discover import inspect_pipeline
-from ..models.load import OwnCall, default_guidance, default_prompts, makes_video
+from ..models.load import OwnCall, default_guidance, default_prompts, default_steps, makes_video
 from ..models.recording import Step
 from ..profiles import FORMAT, TABLE_VERSIONS, VERSION
 from ..sites import Model, Sampler, Site, raster_of
@@ -65,7 +65,7 @@ def plan_profile(
     pipe: Any,
     name: str,
     *,
-    steps: int = 50,
+    steps: int | None = None,
     samples: int | None = None,
     prompts: Sequence[int | str] | None = None,
     guidance_scale: float | None = None,
@@ -78,13 +78,14 @@ def plan_profile(
 ) -> ProfilePlan:
     """Returns what `run_profile` will do and take. Raises SodaprofError for settings that make no sense.
 
-    samples: generations, by default 100, of video 10 (SODA, 4.1). batch_size: generations at once, at most: fewer where
-    that saves passes over the trajectories. full_tokens: keep every site's error a token, also where there are more than
-    MOST_TOKENS.
+    steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). batch_size: generations
+    at once, at most: fewer where that saves passes over the trajectories. full_tokens: keep every site's error a token, also
+    where there are more than MOST_TOKENS.
     call: called as call(entries, generators) where the pipeline would be, for prompt embeddings and any other arguments of
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
     guidance_scale is then what it uses, and is only noted.
     """
+    steps = default_steps(pipe) if steps is None else steps
     if samples is None:
         samples = 10 if makes_video(pipe) else 100
     for what, value, least in (("steps", steps, 2), ("samples", samples, 1), ("batch-size", batch_size, 1)):
