@@ -82,7 +82,7 @@ def fewer_steps_at(schedule: Schedule, cost: CostModel) -> list[FewerSteps]:
         return []
     own = [round(t) for t in sampler.timesteps]
     even = tuple(own[round(i * sampler.steps / count)] for i in range(count))
-    anchors = tuple(own[t] for t in next(iter(schedule.transformers.values())).anchors())
+    anchors = tuple(own[t] for t in schedule.anchors())
     found = []
     for solver in SOLVERS:
         found.append(FewerSteps(solver, "even", count, even))

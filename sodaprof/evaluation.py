@@ -305,9 +305,8 @@ def _calibration_seeds(schedules: Sequence[Schedule]) -> range:
 
 
 def _describe(schedule: Schedule) -> str:
-    plan = next(iter(schedule.transformers.values()))
-    pruned, skipped = schedule.counts()["P"], plan.stack.count("S")
-    parts = [f"{len(plan.anchors())} anchors"]
+    pruned, skipped = schedule.counts()["P"], sum(plan.stack.count("S") for plan in schedule.transformers.values())
+    parts = [f"{len(schedule.anchors())} anchors"]
     parts += [f"{pruned} pruned cells"] if pruned else []
     parts += [f"{skipped} skipped steps"] if skipped else []
     return ", ".join(parts)

@@ -138,6 +138,10 @@ class Schedule:
     def steps(self) -> int:
         return self.sampler.steps
 
+    def anchors(self) -> tuple[int, ...]:
+        """Returns the steps at which all sites of the transformer at work compute."""
+        return tuple(sorted({t for plan in self.transformers.values() for t in plan.anchors()}))
+
     def counts(self) -> Counter[str]:
         return sum((plan.counts() for plan in self.transformers.values()), Counter())
 

@@ -161,7 +161,9 @@ def test_the_memory_of_frames_in_the_batch_is_planned(tmp_path):
 def test_the_call_must_run_the_steps_that_were_asked_for():
     case = PIPELINES["FluxPipeline"]()
     with pytest.raises(SodaprofError, match=f"runs {STEPS} timesteps, steps is 50"):
-        plan_profile(case.pipe, "tiny", samples=1, call=case.call)
+        plan_profile(case.pipe, "tiny", steps=50, samples=1, call=case.call)
+    plan = plan_profile(case.pipe, "tiny", samples=1, max_interval=3, call=case.call)
+    assert plan.sampler.steps == STEPS
 
 
 def test_the_call_is_given_entries_and_generators(tmp_path):

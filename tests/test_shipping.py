@@ -108,9 +108,7 @@ def test_a_hub_repository_is_asked_for_its_schedules_alone(model, pipe, tmp_path
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(
-        SodaprofError, match=r"nor fetched from the hub \(no route\)"
-    ):
+    with pytest.raises(SodaprofError, match=r"nor fetched from the hub \(no route\)"):
         find_shipped(pipe)
 
 

@@ -44,7 +44,7 @@ def compile_(
         console.print("PSNR on calibration seeds: " + ", ".join(f"N={t['N']} {t['psnr_db']:.1f} dB" for t in tried))
     schedule.save(output, force=force)
     predicted = schedule.predicted or {}
-    anchors = len(next(iter(schedule.transformers.values())).anchors())
+    anchors = len(schedule.anchors())
     error = "" if predicted["error"] is None else f", predicted error {predicted['error']:.4g}"
     console.print(
         f"{policy}: {predicted['speedup']:.3f}x {predicted['unit']} predicted{error}; {anchors} anchors of "

@@ -85,6 +85,7 @@ def plan_profile(
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
     guidance_scale is then what it uses, and is only noted.
     """
+    asked = steps
     steps = default_steps(pipe) if steps is None else steps
     if samples is None:
         samples = 10 if makes_video(pipe) else 100
@@ -100,6 +101,8 @@ def plan_profile(
     prompts = list(prompts)
     scale = default_guidance(pipe) if guidance_scale is None and call is None else guidance_scale
     model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0], call)
+    if call is not None and asked is None:
+        steps = sampler.steps
     if call is not None and sampler.steps != steps:
         raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")
     works = {name: sum(past >= 0 for past in t.past(sampler.steps)) for name, t in model.transformers.items()}  # steps
