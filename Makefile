@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules schedules-pixart released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -54,6 +54,15 @@ schedules-pixart: .venv/ready
 	  --budget $$b -o schedules/tiny-pixart/$$p-$$b.json --force || exit 1; done; done
 	$(BIN)/sodaprof eval tiny-pixart schedules/tiny-pixart/*.json --samples 64 --record --force \
 	  -o $(RESULTS)/tiny-pixart.json --picture $(RESULTS)/tiny-pixart.png
+	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+
+# The same for tiny-opensora, from 10 clips as in SODA.
+schedules-opensora: .venv/ready
+	$(BIN)/sodaprof profile tiny-opensora -o schedules/tiny-opensora/profile --force
+	for b in 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile schedules/tiny-opensora/profile --policy $$p \
+	  --budget $$b -o schedules/tiny-opensora/$$p-$$b.json --force || exit 1; done; done
+	$(BIN)/sodaprof eval tiny-opensora schedules/tiny-opensora/*.json --samples 32 --record --force \
+	  -o $(RESULTS)/tiny-opensora.json --picture $(RESULTS)/tiny-opensora.png
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
@@ -115,7 +124,7 @@ train: .venv/ready
 train-pixart: .venv/ready
 	$(BIN)/python -m sodaprof.models.train_tiny_pixart build/train-pixart
 
-# Makes the weights of tiny-opensora again (hours on a CPU).
+# Makes the weights of tiny-opensora again (an hour on a CPU).
 train-opensora: .venv/ready
 	$(BIN)/python -m sodaprof.models.train_tiny_opensora build/train-opensora
 

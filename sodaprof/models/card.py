@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import scenes
+from . import motions, scenes
 from .classifier import Classifier, load_classifier
 from .drawings import CLASSES
 from .load import call, default_guidance, load_pipeline, pictures_of
@@ -98,6 +98,49 @@ By shape, both of its uses counted: {by_shape}.
 """
 
 
+OPENSORA_CARD = """# tiny-opensora
+
+A text-to-video diffusion transformer small enough to ship: `OpenSoraPipeline` with an `STDiT3` (8 spatial and 8 temporal blocks
+of width 88, 5 latent frames of 16 tokens), an `AutoencoderKLOpenSora` (spatial and temporal half, 17 frames to 5), a
+`T5EncoderModel` (2 layers of width 64) and a `T5Tokenizer` of {words} words; rectified flow without the timestep transform, which
+is made for sizes from 144p on; bfloat16 on disk. It draws clips of 17 frames of 32 x 32 pixels, of one object that moves:
+
+- shapes {shapes}
+- colours {colours}
+- grounds {grounds}
+- right, left, down, up
+
+such as "a red disk moves right on a grey background", 30 steps, guidance 7. Other words are unknown to it.
+
+Trained from nothing on captioned clips that `sodaprof/models/motions.py` makes; no data set is needed.
+
+```
+make train-opensora    # python -m sodaprof.models.train_tiny_opensora build/train-opensora
+```
+
+Whether a prompt is followed is read off the frames by `motions.read`, which has nothing learned in it: it follows the centre of
+what differs from the ground, and lays the outline of each shape over it. {judged} prompts, of combinations of shape, colour and
+direction that training never saw (one in six is held out), seeds from {first}:
+
+| | |
+| --- | --- |
+| direction | {direction:.1%} |
+| shape | {shape:.1%} |
+| colour | {colour:.1%} |
+| all of them | {all:.1%} |
+
+| | |
+| --- | --- |
+| autoencoder: spatial half on held-out frames | {spatial} dB PSNR |
+| autoencoder, both halves, on held-out clips | {temporal} dB PSNR; of these, {read:.0%} are read right |
+| seconds: spatial, temporal half, network | {seconds} ({threads}) |
+
+| step | loss | seconds |
+| ---: | ---: | ---: |
+{curve}
+"""
+
+
 def write_dit_card(out: Path, judged: int, seed: int, device: str) -> None:
     """Samples `judged` pictures of OUT/pipeline, judges them, and writes OUT/pipeline/README.md."""
     pipe, classifier = _open(out, device)
@@ -156,6 +199,28 @@ def write_pixart_card(out: Path, judged: int, seed: int) -> None:
             f"{name} {alike[asked.shape == index].mean().item():.0%}" for index, name in enumerate(scenes.SHAPES)
         ),
         curve=_rows(parts["transformer"], 500),
+    )
+    (out / "pipeline" / "README.md").write_text(text)
+
+
+def write_opensora_card(out: Path) -> None:
+    """Writes OUT/pipeline/README.md from what the stages of the training left in OUT, its judge included."""
+    parts = _curves(out, ("vae", "temporal", "network"))
+    judged = json.loads((out / "training.judge.json").read_text())
+    text = OPENSORA_CARD.format(
+        words=len(motions.vocabulary()),
+        shapes=", ".join(motions.SHAPES),
+        colours=", ".join(motions.COLOURS),
+        grounds=", ".join(motions.GROUNDS),
+        judged=judged["judged"],
+        first=judged["first_seed"],
+        **judged["held_out"],
+        spatial=parts["vae"]["held_out_psnr_db"],
+        temporal=parts["temporal"]["held_out_psnr_db"],
+        read=parts["temporal"]["read_right"]["all"],
+        seconds=_seconds(parts),
+        threads=f"{parts['network'].get('threads', '?')} threads of a CPU",
+        curve=_rows(parts["network"], 500),
     )
     (out / "pipeline" / "README.md").write_text(text)
 

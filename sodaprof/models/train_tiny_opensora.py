@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from . import motions
+from .card import write_opensora_card
 from .linear_start import start_linear, start_linear_in_time
 from .opensora.pipeline import OpenSoraPipeline
 from .opensora.scheduler import RectifiedFlowScheduler
@@ -51,9 +52,9 @@ def main() -> None:
     parser.add_argument("--stage", choices=["spatial", "temporal", "network", "judge", "all"], default="all")
     parser.add_argument("--spatial-steps", type=int, default=8000)
     parser.add_argument("--temporal-clips", type=int, default=4000)
-    parser.add_argument("--temporal-steps", type=int, default=3000)
+    parser.add_argument("--temporal-steps", type=int, default=1800)
     parser.add_argument("--clips", type=int, default=24_000)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=2300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--judged", type=int, default=200, help="clips of held-out prompts that are sampled and read")
     parser.add_argument("--seed", type=int, default=0)
@@ -344,6 +345,7 @@ def judge(args: argparse.Namespace) -> None:
         args.out, "judge", held_out=told, judged=args.judged, first_seed=SEED, bytes=disk,
         seconds=round(time.time() - start),
     )  # fmt: skip
+    write_opensora_card(args.out)
     print(told, disk)
 
 

@@ -95,7 +95,7 @@ def profile(pipe: Any, folder: str | Path, *, name: str | None = None, force: bo
 
     With prompt embeddings passed in, say call=lambda entries, generators: pipe(prompt_embeds=embeddings[entries], ...).
     """
-    plan = plan_profile(pipe, name or pipe.config.get("_name_or_path") or type(pipe).__name__, **settings)
+    plan = plan_profile(pipe, str(name or pipe.config.get("_name_or_path") or type(pipe).__name__), **settings)
     return run_profile(pipe, plan, folder, force=force)
 
 
