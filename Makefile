@@ -47,10 +47,10 @@ schedules: .venv/ready
 	$(BIN)/sodaprof eval tiny-dit schedules/tiny-dit/*.json --samples 128 --record --force \
 	  -o $(RESULTS)/tiny-dit.json --picture $(RESULTS)/tiny-dit.png
 
-# The same for tiny-pixart: what schedules/tiny-pixart holds, and its table in docs/results.md.
+# The same for tiny-pixart: what schedules/tiny-pixart holds, and its table in docs/results.md. Its profile stays in build/.
 schedules-pixart: .venv/ready
-	$(BIN)/sodaprof profile tiny-pixart -o schedules/tiny-pixart/profile --samples 100 --force
-	for b in 1.5x 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile schedules/tiny-pixart/profile --policy $$p \
+	$(BIN)/sodaprof profile tiny-pixart -o build/tiny-pixart-profile --samples 100 --force
+	for b in 1.5x 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile build/tiny-pixart-profile --policy $$p \
 	  --budget $$b -o schedules/tiny-pixart/$$p-$$b.json --force || exit 1; done; done
 	$(BIN)/sodaprof eval tiny-pixart schedules/tiny-pixart/*.json --samples 64 --record --force \
 	  -o $(RESULTS)/tiny-pixart.json --picture $(RESULTS)/tiny-pixart.png
@@ -58,8 +58,8 @@ schedules-pixart: .venv/ready
 
 # The same for tiny-opensora, from 10 clips as in SODA.
 schedules-opensora: .venv/ready
-	$(BIN)/sodaprof profile tiny-opensora -o schedules/tiny-opensora/profile --force
-	for b in 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile schedules/tiny-opensora/profile --policy $$p \
+	$(BIN)/sodaprof profile tiny-opensora -o build/tiny-opensora-profile --force
+	for b in 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile build/tiny-opensora-profile --policy $$p \
 	  --budget $$b -o schedules/tiny-opensora/$$p-$$b.json --force || exit 1; done; done
 	$(BIN)/sodaprof eval tiny-opensora schedules/tiny-opensora/*.json --samples 32 --record --force \
 	  -o $(RESULTS)/tiny-opensora.json --picture $(RESULTS)/tiny-opensora.png
