@@ -14,16 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .drawings import DISTANCES
+from .scenes import COLOURS, SHAPES
 
-SHAPES = ("disk", "ring", "triangle", "square", "cross")
-COLOURS = {
-    "red": (0.90, 0.08, 0.10),
-    "green": (0.10, 0.75, 0.15),
-    "blue": (0.10, 0.25, 1.00),
-    "yellow": (1.00, 0.88, 0.05),
-    "purple": (0.65, 0.10, 0.85),
-    "white": (1.00, 1.00, 1.00),
-}
 GROUNDS = {"black": (0.05, 0.05, 0.05), "grey": (0.40, 0.40, 0.40), "brown": (0.36, 0.22, 0.10)}
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # x to the right, y down
 VERBS = ("moves", "slides", "goes")
