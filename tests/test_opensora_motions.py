@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import sodaprof
-from sodaprof.models import motions
+from sodaprof.models import motions, scenes
 from sodaprof.models.linear_start import start_linear, start_linear_in_time
 from sodaprof.models.motions import Motions, Reading, caption, draw, held_out, read, sample, softened, vocabulary
 from sodaprof.models.opensora.text import with_scores
@@ -30,8 +30,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def asked(batch: Motions, row: int) -> Reading:
     return Reading(
-        motions.SHAPES[int(batch.shape[row])],
-        list(motions.COLOURS)[int(batch.colour[row])],
+        scenes.SHAPES[int(batch.shape[row])],
+        list(scenes.COLOURS)[int(batch.colour[row])],
         list(motions.DIRECTIONS)[int(batch.direction[row])],
     )
 
@@ -43,7 +43,7 @@ def test_combinations_are_kept_apart(unseen):
     assert (held_out(batch) == unseen).all()
     for values in (batch.shape, batch.colour, batch.direction, batch.ground):
         assert len(values.unique()) == int(values.max()) + 1 > 2  # every value occurs on both sides
-    total = len(motions.SHAPES) * len(motions.COLOURS) * len(motions.DIRECTIONS)
+    total = len(scenes.SHAPES) * len(scenes.COLOURS) * len(motions.DIRECTIONS)
     every = torch.cartesian_prod(*(torch.arange(n) for n in (5, 6, 4))).unbind(1)
     assert held_out(Motions(*every, every[0])).sum() * 6 == total
 

@@ -209,8 +209,8 @@ def write_opensora_card(out: Path) -> None:
     judged = json.loads((out / "training.judge.json").read_text())
     text = OPENSORA_CARD.format(
         words=len(motions.vocabulary()),
-        shapes=", ".join(motions.SHAPES),
-        colours=", ".join(motions.COLOURS),
+        shapes=", ".join(scenes.SHAPES),
+        colours=", ".join(scenes.COLOURS),
         grounds=", ".join(motions.GROUNDS),
         judged=judged["judged"],
         first=judged["first_seed"],

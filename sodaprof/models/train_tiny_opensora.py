@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from . import motions
+from . import motions, scenes
 from .card import write_opensora_card
 from .linear_start import start_linear, start_linear_in_time
 from .opensora.pipeline import OpenSoraPipeline
@@ -170,7 +170,7 @@ def half_of(vae: AutoencoderKLOpenSora, x: Tensor) -> Tensor:
 
 def shares(clips: Tensor, batch: motions.Motions) -> dict[str, float]:
     """Returns how often a clip shows the right shape, colour and direction, and all of them."""
-    names = (motions.SHAPES, tuple(motions.COLOURS), tuple(motions.DIRECTIONS))
+    names = (scenes.SHAPES, tuple(scenes.COLOURS), tuple(motions.DIRECTIONS))
     right = []
     for i, clip in enumerate(clips):
         found = motions.read(clip)
