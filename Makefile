@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora table released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -64,6 +64,11 @@ schedules-opensora: .venv/ready
 	$(BIN)/sodaprof eval tiny-opensora schedules/tiny-opensora/*.json --samples 32 --record --force \
 	  -o $(RESULTS)/tiny-opensora.json --picture $(RESULTS)/tiny-opensora.png
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+
+# Makes the comparison in docs/results.md: every policy at every budget beside the controls, and what calibration does not
+# cover. What build/table holds is not made again. Some of it: make table TABLE="--models tiny-dit --stages table page"
+table: .venv/ready
+	$(BIN)/python -m tests.table $(TABLE)
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
 released: .venv/ready

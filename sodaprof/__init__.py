@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .profiler.run import profile
     from .profiles import Profile, load_profile
     from .runtime.attach import Handle, Report, apply
+    from .runtime.scheduler import scheduler
     from .schedule import Schedule, load_schedule
 
 _HOME = {  # public name -> the module that defines it; imported on first use, so that `import sodaprof` is quick
@@ -53,6 +54,7 @@ _HOME = {  # public name -> the module that defines it; imported on first use, s
     "load_profile": "profiles",
     "load_schedule": "schedule",
     "profile": "profiler.run",
+    "scheduler": "runtime.scheduler",
 }
 
 __all__ = [
@@ -74,6 +76,7 @@ __all__ = [
     "load_profile",
     "load_schedule",
     "profile",
+    "scheduler",
 ]
 
 

@@ -157,6 +157,11 @@ def load_cost(path: str | Path) -> CostModel:
     return checked(lambda: _from_json(data, where), where)
 
 
+def cost_of(folder: Path, cost: str | Path) -> CostModel:
+    """Returns the cost table that `cost` names: "flops" for the folder's own count, or the path of a cost.json."""
+    return load_cost(folder / "cost.flops.json" if str(cost) == "flops" else cost)
+
+
 def _from_json(data: dict[str, Any], where: str) -> CostModel:
     fields = {"unit", "device", "dtype", "batch", "tokens", "transformers", "loop", "outside"}
     exact_keys(data, fields | {"format", "version"}, where)

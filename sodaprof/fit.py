@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .compiler import RELEASED, compile_schedule
+from .contenders import Contender, Run, nearness_db
 from .errors import BudgetError, FormatError
-from .evaluation import Contender, Run, nearness_db
 from .schedule import Schedule
 
 PERIODS = range(2, 9)  # N of ToCa and DuCa

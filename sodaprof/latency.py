@@ -20,11 +20,14 @@ from .cost import CostModel, SiteCost, StepCost, TransformerCost
 from .errors import SodaprofError, UnsupportedModelError
 from .models.discover import inspect_pipeline
 from .models.load import default_prompts
-from .schedule import Forecast, Plan, Schedule, TokenRule
+from .models.solvers import own_update
+from .schedule import Forecast, Plan, Schedule, TokenRule, Update
 from .sites import Model, Sampler, Site
+from .updates import rounded
 
 SOURCES = 4
 FIRST = SOURCES  # steps that compute everything, so that there are sources to forecast from
+HISTORY = 3  # outputs that the measured update weighs
 SHARES = (0.125, 0.25, 0.5, 0.75)  # of a module's tokens, for P
 FORECASTS = {k: Forecast(tuple(range(SOURCES - k, SOURCES)), (1.0 / k,) * k) for k in (1, SOURCES)}
 
@@ -66,7 +69,9 @@ def measure_costs(
         contender_of(pipe, name, draw_schedule(model, sampler, list(at), {}), True, True, cuda)
         for name, at in anchors.items()
     )
-    time_runs(pipe, [whole, half, *runs], steps, entries, guidance_scale, rounds, on_progress)
+    moved = _updated(pipe, draw_schedule(model, sampler, list(anchors["half"]), {}))
+    updates = [] if moved is None else [contender_of(pipe, "update", moved, True, True, cuda)]
+    time_runs(pipe, [whole, half, *runs, *updates], steps, entries, guidance_scale, rounds, on_progress)
 
     took: dict[Pattern, list[float]] = {}
     for group, run in zip(groups, runs, strict=True):
@@ -80,6 +85,7 @@ def measure_costs(
     tables = one, max(0.0, 2 * two - one)
     runs = [whole, half, *runs]
     scheduler = float(np.median([run.scheduler for run in runs]))
+    update = float(np.median([run.scheduler for run in updates])) if updates else scheduler
     rest = [
         (loop - t.sum() - s.sum()) / steps
         for r in runs
@@ -88,9 +94,19 @@ def measure_costs(
     costs = TransformerCost(*_costs(modules, ms, full, tables))
     return CostModel(
         "ms", str(getattr(pipe, "device", "cpu")), model.shape["dtype"], batch_size, model.shape["tokens"], {name: costs},
-        {"scheduler": scheduler, "update": scheduler, "guidance": max(0.0, float(np.median(rest)))},
+        {"scheduler": scheduler, "update": update, "guidance": max(0.0, float(np.median(rest)))},
         {"text_encoder": None, "vae": None},
     )  # fmt: skip
+
+
+def _updated(pipe: Any, schedule: Schedule) -> Schedule | None:
+    """Returns the schedule with the scheduler's own steps as an update of HISTORY outputs; None where they are not linear."""
+    try:
+        own = own_update(pipe.scheduler, list(schedule.sampler.timesteps))
+    except UnsupportedModelError:  # no schedule of this pipeline can hold an update
+        return None
+    rows = rounded(own.padded(max(HISTORY, own.history)))
+    return replace(schedule, update=Update(own.basis, len(rows[0]) - 1, rows, {"own": True}))
 
 
 def _patterns(modules: dict[str, list[Site]]) -> list[Pattern]:

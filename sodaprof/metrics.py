@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 PSNR_CAP_DB = 100.0  # what equal pictures score, so that means stay finite
+FLIP_DB = 20.0  # PSNR to the full run below which a picture counts as another one: other edges, not other shades
 LEAST_FOR_DISTANCE = 1000  # samples a side below which Fréchet and kernel distances say nothing
 
 
@@ -45,21 +46,48 @@ def relative_l2(a: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the Fréchet distance of two sets of features, [n, d] and [m, d] (Heusel et al. 2017)."""
-    from scipy.linalg import sqrtm
-
     mean = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = np.real(sqrtm(cov_a @ cov_b))
-    return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(root))
+    values, vectors = np.linalg.eigh(cov_a)
+    half = (
+        vectors * np.sqrt(values.clip(0)) @ vectors.T
+    )  # the root of cov_a; features that are always 0 make it singular
+    roots = np.sqrt(np.linalg.eigvalsh(half @ cov_b @ half).clip(0))
+    return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Returns the unbiased squared MMD under k(x, y) = (x·y / d + 1)³ (Bińkowski et al. 2018): [n, d], [m, d]."""
-    n, m, d = len(a), len(b), a.shape[1]
+    n, (within_a, between, within_b) = len(a), _kernel_sums(a, b)
+    return float(within_a.sum() / (n * (n - 1)) + within_b - 2 * between.mean())
+
+
+def kernel_difference(a: np.ndarray, other: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Returns the kernel distance of a to b less that of other to b, with its 95 % interval: [n, d], [n, d], [m, d].
+
+    a and other are paired, b is taken as given: the interval is that of the jackknife over the n pairs.
+    """
+    n = len(a)
+    left_out = []  # the distance without each sample in turn
+    for features in (a, other):
+        within, between, _ = _kernel_sums(features, b)
+        without = (within.sum() - 2 * within) / ((n - 1) * (n - 2))
+        left_out.append(without - 2 * (between.sum() - between) / (n - 1))
+    spread = left_out[0] - left_out[1]
+    half = 1.96 * float(np.sqrt((n - 1) / n * ((spread - spread.mean()) ** 2).sum()))
+    mean = kernel_distance(a, b) - kernel_distance(other, b)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sums of k over the others of a [n], means over b [n], and the mean over pairs of b."""
+    m, d = len(b), a.shape[1]
     within_a, within_b, between = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    inner_a = (within_a.sum() - np.trace(within_a)) / (n * (n - 1))
-    inner_b = (within_b.sum() - np.trace(within_b)) / (m * (m - 1))
-    return float(inner_a + inner_b - 2 * between.mean())
+    return (
+        within_a.sum(1) - np.diag(within_a),
+        between.mean(1),
+        float(within_b.sum() - np.trace(within_b)) / (m * (m - 1)),
+    )
 
 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
@@ -78,6 +106,20 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
 def worst_decile(values: np.ndarray) -> float:
     """Returns the mean of the lowest tenth of the values (at least one)."""
     return float(np.sort(values)[: max(1, len(values) // 10)].mean())
+
+
+def worst_decile_difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Returns worst_decile(a) − worst_decile(b) of paired values [n], and its 95 % bootstrap interval, as mean_interval's."""
+    drawn = np.random.default_rng(0).integers(len(a), size=(4000, len(a)))
+    least = max(1, len(a) // 10)
+    tails = [np.sort(values[drawn], axis=1)[:, :least].mean(1) for values in (a, b)]
+    low, high = np.percentile(tails[0] - tails[1], (2.5, 97.5))
+    return {"mean": worst_decile(a) - worst_decile(b), "low": float(low), "high": float(high)}
+
+
+def flipped(quality_db: np.ndarray) -> float:
+    """Returns the share of pictures that are others than the full run's: a PSNR to it, [n], under FLIP_DB."""
+    return float((quality_db < FLIP_DB).mean())
 
 
 def _floats(pictures: np.ndarray) -> np.ndarray:

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from .errors import FormatError
-from .files import checked, digest, exact_keys, header, read_json, write_json
+from .dense import response, site_products, stack_products, stale_errors, state_products
+from .errors import FormatError, UnsupportedModelError
+from .files import checked, digest, exact_keys, header, of_type, read_json, replacing, write_json
 from .sites import Model, Sampler, model_from_json, sampler_from_json
+from .updates import FORMAT as SOLVER
+from .updates import VERSION as SOLVER_VERSION
+from .updates import OwnUpdate, own_update_from_json
 
 FORMAT, VERSION = "sodaprof.profile", 1
 METRICS = ("cos", "l1", "l2")  # 1 − cosine, relative L1, relative L2
@@ -29,6 +33,12 @@ TABLES: dict[str, dict[str, str]] = {  # table -> column -> Arrow type
     "pruning": CELL | {"ranking": "string", "prune_rate": "float", "mean": "float", "std": "float", "n": "int32"},
 }  # fmt: skip
 TABLE_VERSIONS = {"sites": 2, "caching": 1, "pruning": 1}
+GRAM = {  # its columns; a table of its own kind, for a profile may be without it, or have nothing else
+    **PLACE, "kind": "string", "row": "int16", "column": "int16", "product": "double", "coordinates": "int32", "n": "int32",
+}  # fmt: skip
+FORECAST_SOURCES = 4  # at most
+COLUMNS = TABLES | {"gram": GRAM}
+VERSIONS = TABLE_VERSIONS | {"gram": 1}
 ADDED = {"sites": ["token_grid"]}  # columns that version 1 of a table has not
 MANIFEST = {
     "format", "version", "tables", "model", "sampler", "prompts", "seed", "samples", "max_interval", "batch_size",
@@ -44,6 +54,29 @@ class Inspection:
     model: Model
     sampler: Sampler
 
+    def own_update(self) -> OwnUpdate:
+        """Returns the sampler's own steps as coefficients, from solver.json.
+
+        Raises UnsupportedModelError with the reason where they are not linear, FormatError where the file is missing (an older
+        folder), broken, or for another number of steps.
+        """
+        path = self.folder / "solver.json"
+        if not path.exists():
+            raise FormatError(
+                f"{path}: no such file; the folder was written before sodaprof recorded the sampler's own update. Profile "
+                f"again: sodaprof profile MODEL -o {self.folder} --force"
+            )
+        data = read_json(path)
+        if isinstance(data, dict) and "refused" in data:
+            exact_keys(header(data, SOLVER, SOLVER_VERSION, str(path)), {"format", "version", "refused"}, str(path))
+            raise UnsupportedModelError(of_type(data["refused"], str, f"{path}: refused"))
+        update = checked(lambda: own_update_from_json(data, str(path)), str(path))
+        if update.steps != self.sampler.steps:
+            raise FormatError(
+                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. Profile again with --force."
+            )
+        return update
+
 
 @dataclass(frozen=True)
 class Profile(Inspection):
@@ -53,10 +86,18 @@ class Profile(Inspection):
     def max_age(self) -> int:
         return self.manifest["max_interval"] - 1
 
+    @property
+    def history(self) -> int:
+        """The oldest age, in steps, whose products with the present outputs are recorded."""
+        return history_of(self.sampler.steps, self.manifest["max_interval"])
+
     def digest(self) -> str:
-        """SHA-256 over the request and the tables: not over how long they took or on what they were measured."""
+        """SHA-256 over the request, the tables and the sampler's own update: not over how long they took or on what device."""
         kept = {k: v for k, v in self.manifest.items() if k not in ("measured", "versions", "device")}
-        files = {t: hashlib.sha256((self.folder / f"{t}.parquet").read_bytes()).hexdigest() for t in TABLES}
+        names = {t: f"{t}.parquet" for t in self.manifest["tables"] if t in COLUMNS}
+        if (self.folder / "solver.json").exists():
+            names["solver"] = "solver.json"
+        files = {name: hashlib.sha256((self.folder / file).read_bytes()).hexdigest() for name, file in names.items()}
         return digest({"manifest": kept, "tables": files})
 
     def reference(self) -> dict[str, Any]:
@@ -65,40 +106,71 @@ class Profile(Inspection):
 
     def caching_error(self, metric: str = "cos") -> dict[str, np.ndarray]:
         """Returns per transformer the error of reuse, [T, S, ages + 1], branch mean; NaN where there is no such past."""
-        table = read_table(self.folder, "caching", [*CELL, f"{metric}_mean"])
-        return self._dense(table, f"{metric}_mean", ())
+        table = self._read("caching", [*CELL, f"{metric}_mean"])
+        return self._stale_errors(table, f"{metric}_mean", None)
 
     def pruning_error(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns per transformer E_p [T, S, ages + 1, rates] (1 − cosine, branch mean), and the prune rates [rates]."""
-        table = read_table(self.folder, "pruning", [*CELL, "prune_rate", "mean"])
+        table = self._read("pruning", [*CELL, "prune_rate", "mean"])
         rates = np.unique(table["prune_rate"])
-        return self._dense(table, "mean", (rates,)), rates
+        return self._stale_errors(table, "mean", rates), rates
 
-    def _dense(self, table: dict[str, np.ndarray], value: str, rates: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
-        dense = {}
-        for name, transformer in self.model.transformers.items():
-            keep = (table["branch"] == MEAN) & (table["transformer"] == name)
-            order = {(s.stack, s.layer, s.module, s.call): i for i, s in enumerate(transformer.sites)}
-            places = zip(*(table[c][keep] for c in ("stack", "layer", "module", "call")), strict=True)
-            try:
-                site = np.array([order[place] for place in places], dtype=int)
-            except KeyError as error:
-                raise FormatError(f"{self.folder}: a table names the site {error}, model.json does not.") from None
-            step, age = table["step"][keep].astype(int), table["age"][keep].astype(int)
-            shape = (self.sampler.steps, len(order), self.max_age + 1, *(len(r) for r in rates))
-            index: tuple[np.ndarray, ...] = (step, site, age)
-            if rates:
-                index += (np.searchsorted(rates[0], table["prune_rate"][keep]),)
-            if len(step) and not all(((i >= 0) & (i < n)).all() for i, n in zip(index, shape, strict=True)):
-                raise FormatError(f"{self.folder}: a table has steps or ages outside the profile. Profile again.")
-            array = np.full(shape, np.nan)
-            array[index] = table[value][keep]
-            past = np.array(transformer.past(self.sampler.steps))
-            for a in range(1, self.max_age + 1):
-                if np.isnan(array[past >= a, :, a]).any():
-                    raise FormatError(f"{self.folder}: rows are missing at age {a}. Profile again with --force.")
-            dense[name] = array
-        return dense
+    def _stale_errors(
+        self, table: dict[str, np.ndarray], value: str, rates: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        keep = table["branch"] == MEAN
+        return stale_errors(table, value, keep, self.model, self.sampler.steps, self.max_age, rates, self.folder)
+
+    def state_products(self) -> np.ndarray:
+        """Returns the inner products [2T + 1, 2T + 1] of the latents x_0 … x_T, then of the guided outputs v_0 … v_(T−1).
+
+        Summed over the elements of a generation's latents, mean over the generations; as they pass through the scheduler's step.
+        """
+        return state_products(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
+
+    def response(self) -> np.ndarray | None:
+        """Returns what the guided output moves by with the latents, along the errors of an accelerated run, [T].
+
+        None where the profile measured none: of less than 20 samples, or of a pipeline that cannot be replayed.
+        """
+        return response(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
+
+    def site_products(self) -> dict[str, np.ndarray]:
+        """Returns per transformer the inner products [S, T, T] of each site's outputs at two steps, symmetric.
+
+        Summed over the elements of a generation's output on both branches, mean over the generations. NaN for steps that are more
+        than `history` apart or not of one turn.
+        """
+        table = self._products_of_outputs()
+        return site_products(table, self.model, self.sampler.steps, self.history, self.folder)
+
+    def stack_products(self) -> dict[str, dict[str, np.ndarray]]:
+        """Returns per transformer the products [T, T] of what its last block hands on: `output`, and `drift`, as of a site.
+
+        drift: less what the first block is given. Transformers whose blocks do not hand on one tensor are left out.
+        """
+        table = self._products_of_outputs()
+        return stack_products(table, self.model, self.sampler.steps, self.history, self.folder)
+
+    def _products_of_outputs(self) -> dict[str, np.ndarray]:
+        table = self._read("gram", list(GRAM))
+        if "caching" not in self.manifest["tables"]:
+            raise FormatError(
+                f"{self.folder}/gram.parquet: holds products of states alone: made with --states-only. Profile again without "
+                f"it: sodaprof profile MODEL -o {self.folder} --force"
+            )
+        return table
+
+    def _read(self, table: str, columns: list[str]) -> dict[str, np.ndarray]:
+        """Returns columns of a table; FormatError where the profile was made without it, or before there was such a table."""
+        if table not in self.manifest["tables"]:
+            left_out = "--no-gram" if table == "gram" else "--states-only"
+            has = ", ".join(t for t in self.manifest["tables"] if t in COLUMNS)
+            raise FormatError(
+                f"{self.folder}: holds no {table}.parquet, only {has}: made with {left_out}, or by an older release. Profile "
+                f"again without {left_out}: sodaprof profile MODEL -o {self.folder} --force"
+            )
+        return read_table(self.folder, table, columns)
 
 
 def load_inspection(folder: str | Path) -> Inspection:
@@ -121,11 +193,11 @@ def load_profile(folder: str | Path) -> Profile:
             f"{path}: no such file; the folder holds no sensitivity tables. Measure them: sodaprof profile MODEL -o DIR"
         )
     manifest = exact_keys(header(read_json(path), FORMAT, VERSION, str(path)), MANIFEST, str(path))
-    for table in TABLES:
+    for table in _named(manifest["tables"]):
         if not (inspection.folder / f"{table}.parquet").is_file():
             raise FormatError(f"{folder}/{table}.parquet: no such file. Profile again with --force.")
         version = manifest["tables"].get(table) if isinstance(manifest["tables"], dict) else None
-        newest = TABLE_VERSIONS[table]
+        newest = VERSIONS[table]
         if type(version) is not int or not 1 <= version <= newest:
             raise FormatError(
                 f"{path}: table {table} has version {version!r}, this release reads up to {newest}. Upgrade sodaprof."
@@ -136,13 +208,24 @@ def load_profile(folder: str | Path) -> Profile:
     return Profile(inspection.folder, inspection.model, inspection.sampler, manifest)
 
 
+def _named(tables: Any) -> list[str]:
+    """Returns the tables that a profile must have: gram where its manifest names it, the others unless it names gram alone."""
+    gram = ["gram"] if isinstance(tables, dict) and "gram" in tables else []
+    return gram if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]
+
+
+def history_of(steps: int, max_interval: int) -> int:
+    """Returns the oldest age whose products are recorded: of four forecast sources, each a longest interval before the next."""
+    return min(steps - 1, FORECAST_SOURCES * (max_interval - 1))
+
+
 def schema(table: str) -> Any:
     """Returns the Arrow schema of a table."""
     import pyarrow as pa
 
-    types = {name: pa.type_for_alias(name) for name in ("string", "int8", "int16", "int32", "float", "bool")}
+    types = {name: pa.type_for_alias(name) for name in ("string", "int8", "int16", "int32", "float", "double", "bool")}
     types |= {"list<float16>": pa.list_(pa.float16()), "list<int32>": pa.list_(pa.int32())}
-    return pa.schema([(column, types[t]) for column, t in TABLES[table].items()])
+    return pa.schema([(column, types[t]) for column, t in COLUMNS[table].items()])
 
 
 def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.ndarray]:
@@ -153,9 +236,9 @@ def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.nda
     path = folder / f"{table}.parquet"
     try:
         found = pq.read_schema(path)
-        before = [column for column in TABLES[table] if column not in ADDED.get(table, ())]
-        if found.names not in (list(TABLES[table]), before):
-            odd = sorted(set(found.names) ^ set(TABLES[table])) or ["their order"]
+        before = [column for column in COLUMNS[table] if column not in ADDED.get(table, ())]
+        if found.names not in (list(COLUMNS[table]), before):
+            odd = sorted(set(found.names) ^ set(COLUMNS[table])) or ["their order"]
             raise FormatError(f"{path}: columns differ from this release's: {', '.join(odd)}. Profile again.")
         types = schema(table)
         if odd := [c for c in columns if found.field(c).type != types.field(c).type]:
@@ -174,7 +257,25 @@ def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.nda
     return arrays
 
 
+def write_table(folder: Path, table: str, columns: dict[str, Any]) -> None:
+    """Writes `folder`/`table`.parquet atomically, in the place of an older one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = schema(table)
+    arrays = [pa.array(columns[field.name], type=field.type) for field in types]
+    with replacing(folder / f"{table}.parquet", force=True) as temporary:
+        pq.write_table(pa.Table.from_arrays(arrays, schema=types), temporary, compression="zstd")
+
+
 def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:
     """Writes the parts of a profile folder that tell the sites and the sampler."""
     write_json(folder / "model.json", model.to_json(), force=True)
     write_json(folder / "sampler.json", sampler.to_json(), force=True)
+
+
+def write_solver(folder: Path, update: OwnUpdate | UnsupportedModelError) -> None:
+    """Writes solver.json: the sampler's own update, or why there is none."""
+    refused = {"format": SOLVER, "version": SOLVER_VERSION, "refused": str(update)}
+    data = update.to_json() if isinstance(update, OwnUpdate) else refused
+    write_json(folder / "solver.json", data, force=True)

@@ -2,7 +2,8 @@
 
     python -m tests.parity FILE... [--json]
 
-A recording holds a network's weights, every call of it with its output, and every set of tokens that was recomputed.
+A recording holds a network's weights (or the name of one beside it that does), every call of it with its output, and
+every set of tokens that was recomputed.
 The check builds the network in double precision, compiles the schedule that the recorded arguments ask for, applies it
 to a pipeline that feeds the recorded inputs call by call, and compares step types, token sets and outputs.
 
@@ -275,6 +276,9 @@ def read(path: str | Path) -> Recording:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["meta"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if "weights_in" in meta:  # of the recording of this name, beside it
+            with safe_open(Path(path).with_name(f"{meta['weights_in']}.safetensors"), "pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys() if name.startswith("weights/")}  # noqa: SIM118
         if "weights/spatial_blocks.0.attn.qkv.weight" in tensors:
             return OpenSoraRecording(str(path), tensors, meta)
         if "weights/blocks.0.cross_attn.q_linear.weight" in tensors:

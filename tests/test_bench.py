@@ -41,6 +41,8 @@ def test_a_benchmark_holds_every_contender(pipe):
 def test_measured_costs_can_be_compiled_with(pipe, tmp_path):
     sodaprof.profile(pipe, tmp_path / "profile", steps=STEPS, samples=2, batch_size=2, max_interval=4)
     cost = measure_costs(pipe, steps=STEPS, rounds=2)
+    assert cost.loop["update"] > 0
+    assert cost.loop["update"] != cost.loop["scheduler"]  # both were timed
     save_cost(cost, tmp_path / "cost.json")
     assert load_cost(tmp_path / "cost.json") == cost
     schedule = sodaprof.compile_schedule(tmp_path / "profile", 1.0, cost=tmp_path / "cost.json")

@@ -85,9 +85,9 @@ def test_from_profile_to_table(sodaprof, model, profiled, tmp_path):
     assert code == 0
     result = json.loads(out)
     names = [row["name"] for row in result["rows"]]
-    assert names == ["soda", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M"]
+    assert names == ["soda", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M", "fewer steps, UniPC"]
     assert result["rows"][0]["executed"] == result["rows"][0]["planned"]
-    assert "over_fora_db" in result["rows"][0]
+    assert "fora" in result["rows"][0]["over"]
     assert json.loads((tmp_path / "e.json").read_text()) == result
     assert sheet.exists()
     (record,) = load_schedule(schedule).measured

@@ -628,11 +628,11 @@ def test_broken_manifests(folder, key, value, found):
 
 def test_later_tables_and_other_files_are_ignored(folder):
     before = compile_schedule(folder, 2.0)
-    (folder / "gram.parquet").write_bytes(b"of a later release")
+    (folder / "later.parquet").write_bytes(b"of a later release")
     (folder / "notes.txt").write_text("mine")
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"tables": manifest["tables"] | {"gram": 3}}))
+    path.write_text(json.dumps(manifest | {"tables": manifest["tables"] | {"later": 3}}))
     assert rows_of(compile_schedule(folder, 2.0)) == rows_of(before)
     path.write_text(json.dumps(manifest))
     assert compile_schedule(folder, 2.0) == before

@@ -206,14 +206,14 @@ def test_schedulers():
     assert result["guidance"]["form"] == "passes"
     assert result["verdict"] == {"transformer": "captures"}
 
-    pipe.scheduler = diffusers.UniPCMultistepScheduler()
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
     result = diagnose(pipe, "tiny", 8)
-    assert result["scheduler"] == {"class": "UniPCMultistepScheduler", "in_loop": False}
+    assert result["scheduler"] == {"class": "HeunDiscreteScheduler", "in_loop": False}
     assert {"scheduler", "timesteps"} <= {f["kind"] for f in result["findings"]}
 
-    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(solver_order=3)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
     found = next(f for f in diagnose(pipe, "tiny", 8)["findings"] if f["kind"] == "scheduler")
-    assert "solver_order=3" in found["what"]
+    assert "algorithm_type='sde-dpmsolver++'" in found["what"]
 
     pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     assert "begin_index" in {f["kind"] for f in diagnose(pipe, "tiny", 8)["findings"]}

@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from scipy.stats import norm
 
 import sodaprof
 from sodaprof import metrics
-from sodaprof.controls import FewerSteps, fewer_steps_at
+from sodaprof.contenders import features_of
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.evaluation import evaluate
+from sodaprof.models import drawings
 from sodaprof.models.classifier import Classifier, load_classifier
+from sodaprof.models.load import REFERENCE
 from sodaprof.runtime.attach import RUNTIMES
 
 from .pipelines import STEPS, draw, mixed_schedule, schedule_for, tiny_pipe
@@ -55,6 +56,22 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
     assert metrics.kernel_distance(rng.standard_normal((500, 4)), rng.standard_normal((500, 4)) + 1) > 10 * np.std(same)
 
 
+def test_the_interval_of_a_kernel_difference_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    covered, data = 0, rng.standard_normal((300, 3))
+    many = rng.standard_normal((4000, 3))
+    truth = metrics.kernel_difference(many + 0.3, many, data)["mean"]
+    for _ in range(60):
+        a = rng.standard_normal((100, 3))
+        found = metrics.kernel_difference(a + 0.3, a, data)
+        difference = metrics.kernel_distance(a + 0.3, data) - metrics.kernel_distance(a, data)
+        assert found["mean"] == pytest.approx(difference)
+        covered += found["low"] < truth < found["high"]
+    assert 50 <= covered <= 60
+    same = metrics.kernel_difference(a, a, data)
+    assert (same["low"], same["mean"], same["high"]) == (0, 0, 0)
+
+
 def test_interval_is_that_of_the_mean():
     values = norm.ppf((np.arange(400) + 0.5) / 400) + 5
     found = metrics.mean_interval(values)
@@ -67,37 +84,6 @@ def test_interval_is_that_of_the_mean():
 def test_worst_decile():
     assert metrics.worst_decile(np.arange(40.0)) == 1.5
     assert metrics.worst_decile(np.array([3.0, 1.0])) == 1.0
-
-
-def test_first_order_solver_on_all_timesteps_is_the_pipelines_own_ddim():
-    """The fewer-step control must differ from the full run by its steps alone."""
-    pipe = tiny_pipe()
-    full = draw(pipe)
-    timesteps = tuple(int(t) for t in schedule_for(pipe).sampler.timesteps)
-    with FewerSteps("DDIM", "even", STEPS, timesteps).on(pipe):
-        np.testing.assert_allclose(draw(pipe), full, atol=2e-4)
-    with FewerSteps("DPM++ 2M", "even", STEPS, timesteps).on(pipe):
-        assert np.abs(draw(pipe) - full).max() > 1e-4
-    assert isinstance(pipe.scheduler, DDIMScheduler)
-
-
-def test_fewer_steps_keep_the_full_runs_timesteps_and_the_cost():
-    pipe = tiny_pipe()
-    schedule = mixed_schedule(pipe)
-    from sodaprof.models.discover import inspect_pipeline
-    from sodaprof.models.flops import count_flops
-
-    model, _, step = inspect_pipeline(pipe, "m", STEPS, 4.0, 0)
-    cost = count_flops(pipe, model, step)
-    found = fewer_steps_at(schedule, cost)
-    own = list(schedule.sampler.timesteps)
-    for control in found:
-        assert control.steps <= STEPS / cost.speedup(schedule) + 1e-6
-        if control.timesteps is not None:
-            assert control.timesteps[0] == own[0]
-            assert [t for t in own if t in control.timesteps] == list(control.timesteps)
-    assert {c.spacing for c in found} >= {"even", "stock leading", "stock trailing"}
-    assert {c.solver for c in found} == {"DDIM", "DPM++ 2M"}
 
 
 def test_all_compute_scores_as_the_full_run():
@@ -137,9 +123,9 @@ def test_lowered_pictures_score_the_same():
 def test_controls_share_the_cost_and_fora_is_not_run_twice(tmp_path):
     pipe = tiny_pipe()
     sodaprof.profile(pipe, tmp_path / "p", steps=STEPS, samples=2, max_interval=4)
-    soda = sodaprof.compile_schedule(tmp_path / "p", "1.8x")
+    soda = sodaprof.compile_schedule(tmp_path / "p", "1.8x", policy="soda")
     names = [r["name"] for r in evaluate(pipe, [soda], samples=2)["rows"]]
-    assert names == ["soda", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M"]
+    assert names == ["soda", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M", "fewer steps, UniPC"]
     fora = sodaprof.compile_schedule(tmp_path / "p", soda.predicted["speedup"], policy="fora")
     result = evaluate(pipe, [soda, fora], samples=2)
     assert [r["name"] for r in result["rows"]][:2] == ["soda", "fora"]
@@ -176,19 +162,95 @@ def test_classifier_round_trip(tmp_path):
         load_classifier(tmp_path)
 
 
-def test_distances_appear_with_enough_samples_and_are_explained_without(tmp_path, monkeypatch):
+def with_classifier(tmp_path):
     torch.manual_seed(0)
     tiny_pipe().save_pretrained(tmp_path / "m")
     Classifier(tuple("abcdefghij")).save(tmp_path / "m" / "classifier")
-    pipe = sodaprof.load_pipeline(str(tmp_path / "m"), device="cpu")
+    return sodaprof.load_pipeline(str(tmp_path / "m"), device="cpu")
+
+
+def test_distances_appear_with_enough_samples_and_are_explained_without(tmp_path, monkeypatch):
+    pipe = with_classifier(tmp_path)
     schedule = mixed_schedule(pipe)
     few = evaluate(pipe, [schedule], samples=12, controls=False)
-    assert "frechet" not in few["rows"][0]
+    assert "distance" not in few["rows"][0]
     assert any("1000 samples" in note for note in few["notes"])
     assert 0 <= few["full"]["accuracy"] <= 1
     monkeypatch.setattr("sodaprof.evaluation.LEAST_FOR_DISTANCE", 12)
-    (row,) = evaluate(pipe, [schedule], samples=12, controls=False)["rows"]
+    data = np.random.default_rng(0).random((20, 8, 8, 3))
+    found = evaluate(pipe, [schedule], samples=12, controls=False, data=data)
+    (row,) = found["rows"]
     (same,) = evaluate(pipe, [schedule_for(pipe)], samples=12, controls=False)["rows"]
-    assert same["frechet"] == pytest.approx(0, abs=1e-6)
-    assert row["frechet"] > same["frechet"]
-    assert np.isfinite(row["kernel"])
+    assert same["distance"]["full"]["frechet"] == pytest.approx(0, abs=1e-6)
+    assert row["distance"]["full"]["frechet"] > same["distance"]["full"]["frechet"]
+    assert np.isfinite(row["distance"]["full"]["kernel"])
+    assert set(same["distance"]) == {"full"}
+    assert set(row["distance"]) == {"full", "data"}
+    assert set(found["full"]["distance"]) == {"data"}
+    over = row["distance"]["data"]["kernel_over_full"]
+    apart = row["distance"]["data"]["kernel"] - found["full"]["distance"]["data"]["kernel"]
+    assert over["mean"] == pytest.approx(apart)
+    assert over["low"] < apart < over["high"]
+    for values in (row, found["full"]):  # noise is far from what an untrained network draws
+        assert values["distance"]["data"]["frechet"] > 2 * row["distance"]["full"]["frechet"]
+    with pytest.raises(SodaprofError, match="11 pictures of data; distances need at least 12"):
+        evaluate(pipe, [schedule], samples=12, controls=False, data=data[:11])
+    with pytest.raises(SodaprofError, match="No classifier"):
+        evaluate(tiny_pipe(), [schedule], samples=12, controls=False, data=data)
+
+
+def test_data_is_at_no_distance_from_data_and_samples_of_one_class_are():
+    """Two draws of the drawings, as tiny-dit's classifier sees them; the distance of too few classes is what to compare with."""
+    classifier = load_classifier(REFERENCE / "tiny-dit")
+    labels = torch.arange(1000) % 10
+
+    def features(labels, seed):
+        drawn = drawings.draw(labels, torch.Generator().manual_seed(seed))
+        return features_of(classifier, (drawn.permute(0, 2, 3, 1).numpy() + 1) / 2).double().numpy()
+
+    one, other, half = features(labels, 0), features(labels, 1), features(labels % 5, 2)
+    near = metrics.kernel_distance(one, other), metrics.frechet_distance(one, other)
+    far = metrics.kernel_distance(one, half), metrics.frechet_distance(one, half)
+    assert abs(near[0]) < 0.05 * far[0]
+    assert near[1] < 0.05 * far[1]
+
+
+def test_every_row_is_held_against_the_references_of_nearest_cost(tmp_path):
+    pipe = tiny_pipe()
+    sodaprof.profile(pipe, tmp_path / "p", steps=STEPS, samples=2, max_interval=4)
+    policies = (("soda", 1.6), ("soda", 2.4), ("fora", 1.6))
+    schedules = [sodaprof.compile_schedule(tmp_path / "p", budget, policy=policy) for policy, budget in policies]
+    result = evaluate(pipe, schedules, samples=3, budget=1.6, controls=["fewer steps, DDIM"])
+    rows = result["rows"]
+    assert [row["name"] for row in rows] == ["soda", "soda", "fora", "fewer steps, DDIM"]
+    assert [sorted(row["over"]) for row in rows] == [["fora"], ["fora"], ["soda"], ["fora", "soda"]]
+    assert rows[2]["over"]["soda"]["mean"] == pytest.approx(-rows[0]["over"]["fora"]["mean"])
+    tried = {one["detail"] for one in result["candidates"]}
+    assert "5 steps, even" in tried  # of 8 at 1.6x, whatever the schedules come to
+    assert {int(detail.split()[0]) for detail in tried if "anchors" not in detail} == {5}
+    last = rows[3]
+    assert last["over"]["soda"]["mean"] == pytest.approx(last["psnr_db"]["mean"] - rows[0]["psnr_db"]["mean"])
+    assert last["over"]["soda"]["low"] <= last["over"]["soda"]["mean"] <= last["over"]["soda"]["high"]
+
+
+def test_what_does_the_work_is_told_from_the_schedule():
+    pipe = tiny_pipe()
+    rows = evaluate(pipe, [mixed_schedule(pipe), schedule_for(pipe)], samples=2, controls=["fewer steps, UniPC"])[
+        "rows"
+    ]
+    assert [row["works_by"] for row in rows[:2]] == [["reuse", "forecast", "pruning"], []]
+    assert {tuple(row["works_by"]) for row in rows[2:]} == {("fewer steps",)}
+
+
+def test_the_worst_decile_is_compared_seed_by_seed():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(100) * 5 + 40
+    same = metrics.worst_decile_difference(values + 2, values)
+    assert same == pytest.approx({"mean": 2, "low": 2, "high": 2})
+    other = metrics.worst_decile_difference(rng.permutation(values) + 2, values)
+    assert other["mean"] == pytest.approx(2)
+    assert other["low"] < 1 < 3 < other["high"]
+
+
+def test_a_flipped_picture_is_under_20_db():
+    assert metrics.flipped(np.array([19.9, 20.0, 55.0, 3.0])) == 0.5

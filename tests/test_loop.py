@@ -9,8 +9,8 @@ from diffusers import DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler, F
 
 import sodaprof
 from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.models.guidance import guidance_of
 from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
-from sodaprof.runtime.loop import guidance_of
 
 from .pipelines import STEPS, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
 from .tape import Tapes

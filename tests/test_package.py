@@ -13,16 +13,19 @@ import sodaprof
 
 ROOT = Path(sodaprof.__file__).parent
 LEVELS = {  # a module may import from lower levels and its own; two names on one level do not know each other
-    "version": 0, "errors": 0, "files": 1, "sites": 2, "scores": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6,
+    "version": 0, "errors": 0, "files": 1, "sites": 2, "updates": 2,
+    "scores": 3, "dense": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6,
     "compiler": 7, "metrics": 7, "launches": 7, "models": 7, "profiler": 8, "runtime": 8,
-    "controls": 9, "evaluation": 10, "report": 10,
-    "bench": 10, "doctor": 10, "latency": 11, "fit": 11, "cli": 12, "__init__": 13,
+    "controls": 9, "contenders": 10, "evaluation": 11, "report": 10,
+    "bench": 10, "doctor": 10, "latency": 11, "closed_loop": 11, "refine": 12, "fit": 12, "cli": 13, "__init__": 14,
 }  # fmt: skip
 NO_TORCH = (
     "version",
     "errors",
     "files",
     "sites",
+    "updates",
+    "dense",
     "scores",
     "legal",
     "schedule",
@@ -109,7 +112,7 @@ def test_public_names():
     assert sodaprof.__all__ == [
         "BudgetError", "FormatError", "Handle", "IllegalScheduleError", "MismatchError", "Profile", "Report", "Schedule",
         "SodaprofError", "UnsupportedModelError", "__version__", "apply", "compile_schedule", "evaluate", "load_pipeline",
-        "load_profile", "load_schedule", "profile",
+        "load_profile", "load_schedule", "profile", "scheduler",
     ]  # fmt: skip
     for name in sodaprof.__all__:
         assert getattr(sodaprof, name) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from sodaprof.errors import SodaprofError
 from sodaprof.profiler.errors import pooled
 from sodaprof.profiler.memory import MOST_TOKENS, Grid, Shapes, grid_of, passes
+from sodaprof.profiles import history_of
 from sodaprof.sites import Site, raster_of
 
 DOCS = Path(__file__).parents[1] / "docs" / "concepts.md"
@@ -24,7 +26,8 @@ def published(layers, modules, latent, patch, tokens, width, steps, full=False):
         Site(stack, layer, module, "mlp", tokens, width, True) for layer in range(layers) for stack, module in modules
     ]
     grid = grid_of(tokens, raster_of(latent, patch, tokens), full)
-    return Shapes(sites, [2 * tokens] * len(sites), [grid] * len(sites), steps, 2, True, 7, 2, 8)
+    products = (math.prod(latent), history_of(steps, 8), [tokens * width])
+    return Shapes(sites, [2 * tokens] * len(sites), [grid] * len(sites), steps, 2, True, 7, 2, 8, *products)
 
 
 def pixart(full=False):

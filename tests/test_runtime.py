@@ -8,8 +8,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import sodaprof
-from sodaprof.errors import MismatchError, UnsupportedModelError
-from sodaprof.schedule import Update
+from sodaprof.errors import MismatchError
 
 from .pipelines import (
     MIXED_FORECASTS,
@@ -262,14 +261,6 @@ def test_a_transformer_call_outside_a_run_is_refused(pipe):
         draw(pipe)
         with pytest.raises(MismatchError, match="outside a denoising loop"):
             pipe.transformer(torch.zeros(2, 4, 8, 8), timestep=torch.tensor([1, 1]), class_labels=torch.tensor([1, 1]))
-
-
-def test_what_this_release_does_not_run_is_refused(pipe):
-    from dataclasses import replace
-
-    update = Update("output", 1, ((1.0, 0.0),) * STEPS, {})
-    with pytest.raises(UnsupportedModelError, match="fitted state update"):
-        sodaprof.apply(pipe, replace(schedule_for(pipe), update=update))
 
 
 def test_no_class_of_the_host_is_patched(pipe):

@@ -8,6 +8,9 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sodaprof
+from sodaprof.bench import all_compute
+from sodaprof.models.discover import inspect_pipeline
+from sodaprof.models.load import call, load_pipeline
 from sodaprof.runtime import fill
 from sodaprof.runtime.fill import split
 
@@ -59,7 +62,7 @@ def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
         draw(pipe), draw(pipe)
         parts = list(handle.tables[0].filler.parts.values())
     assert parts
-    for of_run, of_step, rest in parts:
+    for of_run, of_step, rest, *_ in parts:
         assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
         assert any("addmm" in o for o in operators(of_step))
         assert any("embedding" in o for o in operators(of_run))  # labels hold for the whole run
@@ -168,11 +171,11 @@ def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
         wanted = draw(pipe)
     batches = []
 
-    def batched(each, parameters, inputs, of_run):
+    def batched(self, each, parameters, inputs, of_run):
         batches.append(len(inputs))
         return [[v + error if error else v for v in each(*parameters, *at_step, *of_run)] for at_step in inputs]
 
-    monkeypatch.setattr(fill, "_batched", batched)
+    monkeypatch.setattr(fill.Filler, "_batched", batched)
     with sodaprof.apply(pipe, schedule, lower=True) as handle:
         draw(pipe), draw(pipe)
         tried, count = handle.tables[0].filler.at_once, len(batches)
@@ -188,13 +191,13 @@ def test_a_batch_is_tried_against_the_steps():
     each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
     weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
     wanted = [each(weight, x) for x in xs]
-    filler = fill.Filler()
+    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1}, None)
     for _ in range(2):
-        found = filler._of_steps(each, each, [weight], [[x] for x in xs], [])
+        found = filler.of_steps(parts, [weight], [[x] for x in xs], [])
         assert all(
             torch.equal(a, b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)
         )
-    assert each in filler.at_once
+    assert parts.of_step in filler.at_once
 
 
 def test_linear_layers_are_cut_to_what_is_used():
@@ -213,3 +216,65 @@ def test_linear_layers_are_cut_to_what_is_used():
     whole = make_fx(lambda w, b, x: list(torch.nn.functional.linear(x, w, b).chunk(6, dim=1)), tracing_mode="fake")
     same = fill.narrowed(whole(weight, bias, x))
     assert operators(same).count("aten.addmm.default") == 1
+
+
+def scaled(module, args, out):
+    return (out[0] * 1.1, *out[1:])
+
+
+def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_between_runs_counts():
+    pipe, prompts = load_pipeline("tiny-pixart"), ["two red circles", "a blue square left of a green star"]
+    embedding = pipe.transformer.adaln_single
+
+    def made(prompt=0, scale=4.5):
+        return call(pipe, [prompts[prompt]], [0], 4, scale, output_type="latent").images
+
+    def changed(module, name):  # in place, behind torch's count of versions, as merged adapters are
+        getattr(module, name).data.mul_(1.05)
+
+    model, sampler, _ = inspect_pipeline(pipe, "", 4, 4.5, prompts[0])
+    handle = sodaprof.apply(pipe, all_compute(model, sampler), lower=True)
+    counts = served(handle)
+    made(), made(), made()
+    (program,) = handle.tables[0].programs.values()
+    assert program is not None
+    assert not any(
+        "conv" in o for part in program.parts[:3] for o in operators(part)
+    )  # what leads to the latents is gone
+    handle.remove()
+    changes = [
+        lambda: None,
+        lambda: changed(embedding.linear, "weight"),
+        lambda: changed(pipe.transformer.transformer_blocks[3], "scale_shift_table"),
+        lambda: changed(pipe.transformer.caption_projection.linear_1, "bias"),
+        lambda: setattr(embedding.linear, "bias", torch.nn.Parameter(embedding.linear.bias.detach() + 0.1)),
+        lambda: setattr(embedding, "silu", torch.nn.GELU()),
+        lambda: embedding.register_forward_hook(scaled),
+    ]
+    before = None
+    for change in changes:
+        change()
+        wanted = [made(), made(1), made(0, 2.0)]
+        assert before is None or not np.array_equal(before, wanted[0])
+        before = wanted[0]
+        with handle:
+            counts.clear()
+            for pictures, arguments in zip(wanted, ((), (1,), (0, 2.0)), strict=True):
+                assert np.array_equal(made(*arguments), pictures)
+            assert len(counts) == 3 * 4 * 8  # runs, steps, blocks
+
+
+def test_arguments_that_cannot_be_traced_are_asked_for_at_every_step(monkeypatch):
+    pipe = load_pipeline("tiny-pixart")
+    embedding = pipe.transformer.adaln_single.emb
+    plain = embedding.forward
+    monkeypatch.setattr(type(embedding), "forward", lambda self, t, **kw: plain(t + 0 * float(t.sum()), **kw))
+    made = lambda: call(pipe, ["two red circles"], [0], 4, 4.5, output_type="latent").images  # noqa: E731
+    wanted = made()
+    model, sampler, _ = inspect_pipeline(pipe, "", 4, 4.5, "two red circles")
+    with sodaprof.apply(pipe, all_compute(model, sampler), lower=True) as handle:
+        counts = served(handle)
+        for _ in range(4):
+            assert np.array_equal(made(), wanted)
+        assert set(handle.tables[0].programs.values()) == {None}
+        assert len(counts) == (3 + 4 + 4) * 8

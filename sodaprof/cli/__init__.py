@@ -1,4 +1,4 @@
-"""The command line: profile, compile, show, run, ship, eval, bench, inspect, doctor. Errors become one message and an exit code.
+"""The command line: from inspect and profile over compile and refine to run and eval. Errors become one message and an exit code.
 
 Exit codes: 0 done, 1 an error that sodaprof understands, 2 wrong usage, 130 Ctrl-C.
 """
@@ -24,6 +24,7 @@ app = typer.Typer(
 COMMANDS = (  # in the order of --help
     ("profile", sampling.profile, "sodaprof profile tiny-dit -o profile --samples 16"),
     ("compile", compiling.compile_, "sodaprof compile profile --budget 2.0x -o schedule.json"),
+    ("refine", compiling.refine_, "sodaprof refine tiny-dit schedule.json --time 5m -o better.json"),
     ("show", compiling.show, "sodaprof show schedule.json"),
     ("run", sampling.run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
     ("ship", sampling.ship, "sodaprof ship schedule.json path/to/model"),

@@ -46,12 +46,19 @@ def profile(
     tokens: Annotated[
         str, typer.Option(help="Errors a token: pooled to 1024 a site where there are more, or full.")
     ] = "pooled",
+    states_only: Annotated[
+        bool,
+        typer.Option("--states-only", help="Only what policy solver reads: products of latents and guided outputs."),
+    ] = False,
+    no_gram: Annotated[
+        bool, typer.Option("--no-gram", help="No products: only the errors that policy soda reads.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first generation.")] = 0,
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
 ) -> None:
-    """Measure what every step, layer and module suffers when its result is reused or pruned."""
+    """Measure what every step, layer and module suffers when its result is reused, pruned or forecast."""
     from ..files import refuse_existing
 
     refuse_existing(output, force)
@@ -67,6 +74,7 @@ def profile(
     plan = plan_profile(
         pipe, model, steps=steps, samples=samples, prompts=entries, guidance_scale=guidance_scale,
         max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
+        states_only=states_only, gram=not no_gram,
     )  # fmt: skip
     taken = plan.request
     console.print(
@@ -81,7 +89,8 @@ def profile(
         f"Took {duration(measured['seconds'])}, {measured['time_over_plain']:.2f}x plain sampling. "
         f"Wrote {output}/ ({size(sum(f.stat().st_size for f in output.iterdir()))})"
     )
-    say_next(console, f"sodaprof compile {output} --budget 2.0x -o schedule.json")
+    policy = "--policy soda " if no_gram else ""
+    say_next(console, f"sodaprof compile {output} {policy}--budget 2.0x -o schedule.json")
 
 
 def inspect(
@@ -103,7 +112,8 @@ def inspect(
     from ..models.discover import inspect_pipeline
     from ..models.flops import count_flops
     from ..models.load import default_guidance, default_steps, load_pipeline
-    from ..profiles import write_inspection
+    from ..profiler.run import solver_of
+    from ..profiles import write_inspection, write_solver
     from ..report.results import inspection_view
 
     pipe = load_pipeline(model, dtype, device)
@@ -117,6 +127,7 @@ def inspect(
         console.print(inspection_view(found, sampler, cost))
     if output is not None:
         write_inspection(output, found, sampler)
+        write_solver(output, solver_of(pipe, sampler))
         save_cost(cost, output / "cost.flops.json", force=True)
         console.print(f"Wrote {output}/")
         say_next(console, f"sodaprof compile {output} --policy fora --budget 2.0x -o fora.json")

@@ -10,53 +10,125 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cost import CostModel, load_cost
-from ..errors import BudgetError
+from ..cost import CostModel, cost_of, load_cost
+from ..errors import BudgetError, FormatError, UnsupportedModelError
 from ..legal import verify
 from ..profiles import load_inspection, load_profile
 from ..schedule import Schedule
+from .dpcache import compile_dpcache
+from .drift import compile_drift
 from .fora import compile_fora
+from .magcache import compile_magcache
+from .site_forecasts import compile_fit
+from .smoothcache import compile_smoothcache
 from .soda import compile_soda
+from .solver import compile_solver
+from .taylor import compile_taylor
 from .toca import compile_duca, compile_toca
 
 POLICIES: dict[str, Callable[..., Schedule]] = {
+    "solver": compile_solver,
     "soda": compile_soda,
     "fora": compile_fora,
     "toca": compile_toca,
     "duca": compile_duca,
+    "fit": compile_fit,
+    "drift": compile_drift,
+    "taylor": compile_taylor,
+    "dpcache": compile_dpcache,
+    "magcache": compile_magcache,
+    "smoothcache": compile_smoothcache,
 }
 RELEASED = ("toca", "duca")  # policies with released settings, which hold where no budget is given
+DEPTH = {
+    "solver": "history",
+    "fit": "K",
+    "drift": "K",
+    "taylor": "order",
+}  # the knob by which a policy keeps more or less
 
 
 def compile_schedule(
     folder: str | Path,
     budget: str | float | None = None,
-    policy: str = "soda",
+    policy: str | None = None,
     cost: str | Path = "flops",
     knobs: dict[str, Any] | None = None,
+    max_cache: int | None = None,
 ) -> Schedule:
     """Returns the schedule that `policy` compiles from the profile in `folder` for a speed-up of the denoising loop.
 
-    budget: "2.0x" or 2.0; by default 2.0x, for toca and duca what their released settings give.
-    cost: "flops" for the folder's own count, or the path of a cost.json. Raises BudgetError
-    where the budget cannot be met, FormatError where a file is broken.
+    budget: "2.0x" or 2.0; by default 2.0x, for toca and duca what their released settings give. policy: by default
+    `default_policy`.
+    cost: "flops" for the folder's own count, or the path of a cost.json. max_cache: bytes that the caches of one generation
+    may take; policies that forecast from several outputs are tried with fewer, unless a knob says how many. Raises
+    BudgetError where the budget or the bytes cannot be met, FormatError where a file is broken.
     """
+    folder = Path(folder)
+    policy = policy or default_policy(folder)[0]
     if policy not in POLICIES:
         raise BudgetError(f"No policy {policy!r}; there are {', '.join(POLICIES)}. Try --policy soda")
     ratio = 0.0 if budget is None and policy in RELEASED else parse_budget(2.0 if budget is None else budget)
-    folder = Path(folder)
     has_tables = (folder / "manifest.json").exists() or policy == "soda"
     source = load_profile(folder) if has_tables else load_inspection(folder)
-    table = load_cost(folder / "cost.flops.json" if str(cost) == "flops" else cost)
+    table = cost_of(folder, cost)
     profile = source if has_tables else None
-    compile_with = lambda costs: POLICIES[policy](source.model, source.sampler, profile, costs, ratio, knobs or {})  # noqa: E731
+    given = knobs or {}
+
+    def compile_with(costs: CostModel, more: dict[str, Any]) -> Schedule:
+        return POLICIES[policy](source.model, source.sampler, profile, costs, ratio, given | more)
+
     try:
-        schedule = compile_with(table)
+        schedule = compile_with(table, {})
     except BudgetError as error:
-        if table.unit != "ms" or not _possible(compile_with, load_cost(folder / "cost.flops.json")):
+        if table.unit != "ms" or not _possible(
+            lambda costs: compile_with(costs, {}), load_cost(folder / "cost.flops.json")
+        ):
             raise
         raise BudgetError(f"{error} FLOPs alone would allow it: {_overhead(table)}.") from None
+    if max_cache is not None:
+        knob = None if DEPTH.get(policy) in given else DEPTH.get(policy)
+        schedule = _within_cache(schedule, max_cache, knob, lambda more: compile_with(table, more))
     verify(schedule)
+    return schedule
+
+
+def default_policy(folder: str | Path) -> tuple[str, str]:
+    """Returns the policy for a profile where none is named, and why it is not `solver`, "" where it is.
+
+    A fitted update is nearest to the full run at every budget that was measured (docs/results.md); it needs a profile with
+    inner products, one transformer, and a scheduler whose steps are linear.
+    """
+    folder = Path(folder)
+    if not (folder / "manifest.json").exists():
+        return "soda", ""  # whose error says what is missing
+    profile = load_profile(folder)
+    if len(profile.model.transformers) > 1:
+        return (
+            "soda",
+            f"a fitted update is for one transformer, {profile.model.name} has {len(profile.model.transformers)}.",
+        )
+    if "gram" not in profile.manifest["tables"]:
+        return "soda", "the profile holds no inner products to fit an update from. Profile again without --no-gram."
+    try:
+        profile.own_update()
+    except (UnsupportedModelError, FormatError) as error:
+        return "soda", str(error)
+    return "solver", ""
+
+
+def _within_cache(
+    schedule: Schedule, most: int, knob: str | None, again: Callable[[dict[str, Any]], Schedule]
+) -> Schedule:
+    """Returns the schedule, or one with less of `knob`, whose caches take at most `most` bytes; BudgetError where none does."""
+    kept = lambda s: s.predicted["cache_bytes"] if s.predicted else 0  # noqa: E731
+    while kept(schedule) > most and knob and schedule.policy["knobs"][knob] > 1:
+        schedule = again({knob: schedule.policy["knobs"][knob] - 1})
+    if kept(schedule) > most:
+        raise BudgetError(
+            f"The caches of one generation take {kept(schedule):,} bytes, at most {most:,} are allowed (--max-cache). Allow "
+            "as much, or take a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
+        )
     return schedule
 
 

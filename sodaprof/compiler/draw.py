@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from ..cost import CostModel, check_covers
 from ..errors import BudgetError, UnsupportedModelError
 from ..profiles import Profile
-from ..schedule import Plan, Schedule, TokenRule
+from ..schedule import Forecast, Plan, Schedule, TokenRule
 from ..sites import Model, Sampler
 from ..version import __version__
 
@@ -42,6 +42,56 @@ def draw_schedule(model: Model, sampler: Sampler, anchors: list[int], prune: dic
     return Schedule(plans, sampler, model.shape, {}, token_rule=FEATURE_MEAN if pruned else None)
 
 
+def draw_forecasts(
+    model: Model, sampler: Sampler, anchors: Mapping[str, list[int]], cells: Mapping[str, dict[int, list[Forecast]]]
+) -> Schedule:
+    """Returns the schedule in which every site is C at the anchors and F elsewhere.
+
+    cells: for each transformer {step: one forecast a site}.
+    """
+    plans = {}
+    for name, transformer in model.transformers.items():
+        row = _row(transformer.past(sampler.steps), anchors[name], "C", "F")
+        rows = {site.key: row for site in transformer.sites}
+        columns = [cells[name][step] for step in sorted(cells[name])]
+        forecasts = {key: tuple(column[i] for column in columns) for i, key in enumerate(rows)} if columns else {}
+        stack = _row(transformer.past(sampler.steps), anchors[name], ".", ".")
+        plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, stack, forecasts=forecasts)
+    return Schedule(plans, sampler, model.shape, {})
+
+
+def draw_skips(
+    model: Model, sampler: Sampler, anchors: Mapping[str, list[int]], cells: Mapping[str, dict[int, Forecast]]
+) -> Schedule:
+    """Returns the schedule in which every site is C at the anchors and the stack is skipped elsewhere.
+
+    cells: for each transformer {step: the forecast of its last block's output or of its drift}.
+    """
+    plans = {}
+    for name, transformer in model.transformers.items():
+        past = transformer.past(sampler.steps)
+        row, stack = _row(past, anchors[name], "C", "-"), _row(past, anchors[name], ".", "S")
+        skips = tuple(cells[name][step] for step in sorted(cells[name]))
+        rows = {site.key: row for site in transformer.sites}
+        plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, stack, stack_forecasts=skips)
+    return Schedule(plans, sampler, model.shape, {})
+
+
+def draw_jumps(model: Model, sampler: Sampler, anchors: Sequence[int]) -> Schedule:
+    """Returns the schedule in which every site is C at the anchors and the network is not called elsewhere; no update yet."""
+    plans = {}
+    for name, transformer in model.transformers.items():
+        past = transformer.past(sampler.steps)
+        row = _row(past, anchors, "C", "-")
+        rows = {site.key: row for site in transformer.sites}
+        plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, _row(past, anchors, ".", "-"))
+    return Schedule(plans, sampler, model.shape, {})
+
+
+def _row(past: list[int], anchors: Sequence[int], computed: str, other: str) -> str:
+    return "".join("_" if age < 0 else computed if t in anchors else other for t, age in enumerate(past))
+
+
 def sign(
     schedule: Schedule,
     policy: str,
@@ -69,31 +119,33 @@ def sign(
 
 
 def cache_bytes(schedule: Schedule, model: Model) -> int:
-    """Bytes that the caches of one generation take, both guidance branches included.
+    """Bytes that are kept between the steps of one generation, both guidance branches included.
 
-    One output for each site that is not always computed; for forecasts of the stack, the most sources alive at once. Of
-    transformers that take turns the one that keeps most: each begins with nothing.
+    One output for each site with R or P cells; for forecasts of a site or of the stack the most sources alive at once; the
+    guided outputs that a fitted update weighs. Of transformers that take turns the one that keeps most: each begins
+    with nothing.
     """
     branches = 1 if schedule.sampler.guidance_form == "none" else 2
     size = 4 if model.shape["dtype"] == "float32" else 2
     totals = []
     for name, plan in schedule.transformers.items():
-        total = 0
-        for site in model.transformers[name].sites:
-            if set(plan.rows[site.key]) & set("RFP"):
-                total += site.tokens * site.width * size * branches
-        last = model.transformers[name].sites[-1]
-        totals.append(total + _most_alive(plan) * last.tokens * last.width * size * branches)
-    return max(totals)
+        sites = model.transformers[name].sites
+        total = _most_alive(plan.stack, "S", plan.stack_forecasts) * sites[-1].tokens * sites[-1].width
+        for site in sites:
+            row = plan.rows[site.key]
+            outputs = bool(set(row) & set("RP")) + _most_alive(row, "F", plan.forecasts.get(site.key, ()))
+            total += outputs * site.tokens * site.width
+        totals.append(total * size * branches)
+    outputs = schedule.update.history if schedule.update else 0
+    return max(totals) + outputs * math.prod(model.shape["latent"]) * size
 
 
-def _most_alive(plan: Plan) -> int:
-    """Returns how many outputs of the stack are held at once for the S cells to come."""
-    skips = [t for t, action in enumerate(plan.stack) if action == "S"]
+def _most_alive(row: str, action: str, cells: Iterable[Forecast]) -> int:
+    """Returns how many outputs are held at once for the forecasts to come."""
     last: dict[int, int] = {}
-    for step, cell in zip(skips, plan.stack_forecasts, strict=True):
+    for step, cell in zip((t for t, a in enumerate(row) if a == action), cells, strict=True):
         last |= dict.fromkeys(cell.sources, step)
-    return max((sum(s <= t <= last[s] for s in last) for t in range(len(plan.stack))), default=0)
+    return max((sum(s <= t <= last[s] for s in last) for t in range(len(row))), default=0)
 
 
 def one_transformer(model: Model, policy: str) -> str:
@@ -154,6 +206,26 @@ def take_knobs(policy: str, defaults: dict[str, Any], given: dict[str, Any]) -> 
         except (TypeError, ValueError, OverflowError):
             raise BudgetError(f"Knob {name} is {value!r}; expected {kind.__name__}.") from None
     return knobs
+
+
+def tables_of(policy: str, profile: Profile | None) -> Profile:
+    """Returns the profile; BudgetError where there is none."""
+    if profile is None:
+        raise BudgetError(f"Policy {policy} needs a profile with tables. Measure them: sodaprof profile MODEL -o DIR")
+    return profile
+
+
+def one_of(knobs: Mapping[str, Any], name: str, allowed: Iterable[Any]) -> None:
+    """Raises BudgetError unless the knob has one of the allowed values."""
+    if knobs[name] not in (allowed := list(allowed)):
+        raise BudgetError(f"Knob {name} is {knobs[name]!r}; expected one of {', '.join(map(str, allowed))}.")
+
+
+def at_least(knobs: Mapping[str, Any], **least: float) -> None:
+    """Raises BudgetError unless each of these knobs has at least its least value."""
+    for name, value in least.items():
+        if knobs[name] < value:
+            raise BudgetError(f"Knob {name} is {knobs[name]}; expected at least {value:g}.")
 
 
 def within(cost: float, allowed: float) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +42,11 @@ class Clock:
         self.branches = 0  # transformer calls since the last scheduler step
         self.begins = True  # at this step a transformer's turn begins
         self.loop: Any = None  # takes the steps after the first itself: asked here for what they give
-        self._saved: dict[str, Any] = {}
+        self.update: Any = None  # moves the latents in place of the scheduler's own step
+        self.saved: dict[str, Any] = {}
 
     def attach(self) -> None:
-        self._saved = {name: vars(self.scheduler).get(name) for name in ("set_timesteps", "step")}
+        self.saved = {name: vars(self.scheduler).get(name) for name in ("set_timesteps", "step")}
         set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
 
         @functools.wraps(set_timesteps)
@@ -53,8 +54,8 @@ class Clock:
             self.step = None
             result = set_timesteps(*args, **kwargs)
             self._check_timesteps()
-            self.step, self.branches, self.begins = 0, 0, True
             self.on_start()
+            self.step, self.branches, self.begins = 0, 0, True
             return result
 
         @functools.wraps(step)
@@ -63,12 +64,15 @@ class Clock:
                 self._check_step(timestep, sample)
             if self.loop is not None and self.loop.final is not None:
                 result = self.loop.last()
+            elif self.update is not None and self.step is not None:
+                given = model_output, timestep, sample, *args
+                result = self.update.step(self.scheduler, self.step, given, kwargs)
             else:
                 result = step(model_output, timestep, sample, *args, **kwargs)
             if self.step == 0:
                 self._check_index()
-            if self.loop is not None and self.step == 0:
-                self.loop.begin(self.scheduler, model_output, sample, result, kwargs)
+            if self.loop is not None:
+                self.loop.note(self.step, self.scheduler, model_output, sample, result, kwargs)
             if self.step is not None:
                 self.step, self.branches, self.begins = self.step + 1, 0, False
                 if self.step == self.sampler.steps:
@@ -81,7 +85,7 @@ class Clock:
 
     def detach(self) -> None:
         vars(self.scheduler).pop("_sodaprof", None)
-        for name, own in self._saved.items():
+        for name, own in self.saved.items():
             if own is None:
                 vars(self.scheduler).pop(name, None)
             else:
@@ -164,7 +168,9 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a transformer: sets the moment before each of its calls.
 
     past: how many steps of its turn go before each step, −1 where another transformer is at work (`sites.turn_ages`).
-    on_turn is called before the first call of each turn. Raises MismatchError for a call out of turn.
+    on_turn is called before the first call of each turn. rests: steps at which the network is not run; its callers get what
+    it returned last, which nobody reads; cells: how many of the picture such a step holds. Raises MismatchError for a call
+    out of turn.
     """
 
     def __init__(
@@ -175,10 +181,14 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         name: str,
         past: list[int],
         on_turn: Callable[[], None] = lambda: None,
+        rests: Container[int] = (),
+        cells: int = 0,
     ) -> None:
         super().__init__()
         self.clock, self.moment, self.check = clock, moment, check
         self.name, self.past, self.on_turn = name, past, on_turn
+        self.rests, self.cells = rests, cells
+        self.latest: dict[int, Any] = {}  # branch -> what the network returned, where it rests at the next step
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.check()
@@ -192,6 +202,26 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         self.moment.forward += 1
         self.moment.tabled = False
         return args, kwargs
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        step, branch = self.moment.step, self.moment.branch
+        if step not in self.rests:
+            out = self.fn_ref.original_forward(*args, **kwargs)
+            if step + 1 in self.rests:
+                self.latest[branch] = out
+            return out
+        if branch not in self.latest:
+            self.clock.step = None
+            raise MismatchError(
+                f"The pipeline calls {self.name} {branch + 1} times at step {step}, where the schedule rests, and less often "
+                "before: its guidance changes from step to step. remove() the schedule, or call it with one guidance."
+            )
+        if branch == 0:
+            self.moment.executed["-"] += self.cells
+        return self.latest[branch]
+
+    def reset(self) -> None:
+        self.latest.clear()
 
     def _refuse(self) -> None:
         """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""

@@ -13,12 +13,13 @@ from torch import nn
 
 Finding = dict[str, Any]  # where, kind, what, effect, do, and what else is known
 
-LOOP_SCHEDULERS: dict[str, dict[str, Any]] = {  # made for a captured step, and what their config must say
+LOOP_SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {  # made for a captured step, and what their config may say
     "DDIMScheduler": {},
     "DDPMScheduler": {},
-    "DPMSolverMultistepScheduler": {"solver_order": 2, "algorithm_type": "dpmsolver++"},
-    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": False},
+    "DPMSolverMultistepScheduler": {"algorithm_type": ("dpmsolver++", "dpmsolver")},
+    "FlowMatchEulerDiscreteScheduler": {"stochastic_sampling": (False,)},
     "RectifiedFlowScheduler": {},
+    "UniPCMultistepScheduler": {"solver_p": (None,)},
 }
 HOOKS = {  # a part of a hook's name -> kind, effect, do
     "offload": ("offload", "weights move at each call: nothing captures", "leave offload off"),
@@ -39,7 +40,7 @@ def finding(where: str, kind: str, what: str, effect: str, do: str, **more: Any)
 def in_loop(scheduler: Any) -> bool:
     """Whether the scheduler's step is one of those that a captured step contains."""
     wanted = LOOP_SCHEDULERS.get(type(scheduler).__name__)
-    return wanted is not None and all(scheduler.config.get(key, value) == value for key, value in wanted.items())
+    return wanted is not None and all(scheduler.config.get(key, values[0]) in values for key, values in wanted.items())
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
     if not loop:
         wanted = LOOP_SCHEDULERS.get(name, {})
         odd = ", ".join(
-            f"{k}={scheduler.config.get(k)!r}" for k, v in wanted.items() if scheduler.config.get(k, v) != v
+            f"{k}={scheduler.config.get(k)!r}" for k, v in wanted.items() if scheduler.config.get(k, v[0]) not in v
         )
         found.append(
             finding(

@@ -14,6 +14,7 @@ from ..errors import SodaprofError
 from ..profiles import METRICS
 from ..sites import Site
 
+MOST_COORDINATES = 16384  # of a generation on one branch that take part in a site's products; else a sample of so many
 MOST_TOKENS = 1024  # of a site's vector of errors a token; longer ones are pooled
 BOOKS = 12  # bytes a token in the ring beside its features: norms and products
 
@@ -49,19 +50,42 @@ class Shapes:
     ages: int
     item: int  # bytes of a feature's element
     rates: int
+    latent: int = 0  # elements of a generation's latents; 0 where no products are taken
+    history: int = 0  # oldest age of the products of outputs; 0 where none are taken
+    stacks: Sequence[int] = ()  # elements of what the last block hands on, a generation and branch, of each transformer
 
     def ring(self, site: int, batch: int) -> int:
-        """Bytes of a site's features of all ages, and what is noted beside them."""
-        return self.ages * self.rows[site] * batch * (self.sites[site].width * self.item + BOOKS)
+        """Bytes of a site's features of all ages, and what is noted beside them; and of the steps kept for its products."""
+        features = self.ages * self.rows[site] * batch * (self.sites[site].width * self.item + BOOKS)
+        return features + self._kept(self._elements(site), batch) * self.item
 
     def scratch(self, batch: int) -> int:
-        """Bytes of the differences of the widest site in fp32: of both branches, where they come at once."""
-        widest = max(n * site.width for n, site in zip(self.rows, self.sites, strict=True)) * batch
-        return self.ages * (widest if self.halves else widest // self.branches) * 4
+        """Bytes whatever the group: differences of the widest site in fp32 (of both branches, where they come at once), and
+        what the products of states, outputs and stacks need."""
+        widest = max((n * site.width for n, site in zip(self.rows, self.sites, strict=True)), default=0) * batch
+        differences = self.ages * (widest if self.halves else widest // self.branches) * 4
+        stacks = sum(self._kept(size, batch) * (self.item + 4) for size in self.stacks)  # the drift in fp32
+        return differences + stacks + (2 * self.steps + 1) * self.latent * batch * 4
+
+    def _elements(self, site: int) -> int:
+        """Elements of a generation's output on one branch."""
+        return self.rows[site] * self.sites[site].width // self.branches
+
+    def _kept(self, size: int, batch: int) -> int:
+        """Elements that are kept for the products of a tensor with `size` on a generation's branch."""
+        slots = min(self.steps, slots_of(self.history)) if self.history else 0
+        return slots * self.branches * batch * coordinates_of(size)
 
     @property
     def cells(self) -> int:
         return self.steps * len(self.sites) * self.ages
+
+    @property
+    def products(self) -> int:
+        """Rows of gram.parquet, at most."""
+        size = 2 * self.steps + 1 if self.latent else 0
+        band = (self.history + 1) * (2 * self.steps - self.history) // 2 if self.history else 0
+        return size * (size + 1) // 2 + band * (len(self.sites) + 2 * len(self.stacks))
 
     @property
     def vectors(self) -> int:
@@ -71,12 +95,13 @@ class Shapes:
     @property
     def disk_bytes(self) -> int:
         """Of the tables, before compression."""
-        return self.cells * (self.branches + 1) * (24 + 8 * self.rates) + 2 * self.vectors
+        return self.cells * (self.branches + 1) * (24 + 8 * self.rates) + 2 * self.vectors + 24 * self.products
 
     @property
     def host_bytes(self) -> int:
         """Of the sums, in float64."""
-        return 8 * (2 * self.cells * (self.branches + 1) * (len(METRICS) + self.rates) + self.vectors)
+        errors = 2 * self.cells * (self.branches + 1) * (len(METRICS) + self.rates) + self.vectors
+        return 8 * (errors + 2 * self.products)
 
 
 def passes(shapes: Shapes, batch: int, free: float) -> tuple[int, list[list[int]]]:
@@ -88,13 +113,13 @@ def passes(shapes: Shapes, batch: int, free: float) -> tuple[int, list[list[int]
     while batch:
         left = free - shapes.scratch(batch)
         rings = [shapes.ring(i, batch) for i in range(len(shapes.sites))]
-        if max(rings) <= left:
+        if max(rings, default=0) <= left:
             groups = grouped(rings, left)
             if found is None or len(groups) < len(found[1]):
                 found = batch, groups
         batch //= 2
     if found is None:
-        need = shapes.scratch(1) + max(shapes.ring(i, 1) for i in range(len(shapes.sites)))
+        need = shapes.scratch(1) + max((shapes.ring(i, 1) for i in range(len(shapes.sites))), default=0)
         raise SodaprofError(
             f"One generation's features of one site take {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB may be used. Lower "
             "--max-interval, or free memory on the device."
@@ -113,6 +138,16 @@ def grouped(sizes: Sequence[int], free: float) -> list[list[int]]:
         groups[-1].append(i)
         used += size
     return groups
+
+
+def coordinates_of(size: int) -> int:
+    """Returns how many elements of a tensor take part in its products: all, or a sample."""
+    return min(size, MOST_COORDINATES)
+
+
+def slots_of(history: int) -> int:
+    """Returns how many steps are kept for products up to this age: twice as many, so that they are taken in large matmuls."""
+    return 2 * (history + 1)
 
 
 def grid_of(tokens: int, raster: tuple[int, int, int] | None, full: bool) -> Grid:

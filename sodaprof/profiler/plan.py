@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -11,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..dense import STACK_FORMS
 from ..errors import SodaprofError, UnsupportedModelError
 from ..models.discover import inspect_pipeline
 from ..models.load import OwnCall, default_guidance, default_prompts, default_steps, makes_video
 from ..models.recording import Step
-from ..profiles import FORMAT, TABLE_VERSIONS, VERSION
+from ..profiles import FORMAT, TABLE_VERSIONS, VERSION, VERSIONS, history_of
 from ..sites import Model, Sampler, Site, raster_of
+from .gram import GramSums, Track
 from .memory import Grid, Shapes, grid_of, passes
+from .stacks import Stack, stack_of
 
 RATES = np.array([0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375])
 MEMORY_SHARE = 0.6  # of what is free may go to the rings
@@ -31,11 +35,12 @@ class ProfilePlan:
     sampler: Sampler
     request: dict[str, Any]  # the manifest without what is only known at the end
     groups: list[list[int]]  # sites profiled together; one pass over the trajectories each
-    extra_bytes: int  # the rings of the largest group, and the differences of one site
+    extra_bytes: int  # the rings of the largest group, the differences of one site, and what is kept for products
     host_bytes: int  # the sums
     disk_bytes: int  # before compression
     seconds: float  # estimated
     grids: list[Grid]  # of each site's errors a token
+    stacks: dict[str, Stack]  # of the transformers whose products are taken, where blocks hand on one tensor
     step: Step = field(repr=False)
     own: OwnCall | None = None  # what is called in place of the pipeline
 
@@ -50,6 +55,35 @@ class ProfilePlan:
         return frozenset(
             i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site)
         )
+
+    @property
+    def measures(self) -> bool:
+        """Whether errors of reuse and pruning are measured."""
+        return "caching" in self.request["tables"]
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether products of states and guided outputs are taken; where errors are measured, of the sites' outputs too."""
+        return "gram" in self.request["tables"]
+
+    def gram(self) -> GramSums | None:
+        """Returns empty sums of the products that are to be taken, None where there are none."""
+        if not self.multiplies:
+            return None
+        steps, tracks = self.sampler.steps, []
+        if self.measures:
+            folds = [self.step.folds[name, site.key] for name, site in self.sites]
+            tracks = [
+                Track("site", name, s, f * s.tokens * s.width) for (name, s), f in zip(self.sites, folds, strict=True)
+            ]
+            halves = self.branches if self.sampler.guidance_form == "halves" else 1
+            tracks += [
+                Track(form, name, None, stack.size // halves)
+                for name, stack in self.stacks.items()
+                for form in STACK_FORMS
+            ]
+        history = history_of(steps, self.request["max_interval"])
+        return GramSums(tracks, steps, history, math.prod(self.model.shape["latent"]))
 
     @property
     def sites(self) -> list[tuple[str, Site]]:
@@ -74,13 +108,16 @@ def plan_profile(
     seed: int = 0,
     memory_bytes: int | None = None,
     full_tokens: bool = False,
+    states_only: bool = False,
+    gram: bool = True,
     call: OwnCall | None = None,
 ) -> ProfilePlan:
     """Returns what `run_profile` will do and take. Raises SodaprofError for settings that make no sense.
 
     steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). batch_size: generations
     at once, at most: fewer where that saves passes over the trajectories. full_tokens: keep every site's error a token, also
-    where there are more than MOST_TOKENS.
+    where there are more than MOST_TOKENS. states_only: only the products of states and guided outputs, no errors of sites.
+    gram: whether products are taken at all.
     call: called as call(entries, generators) where the pipeline would be, for prompt embeddings and any other arguments of
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
     guidance_scale is then what it uses, and is only noted.
@@ -94,6 +131,8 @@ def plan_profile(
             raise SodaprofError(f"--{what} is {value}; expected at least {least}.")
     if not 2 <= max_interval <= min(steps, 100):
         raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
+    if states_only and not gram:
+        raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
     if prompts is None:
@@ -113,30 +152,36 @@ def plan_profile(
         )
     batch_size = min(batch_size, samples)
     branches = 2 if sampler.guidance_form == "halves" else step.passes
-    sites = [s for t in model.transformers.values() for s in t.sites]
-    folds = [step.folds[n, s.key] for n, t in model.transformers.items() for s in t.sites]
+    named = [] if states_only else [(n, s) for n, t in model.transformers.items() for s in t.sites]
+    sites = [s for _, s in named]
+    folds = [step.folds[n, s.key] for n, s in named]
     latent = model.shape["latent"]
     grids = [
         grid_of(site.tokens, raster_of(latent, t.fingerprint.get("patch", 1), site.tokens), full_tokens)
         for t in model.transformers.values()
         for site in t.sites
     ]
+    halves = sampler.guidance_form == "halves"
+    found = {n: stack_of(pipe, n, t, step) for n, t in model.transformers.items()} if gram and not states_only else {}
+    stacks = {n: stack for n, stack in found.items() if stack is not None}
     shapes = Shapes(
-        sites, [branches * fold * s.tokens for fold, s in zip(folds, sites, strict=True)], grids, steps,
-        branches, sampler.guidance_form == "halves", max_interval - 1, 4 if model.shape["dtype"] == "float32" else 2,
-        len(RATES),
+        sites, [branches * fold * s.tokens for fold, s in zip(folds, sites, strict=True)], [] if states_only else grids,
+        steps, branches, halves, max_interval - 1, 4 if model.shape["dtype"] == "float32" else 2, len(RATES),
+        math.prod(latent) if gram else 0, history_of(steps, max_interval) if gram and not states_only else 0,
+        [stack.size // (branches if halves else 1) for stack in stacks.values()],
     )  # fmt: skip
     free = _free_memory(pipe) * MEMORY_SHARE if memory_bytes is None else memory_bytes
     batch_size, groups = passes(shapes, batch_size, free)
     extra = shapes.scratch(batch_size) + max(sum(shapes.ring(i, batch_size) for i in group) for group in groups)
+    tables = {"gram": VERSIONS["gram"]} if states_only else VERSIONS if gram else TABLE_VERSIONS
     request = {
-        "format": FORMAT, "version": VERSION, "tables": TABLE_VERSIONS, "model": name,
+        "format": FORMAT, "version": VERSION, "tables": tables, "model": name,
         "sampler": sampler.class_name, "prompts": list(prompts), "seed": seed, "samples": samples,
         "max_interval": max_interval, "batch_size": batch_size, "guidance_scale": scale, "dtype": model.shape["dtype"],
     }  # fmt: skip
-    seconds = _seconds(pipe, step, works) * samples * len(groups) * 1.3
+    seconds = _seconds(pipe, step, works) * samples * len(groups) * (1.05 if states_only else 1.6 if gram else 1.3)
     return ProfilePlan(
-        model, sampler, request, groups, extra, shapes.host_bytes, shapes.disk_bytes, seconds, grids, step, call,
+        model, sampler, request, groups, extra, shapes.host_bytes, shapes.disk_bytes, seconds, grids, stacks, step, call,
     )  # fmt: skip
 
 

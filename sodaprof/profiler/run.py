@@ -14,14 +14,18 @@ from typing import Any
 import torch
 
 from ..cost import save_cost
-from ..errors import FormatError
+from ..errors import FormatError, UnsupportedModelError
 from ..files import digest, read_json, refuse_existing, write_json
 from ..launches import device_facts
 from ..models.flops import count_flops
 from ..models.load import call
-from ..profiles import Profile, load_profile, write_inspection
+from ..models.solvers import own_update
+from ..profiles import Profile, load_profile, write_inspection, write_solver
+from ..sites import Sampler
+from ..updates import OwnUpdate
 from ..version import __version__
 from .plan import RATES, ProfilePlan, plan_profile
+from .response import measure_response
 from .statistics import Statistics
 from .taps import Stopwatch, Taps
 
@@ -44,8 +48,9 @@ def run_profile(
     work = folder.with_name(folder.name + ".partial")
     groups = _open_partial(work, pipe, plan, force)
     steps, request = plan.sampler.steps, plan.request
+    sites, grids = (plan.sites, plan.grids) if plan.measures else ([], [])
     statistics = Statistics(
-        plan.sites, steps, request["max_interval"] - 1, plan.branches, RATES, plan.grids, plan.varying
+        sites, steps, request["max_interval"] - 1, plan.branches, RATES, grids, plan.varying, plan.gram()
     )
     state = work / "state.npz"
     done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
@@ -61,15 +66,19 @@ def run_profile(
             entries = [request["prompts"][(start + i) % len(request["prompts"])] for i in range(count)]
             seeds = [request["seed"] + start + i for i in range(count)]
             on_step = partial(_report, on_progress, (group * request["samples"] + start) * steps, count, total)
-            with Taps(pipe, plan, groups[group], count, statistics, watch, on_step) as taps:
+            with Taps(pipe, plan, groups[group], group == 0, count, statistics, watch, on_step) as taps:
                 call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
             taps.flush()
             if group == 0:
                 statistics.samples += count
             last = start == starts[-1]
             statistics.save(state, {"group": group + last, "batch": 0 if last else start // request["batch_size"] + 1})
+    response = measure_response(pipe, plan) if statistics.gram else None
     seconds = time.perf_counter() - began
-    statistics.write_tables(work, plan.model)
+    if plan.measures:
+        statistics.write_tables(work, plan.model)
+    if statistics.gram:
+        statistics.gram.write(work, plan.past, statistics.samples, response)
     device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)
     measured = {
         "seconds": round(seconds, 2),
@@ -97,6 +106,14 @@ def profile(pipe: Any, folder: str | Path, *, name: str | None = None, force: bo
     """
     plan = plan_profile(pipe, str(name or pipe.config.get("_name_or_path") or type(pipe).__name__), **settings)
     return run_profile(pipe, plan, folder, force=force)
+
+
+def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
+    """Returns the steps of the pipeline's scheduler (after a recorded run) as coefficients, or why there are none."""
+    try:
+        return own_update(pipe.scheduler, sampler.timesteps)
+    except UnsupportedModelError as error:
+        return error
 
 
 def versions() -> dict[str, str]:
@@ -128,6 +145,7 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list
         shutil.rmtree(work)
     work.mkdir(parents=True)
     write_inspection(work, plan.model, plan.sampler)
+    write_solver(work, solver_of(pipe, plan.sampler))
     save_cost(count_flops(pipe, plan.model, plan.step), work / "cost.flops.json", force=True)
     write_json(work / "request.json", {"digest": mark, "groups": plan.groups, "batch_size": plan.request["batch_size"]})
     return plan.groups

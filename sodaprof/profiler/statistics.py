@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..files import replacing
-from ..profiles import MEAN, METRICS, RANKING, schema
+from ..profiles import MEAN, METRICS, RANKING, write_table
 from ..sites import Model, Site
+from .gram import GramSums
 from .memory import Grid
 
 
@@ -26,9 +27,10 @@ class Statistics:
         rates: np.ndarray,
         grids: Sequence[Grid],  # of each site's errors a token
         varying: frozenset[int] = frozenset(),  # numbers of the sites whose tokens are as many as the prompt is long
+        gram: GramSums | None = None,
     ) -> None:
         self.sites, self.steps, self.ages, self.branches, self.rates = sites, steps, ages, branches, rates
-        self.varying, self.grids = varying, grids
+        self.varying, self.grids, self.gram = varying, grids, gram
         cells = (steps, len(sites), ages)
         self.whole = np.zeros((2, *cells, branches + 1, len(METRICS)))
         self.pruned = np.zeros((2, *cells, branches + 1, len(rates)))
@@ -53,6 +55,7 @@ class Statistics:
     def save(self, path: Path, progress: dict[str, int]) -> None:
         """Writes the sums and how far the run is, atomically."""
         arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
+        arrays |= self.gram.arrays() if self.gram else {}
         arrays |= {"whole": self.whole, "pruned": self.pruned, "samples": self.samples, **progress}
         with replacing(path, force=True) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays)
@@ -62,6 +65,8 @@ class Statistics:
         with np.load(path, allow_pickle=False) as saved:
             self.whole, self.pruned, self.samples = saved["whole"], saved["pruned"], int(saved["samples"])
             self.tokens = [saved[f"tokens_{i}"] for i in range(len(self.tokens))]
+            if self.gram:
+                self.gram.restore(saved)
             return {key: int(saved[key]) for key in saved.files if key in ("group", "batch")}
 
     def write_tables(self, folder: Path, model: Model) -> None:
@@ -89,7 +94,7 @@ class Statistics:
             (self.tokens[s][t, a] / count).astype(np.float16) if b == self.branches and s not in self.varying else None
             for t, s, a, b in zip(step, site, age, branch, strict=True)
         ]
-        _write(folder, "caching", caching)
+        write_table(folder, "caching", caching)
 
         mean, std = self._moments(self.pruned)
         repeat = len(self.rates)
@@ -101,11 +106,11 @@ class Statistics:
             "std": std[step, site, age, branch].ravel().astype(np.float32),
             "n": np.full(len(step) * repeat, self.samples, dtype=np.int32),
         }
-        _write(folder, "pruning", pruning)
+        write_table(folder, "pruning", pruning)
         every = np.arange(len(self.sites))
         columns = {c: np.array([getattr(s, c) for _, s in self.sites]) for c in ("kind", "tokens", "width", "prunable")}
         grids: Any = {"token_grid": [list(grid.shape) for grid in self.grids]}
-        _write(folder, "sites", self._places(every) | columns | grids)
+        write_table(folder, "sites", self._places(every) | columns | grids)
 
     def _moments(self, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation over the generations (of the sample, 0 for a single one)."""
@@ -120,13 +125,3 @@ class Statistics:
             values = np.array([getattr(s, column) for _, s in self.sites], dtype=object)
             places[column] = values[site]
         return places
-
-
-def _write(folder: Path, table: str, columns: dict[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    types = schema(table)
-    arrays = [pa.array(columns[field.name], type=field.type) for field in types]
-    with replacing(folder / f"{table}.parquet", force=True) as temporary:
-        pq.write_table(pa.Table.from_arrays(arrays, schema=types), temporary, compression="zstd")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ..models.layout import as_tokens, main_part
 from ..models.recording import hooked, tapped
 from .errors import Ring, StaleErrors, pooled
 from .plan import RATES, ProfilePlan
+from .products import Products
+from .stacks import Stack, handed
 from .statistics import Statistics
 
 
@@ -54,6 +57,7 @@ class Taps:
         pipe: Any,
         plan: ProfilePlan,
         group: list[int],
+        first: bool,  # this pass takes the products that are no site's
         count: int,  # generations in the batch
         statistics: Statistics,
         watch: Stopwatch,
@@ -62,7 +66,6 @@ class Taps:
         self.pipe, self.plan, self.group, self.count = pipe, plan, group, count
         self.statistics, self.watch = statistics, watch
         self.sites, self.past = plan.sites, plan.past
-        self.last = set({plan.sites[i][0]: i for i in group}.values())  # of each transformer
         self.moment = Moment()
         self.clock = Clock(pipe.scheduler, plan.sampler, lambda: None, lambda: None)
         self.on_step = on_step
@@ -70,19 +73,26 @@ class Taps:
         self.scratch: dict[torch.Size, torch.Tensor] = {}
         self.calls: dict[str, tuple[int, int]] = {}
         self.found: dict[tuple[int, int], list[StaleErrors]] = {}  # (step, site) -> the branches' errors, on the device
+        halves = 2 if plan.sampler.guidance_form == "halves" else 1
+        self.rows = count * halves  # of a network call's batch, folded samples aside
         device = next(pipe.components[next(iter(plan.model.transformers))].parameters()).device
         self.rates = torch.tensor(RATES, device=device)
+        gram = statistics.gram
+        self.products = None if gram is None else Products(gram, self.rows, count, first, device)
         self.stack = ExitStack()
 
     def __enter__(self) -> Taps:
         self.clock.attach()
         self.stack.callback(self.clock.detach)
+        self.stack.enter_context(self._stepping())
         for name, transformer in self.plan.model.transformers.items():
             module = self.pipe.components[name]
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
             begin = TransformerHook(self.clock, self.moment, lambda: None, name, self.past[name])
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
-            for path in dict.fromkeys(s.path for s in transformer.sites):
+            if self.products and self.products.first and name in self.plan.stacks:
+                self._follow(self.products, name, module, self.plan.stacks[name])
+            for path in dict.fromkeys(s.path for s in transformer.sites) if numbers else ():
                 self.stack.enter_context(
                     tapped(module.get_submodule(path), self._tap(path, numbers), "sodaprof.profile")
                 )
@@ -90,6 +100,49 @@ class Taps:
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Hears every step of the scheduler, around the clock's own."""
+        scheduler, take_step = self.pipe.scheduler, self.pipe.scheduler.step
+
+        @functools.wraps(take_step)
+        def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            step = self.clock.step
+            products = self.products if self.products and self.products.first and step is not None else None
+            if products:
+                with self.watch:
+                    products.state(model_output, sample)
+            result = take_step(model_output, timestep, sample, *args, **kwargs)
+            if products and step == self.plan.sampler.steps - 1:
+                with self.watch:
+                    products.end(result[0] if isinstance(result, tuple) else result.prev_sample)
+            if step is not None:
+                self.on_step(step + 1)
+            return result
+
+        scheduler.step = advance
+        try:
+            yield
+        finally:
+            scheduler.step = take_step
+
+    def _follow(self, products: Products, name: str, module: torch.nn.Module, stack: Stack) -> None:
+        """Listens to what the first block is given and the last one returns."""
+
+        def enter(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with self.watch:
+                products.enter(name, handed(args, kwargs))
+            return leave(forward, args, kwargs) if stack.first == stack.last else forward(*args, **kwargs)
+
+        def leave(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = forward(*args, **kwargs)
+            with self.watch:
+                products.leave(name, self.moment, out)
+            return out
+
+        for path, tap in {stack.last: leave, stack.first: enter}.items():
+            self.stack.enter_context(tapped(module.get_submodule(path), tap, "sodaprof.profile"))
 
     def _tap(self, path: str, numbers: dict[str, int]) -> Callable[..., Any]:
         def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,11 +162,11 @@ class Taps:
         # both halves of a batch go through one ring: the rows keep apart
         branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
         name, known = self.sites[site]
+        whole = out
         out = as_tokens(out, self.plan.model.transformers[name].layout(known))
-        rows = self.count * (2 if self.plan.sampler.guidance_form == "halves" else 1)
-        if out.shape[0] % rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
+        if out.shape[0] % self.rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
             raise MismatchError(
-                f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {rows} generations, halves counted; "
+                f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {self.rows} generations, halves counted; "
                 f"{known.tokens} tokens were seen at the first step. Profile calls of one size."
             )
         if self.past[name][self.moment.step] == 0:  # nothing that was kept before a turn serves in it
@@ -126,8 +179,8 @@ class Taps:
             if site not in self.statistics.varying:
                 errors.tokens = pooled(errors.tokens, self.plan.grids[site])
             self.found.setdefault((self.moment.step, site), []).append(errors)
-        if site in self.last:
-            self.on_step(self.moment.step + 1)
+        if self.products:
+            self.products.site(name, known.key, self.moment, whole)
 
     def flush(self) -> None:
         """Moves the batch's errors off the device and into the statistics."""
@@ -150,4 +203,6 @@ class Taps:
                 if site not in self.statistics.varying:
                     tokens = (torch.stack([c.tokens.double() for c in calls]).sum(0) / folds).cpu().numpy()
                 self.statistics.add(step, site, whole, pruned, tokens)
+            if self.products:
+                self.products.flush()
         self.found.clear()

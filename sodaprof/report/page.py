@@ -1,4 +1,4 @@
-"""docs/results.md, from the JSON files of evaluations and benchmarks.
+"""docs/results.md and its figures, from the JSON files of evaluations, comparisons and benchmarks.
 
 python -m sodaprof.report.page docs/results docs/results.md
 """
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_text
+from .chart import comparison_svg
+from .comparison import robustness_markdown, table_markdown
 from .results import evaluation_markdown
 
 HEAD = """# Results
@@ -34,6 +36,11 @@ def page(folder: Path) -> str:
             parts.append(f"## Fidelity: {path.stem}\n\n{_about(data)}\n\n{evaluation_markdown(data)}\n")
         elif data.get("format") == "sodaprof.benchmark":
             parts.append(f"## Latency: {path.stem}\n\n{_about(data)}\n\n{benchmark_markdown(data)}\n")
+        elif data.get("format") == "sodaprof.table":
+            picture = f"{folder.name}/{path.stem}.svg" if data["unit"] == "flops" else None
+            parts.append(f"## Every policy: {path.stem}\n\n{_about(data)}\n\n{table_markdown(data, picture)}\n")
+        elif data.get("format") == "sodaprof.robustness":
+            parts.append(f"## Beyond calibration: {path.stem}\n\n{_about(data)}\n\n{robustness_markdown(data)}\n")
         elif data.get("format") == "sodaprof.compiled":
             parts.append(f"## Compiled by Inductor: {path.stem}\n\n{compiled_markdown(data)}\n")
         elif data.get("format") == "sodaprof.profile":
@@ -42,6 +49,16 @@ def page(folder: Path) -> str:
     if missing:
         parts.append("## Not measured\n\n" + "\n".join(missing) + "\n")
     return "\n".join(parts)
+
+
+def figures(folder: Path) -> dict[Path, str]:
+    """Returns what belongs in each figure that the page links to: SVG beside its JSON."""
+    tables = {path: read_json(path) for path in sorted(folder.glob("*.json"))}
+    return {
+        path.with_suffix(".svg"): comparison_svg(data)
+        for path, data in tables.items()
+        if data.get("format") == "sodaprof.table" and data["unit"] == "flops"
+    }
 
 
 def benchmark_markdown(data: dict[str, Any]) -> str:
@@ -108,4 +125,6 @@ def _about(data: dict[str, Any]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m sodaprof.report.page FOLDER PAGE")
+    for figure, svg in figures(Path(sys.argv[1])).items():
+        write_text(figure, svg, force=True)
     write_text(Path(sys.argv[2]), page(Path(sys.argv[1])), force=True)

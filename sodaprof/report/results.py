@@ -12,6 +12,8 @@ from rich.text import Text
 from ..cost import CostModel
 from ..sites import Model, Sampler
 
+SIDES = {"full": "the full run", "data": "the data"}
+
 
 def evaluation_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of an evaluation and its notes."""
@@ -22,11 +24,11 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
         pad_edge=False,
         title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}",
     )
-    for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "SSIM", "L2"):
+    for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "flip", "SSIM", "L2"):
         table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
     if accurate:
         table.add_column("class", justify="right")
-    full = ["full", "1.00x", "1.00x", "–", "–", "–", "–"]
+    full = ["full", "1.00x", "1.00x", *"–––––"]
     table.add_row(*full, *([f"{result['full']['accuracy']:.1%}"] if accurate else []))
     for row in result["rows"]:
         q = row["psnr_db"]
@@ -36,11 +38,14 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
             f"{row['wall_speedup']:.2f}x",
             f"{q['mean']:.1f} [{q['low']:.1f} {q['high']:.1f}]".replace("[", r"\["),
             f"{q['worst_decile']:.1f}",
+            f"{row['flipped']:.0%}",
             f"{row['ssim']:.3f}",
             "–" if row["latent_l2"] is None else f"{row['latent_l2']:.3f}",
             *([f"{row['accuracy']:.1%}"] if accurate else []),
         )
-    legend = "PSNR to the full run, its mean over the worst tenth; L2: latents, relative"
+    legend = (
+        "PSNR to the full run, its mean over the worst tenth; flip: under 20 dB, another picture; L2: latents, relative"
+    )
     return Group(table, Text(legend, "dim"), *(Text(line) for line in _lines(result)))
 
 
@@ -63,14 +68,13 @@ def evaluation_markdown(result: dict[str, Any]) -> str:
 def _lines(result: dict[str, Any]) -> list[str]:
     lines = []
     for row in result["rows"]:
-        if "over_fora_db" in row:
-            d = row["over_fora_db"]
+        for reference, d in row.get("over", {}).items():
             lines.append(
-                f"{row['name']} {row['flops_speedup']:.2f}x is {d['mean']:+.2f} dB from FORA at {d['fora_speedup']:.2f}x "
+                f"{row['name']} {row['flops_speedup']:.2f}x is {d['mean']:+.2f} dB from {reference} at {d['speedup']:.2f}x "
                 f"(paired 95 % interval {d['low']:+.2f} to {d['high']:+.2f})."
             )
-        if "frechet" in row:
-            lines.append(f"{row['name']}: Fréchet {row['frechet']:.4f}, kernel {row['kernel']:.6f} to the full run.")
+        for side, d in row.get("distance", {}).items():
+            lines.append(f"{row['name']}: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
     for row in result["rows"]:
         if row.get("executed") is not None:
             counts = ", ".join(f"{a} {row['executed'].get(a, 0)}/{n}" for a, n in sorted(row["planned"].items()))

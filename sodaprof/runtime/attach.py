@@ -15,7 +15,7 @@ from ..schedule import Plan, Schedule, load_schedule
 from .actions import SiteHook, SiteRow
 from .capture import Capture, CudaGraphs, Recorder
 from .collapse import Collapse
-from .fits import HOOK, check_fits, check_runs, rows_by_module
+from .fits import HOOK, check_fits, rows_by_module
 from .hooked import Hooked, refuse_group_offload
 from .loop import Loop
 from .lower import LoweredBlock, Program
@@ -23,6 +23,7 @@ from .resized import SizeHook
 from .shipped import find_shipped
 from .stack import BlockHook, StackRow, block_of
 from .tables import Tables
+from .update import StateUpdate, called_steps
 
 RUNTIMES: dict[str, dict[str, Any]] = {  # name -> arguments of apply
     "hooks": {},
@@ -79,7 +80,9 @@ class Handle:
         self.stacks: list[StackRow] = []
         self._hooked = Hooked()
         self._complete = False
+        self.turns: list[TransformerHook] = []
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
+        self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
         self._attached = False
         for name, plan in schedule.transformers.items():
             self._prepare(name, pipe.components[name], plan)
@@ -96,16 +99,21 @@ class Handle:
         if self.any_resolution:
             rows = [row for of_module in modules.values() for row in of_module]
             self._hooked.add(transformer, SizeHook(rows, plan, self.schedule), f"{HOOK}.size")
-        hook = TransformerHook(self.clock, self.moment, self._check_scheduler, name, plan.past(), self._forget)
-        self._hooked.add(transformer, hook, HOOK)
+        rests = [step for step, action in enumerate(plan.stack) if action == "-"]
+        self.turns.append(
+            TransformerHook(
+                self.clock, self.moment, self._check_scheduler, name, plan.past(), self._forget, rests, len(plan.rows)
+            )
+        )
+        self._hooked.add(transformer, self.turns[-1], HOOK)
         if "S" in plan.stack:
             for capture in self.captures:
                 capture.refused = "the schedule skips the stack, whose forecasts are kept outside of graphs"
             self.stacks.append(StackRow(plan))
             lowered = {block.path: block for block in self.blocks}
             for path in self.stacks[-1].blocks:
-                hook = BlockHook(self.stacks[-1], path, self.moment, lowered.get(path))
-                self._hooked.add(transformer.get_submodule(path), hook, HOOK)
+                block = BlockHook(self.stacks[-1], path, self.moment, lowered.get(path))
+                self._hooked.add(transformer.get_submodule(path), block, HOOK)
 
     def attach(self) -> None:
         """Puts the schedule on again after `remove()`; what was traced before is still there."""
@@ -134,11 +142,11 @@ class Handle:
             if self.recorder is not None:
                 self.captures.append(Capture(self.recorder, self.moment, blocks, transformer, self.schedule.steps))
             capture = self.captures[-1] if self.captures else None
-            own = [step for step, past in enumerate(plan.past()) if past >= 0]
+            own = [step for step, action in enumerate(plan.stack) if action in ".S"]
             self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture))
             if self.loops and capture is not None:
                 self.tables[-1].loop = self.clock.loop = Loop(
-                    self.moment, capture, self.schedule.steps, self.schedule.sampler.guidance_form
+                    self.moment, capture, called_steps(self.schedule), self.schedule.sampler.guidance_form, self.update
                 )
             self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
 
@@ -155,6 +163,8 @@ class Handle:
             row.reset()
         for stack in self.stacks:
             stack.reset()
+        for turn in self.turns:
+            turn.reset()
 
     def _reset(self) -> None:
         self._forget()
@@ -164,12 +174,16 @@ class Handle:
             tables.reset()
         if self.clock.loop is not None:
             self.clock.loop.reset()
+        if self.update is not None:
+            self.update.reset()
 
     def _start(self) -> None:
         for name in self.schedule.transformers:
             refuse_group_offload(name, self.pipe.components[name])
         self._hooked.keep()
         self._reset()
+        if self.update is not None:
+            self.update.begin(self.pipe.scheduler)
         self.moment.executed = Counter()
         self._complete = False
 
@@ -256,7 +270,6 @@ def apply(
     if not isinstance(schedule, Schedule):
         schedule = load_schedule(schedule)
     verify(schedule)
-    check_runs(schedule)
     check_fits(pipe, schedule)
     if collapse not in ("ordered", "fused", None):
         raise SodaprofError(f"collapse is {collapse!r}; expected 'ordered', 'fused' or None.")

@@ -248,9 +248,9 @@ class Capture:
         """Returns what a block does at a step: its program, its neighbours in a sum, which buffers and values it reads."""
         run, known = block.runs.get(at), self.current[at[1]].packed.places
         place = None if run is None else (len(run.members), run.place(block))
-        held = block.ready[at][2] if run is None else run.factors_of(block)
+        held = block.ready[at].values if run is None else run.factors_of(block)
         values = tuple(known.get(id(value)) for value in held)
-        return block.ready[at][0], place, values, tuple(row.places(at[0]) for row in block.rows)
+        return block.ready[at].program, place, values, tuple(row.places(at[0]) for row in block.rows)
 
     @contextmanager
     def _reading(self, rows: dict[tuple[int, int], torch.Tensor]) -> Iterator[None]:
@@ -267,7 +267,7 @@ class Capture:
                     undo.append(block.runs[at].swap(block, there))
                 else:
                     ready = block.ready[at]
-                    block.ready[at] = (*ready[:2], [there(value) for value in ready[2]])
+                    block.ready[at] = ready._replace(values=[there(value) for value in ready.values])
                     undo.append(lambda block=block, at=at, ready=ready: block.ready.__setitem__(at, ready))  # type: ignore[misc]
         try:
             yield

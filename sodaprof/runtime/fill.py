@@ -6,14 +6,17 @@ at the first fill: matrix products of all steps are one batch of the step's own 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec
 
-from .lower import BlockCall, LoweredBlock, Program
+from .lower import BlockCall, LoweredBlock, Program, Ready, kind_of
+from .quick import quick
 
 
 def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -79,6 +82,7 @@ class Filled(NamedTuple):
 
     program: Program
     rest: fx.GraphModule  # what is left of it
+    run: Callable[..., Any]  # the same, quickly
     steps: list[int]
     of_run: list[Any]  # values that hold for the run
     of_steps: list[list[Any]]  # values of each step
@@ -87,24 +91,44 @@ class Filled(NamedTuple):
         """Returns the same structure with the step of each value, None where it holds for the run."""
         steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
         none: Any = None
-        return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
+        return Filled(none, none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
 
     def hold(self, block: LoweredBlock, branch: int) -> None:
         """Lets the block take the values."""
         for step, values in zip(self.steps, self.of_steps, strict=True):
-            block.ready[step, branch] = self.program, self.rest, [*self.of_run, *values]
+            block.ready[step, branch] = Ready(self.program, self.rest, self.run, [*self.of_run, *values])
+
+
+class Parts(NamedTuple):
+    """A program in three parts: for a run, for each step, and what is left; quickly, too, with the values they hand on."""
+
+    of_run: fx.GraphModule
+    of_step: fx.GraphModule
+    rest: fx.GraphModule
+    run_once: Callable[..., Any]
+    run_each: Callable[..., Any]
+    run_rest: Callable[..., Any]
+
+
+def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int], made: TreeSpec | None) -> Parts:
+    """Returns the graph in parts; late and moving: numbers of inputs that depend on the latents, and on the step alone."""
+    of_run, rest = split(graph, parameters, late | moving)
+    of_step, rest = split(rest, parameters, late)
+    return Parts(of_run, of_step, rest, quick(of_run), quick(of_step), quick(rest, made))
 
 
 class Filler:
     """Fills the tables of blocks, one after the other, so that a block's weights stay near."""
 
     def __init__(self) -> None:
-        self.parts: dict[Any, tuple[fx.GraphModule, ...]] = {}  # of programs, by what is late and what moves
+        self.parts: dict[Any, Parts] = {}  # of programs, by what is late and what moves
         self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # parts of a step: what does all steps at once
+        self.batches: dict[Any, Callable[..., Any]] = {}  # that, traced: by the number of steps, and what moves
 
     def fill(self, call: BlockCall, steps: Sequence[int], branch: int) -> list[Filled]:
         """Returns the block's values at these steps, as `hold` takes them."""
         block, by_program, fits = call.block, dict[Program, list[int]](), dict[Program, bool]()
+        parameters, found = block.parameters(), list[Filled]()
         for step in steps:
             for program in block.by_step.get((step, branch), ()):
                 if program not in fits:
@@ -112,33 +136,34 @@ class Filler:
                 if fits[program]:
                     by_program.setdefault(program, []).append(step)
                     break
-        parameters, found = block.parameters(), list[Filled]()
         for program, its_steps in by_program.items():
-            run, each, rest = self._parts(program, call)
+            parts = self._parts(program, call)
             leaves = [call.at(step) for step in its_steps]
             inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
-            of_run = run(*parameters, *inputs[0])
-            values = self._of_steps(each, rest, parameters, inputs, of_run)
-            found.append(Filled(program, rest, its_steps, of_run, values))
+            of_run = parts.run_once(*parameters, *inputs[0])
+            values = self.of_steps(parts, parameters, inputs, of_run)
+            found.append(Filled(program, parts.rest, parts.run_rest, its_steps, of_run, values))
         return found
 
-    def _of_steps(
-        self, each: fx.GraphModule, rest: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]],
-        of_run: list[Any],
-    ) -> list[list[Any]]:  # fmt: skip
-        def one(at_step: list[Any]) -> list[Any]:
-            return each(*parameters, *at_step, *of_run)
+    def of_steps(
+        self, parts: Parts, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
+    ) -> list[list[Any]]:
+        """Returns the values of each step, of the inputs of each."""
+        each = parts.of_step
 
-        if len(inputs) == 1:
-            return [one(at_step) for at_step in inputs]
+        def one_by_one() -> list[list[Any]]:
+            return [parts.run_each(*parameters, *at_step, *of_run) for at_step in inputs]
+
+        if len(inputs) == 1 or not each.graph.output_node().args[0]:
+            return one_by_one()
         if each in self.at_once:
             whole = self.at_once[each]
-            return [one(at) for at in inputs] if whole is None else _batched(whole, parameters, inputs, of_run)
-        values = [one(at_step) for at_step in inputs]
+            return one_by_one() if whole is None else self._batched(whole, parameters, inputs, of_run)
+        values = one_by_one()
         self.at_once[each] = None
-        for whole, laid_out in ((narrowed(each), not _only_scales(rest)), (each, True)):
+        for whole, laid_out in ((narrowed(each), not _only_scales(parts.rest)), (each, True)):
             try:
-                tried = _batched(whole, parameters, inputs, of_run)
+                tried = self._batched(whole, parameters, inputs, of_run)
             except RuntimeError:  # an operator that knows no batches
                 continue
             pairs = [(a, b) for xs, ys in zip(values, tried, strict=True) for a, b in zip(xs, ys, strict=True)]
@@ -147,35 +172,50 @@ class Filler:
                 break
         return values
 
-    def _parts(self, program: Program, call: BlockCall) -> tuple[fx.GraphModule, ...]:
+    def _parts(self, program: Program, call: BlockCall) -> Parts:
         late, moving, arguments = call.late, call.moving, len(call.leaves)
         mark = program, frozenset(late), frozenset(moving)
         if mark not in self.parts:
             count = program.parameters
             not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
             moved = {count + n for n, i in enumerate(program.places) if i in moving}
-            run, rest = split(program.graph, count, not_yet | moved)
-            self.parts[mark] = run, *split(rest, count, not_yet)
+            self.parts[mark] = parts_of(program.graph, count, not_yet, moved, program.made)
         return self.parts[mark]
 
+    def _batched(
+        self, each: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
+    ) -> list[list[Any]]:
+        """Returns the values of all steps, computed at once."""
+        steps, columns = len(inputs), list(zip(*inputs, strict=True))
+        moves = [any(x is not column[0] for x in column) for column in columns]
+        used = [bool(node.users) for node in each.graph.nodes if node.op == "placeholder"]
+        if not any(move and use for move, use in zip(moves, used[len(parameters) :], strict=False)):
+            first = [column[0] for column in columns]
+            return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]  # nothing that differs is used here
+        # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
+        fixed = [p.expand(steps, *p.shape) if use else p for p, use in zip(parameters, used, strict=False)]
+        rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
+        flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
+        places = [*(0 for _ in parameters), *(0 if move else None for move in moves), *(None for _ in of_run)]
+        key = each, steps, tuple(moves), tuple(None if x is None else kind_of(x) for x in flat)
+        if key not in self.batches:
+            dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
+            self.batches[key] = traced(torch.func.vmap(each, in_dims=dims), flat)
+        return [list(values) for values in zip(*(v.unbind() for v in self.batches[key](flat)), strict=True)]
 
-def _batched(
-    each: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
-) -> list[list[Any]]:
-    """Returns the values of all steps, computed at once."""
-    steps, columns = len(inputs), list(zip(*inputs, strict=True))
-    moves = [any(x is not column[0] for x in column) for column in columns]
-    used = [bool(node.users) for node in each.graph.nodes if node.op == "placeholder"]
-    # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
-    fixed = [p.expand(steps, *p.shape) for p in parameters]
-    rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
-    flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
-    places = [*(0 for _ in fixed), *(0 if move else None for move in moves), *(None for _ in of_run)]
-    dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
-    if all(place is None for place in dims):  # what differs from step to step is not used here
-        return [list(each(*flat)) for _ in range(steps)]
-    values = torch.func.vmap(each, in_dims=dims)(*flat)
-    return [[value[i] for value in values] for i in range(steps)]
+
+def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[Any]], Any]:
+    """Returns a quick function of inputs that look like these, tensors or None, which it takes as a list."""
+    places = [i for i, x in enumerate(inputs) if x is not None]
+
+    def of_tensors(*tensors: torch.Tensor) -> list[Any]:
+        flat: list[Any] = [None] * len(inputs)
+        for place, tensor in zip(places, tensors, strict=True):
+            flat[place] = tensor
+        return list(function(*flat))
+
+    run = quick(make_fx(of_tensors)(*[inputs[i] for i in places]))
+    return lambda flat: run(*[flat[i] for i in places])
 
 
 def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

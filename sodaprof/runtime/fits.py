@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import MismatchError
 from ..models.discover import config_of, fingerprint
 from ..models.load import transformers_of
 from ..models.structure import find_modules
@@ -14,26 +14,16 @@ from ..schedule import Plan, Schedule
 from ..scores import OBSERVED, observed_steps, source_of
 from .actions import SiteRow
 from .hooked import refuse_group_offload
+from .update import check_linear
 
 HOOK = "sodaprof"  # the name of our hooks in diffusers' registries
 
 
-def check_runs(schedule: Schedule) -> None:
-    """Raises UnsupportedModelError for legal schedules that this release cannot run yet."""
-    reason = None
-    if schedule.update is not None:
-        reason = "a fitted state update"
-    elif odd := sorted({a for plan in schedule.transformers.values() for a in plan.stack} - set(".S_")):
-        reason = f"stack action {odd[0]!r}"
-    if reason:
-        raise UnsupportedModelError(
-            f"The schedule holds {reason}, which this release does not run. Upgrade sodaprof, or compile with "
-            "--policy soda or fora."
-        )
-
-
 def check_fits(pipe: Any, schedule: Schedule) -> None:
-    """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do."""
+    """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do.
+
+    UnsupportedModelError where the schedule updates the latents and the scheduler's steps are no weighted sums.
+    """
     parts = transformers_of(pipe)
     for name, plan in schedule.transformers.items():
         if name not in parts:
@@ -61,6 +51,8 @@ def check_fits(pipe: Any, schedule: Schedule) -> None:
                 f"The scheduler's {key} is {found!r}, {wanted!r} in the schedule. Set it back, or profile and compile anew."
             )
     _check_boundary(pipe, schedule)
+    if schedule.update is not None:
+        check_linear(scheduler, schedule.update.basis)
 
 
 def _check_boundary(pipe: Any, schedule: Schedule) -> None:

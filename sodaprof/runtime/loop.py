@@ -1,8 +1,9 @@
 """The whole-step loop: all steps but the first without the pipeline's Python, guidance and solver in the captured graph.
 
 The pipeline runs its first step itself. What it does with the network's outputs is read off that step: guidance as a weighted
-sum of the branches, the solver as a table of coefficients. The other steps then run here, at the pipeline's next call of its
-transformer; for the rest of its loop it is handed the last latents. What a pipeline does between steps beside that (a
+sum of the branches, the solver as a table of coefficients, the schedule's own where it updates the latents. The other steps
+then run here, at the pipeline's next call of its transformer; steps without network are composed into those before, so they
+cost nothing. For the rest of its loop the pipeline is handed the last latents. What it does between steps beside that (a
 callback that changes latents, another guidance at some steps) is not seen.
 """
 
@@ -12,16 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import UnsupportedModelError
 from ..models.clock import Moment
+from ..models.guidance import combined, guidance_of
+from ..models.solvers import advance, own_update, table_of
+from ..updates import OwnUpdate
 from .capture import Capture
 from .packed import expanded_copy, once
-from .solvers import Solver, advance, solver_of
-
-NEAR = 1e-4  # relative: what is read off a step must give that step again
+from .update import Jump, Ring, StateUpdate, defaults_of, drawn, jumps, refuse_options
 
 
 @dataclass
@@ -42,21 +43,37 @@ class State:
     """The fixed places that graphs read and write between calls of the transformer."""
 
     x: torch.Tensor
-    memory: torch.Tensor
+    ring: torch.Tensor  # [K, …] fp32, what the solver weighs, newest first
     counter: torch.Tensor  # int64 [1], the step
-    noise: torch.Tensor
+    following: torch.Tensor  # int64 [T], of each step the next that calls the transformer
+    noise: torch.Tensor  # fp32, weighted
     arguments: list[dict[int, torch.Tensor]]  # of each branch: tensors that hold for the run
     moving: list[dict[int, torch.Tensor]]  # of each branch: tensors that change, a row a step
     number: int
 
 
-class Loop:
-    """The steps after the first of a transformer's runs."""
+@dataclass
+class Begun:
+    """A run whose first step the pipeline took."""
 
-    def __init__(self, moment: Moment, capture: Capture, steps: int, form: str) -> None:
-        self.moment, self.capture, self.steps, self.form = moment, capture, steps, form
+    sample: torch.Tensor  # what the scheduler was given at the first step
+    output: torch.Tensor
+    result: Any  # what it answered
+    prev: torch.Tensor  # the latents after the latest step
+    generator: Any
+
+
+class Loop:
+    """The steps after the first of a transformer's runs; `called` are those that call it."""
+
+    def __init__(
+        self, moment: Moment, capture: Capture, called: list[bool], form: str, update: StateUpdate | None = None
+    ) -> None:
+        self.moment, self.capture, self.called, self.form, self.update = moment, capture, called, form, update
+        self.steps = [step for step, calls in enumerate(called) if calls]
         self.tables: dict[Any, torch.Tensor] = {}
-        self.solver: Solver | None = None  # the schedule holds for these timesteps and settings alone
+        self.own: OwnUpdate | None = None  # the schedule holds for these timesteps and settings alone
+        self.jumps: list[Jump] = []
         self.twice = False  # the transformer is called with the latents twice
         self.branches: list[Branch] = []
         self.states: dict[Any, State] = {}
@@ -64,38 +81,48 @@ class Loop:
         self.final: torch.Tensor | None = None  # latents after the last step, once they are there
         self.weights: list[float] = []  # of the branches in the guided output
         self.doubled = False  # the solver's sample holds the latents twice
-        self.begun: tuple[Any, ...] | None = None
+        self.begun: Begun | None = None
 
     def reset(self) -> None:
         self.branches, self.final, self.begun = [], None, None
 
-    def begin(self, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]) -> None:
+    def note(
+        self, step: int | None, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Notes what a step of the pipeline's did to the latents; the first shows guidance and solver."""
+        if step == 0:
+            self._begin(scheduler, output, sample, result, kwargs)
+        elif self.begun is not None:
+            self.begun.prev = _latents(result)
+
+    def _begin(self, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]) -> None:
         """Reads guidance and solver off the first step, which the pipeline took."""
         self.refused = None
         if not self.branches:  # not yet noted: the next run
             return
         try:
             self.weights, self.doubled = guidance_of(output, [tree_leaves(b.out)[0] for b in self.branches], self.form)
-            if (
-                kwargs.get("eta")
-                or kwargs.get("variance_noise") is not None
-                or kwargs.get("per_token_timesteps") is not None
-            ):
-                raise UnsupportedModelError("the pipeline passes the scheduler more than outputs and a generator")
-            self.solver = self.solver or solver_of(scheduler, scheduler.timesteps)
+            if self.update is None:
+                refuse_options(scheduler, defaults_of(scheduler), kwargs)
+            if self.update is None and self.own is None:
+                self.own = own_update(scheduler, scheduler.timesteps)
+                self.jumps = jumps(self.own.coefficients, self.own.noise, self.called)
+            elif self.update is not None and self.own is not self.update.own:
+                assert self.update.own is not None  # it took the first step
+                self.own = self.update.own
+                self.jumps = jumps(self.update.update.coefficients, self.own.noise, self.called)
         except UnsupportedModelError as error:
             self.refused = str(error)
             return
-        prev = result[0] if isinstance(result, tuple) else result.prev_sample
-        self.begun = self.solver, output, sample, prev, kwargs.get("generator"), result
+        self.begun = Begun(sample, output, result, _latents(result), kwargs.get("generator"))
 
     def wants(self, hidden: torch.Tensor) -> bool:
         """Whether the steps from here on are run here; hidden: the latents that the pipeline calls the transformer with."""
         if self.final is not None:
             return True
-        if self.begun is None or self.moment.step != 1 or self.moment.branch:
+        if self.begun is None or self.moment.step != self.steps[1] or self.moment.branch:
             return False
-        prev = self.begun[3]
+        prev = self.begun.prev
         self.twice = hidden.shape[0] == 2 * prev.shape[0]
         fed = self._fed(prev)
         if hidden.shape != fed.shape or not torch.equal(hidden, fed.to(hidden.dtype)):
@@ -120,54 +147,68 @@ class Loop:
         """Returns the scheduler's answer at the steps that were taken here: the final latents, as it would hand them over."""
         assert self.begun is not None
         assert self.final is not None
-        result = self.begun[5]
+        result = self.begun.result
         if isinstance(result, tuple):
             return (self.final, *result[1:])
         return type(result)(**{**result, "prev_sample": self.final})
 
     def _steps(self) -> None:
         assert self.begun is not None
-        solver, output, sample, prev, generator, _ = self.begun
+        assert self.own is not None
+        begun = self.begun
         looks = tuple(b.looks for b in self.branches), tuple(self.weights), self.doubled, self.twice
         state = self.states.get(looks)
         if state is None:
-            state = self.states[looks] = self._state(output, sample, prev)
-        table = self._table(solver, sample.device)
-        at_first = torch.zeros_like(state.counter)
-        _, memory = advance(table, at_first, sample, output, torch.zeros_like(state.memory), None)
-        assert memory is not None
-        places, news = [state.x, state.memory], [prev, memory]
+            state = self.states[looks] = self._state(begun)
+        table = self._table(begun.sample.device)
+        first = Ring(1)
+        first.add(self.own.data[0], begun.sample, begun.output)
+        places, news = [state.x, state.ring[0]], [begun.prev, first.newest[0]]
         for branch, held in zip(self.branches, state.arguments, strict=True):
             places += [once(tensor) for tensor in held.values()]
             news += [once(branch.leaves[i]) for i in held]
         torch._foreach_copy_(places, news)
-        state.counter.fill_(1)
-        draws, executed_at = solver.draws, self.moment.step
-        for step in range(1, self.steps):
-            if draws[step]:
-                state.noise.copy_(
-                    randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-                )
-            self._step(step, state, table)
+        state.ring[1:].zero_()
+        state.noise.zero_()
+        state.counter.fill_(self.steps[1])
+        executed_at = self.moment.step
+        for jump in self.jumps[1:]:
+            noise = drawn(jump.noise, begun.output, begun.generator)
+            if noise is not None:
+                state.noise.copy_(noise)
+            elif any(other.noise for other in self.jumps):
+                state.noise.zero_()
+            self._step(jump.start, state, table)
         self.moment.step, self.moment.branch = executed_at, 0
         self.final = state.x.clone()
 
-    def _state(self, output: torch.Tensor, sample: torch.Tensor, prev: torch.Tensor) -> State:
+    def _state(self, begun: Begun) -> State:
         """Returns places for runs of this kind."""
         arguments, moving = [], []
         for branch in self.branches:
-            changing = branch.moving[1]  # at every step the same arguments
+            changing = branch.moving[self.steps[1]]  # at every step the same arguments
             still = [i for i, leaf in enumerate(branch.leaves) if torch.is_tensor(leaf) and i != branch.latents]
             arguments.append({i: expanded_copy(branch.leaves[i]) for i in still if i not in changing})
-            rows = {i: [branch.leaves[i], *(branch.moving[s][i] for s in range(1, self.steps))] for i in changing}
+            rows: dict[int, list[torch.Tensor]] = {i: [branch.leaves[i]] for i in changing}
+            for step in range(1, len(self.called)):
+                for i, values in rows.items():
+                    values.append(branch.moving[step][i] if self.called[step] else values[-1])
             moving.append({i: torch.stack([once(value) for value in values]) for i, values in rows.items()})
-        counter = torch.zeros(1, dtype=torch.int64, device=sample.device)
-        wide = torch.zeros_like(sample, dtype=torch.float32)
-        return State(prev.clone(), wide, counter, torch.zeros_like(output), arguments, moving, len(self.states))
+        device = begun.sample.device
+        counter = torch.zeros(1, dtype=torch.int64, device=device)
+        after = dict(zip(self.steps, [*self.steps[1:], self.steps[0]], strict=True))
+        following = torch.tensor([after.get(step, 0) for step in range(len(self.called))], device=device)
+        wide = torch.zeros_like(begun.sample, dtype=torch.float32)
+        ring = wide.expand(len(self.jumps[0].coefficients) - 1, *wide.shape).clone()
+        return State(begun.prev.clone(), ring, counter, following, wide, arguments, moving, len(self.states))
 
-    def _table(self, solver: Solver, device: torch.device) -> torch.Tensor:
+    def _table(self, device: torch.device) -> torch.Tensor:
         """Returns the coefficients in a place of their own, which graphs may read in later runs, too."""
-        new = solver.to(device)
+        assert self.own is not None
+        rows = [[0.0] * len(self.jumps[0].coefficients) for _ in self.called]
+        for jump in self.jumps:
+            rows[jump.start] = list(jump.coefficients)
+        new = table_of(rows, self.own.data).to(device, torch.float32)
         known = self.tables.setdefault((new.shape, device), new)
         known.copy_(new)
         return known
@@ -187,62 +228,16 @@ class Loop:
                 args, kwargs = tree_unflatten(now, branch.spec)
                 outputs.append(tree_flatten(branch.forward(*args, **kwargs))[0][0])
             guided = combined(outputs, self.weights, self.doubled, self.form, state.noise)
-            x, memory = advance(table, state.counter, state.x, guided, state.memory, state.noise)
-            assert memory is not None
+            x, ring = advance(table, state.counter, state.x, guided, state.ring, state.noise)
             state.x.copy_(x)
-            state.memory.copy_(memory)
-            state.counter.add_(1).remainder_(self.steps)
+            state.ring.copy_(ring)
+            state.counter.copy_(state.following.index_select(0, state.counter))
 
         ats = [(step, number) for number in range(len(self.branches))]
         self.capture.through(("loop", state.number), ats, [], body, state.counter)
 
 
-def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tuple[list[float], bool]:
-    """Returns (weights, doubled): what the scheduler was given is the weighted sum of the branches, once or twice in a batch.
-
-    outs: the network's outputs, one a call; of both branches in one under the form `halves`. UnsupportedModelError where
-    it is no such sum.
-    """
-    parts = _parts(outs, output, form)
-    count = parts[0].shape[0]
-    doubled = output.shape[0] == 2 * count
-    target = output[:count].double()
-    if not (doubled or output.shape[0] == count) or (doubled and not torch.equal(output[:count], output[count:])):
-        raise UnsupportedModelError(
-            f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}"
-        )
-    weights = [1.0]
-    if len(parts) == 2:
-        one, other = (part.double() for part in parts)
-        apart = one - other
-        scale = float(
-            (target - other).flatten() @ apart.flatten() / (apart.flatten() @ apart.flatten()).clamp_min(1e-300)
-        )
-        near = round(scale, 4)  # what was typed, most likely
-        scale = near if abs(scale - near) < 1e-4 else scale
-        weights = [scale, 1 - scale]
-    found = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
-    if len(parts) > 2 or float((found - target).norm()) > NEAR * float(target.norm()):
-        raise UnsupportedModelError("the pipeline's guidance is no weighted sum of two branches")
-    return weights, doubled
-
-
-def combined(
-    outs: list[torch.Tensor], weights: list[float], doubled: bool, form: str, like: torch.Tensor
-) -> torch.Tensor:
-    """Returns the guided output, as the scheduler takes it: of the shape of `like`."""
-    parts = _parts(outs, like, form)
-    guided = parts[0]
-    if len(parts) == 2:
-        guided = parts[1] + weights[0] * (parts[0] - parts[1])
-    return torch.cat([guided, guided]) if doubled else guided
-
-
-def _parts(outs: list[torch.Tensor], output: torch.Tensor, form: str) -> list[torch.Tensor]:
-    """Returns each branch's output, without the channels behind the scheduler's (a learned variance)."""
-    parts = list(outs[0].chunk(2)) if form == "halves" else outs
-    if parts[0].shape[2:] != output.shape[2:] or parts[0].shape[1] < output.shape[1]:
-        raise UnsupportedModelError(
-            f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}"
-        )
-    return [part[:, : output.shape[1]] for part in parts]
+def _latents(result: Any) -> torch.Tensor:
+    """Returns the latents in a scheduler's answer."""
+    latents: torch.Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
+    return latents

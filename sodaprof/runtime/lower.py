@@ -9,20 +9,23 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
 from torch import fx, nn
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ..errors import SodaprofError, UnsupportedModelError
 from ..models.clock import Moment
 from .actions import Given, Made, SiteRow
+from .quick import quick
 
 PLAIN = (bool, int, float, str, type(None))
+LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
+CONTAINERS = {tuple, list, dict, Given}
 MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing of how it is built
 
 
@@ -35,6 +38,16 @@ class Program:
     parameters: int  # how many of the graph's inputs are parameters, the first ones
     key: Any  # what it was traced for
     places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
+    run: Callable[..., tuple[Any, list[Made]]]  # the graph, quickly, in the structure `made`
+
+
+class Ready(NamedTuple):
+    """What is left of a program at a step, and the values that it takes beside its inputs."""
+
+    program: Program
+    rest: fx.GraphModule
+    run: Callable[..., tuple[Any, list[Made]]]  # the same, quickly
+    values: list[Any]
 
 
 class Tracer:
@@ -62,13 +75,15 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         super().__init__()
         self.path, self.block, self.rows, self.moment, self.programs = path, block, rows, moment, programs
         self.built: Any = None
+        self.known: dict[Any, Program] = {}  # built as it was last: by all else that a program is bound to
+        self.known_built: Any = None
         self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
         self.names: list[str] = []
         # for conditioning tables
         self.by_step: dict[
             tuple[int, int], list[Program]
         ] = {}  # (step, branch) -> programs that ran, of all batch sizes
-        self.ready: dict[tuple[int, int], tuple[Program, fx.GraphModule, list[Any]]] = {}  # what is left of it, values
+        self.ready: dict[tuple[int, int], Ready] = {}
         self.runs: dict[tuple[int, int], Any] = {}  # collapsed with its neighbours
         self.listener: BlockCall | None = None  # is told arguments and output of the next call
         self.answer: tuple[Any] | None = None  # stands still: returns this, notes what it was asked
@@ -81,6 +96,9 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         self.runs.clear()
 
     def parameters(self) -> list[torch.Tensor]:
+        """Returns parameters and buffers as they are now, in the order in which programs take them."""
+        if self.built is None:
+            self._look()
         return [found[name] for found, name in self.tensors]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -93,35 +111,39 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         if tabled and at in self.runs and not torch.is_grad_enabled():
             return self.runs[at].call(self.moment, args, kwargs)
         given = [row.read(self.moment) for row in self.rows]
-        leaves, spec = tree_flatten((args, kwargs, given))
+        leaves = leaves_of((args, kwargs, given), [])
         if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
-            program, graph, values = self.ready[at]
+            program, _, run, values = self.ready[at]
         else:
-            program, values = self._program(leaves, spec, at), []
-            graph = program.graph
-        found = graph(*self.parameters(), *(leaves[i] for i in program.places), *values)
-        out, made = tree_unflatten(found, program.made)
+            program, values = self._program((args, kwargs, given), leaves, at), []
+            run = program.run
+        out, made = run(*self.parameters(), *[leaves[i] for i in program.places], *values)
         if self.listener is not None:
             self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
         for row, one in zip(self.rows, made, strict=True):
             row.write(self.moment, one)
         return out
 
-    def _program(self, leaves: list[Any], spec: TreeSpec, at: tuple[int, int]) -> Program:
+    def _program(self, call: tuple[Any, ...], leaves: list[Any], at: tuple[int, int]) -> Program:
         """Returns the program for these arguments at this step, traced where there is none yet."""
-        key = (
-            self.built, tuple(row.cell(at[0]) for row in self.rows), spec, tuple(kind_of(leaf) for leaf in leaves),
-            torch.is_autocast_enabled(), torch.get_default_dtype(),
-        )  # fmt: skip
-        program = self.programs.get(key)
+        cells = tuple([row.cell(at[0]) for row in self.rows])
+        kinds = tuple([kind_of(leaf) for leaf in leaves])
+        settings = torch.is_autocast_enabled(), torch.get_default_dtype()
+        mark = cells, form_of(call), kinds, *settings
+        program = self.known.get(mark)
         if program is None:
-            program = self.programs[key] = self._trace(key, leaves, spec, at[0])
+            spec = tree_flatten(call)[1]
+            key = self.built, cells, spec, kinds, *settings
+            program = self.programs.get(key)
+            if program is None:
+                program = self.programs[key] = self._trace(key, leaves, spec, at[0])
+            self.known[mark] = program
         if program not in (ran := self.by_step.setdefault(at, [])):
             ran.append(program)
         return program
 
     def fits(self, program: Program, leaves: list[Any]) -> bool:
-        """Whether a program noted before is still that of a call with these arguments."""
+        """Whether a program noted before is still that of a call with these arguments; after `parameters`, which looks."""
         now = (
             self.built,
             tuple(kind_of(leaf) for leaf in leaves),
@@ -146,7 +168,12 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
              None if row.source is None else row.source.key.split(".", 2)[2])
             for row in self.rows
         )  # fmt: skip
-        self.built = (tuple(self.names), shapes, build_of(self.block), sites)
+        built = (tuple(self.names), shapes, build_of(self.block), sites)
+        if built != self.known_built:
+            self.known.clear()
+            # one object for all that are built alike, which is compared and hashed at once
+            self.known_built = next((p.key[0] for p in self.programs.values() if p.key[0] == built), built)
+        self.built = self.known_built
 
     def _trace(self, key: Any, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
         constants = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
@@ -162,7 +189,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             for row in self.rows:
                 row.tracer = tracer
             parameters = {f"block.{name}": value for name, value in zip(self.names, flat, strict=False)}
-            out = functional_call(_Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
+            out = functional_call(Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
             missing = [row.key for row in self.rows if row.key not in tracer.made]
             if missing:
                 raise UnsupportedModelError(
@@ -191,10 +218,10 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 row.tracer = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return Program(graph, made_spec[-1], len(self.names), key, places)
+        return Program(graph, made_spec[-1], len(self.names), key, places, quick(graph, made_spec[-1]))
 
 
-class _Bare(nn.Module):
+class Bare(nn.Module):
     """A block without what others hooked to it: that runs around its program, and must not run within it, too."""
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
@@ -226,6 +253,28 @@ class BlockCall:
         return [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
 
 
+def leaves_of(tree: Any, into: list[Any]) -> list[Any]:
+    """Returns the leaves of a call as `tree_flatten` orders them, added to `into`, without the time that it takes."""
+    for value in tree.values() if type(tree) is dict else tree:
+        kind = type(value)
+        if kind in LEAVES:
+            into.append(value)
+        elif kind in CONTAINERS:
+            leaves_of(value, into)
+        else:
+            into += tree_leaves(value)
+    return into
+
+
+def form_of(tree: Any) -> Any:
+    """Returns the structure of a call, to compare with another's."""
+    parts = [
+        form_of(v) if (kind := type(v)) in CONTAINERS else None if kind in LEAVES else tree_flatten(v)[1]
+        for v in (tree.values() if type(tree) is dict else tree)
+    ]
+    return type(tree), tuple(tree) if type(tree) is dict else None, *parts
+
+
 def kind_of(leaf: Any) -> Any:
     """Returns what a program is bound to of an argument: all of a plain value, the looks of a tensor."""
     if torch.is_tensor(leaf):
@@ -242,7 +291,7 @@ def build_of(block: nn.Module) -> tuple[Any, ...]:
 
     Whatever a trace would bake in counts, an adapter's scale or a processor's, so that a change of it is noticed.
     """
-    return tuple((name, type(module), _setting(vars(module))) for name, module in block.named_modules())
+    return tuple((name, type(module), setting_of(vars(module))) for name, module in block.named_modules())
 
 
 def frozen_of(module: nn.Module) -> tuple[Any, ...]:
@@ -252,25 +301,26 @@ def frozen_of(module: nn.Module) -> tuple[Any, ...]:
         found.append(type(part))
         for name, value in vars(part).items():
             if name not in MODULES_OWN:
-                found.append(value if type(value) in PLAIN else _setting(value))
+                found.append(value if type(value) in PLAIN else setting_of(value))
             elif name in ("_parameters", "_buffers"):
                 found += [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in value.values()]
     return tuple(found)
 
 
-def _setting(value: Any, depth: int = 0) -> Any:
+def setting_of(value: Any, depth: int = 0) -> Any:
+    """Returns what a trace would bake in of an attribute of a module, to compare."""
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, tuple | list):
-        return tuple(_setting(v, depth + 1) for v in value)
+        return tuple(setting_of(v, depth + 1) for v in value)
     if isinstance(value, set | frozenset):
-        return frozenset(_setting(v, depth + 1) for v in value)
+        return frozenset(setting_of(v, depth + 1) for v in value)
     if isinstance(value, dict):
-        return tuple((key, _setting(v, depth + 1)) for key, v in value.items() if key not in MODULES_OWN)
+        return tuple((key, setting_of(v, depth + 1)) for key, v in value.items() if key not in MODULES_OWN)
     if isinstance(value, torch.Tensor):  # a constant of the trace, which keeps it alive
         return id(value), value._version
     if isinstance(value, FunctionType | BuiltinFunctionType | type | torch.dtype | torch.device):
         return value
     if not isinstance(value, nn.Module) and hasattr(value, "__dict__") and depth < 3:
-        return type(value), _setting(vars(value), depth + 1)
+        return type(value), setting_of(vars(value), depth + 1)
     return type(value)

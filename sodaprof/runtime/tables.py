@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.hooks import ModelHook
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..models.clock import Moment
 from ..models.recording import latents_of
@@ -28,6 +28,7 @@ from .collapse import Collapse
 from .fill import Filler, same
 from .loop import Branch, Loop
 from .lower import BlockCall, LoweredBlock, kind_of
+from .outside import Outside, OutsideProgram, stand_still
 from .packed import expanded_copy
 
 LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
@@ -42,6 +43,15 @@ class Call:
     spec: TreeSpec
     moved: dict[int, dict[int, Any]]  # step, from the second on -> argument -> value
 
+    @property
+    def moving(self) -> set[int]:
+        return {i for values in self.moved.values() for i in values}
+
+    def at(self, step: int) -> list[Any]:
+        """Returns the arguments at a step; the latents are those of the first."""
+        changed = self.moved.get(step, {})
+        return [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+
     def outputs(self, changed: dict[int, Any]) -> Any:
         """Returns what the transformer returns with some arguments changed."""
         args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
@@ -55,7 +65,6 @@ class Learned(NamedTuple):
     late: set[int]
     handed: bool
     moving: set[int]  # arguments that change from step to step
-    through: dict[int, int]  # those of them that are arguments of the transformer, and which
 
 
 class Tables(ModelHook):  # type: ignore[misc]
@@ -77,6 +86,10 @@ class Tables(ModelHook):  # type: ignore[misc]
         self.filler = Filler()
         self.learned: dict[Any, list[Learned]] = {}  # looks of a call -> of each block
         self.stand_ins: dict[Any, torch.Tensor] = {}  # by number of the output and looks
+        self.transformer: nn.Module | None = None
+        self.programs: dict[
+            Any, OutsideProgram | None
+        ] = {}  # around the blocks, by looks of a call and how that is built
         self.held: dict[Any, list[Any]] = {}  # looks of a call -> what each block holds of what a graph fills
         self.numbers: dict[Any, int] = {}  # of looks
         self.first: dict[int, list[Any]] = {}  # branch -> arguments at its first step of the run under way
@@ -84,6 +97,7 @@ class Tables(ModelHook):  # type: ignore[misc]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
+        self.transformer = module
         begin, *later = self.steps
         leaves, spec = tree_flatten((args, kwargs))
         given = latents_of(module, args, kwargs)
@@ -170,12 +184,8 @@ class Tables(ModelHook):  # type: ignore[misc]
                     filled.hold(call.block, branch)
             if self.collapse is not None:
                 self.collapse.join(calls, steps, branch)
-        number = {id(leaf): i for i, leaf in enumerate(whole.leaves) if torch.is_tensor(leaf)}
-        self.learned[kind] = []
-        for call in calls:
-            through = {i: number[id(call.leaves[i])] for i in call.moving if id(call.leaves[i]) in number}
-            known = Learned(self._stand_in(call.out), call.late, call.handed, call.moving, through)
-            self.learned[kind].append(known)
+            self.learned[kind] = [Learned(self._stand_in(c.out), c.late, c.handed, c.moving) for c in calls]
+            self._around(whole, kind)
         return out
 
     def _probe(self, whole: Call, latents: int, calls: list[BlockCall], out: Any) -> None:
@@ -199,14 +209,8 @@ class Tables(ModelHook):  # type: ignore[misc]
 
     def _asked(self, whole: Call, changed: dict[int, Any], answers: Sequence[Any]) -> list[list[Any]]:
         """Returns the arguments of every block while they return `answers`, and last what the transformer returns."""
-        try:
-            for block, answer in zip(self.blocks, answers, strict=True):
-                block.answer = (answer,)
-            out = whole.outputs(changed)
-            return [*(block.asked for block in self.blocks), tree_flatten(out)[0]]
-        finally:
-            for block in self.blocks:
-                block.answer, block.asked = None, []
+        asked, out = stand_still(self.blocks, answers, lambda: whole.outputs(changed))
+        return [*asked, tree_flatten(out)[0]]
 
     def _follow(self, calls: list[BlockCall], out: Any, arguments: Any, stirred: Any) -> None:
         """Notes which blocks' outputs the next block takes, and nobody else: no later block, nor the transformer itself."""
@@ -229,37 +233,33 @@ class Tables(ModelHook):  # type: ignore[misc]
     def _stand_in(self, out: Any) -> Any:
         """Returns what looks like a block's output; blocks whose outputs look alike share it."""
         leaves, spec = tree_flatten(out)
-        for i, leaf in enumerate(leaves):
-            if torch.is_tensor(leaf):
-                zeros = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).zero_()
-                leaves[i] = self.stand_ins.setdefault((i, kind_of(leaf)), zeros)
-        return tree_unflatten(leaves, spec)
+        return tree_unflatten([self._alike(leaf, i) for i, leaf in enumerate(leaves)], spec)
+
+    def _alike(self, leaf: Any, number: int | None = None) -> Any:
+        """Returns zeros that look like a tensor: the same ones for all that look alike and have the same number."""
+        if not torch.is_tensor(leaf):
+            return leaf
+        key = number, kind_of(leaf)
+        if key not in self.stand_ins:
+            empty = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
+            self.stand_ins[key] = empty.zero_()
+        return self.stand_ins[key]
 
     def _fill(self, whole: Call, kind: Any, branch: int) -> None:
         """Fills the tables of all steps without running a block; by a graph, where there are graphs."""
-        known, steps = self.learned[kind], self.steps
-        answers, late = [one.out for one in known], list[dict[int, Any]]()
+        known, steps, late = self.learned[kind], self.steps, list[dict[int, Any]]()
 
         def body(leaves: list[Any]) -> list[Any]:
             call = Call(whole.forward, leaves, whole.spec, whole.moved)
-            begun = self._asked(call, {}, answers)[:-1]
-            late[:] = [{i: of_block[i] for i in one.late} for one, of_block in zip(known, begun, strict=True)]
-            if all(set(one.through) == one.moving for one in known):
-                changed = [
-                    {s: {i: m[j] for i, j in one.through.items()} for s, m in call.moved.items()} for one in known
-                ]
-            else:
-                changed = [{} for _ in known]
-                for step, values in call.moved.items():
-                    asked = self._asked(call, values, answers)[:-1]
-                    for one, mine, of_block in zip(known, changed, asked, strict=True):
-                        mine[step] = {i: of_block[i] for i in one.moving}
+            begun, *others = self._arguments(call, program, parameters, [one.out for one in known])
             found = []
-            for block, one, of_block, mine in zip(self.blocks, known, begun, changed, strict=True):
-                mine[self.steps[0]] = {i: of_block[i] for i in one.moving}
+            for number, (block, one, of_block) in enumerate(zip(self.blocks, known, begun, strict=True)):
+                at_steps = [of_block, *(arguments[number] for arguments in others)]
+                mine = {s: {i: at_step[i] for i in one.moving} for s, at_step in zip(steps, at_steps, strict=True)}
                 as_called = BlockCall(block, of_block, one.out, one.late, one.handed, mine)
                 early = [None if i in one.late else leaf for i, leaf in enumerate(of_block)]
                 found.append((early, mine, self.filler.fill(as_called, steps, branch)))
+            late[:] = [{i: of_block[i] for i in one.late} for one, of_block in zip(known, begun, strict=True)]
             return found
 
         if self.capture is not None and self.capture.refill(kind, branch, whole.leaves):
@@ -269,6 +269,7 @@ class Tables(ModelHook):  # type: ignore[misc]
                 for run in runs.values():
                     run.at = 0  # whatever happened in the run before
             return
+        program, parameters = self._around(whole, kind)
         found, lasting = body(whole.leaves), None
         if self.capture is not None and all(sum(len(f.steps) for f in filled) == len(steps) for _, _, filled in found):
             steps_of = [
@@ -290,6 +291,52 @@ class Tables(ModelHook):  # type: ignore[misc]
                 tuple({at: of[at] for at in ats if at in of} for of in (block.ready, block.runs))
                 for block in self.blocks
             ]
+
+    def _arguments(
+        self, call: Call, program: OutsideProgram | None, parameters: list[torch.Tensor], answers: list[Any]
+    ) -> list[list[list[Any]]]:
+        """Returns the arguments of every block at each step; those that depend on the latents only look like it."""
+        if program is None:
+            return [self._asked(call, call.moved.get(step, {}), answers)[:-1] for step in self.steps]
+        return program.arguments(self.filler, parameters, [call.at(step) for step in self.steps])
+
+    def _around(self, whole: Call, kind: Any) -> tuple[OutsideProgram | None, list[torch.Tensor]]:
+        """Returns what is around the blocks as a program, None where that cannot be, and the parameters there."""
+        assert self.transformer is not None
+        if (
+            getattr(whole.forward, "__func__", None) is not type(self.transformer).forward
+        ):  # somebody's: offloading, say
+            return None, []
+        outside = Outside(self.transformer, self.blocks)
+        if (built := outside.built()) is None:
+            return None, []
+        key = kind, built
+        if key not in self.programs:
+            self.programs[key] = self._traced(outside, whole, self.learned[kind])
+        return self.programs[key], outside.parameters()
+
+    def _traced(self, outside: Outside, whole: Call, known: list[Learned]) -> OutsideProgram | None:
+        """Returns what is around the blocks as a program where it gives what calls give, else None."""
+        moving, answers, late = whole.moving, [one.out for one in known], [one.late for one in known]
+        looks = {tuple(kind_of(at_step[i]) for i in moving) for at_step in map(whole.at, self.steps)}
+        if len(looks) > 1 or not all(torch.is_tensor(whole.leaves[i]) for i in moving):
+            return None
+        program = outside.program(whole.forward, whole.leaves, whole.spec, answers, moving, late)
+        if program is None:
+            return None
+        parameters, asked = outside.parameters(), self._arguments(whole, None, [], answers)
+        own = {id(leaf) for leaf in tree_leaves(answers) if torch.is_tensor(leaf)}
+        program.template = [
+            [self._alike(leaf) if i in one.late and id(leaf) not in own else leaf for i, leaf in enumerate(of_block)]
+            for one, of_block in zip(known, asked[0], strict=True)
+        ]
+        for _ in range(2):  # step by step, then all at once
+            for was, now in zip(asked, self._arguments(whole, program, parameters, answers), strict=True):
+                for one, before, after in zip(known, was, now, strict=True):
+                    pairs = enumerate(zip(before, after, strict=True))
+                    if any(kind_of(a) != kind_of(b) or (i not in one.late and not same(a, b)) for i, (a, b) in pairs):
+                        return None
+        return program
 
 
 def _kept(leaf: Any) -> Any:

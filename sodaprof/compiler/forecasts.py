@@ -1,0 +1,172 @@
+"""Linear forecasts Y_t ≈ Σ w · Y_s: their weights, and their errors from inner products alone.
+
+products [S, T, T]: for each of S outputs the mean inner products of its values at two steps, NaN where they are unknown.
+Sources are steps, newest first, [..., K]; targets later steps [n]; weights [S or 1, ..., K, n], of 6 significant digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ..errors import BudgetError
+from ..schedule import Forecast
+
+Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (products, sources, targets) -> weights
+DIGITS = 6  # significant digits of a weight in a file
+METRICS = ("l2", "absolute")
+FORMULAS = ("published", "lagrange")
+
+
+def ridge(strength: float) -> Weigh:
+    """Returns the weights that minimise |Y_t − Σ w Y_s|² + strength · energy · |w − reuse|².
+
+    reuse: 1 on the newest source. energy: mean energy of the sources. Raises BudgetError unless strength is above 0.
+    """
+    if strength <= 0:
+        raise BudgetError(f"Knob ridge is {strength:g}; expected a number above 0, say 1e-4.")
+
+    def weigh(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        between, across = _blocks(products, sources, targets)
+        energy = np.diagonal(between, axis1=-2, axis2=-1).mean(axis=-1)
+        pull = np.where(energy > 0, strength * energy, 1.0)  # an output that is all zeros is reused
+        stiff = between + pull[..., None, None] * np.eye(sources.shape[-1])
+        change = np.linalg.solve(stiff, across - between[..., :1])  # from reuse, whose products are those of the newest
+        change[..., 0, :] += 1
+        return round_weights(change)
+
+    return weigh
+
+
+def taylor(formula: str) -> Weigh:
+    """Returns the weights of a finite-difference extrapolation, of an order one below the number of sources.
+
+    `published` (TaylorSeer): Σ_i x^i / i! · Δ^i, x steps after the newest source, each difference over the distance of the
+    two newest. It is exact on what is linear in time; from order 2 on it lags behind a quadratic, for a backward
+    difference is the derivative half a distance earlier. `lagrange` is the polynomial through the sources: exact.
+    """
+    if formula not in FORMULAS:
+        raise BudgetError(f"Knob formula is {formula!r}; expected one of {', '.join(FORMULAS)}.")
+
+    def weigh(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        ahead = targets - sources[..., :1]  # [..., n]
+        if formula == "lagrange":
+            found = _lagrange(sources, targets)
+        else:
+            found, power = np.zeros((*sources.shape, len(targets))), np.ones(ahead.shape)
+            for order, difference in enumerate(_differences(sources)):
+                found += difference[..., None] * power[..., None, :]
+                power = power * ahead / (order + 1)
+        return round_weights(found)[None]
+
+    return weigh
+
+
+def _differences(sources: np.ndarray) -> list[np.ndarray]:
+    """Returns the finite differences of order 0… at the newest source, as weights [..., K] of the sources."""
+    count = sources.shape[-1]
+    level = [np.broadcast_to(row, sources.shape) for row in np.eye(count)]  # at each source, newest first
+    found = [level[0]]
+    for _ in range(1, count):
+        distance = [(sources[..., i] - sources[..., i + 1])[..., None] for i in range(len(level) - 1)]
+        level = [(level[i] - level[i + 1]) / distance[i] for i in range(len(level) - 1)]
+        found.append(level[0])
+    return found
+
+
+def _lagrange(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    found = np.ones((*sources.shape, len(targets)))
+    for i in range(sources.shape[-1]):
+        for j in range(sources.shape[-1]):
+            if i != j:
+                apart = (sources[..., i] - sources[..., j])[..., None]
+                found[..., i, :] *= (targets - sources[..., j, None]) / apart
+    return found
+
+
+def round_weights(weights: np.ndarray) -> np.ndarray:
+    """Returns the weights with 6 significant digits, as a file holds them."""
+    exponent = np.floor(np.log10(np.maximum(np.abs(weights), 1e-12)))
+    scale = 10.0 ** (DIGITS - 1 - exponent)
+    rounded: np.ndarray = np.rint(weights * scale) / scale
+    return rounded
+
+
+def forecast_error(
+    products: np.ndarray, sources: np.ndarray, targets: np.ndarray, weights: np.ndarray, metric: str = "l2"
+) -> np.ndarray:
+    """Returns the errors [S, ..., n] of forecasts: root of the mean squared error, for `l2` relative to the target's size."""
+    between, across = _blocks(products, sources, targets)
+    energy = np.diagonal(products, axis1=1, axis2=2)[:, targets]
+    energy = energy.reshape(len(energy), *[1] * (sources.ndim - 1), len(targets))
+    squared = energy + (weights * (between @ weights - 2 * across)).sum(axis=-2)
+    error: np.ndarray = np.sqrt(np.maximum(squared, 0.0))
+    return error / np.sqrt(np.where(energy > 0, energy, 1.0)) if metric == "l2" else error
+
+
+def _blocks(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the products of the sources with each other [S, ..., K, K] and with the targets [S, ..., K, n]."""
+    return products[:, sources[..., :, None], sources[..., None, :]], products[:, sources[..., :, None], targets]
+
+
+def segment_costs(
+    products: np.ndarray, history: int, longest: int, weigh: Weigh, power: float = 1.0, metric: str = "l2"
+) -> np.ndarray:
+    """Returns what a segment costs, [T, (longest + 1)^(history − 1) …, longest + 1]: Σ of error^power over its cells.
+
+    Entry [a, g_1, g_2, …, n]: anchor a serves the n − 1 steps after it; the anchors before it lie g_1, g_1 + g_2, … steps
+    earlier, 0 where there is none. Inf where it runs beyond the end or beyond what is known. Sources whose
+    product with the target is not known are left out.
+    """
+    steps = products.shape[1]
+    known = ~np.isnan(products).any(axis=0)
+    segment = np.full((steps, *[longest + 1] * history), np.inf)
+    segment[..., 1] = 0.0
+    for anchor in range(steps):
+        ages = next((n for n in range(1, longest) if anchor + n >= steps or not known[anchor, anchor + n]), longest)
+        targets = np.arange(anchor + 1, anchor + ages)
+        cells = np.zeros(len(targets))  # [g_1, …, targets], by the number of sources
+        for count in range(1, history + 1):
+            gaps = _gaps(count - 1, min(longest, anchor))
+            sources = anchor - np.concatenate([np.zeros((len(gaps), 1), dtype=int), gaps.cumsum(axis=1)], axis=1)
+            possible = (sources[:, -1] >= 0) & known[anchor, sources[:, -1]]
+            gaps, sources = gaps[possible], sources[possible]
+            error = forecast_error(products, sources, targets, weigh(products, sources, targets), metric)
+            found = (error**power).sum(axis=0)
+            if count == 1:
+                cells = found[0]
+                continue
+            # a further axis; where the oldest source is of no use the forecast does without it
+            cells = np.repeat(cells[..., None, :], longest + 1, axis=-2)
+            at = tuple(gaps.T)
+            cells[at] = np.where(known[sources[:, -1:], targets], found, cells[at])
+        segment[anchor, ..., 2 : ages + 1] = cells.cumsum(axis=-1)
+    return segment
+
+
+def _gaps(count: int, longest: int) -> np.ndarray:
+    """Returns all tuples [m, count] of gaps 1…longest."""
+    return np.indices((longest,) * count).reshape(count, -1).T + 1 if count else np.zeros((1, 0), dtype=int)
+
+
+def sources_of(anchors: list[int], turn: range, history: int, known: np.ndarray) -> dict[int, tuple[int, ...]]:
+    """Returns for each step of the turn that is no anchor the last `history` anchors, newest first, as `segment_costs`."""
+    found = {}
+    for step in turn:
+        if step not in anchors:
+            past = [a for a in reversed(anchors) if turn.start <= a < step][:history]
+            found[step] = tuple(a for a in past if known[a, step])
+    return found
+
+
+def forecasts_at(
+    products: np.ndarray, cells: dict[int, tuple[int, ...]], weigh: Weigh, form: str = "output"
+) -> dict[int, list[Forecast]]:
+    """Returns one forecast for each output at each step of `cells`, {step: sources}."""
+    found = {}
+    for step, sources in cells.items():
+        weights = weigh(products, np.array(sources), np.array([step]))[..., 0]
+        rows = np.broadcast_to(weights, (len(products), len(sources)))
+        found[step] = [Forecast(sources, tuple(float(f"{w:.{DIGITS}g}") for w in row), form) for row in rows]
+    return found

@@ -1,0 +1,60 @@
+"""Guidance read off a step: the weighted sum of the network's branches that the scheduler was given."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import UnsupportedModelError
+
+NEAR = 1e-4  # relative: what is read off a step must give that step again
+
+
+def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tuple[list[float], bool]:
+    """Returns (weights, doubled): what the scheduler was given is the weighted sum of the branches, once or twice in a batch.
+
+    outs: the network's outputs, one a call; of both branches in one under the form `halves`. UnsupportedModelError where
+    it is no such sum.
+    """
+    parts = _parts(outs, output, form)
+    count = parts[0].shape[0]
+    doubled = output.shape[0] == 2 * count
+    target = output[:count].double()
+    if not (doubled or output.shape[0] == count) or (doubled and not torch.equal(output[:count], output[count:])):
+        raise UnsupportedModelError(
+            f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}"
+        )
+    weights = [1.0]
+    if len(parts) == 2:
+        one, other = (part.double() for part in parts)
+        apart = one - other
+        scale = float(
+            (target - other).flatten() @ apart.flatten() / (apart.flatten() @ apart.flatten()).clamp_min(1e-300)
+        )
+        near = round(scale, 4)  # what was typed, most likely
+        scale = near if abs(scale - near) < 1e-4 else scale
+        weights = [scale, 1 - scale]
+    found = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
+    if len(parts) > 2 or float((found - target).norm()) > NEAR * float(target.norm()):
+        raise UnsupportedModelError("the pipeline's guidance is no weighted sum of two branches")
+    return weights, doubled
+
+
+def combined(
+    outs: list[torch.Tensor], weights: list[float], doubled: bool, form: str, like: torch.Tensor
+) -> torch.Tensor:
+    """Returns the guided output, as the scheduler takes it: of the shape of `like`."""
+    parts = _parts(outs, like, form)
+    guided = parts[0]
+    if len(parts) == 2:
+        guided = parts[1] + weights[0] * (parts[0] - parts[1])
+    return torch.cat([guided, guided]) if doubled else guided
+
+
+def _parts(outs: list[torch.Tensor], output: torch.Tensor, form: str) -> list[torch.Tensor]:
+    """Returns each branch's output, without the channels behind the scheduler's (a learned variance)."""
+    parts = list(outs[0].chunk(2)) if form == "halves" else outs
+    if parts[0].shape[2:] != output.shape[2:] or parts[0].shape[1] < output.shape[1]:
+        raise UnsupportedModelError(
+            f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}"
+        )
+    return [part[:, : output.shape[1]] for part in parts]

@@ -1,0 +1,146 @@
+"""A denoising loop that can be taken up at any step from any latents: what closed-loop fits and searches run on.
+
+One call of the pipeline is recorded: the arguments of its network at each step, the latents before each step and the guided
+outputs as the scheduler was given them. After that a step needs no pipeline: the network runs on other latents under the
+arguments of its step, and guidance is the weighted sum that was read off the recording.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from ..errors import MismatchError, UnsupportedModelError
+from ..sites import Sampler
+from ..updates import OwnUpdate
+from .clock import Clock
+from .guidance import combined, guidance_of
+from .load import OwnCall, call, transformers_of
+from .recording import latents_of, tapped
+from .solvers import own_update
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the network: its arguments, and which of them the latents are."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+    latents: int
+
+
+class Replay:
+    """The denoising loop of some generations at once, by its steps.
+
+    states [T + 1, B, …]: latents of the plain run before each step and after the last; outputs [T, B, …]: the guided
+    outputs that the scheduler was given; both float32. Raises UnsupportedModelError where the pipeline does more between two
+    steps than guidance and its scheduler's.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        sampler: Sampler,
+        entries: Sequence[int | str],
+        seeds: Sequence[int],
+        on_step: Callable[[], None] = lambda: None,
+        own: OwnCall | None = None,
+    ) -> None:
+        self.pipe, self.sampler, self.seeds = pipe, sampler, list(seeds)
+        parts = transformers_of(pipe)
+        if len(parts) > 1:
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} has several transformers ({', '.join(parts)}); closed-loop fits take one. "
+                "Compile without --fit."
+            )
+        self.module = next(iter(parts.values()))
+        if "_sodaprof" in vars(pipe.scheduler):
+            raise MismatchError("The pipeline carries a schedule; it is recorded plain. Take it off: handle.remove()")
+        self.calls: list[list[Call]] = []  # [T][branches]
+        self._outs: list[Any] = []  # of the step under way
+        self._weights: list[tuple[list[float], bool]] = []  # guidance, by step
+        states: list[torch.Tensor] = []
+        outputs: list[torch.Tensor] = []
+        take_step = pipe.scheduler.step
+
+        def advance(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            leaves = [tree_leaves(out)[0] for out in self._outs]
+            self._weights.append(guidance_of(output, leaves, sampler.guidance_form))
+            self._like, self._twice = output[:0], sample.shape[0]
+            result = take_step(output, timestep, sample, *args, **kwargs)
+            after = result[0] if isinstance(result, tuple) else result.prev_sample
+            count = len(seeds)
+            if not states:
+                states.append(sample[:count].float())
+            elif not torch.equal(states[-1], sample[:count].float()):
+                raise UnsupportedModelError(f"{type(pipe).__name__} changes the latents between two steps.")
+            states.append(after[:count].float())
+            outputs.append(output[:count].float())
+            self._outs = []
+            on_step()
+            return result
+
+        def note(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = latents_of(self.module, args, kwargs)
+            leaves, spec = tree_flatten((args, kwargs))
+            at = next((i for i, leaf in enumerate(leaves) if leaf is given), None)
+            if at is None or not torch.is_tensor(given):
+                raise UnsupportedModelError(f"{type(pipe).__name__} hands over its latents as a list.")
+            out = forward(*args, **kwargs)
+            if not self._outs:
+                self.calls.append([])
+            self._fed = given.shape[0]
+            self.calls[-1].append(Call([leaf if i != at else None for i, leaf in enumerate(leaves)], spec, at))
+            self._outs.append(out)
+            return out
+
+        with ExitStack() as stack:
+            stack.enter_context(tapped(self.module, note, "sodaprof.replay"))
+            pipe.scheduler.step = advance
+            stack.callback(lambda: vars(pipe.scheduler).pop("step", None))
+            call(pipe, entries, seeds, sampler.steps, sampler.guidance_scale, output_type="latent", own=own)
+        if tuple(pipe.scheduler.timesteps.tolist()) != sampler.timesteps:
+            raise MismatchError(
+                f"The pipeline runs other timesteps than the profile's {len(sampler.timesteps)}. Profile again."
+            )
+        self.states, self.outputs = torch.stack(states), torch.stack(outputs)
+        self.dtype: torch.dtype = next(self.module.parameters()).dtype
+        self.update: OwnUpdate = own_update(pipe.scheduler, pipe.scheduler.timesteps)
+
+    @property
+    def steps(self) -> int:
+        return self.sampler.steps
+
+    def noise(self, step: int) -> torch.Tensor:
+        """Returns what the scheduler's own noise added to the plain run at a step, [B, …]; zeros where it draws none."""
+        own = self.update
+        if not own.noise[step]:
+            return torch.zeros_like(self.states[0])
+        row, known = own.coefficients[step], range(step, max(-1, step - own.history), -1)
+        values = [own.data[t][0] * self.states[t] + own.data[t][1] * self.outputs[t] for t in known]
+        moved = row[0] * self.states[step] + sum(c * v for c, v in zip(row[1:], values, strict=False))
+        return self.states[step + 1] - moved
+
+    @torch.no_grad()
+    def output(self, step: int, x: torch.Tensor, clock: Clock | None = None) -> torch.Tensor:
+        """Returns the guided output [B, …] float32 of the network at a step for latents x.
+
+        clock: that of a schedule on the pipeline, which is set to the step.
+        """
+        if clock is not None:
+            clock.step, clock.branches, clock.begins = step, 0, step == 0
+        weights, doubled = self._weights[step]
+        outs = []
+        for one in self.calls[step]:
+            leaves = list(one.leaves)
+            fed = x.to(self.dtype)
+            leaves[one.latents] = torch.cat([fed] * (self._fed // fed.shape[0])) if self._fed > fed.shape[0] else fed
+            args, kwargs = tree_unflatten(leaves, one.spec)
+            outs.append(tree_leaves(self.module(*args, **kwargs))[0])
+        like = x.new_empty((self._twice, *self._like.shape[1:]))
+        return combined(outs, weights, doubled, self.sampler.guidance_form, like)[: x.shape[0]].float()

@@ -1,0 +1,48 @@
+"""How the guided output moves with the latents: what an update that is fitted without the model knows of its own errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnsupportedModelError
+from ..models.replay import Replay
+from ..models.stepper import Stepper
+from ..updates import MAX_HISTORY
+from .plan import ProfilePlan
+
+EVERY = 3  # the accelerated run calls the network for itself at every third step
+MOST, SHARE = 4, 25  # generations: at most, and one of so many samples
+LEAST = 20  # samples below which it would cost more than it is worth: two runs of a generation
+
+
+def generations(samples: int) -> int:
+    """Returns how many of the samples are run accelerated, too."""
+    return 0 if samples < LEAST else max(1, min(MOST, samples // SHARE))
+
+
+def measure_response(pipe: Any, plan: ProfilePlan) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns <d, d> and <d, r> at each step, [T] each, summed over a few generations; None where they cannot be replayed.
+
+    d: how far an accelerated run (full at every third step, its update fitted on the way) is from the plain one; r: how far
+    its guided output is. Their ratio is the response.
+    """
+    request, count = plan.request, generations(plan.request["samples"])
+    if not count:
+        return None
+    entries = [request["prompts"][i % len(request["prompts"])] for i in range(count)]
+    try:
+        replay = Replay(pipe, plan.sampler, entries, [request["seed"] + i for i in range(count)], own=plan.own)
+    except UnsupportedModelError:  # the update, which alone asks for it, is refused there by name
+        return None
+    stepper = Stepper(replay, MAX_HISTORY)
+    at, found = stepper.start(), np.zeros((2, replay.steps))
+    for step in range(replay.steps):
+        output = replay.output(step, at.x)
+        away, moved = (at.x - replay.states[step]).double(), (output - replay.outputs[step]).double()
+        found[:, step] = float(away.square().sum()), float((away * moved).sum())
+        if step % EVERY == 0:
+            at = stepper.with_output(at, step, output)
+        _, at = stepper.fitted(at, step)
+    return found[0], found[1]

@@ -1,0 +1,147 @@
+"""Makes the files of the comparison that are missing: profiles, schedules, evaluations."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sodaprof.evaluation import evaluate
+from sodaprof.files import digest, read_json, write_json
+from sodaprof.models.load import load_pipeline
+from sodaprof.schedule import load_schedule
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the tables. options: of `sodaprof compile`; {model} is put in. ours: set in bold."""
+
+    key: str  # the name of its file
+    name: str
+    options: str = ""
+    ours: bool = False
+    refines: str = ""  # the key of what `sodaprof refine` starts from; options are then those of refine
+    distances: bool = False  # whether its distance to the data is measured
+    latency: bool = False  # whether it is compiled for measured milliseconds too
+    robust: bool = False  # whether it is tried beyond calibration
+
+
+class Maker:
+    """Makes files that are missing, in folders of one build."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.pipes: dict[str, Any] = {}
+        self.renewed: set[Path] = set()
+
+    def pipe(self, model: str) -> Any:
+        if model not in self.pipes:
+            self.pipes[model] = load_pipeline(model, "float32", self.options.device)
+        return self.pipes[model]
+
+    def sodaprof(self, *words: str) -> str:
+        """Runs a command; returns "" where it is done, the message of an error that sodaprof understands."""
+        say(shlex.join(["sodaprof", *words]))
+        command = [sys.executable, "-c", "from sodaprof.cli import main; main()", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+        if done.returncode not in (0, 1) or "Traceback" in done.stderr:
+            raise RuntimeError(f"{shlex.join(words)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        said = " ".join(done.stderr.split()).rpartition("sodaprof: ")[2]
+        return said or "no word" if done.returncode else ""
+
+    def profile(self, model: str, options: str, folder: Path) -> Path:
+        """Returns the folder of a profile with inner products, made unless it is there."""
+        if not (folder / "gram.parquet").exists():
+            words = ["profile", model, "-o", str(folder), "--force", *options.split()]
+            if reason := self.sodaprof(*words):
+                raise RuntimeError(f"{shlex.join(words)}: {reason}")
+        return folder
+
+    def compile(
+        self,
+        variants: Sequence[Variant],
+        model: str,
+        profile: Path,
+        budget: float,
+        folder: Path,
+        cost: Path | None = None,
+    ) -> tuple[list[tuple[Variant, Path]], list[dict[str, str]]]:
+        """Returns the schedules that there are, and those left out with their reasons."""
+        folder.mkdir(parents=True, exist_ok=True)
+        made: dict[str, tuple[Variant, Path]] = {}
+        left_out = []
+        for variant in variants:
+            path = folder / f"{variant.key}.json"
+            if variant.key in self.options.again and path not in self.renewed:
+                self.renewed.add(path)
+                for old in folder.glob(f"{variant.key}.*"):
+                    old.unlink()
+            reason = "" if path.exists() else self._compile(variant, model, profile, budget, path, cost)
+            if reason:
+                left_out.append({"name": variant.name, "reason": reason})
+            else:
+                made[variant.key] = variant, path
+        return list(made.values()), left_out
+
+    def _compile(
+        self, variant: Variant, model: str, profile: Path, budget: float, path: Path, cost: Path | None
+    ) -> str:
+        options = variant.options.format(model=model).split()
+        if variant.refines:
+            start = path.with_name(f"{variant.refines}.json")
+            if not start.exists():
+                return f"there is no {variant.refines} to start from"
+            part = path.with_suffix(".part")  # a search that was cut short has written, too, and is gone on with
+            reason = self.sodaprof("refine", model, str(start), *options, "-o", str(part))
+            if not reason:
+                part.replace(path)
+                part.with_name(part.name + ".search").unlink(missing_ok=True)
+            return reason
+        measured = ["--cost", str(cost)] if cost else []
+        return self.sodaprof("compile", str(profile), "--budget", f"{budget:g}x", *options, *measured, "-o", str(path))
+
+    def evaluate(
+        self, made: Sequence[tuple[Variant, Path]], model: str, budget: float, cache: Path, **arguments: Any
+    ) -> dict[str, Any]:
+        """Returns the evaluation of the schedules beside their controls, from `cache` where it is of the same."""
+        schedules = [load_schedule(path) for _, path in made]
+        about = {key: value for key, value in arguments.items() if key != "data"}
+        key = digest(
+            [[s.digest() for s in schedules], [v.name for v, _ in made], budget, model, about, self.options.device]
+        )
+        if cache.exists() and (kept := read_json(cache))["key"] == key:
+            return kept["result"]
+        say(f"evaluate {model} at {budget:g}x: {', '.join(v.key for v, _ in made)}")
+        result = evaluate(
+            self.pipe(model), schedules, names=[v.name for v, _ in made], budget=budget, batch_size=self.options.batch_size,
+            on_progress=tenths(), **arguments,
+        )  # fmt: skip
+        del result["pictures"]
+        for row in result["rows"]:
+            if row.get("executed") != row.get("planned"):
+                raise RuntimeError(f"{row['name']}: planned {row['planned']}, executed {row['executed']}")
+        write_json(cache, {"key": key, "result": result}, force=True)
+        return result
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tenths() -> Callable[[int, int], None]:
+    """Returns a callback that says how far an evaluation is, about ten times."""
+    said = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal said
+        if done * 10 // total > said:
+            said = done * 10 // total
+            say(f"  {done} of {total} samples")
+
+    return on_progress
