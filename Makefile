@@ -37,38 +37,32 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Makes what schedules/tiny-dit holds, and the table in the README, from the shipped model.
+# Makes what schedules/tiny-dit holds, and its pictures, from the shipped model: the fitted update, SODA and FORA.
 RESULTS := docs/results
+POLICIES = "solver --fit $(1)" soda fora
+compiled = set -e; for b in $(3); do for p in $(call POLICIES,$(1)); do $(BIN)/sodaprof compile $(2) --policy $$p --budget $$b \
+	  -o schedules/$(1)/$${p%% *}-$$b.json --force; done; done
+evaluated = $(BIN)/sodaprof eval $(1) schedules/$(1)/*.json --samples $(2) --record --force \
+	  -o $(RESULTS)/$(1).json --picture $(RESULTS)/$(1).png
 schedules: .venv/ready
 	$(BIN)/sodaprof profile tiny-dit -o schedules/tiny-dit/profile --samples 100 --force
-	for b in 2.0x 2.5x 3.5x; do for p in "soda" "fora" "toca --fit tiny-dit" "duca --fit tiny-dit"; do \
-	  $(BIN)/sodaprof compile schedules/tiny-dit/profile --policy $$p --budget $$b \
-	  -o schedules/tiny-dit/$${p%% *}-$$b.json --force || exit 1; done; done
-	$(BIN)/sodaprof eval tiny-dit schedules/tiny-dit/*.json --samples 128 --record --force \
-	  -o $(RESULTS)/tiny-dit.json --picture $(RESULTS)/tiny-dit.png
+	$(call compiled,tiny-dit,schedules/tiny-dit/profile,2.0x 2.5x 3.5x 5.0x)
+	$(call evaluated,tiny-dit,64)
+	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # The same for tiny-pixart: what schedules/tiny-pixart holds, and its table in docs/results.md. Its profile stays in build/.
 schedules-pixart: .venv/ready
 	$(BIN)/sodaprof profile tiny-pixart -o build/tiny-pixart-profile --samples 100 --force
-	for b in 1.5x 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile build/tiny-pixart-profile --policy $$p \
-	  --budget $$b -o schedules/tiny-pixart/$$p-$$b.json --force || exit 1; done; done
-	$(BIN)/sodaprof eval tiny-pixart schedules/tiny-pixart/*.json --samples 64 --record --force \
-	  -o $(RESULTS)/tiny-pixart.json --picture $(RESULTS)/tiny-pixart.png
+	$(call compiled,tiny-pixart,build/tiny-pixart-profile,1.5x 1.9x 2.5x)
+	$(call evaluated,tiny-pixart,64)
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
-# The same for tiny-opensora, from 10 clips as in SODA.
+# The same for tiny-opensora, from 32 clips.
 schedules-opensora: .venv/ready
-	$(BIN)/sodaprof profile tiny-opensora -o build/tiny-opensora-profile --force
-	for b in 1.9x 2.5x; do for p in soda fora; do $(BIN)/sodaprof compile build/tiny-opensora-profile --policy $$p \
-	  --budget $$b -o schedules/tiny-opensora/$$p-$$b.json --force || exit 1; done; done
-	$(BIN)/sodaprof eval tiny-opensora schedules/tiny-opensora/*.json --samples 32 --record --force \
-	  -o $(RESULTS)/tiny-opensora.json --picture $(RESULTS)/tiny-opensora.png
+	$(BIN)/sodaprof profile tiny-opensora -o build/tiny-opensora-profile --samples 32 --force
+	$(call compiled,tiny-opensora,build/tiny-opensora-profile,1.9x 2.5x)
+	$(call evaluated,tiny-opensora,32)
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
-
-# Makes the comparison in docs/results.md: every policy at every budget beside the controls, and what calibration does not
-# cover. What build/table holds is not made again. Some of it: make table TABLE="--models tiny-dit --stages table page"
-table: .venv/ready
-	$(BIN)/python -m tests.table $(TABLE)
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
 released: .venv/ready

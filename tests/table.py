@@ -37,13 +37,14 @@ VARIANTS = (
     Variant("taylor-dp", "TaylorSeer, steps by DP", "--policy taylor --knob placement=dp", latency=True, robust=True),
     Variant("magcache", "MagCache", "--policy magcache"),
     Variant("smoothcache", "SmoothCache", "--policy smoothcache"),
-    Variant("dpcache", "DPCache", "--policy dpcache", robust=True),
+    Variant("dpcache", "DPCache", "--policy dpcache --knob first=1", robust=True),
     Variant("soda-update", "SODA + update, --fit", "--policy soda --update --fit {model}", True, latency=True, robust=True),
     Variant("forecasts", "fitted forecasts", "--policy fit", ours=True),
     Variant("drift", "fitted drift", "--policy drift", ours=True),
+    Variant("forecasts-update", "fitted forecasts + update, --fit", "--policy fit --update --fit {model}", True),
     Variant("solver", "update", "--policy solver", ours=True, robust=True),
     Variant("solver-fit", "update, --fit", "--policy solver --fit {model}", True, distances=True, latency=True, robust=True),
-    Variant("refined", "update, refined", "--evaluations 400", True, refines="solver-fit", distances=True),
+    Variant("refined", "update, refined", "--evaluations 150", True, refines="solver-fit", distances=True),
 )  # fmt: skip
 
 

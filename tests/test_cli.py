@@ -85,7 +85,7 @@ def test_from_profile_to_table(sodaprof, model, profiled, tmp_path):
     assert code == 0
     result = json.loads(out)
     names = [row["name"] for row in result["rows"]]
-    assert names == ["soda", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M", "fewer steps, UniPC"]
+    assert names == ["solver", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M", "fewer steps, UniPC"]
     assert result["rows"][0]["executed"] == result["rows"][0]["planned"]
     assert "fora" in result["rows"][0]["over"]
     assert json.loads((tmp_path / "e.json").read_text()) == result
@@ -96,7 +96,7 @@ def test_from_profile_to_table(sodaprof, model, profiled, tmp_path):
 
     code, out, _ = sodaprof("eval", model, schedule, "--samples", 3, "--no-controls")
     assert code == 0
-    assert "soda" in out
+    assert "solver" in out
 
 
 def test_inspect_and_a_policy_that_needs_no_tables(sodaprof, model, tmp_path):

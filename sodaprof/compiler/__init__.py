@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..cost import CostModel, cost_of, load_cost
 from ..errors import BudgetError, FormatError, UnsupportedModelError
 from ..legal import verify
-from ..profiles import load_inspection, load_profile
-from ..schedule import Schedule
+from ..profiles import Inspection, load_inspection, load_profile
+from ..schedule import Schedule, Update
+from ..updates import MAX_HISTORY, rounded
 from .dpcache import compile_dpcache
+from .draw import cache_bytes, reuse_only_cost, unreachable
 from .drift import compile_drift
 from .fora import compile_fora
 from .magcache import compile_magcache
@@ -55,17 +58,24 @@ def compile_schedule(
     cost: str | Path = "flops",
     knobs: dict[str, Any] | None = None,
     max_cache: int | None = None,
+    updated: bool = False,
 ) -> Schedule:
     """Returns the schedule that `policy` compiles from the profile in `folder` for a speed-up of the denoising loop.
 
     budget: "2.0x" or 2.0; by default 2.0x, for toca and duca what their released settings give. policy: by default
     `default_policy`.
     cost: "flops" for the folder's own count, or the path of a cost.json. max_cache: bytes that the caches of one generation
-    may take; policies that forecast from several outputs are tried with fewer, unless a knob says how many. Raises
+    may take; policies that forecast from several outputs are tried with fewer, unless a knob says how many. updated: with an
+    update to be fitted closed loop, which budget and bytes leave room for; until then it is the sampler's own steps. Raises
     BudgetError where the budget or the bytes cannot be met, FormatError where a file is broken.
     """
     folder = Path(folder)
     policy = policy or default_policy(folder)[0]
+    if policy == "mix":
+        raise BudgetError(
+            "Policy mix measures its candidates on the model. Type: sodaprof compile DIR --policy mix --fit MODEL -o FILE; "
+            f"without a model, leave --policy out: {default_policy(folder)[0]} is taken for this profile."
+        )
     if policy not in POLICIES:
         raise BudgetError(f"No policy {policy!r}; there are {', '.join(POLICIES)}. Try --policy soda")
     ratio = 0.0 if budget is None and policy in RELEASED else parse_budget(2.0 if budget is None else budget)
@@ -74,9 +84,12 @@ def compile_schedule(
     table = cost_of(folder, cost)
     profile = source if has_tables else None
     given = knobs or {}
+    with_update = updated and policy != "solver"  # which has one of its own
 
     def compile_with(costs: CostModel, more: dict[str, Any]) -> Schedule:
-        return POLICIES[policy](source.model, source.sampler, profile, costs, ratio, given | more)
+        asked = _beside_update(source, costs, ratio) if with_update and ratio else ratio
+        found = POLICIES[policy](source.model, source.sampler, profile, costs, asked, given | more)
+        return _with_own_update(found, source, costs) if with_update else found
 
     try:
         schedule = compile_with(table, {})
@@ -88,7 +101,7 @@ def compile_schedule(
         raise BudgetError(f"{error} FLOPs alone would allow it: {_overhead(table)}.") from None
     if max_cache is not None:
         knob = None if DEPTH.get(policy) in given else DEPTH.get(policy)
-        schedule = _within_cache(schedule, max_cache, knob, lambda more: compile_with(table, more))
+        schedule = within_cache(schedule, max_cache, knob, lambda more: compile_with(table, more), source)
     verify(schedule)
     return schedule
 
@@ -117,19 +130,57 @@ def default_policy(folder: str | Path) -> tuple[str, str]:
     return "solver", ""
 
 
-def _within_cache(
-    schedule: Schedule, most: int, knob: str | None, again: Callable[[dict[str, Any]], Schedule]
+def _beside_update(source: Inspection, cost: CostModel, ratio: float) -> float:
+    """Returns the speed-up to compile for that leaves `ratio` once a fitted update takes the place of the scheduler's step."""
+    full, _ = reuse_only_cost(source.model, source.sampler, cost)
+    more = source.sampler.steps * (cost.loop_step(True) - cost.loop_step(False))
+    if full / ratio <= more:
+        raise unreachable(ratio, full / more, cost)
+    return max(1.0, full / (full / ratio - more))
+
+
+def _with_own_update(schedule: Schedule, source: Inspection, cost: CostModel) -> Schedule:
+    """Returns the schedule with the sampler's own steps as its update, of the longest history: what a fit starts from."""
+    own = source.own_update()
+    fitted = {"loop": "none", "guidance_scale": source.sampler.guidance_scale}
+    update = Update(own.basis, MAX_HISTORY, rounded(own.padded(MAX_HISTORY)), fitted)
+    found = replace(schedule, update=update)
+    spent = {"speedup": cost.speedup(found), "cost": cost.schedule(found)}
+    return _kept(replace(found, predicted=(schedule.predicted or {}) | spent), source)
+
+
+def _kept(schedule: Schedule, source: Inspection) -> Schedule:
+    """Returns the schedule with its memory counted anew."""
+    return replace(schedule, predicted=(schedule.predicted or {}) | {"cache_bytes": cache_bytes(schedule, source.model)})
+
+
+def within_cache(
+    schedule: Schedule, most: int, knob: str | None, again: Callable[[dict[str, Any]], Schedule], source: Inspection
 ) -> Schedule:
-    """Returns the schedule, or one with less of `knob`, whose caches take at most `most` bytes; BudgetError where none does."""
-    kept = lambda s: s.predicted["cache_bytes"] if s.predicted else 0  # noqa: E731
-    while kept(schedule) > most and knob and schedule.policy["knobs"][knob] > 1:
+    """Returns the schedule, or one with less of `knob`, whose caches take at most `most` bytes; BudgetError where none does.
+
+    An update that is still the sampler's own is first cut to as few outputs as the sampler itself weighs.
+    """
+    while True:
+        for one in (schedule, *_shorter(schedule, source)):
+            if (kept := one.predicted["cache_bytes"] if one.predicted else 0) <= most:
+                return one
+        if not knob or schedule.policy["knobs"][knob] <= 1:
+            raise BudgetError(
+                f"The caches of one generation take {kept:,} bytes, at most {most:,} are allowed (--max-cache). Allow as much, "
+                "or take a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
+            )
         schedule = again({knob: schedule.policy["knobs"][knob] - 1})
-    if kept(schedule) > most:
-        raise BudgetError(
-            f"The caches of one generation take {kept(schedule):,} bytes, at most {most:,} are allowed (--max-cache). Allow "
-            "as much, or take a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
-        )
-    return schedule
+
+
+def _shorter(schedule: Schedule, source: Inspection) -> list[Schedule]:
+    """Returns the schedule with ever fewer outputs in its update, down to the sampler's own; none where it is fitted already."""
+    update = schedule.update
+    if update is None or update.fitted["loop"] != "none":
+        return []
+    lengths = range(update.history - 1, source.own_update().history - 1, -1)
+    cut = [replace(update, history=n, coefficients=tuple(row[: 1 + n] for row in update.coefficients)) for n in lengths]
+    return [_kept(replace(schedule, update=one), source) for one in cut]
 
 
 def _possible(compile_with: Callable[[CostModel], Schedule], costs: CostModel) -> bool:

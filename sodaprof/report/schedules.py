@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..schedule import Plan, Schedule
+from ..schedule import Plan, Schedule, Update
 
 STYLES = {
     "C": "bold black on green",
@@ -33,11 +34,12 @@ def schedule_data(schedule: Schedule) -> dict[str, Any]:
             rates = {str(t): round(1 - k / plan.tokens(site), 4) for t, k in _pruned(plan, site)}
             reused = {str(t): age for t, (age, action) in enumerate(zip(ages, row, strict=True)) if action in "RP"}
             sites[site] = {"row": row, "reuse_ages": reused, "prune_rates": rates}
-        transformers[name] = {"anchors": anchors, "intervals": _intervals(plan), "sites": sites}
+        transformers[name] = {"anchors": anchors, "intervals": _intervals(plan), "stack": plan.stack, "sites": sites}
     return {
         "policy": schedule.policy,
         "steps": schedule.steps,
         "predicted": schedule.predicted,
+        "update": None if schedule.update is None else asdict(schedule.update),
         "measured": list(schedule.measured),
         "counts": dict(schedule.counts()),
         "digest": schedule.digest(),
@@ -67,6 +69,8 @@ def _headline(schedule: Schedule) -> Text:
         p = schedule.predicted
         error = "" if p["error"] is None else f", error {p['error']:.4g}"
         text.append(f"\npredicted {p['speedup']:.2f}x {p['unit']}{error}, {p['cache_bytes'] / 2**20:.2f} MiB of cache")
+    if schedule.update is not None:
+        text.append("\n" + _update_told(schedule.update))
     for record in schedule.measured:
         quality = record["psnr_db"]
         text.append(
@@ -76,9 +80,28 @@ def _headline(schedule: Schedule) -> Text:
     return text
 
 
+def _update_told(update: Update) -> str:
+    fitted = update.fitted
+    basis = "outputs" if update.basis == "output" else "data predictions"
+    if not fitted:
+        return f"update: weighs the last {update.history} {basis}"
+    return (
+        f"update: weighs the last {update.history} {basis}, fitted {fitted['loop']} loop on {fitted['samples']} generations at "
+        f"guidance {fitted['guidance_scale']}"
+    )
+
+
 def _picture(name: str, plan: Plan, width: int) -> Text:
-    """Rows of coloured characters, in as many bands as the terminal's width needs; under them the mean prune rate."""
-    labels = {site: _label(plan, site) for site in plan.rows}
+    """Rows of coloured characters, in as many bands as the terminal's width needs; under them the mean prune rate.
+
+    Where all sites do the same, as of whole steps, one row stands for them.
+    """
+    rows, labels = plan.rows, {site: _label(plan, site) for site in plan.rows}
+    if len(set(rows.values())) == 1 and len(rows) > 1:
+        first = next(iter(rows))
+        rows, labels = {first: rows[first]}, {first: f"all {len(rows)} sites"}
+    if "S" in plan.stack:
+        rows, labels = rows | {"stack": plan.stack}, labels | {"stack": "stack"}
     margin = max(len(label) for label in [*labels.values(), "not computed"]) + 1
     band = max(10, width - margin)
     text = Text(no_wrap=True)
@@ -86,7 +109,7 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
         columns = range(start, min(start + band, len(plan.stack)))
         ruler = "".join(f"{t:<10}" for t in columns if t % 10 == 0)[: len(columns)]
         text.append(f"{name if not start else '':<{margin}.{margin}}{' ' * (-start % 10)}{ruler}\n", "dim")
-        for site, row in plan.rows.items():
+        for site, row in rows.items():
             text.append(f"{labels[site]:<{margin}}")
             for t in columns:
                 text.append(row[t], STYLES.get(row[t], ""))
@@ -96,7 +119,9 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
             f"{'not computed':<{margin}}" + "".join(BARS[round(s * (len(BARS) - 1))] for s in shares) + "\n", "dim"
         )
     turns = "  _ another transformer's step" if "_" in plan.stack else ""
-    text.append(f"C computes  R reuses  P recomputes k tokens  F forecasts{turns}", "dim")
+    skipped = "  - no network" if "-" in plan.stack else ""
+    stack = "  S stack forecast" if "S" in plan.stack else ""
+    text.append(f"C computes  R reuses  P recomputes k tokens  F forecasts{stack}{skipped}{turns}", "dim")
     return text
 
 
