@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora table released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -63,6 +63,14 @@ schedules-opensora: .venv/ready
 	$(call compiled,tiny-opensora,build/tiny-opensora-profile,1.9x 2.5x)
 	$(call evaluated,tiny-opensora,32)
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+
+# Asks which prediction orders schedules rightly, and how near each policy comes to the best of 3 060: docs/proxies.md.
+# What build/proxies holds is not played again; an hour on one core.
+proxies: .venv/ready
+	test -e build/tiny-dit-profile/manifest.json || $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-profile --samples 100
+	test -e build/tiny-dit-20-profile/manifest.json || \
+	  $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-20-profile --steps 20 --samples 32
+	$(BIN)/python -m tests.proxies
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
 released: .venv/ready

@@ -15,11 +15,13 @@ import numpy as np
 from torch import Tensor
 
 from .cost import CostModel
+from .metrics import worst_decile
 from .models.clock import Clock
 from .models.replay import Replay
 from .models.stepper import Stepper
 from .profiles import Profile
 from .runtime.attach import Handle, apply
+from .runtime.fits import check_fits
 from .schedule import Schedule, Update
 from .updates import MAX_HISTORY, RIDGE, rounded
 
@@ -67,6 +69,16 @@ def priced(schedule: Schedule, cost: CostModel) -> Schedule:
     return replace(schedule, predicted=before | speed | {"error": None})
 
 
+def calibration_replay(
+    pipe: Any, profile: Profile, samples: int = SAMPLES, on_step: Callable[[], None] = lambda: None
+) -> Replay:
+    """Returns the plain run of the profile's first calibration generations, all at once; several fits can share it."""
+    request = profile.manifest
+    seeds = range(request["seed"], request["seed"] + min(samples, request["samples"]))
+    entries = [request["prompts"][i % len(request["prompts"])] for i in range(len(seeds))]
+    return Replay(pipe, profile.sampler, entries, seeds, on_step)
+
+
 def fit_to_model(
     pipe: Any,
     profile: Profile,
@@ -80,34 +92,46 @@ def fit_to_model(
     """Returns the schedule with its update fitted closed loop on the profile's first calibration generations, all at once.
 
     Beside it each generation's distance to the full run, dB. Costs one plain run of these generations and one accelerated.
+    Raises MismatchError where schedule and pipeline do not belong together.
     """
-    request, done = profile.manifest, 0
-
-    def on_step() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, 2 * profile.sampler.steps)
-
-    seeds = range(request["seed"], request["seed"] + min(samples, request["samples"]))
-    entries = [request["prompts"][i % len(request["prompts"])] for i in range(len(seeds))]
-    replay = Replay(pipe, profile.sampler, entries, seeds, on_step)
+    check_fits(pipe, schedule)
+    on_step = counting(2 * profile.sampler.steps, on_progress)
+    replay = calibration_replay(pipe, profile, samples, on_step)
     kept = schedule.update.history if schedule.update else history
     fitted, distances = fit_update(replay, schedule, kept, on_step=on_step)
     return priced(fitted, cost), distances
 
 
-def play(replay: Replay, schedule: Schedule) -> np.ndarray:
-    """Returns each generation's distance to the full run under a schedule with an update, dB."""
-    update, stack = schedule.update, network_row(schedule)
-    assert update is not None
-    stepper = Stepper(replay, update.history)
+def counting(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
+    """Returns a function that tells on_progress how often it was called, of `total` times."""
+    done = 0
+
+    def on_step() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    return on_step
+
+
+def play(replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Returns each generation's distance to the full run under a schedule, dB; without an update the sampler's own steps."""
+    own, update, stack = replay.update, schedule.update, network_row(schedule)
+    history, rows = (update.history, update.coefficients) if update else (own.history, rounded(own.coefficients))
+    stepper = Stepper(replay, history)
     with played(replay, schedule) as clock:
         at = stepper.start()
         for step in range(replay.steps):
             if stack[step] != "-":
                 at = stepper.computed(at, step, clock)
-            at = stepper.moved(at, step, update.coefficients[step])
+            at = stepper.moved(at, step, rows[step])
+            on_step()
     return fidelity_db(at.x, replay)
+
+
+def joint(distances: np.ndarray) -> float:
+    """Returns what candidates are judged by: the mean of the mean and of the worst decile, dB."""
+    return float(distances.mean() + worst_decile(distances)) / 2
 
 
 class played:

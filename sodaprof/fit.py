@@ -24,10 +24,13 @@ def fit_schedule(
     cost: str | Path = "flops",
     knobs: dict[str, Any] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    max_cache: int | None = None,
+    updated: bool = False,
 ) -> tuple[Schedule, list[dict[str, Any]]]:
     """Returns, for toca and duca, the schedule of the N in 2…8 that comes nearest to the full run, and all that were tried.
 
     At each N the policy chooses R for the budget; the mean PSNR over the first calibration seeds of the profile decides.
+    max_cache, updated: as for `compile_schedule`.
     Raises BudgetError where the policy leaves nothing open or no N meets the budget, FormatError where `folder` holds
     no calibration seeds.
     """
@@ -44,7 +47,7 @@ def fit_schedule(
     schedules, last = [], None
     for period in PERIODS:
         try:
-            schedules.append(compile_schedule(folder, budget, policy, cost, knobs | {"N": period}))
+            schedules.append(compile_schedule(folder, budget, policy, cost, knobs | {"N": period}, max_cache, updated))
         except BudgetError as error:
             last = error
     if not schedules:

@@ -14,13 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .closed_loop import fidelity_db, fit_update, play, priced, with_update
+from .closed_loop import fidelity_db, fit_update, joint, play, priced, with_update
 from .cost import CostModel
 from .errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from .files import digest, read_json, refuse_existing, write_json
-from .metrics import worst_decile
 from .models.discover import inspect_pipeline
 from .models.flops import count_flops
 from .models.load import default_prompts
@@ -185,11 +182,6 @@ class Bench:
         if columns in self.known:
             self.settled = columns
             self.known = {columns: self.known[columns]}
-
-
-def joint(distances: np.ndarray) -> float:
-    """Returns what is maximised: the mean of the mean and of the worst decile, dB."""
-    return float(distances.mean() + worst_decile(distances)) / 2
 
 
 def columns_of(schedule: Schedule) -> str:

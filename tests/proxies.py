@@ -7,7 +7,6 @@ budget are played on held-out generations; what build/proxies holds of them is n
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,20 +14,93 @@ from typing import Any
 
 import torch
 
-from sodaprof.compiler.open_loop import Span
-from sodaprof.files import read_json, write_json
+from sodaprof.files import write_json
+from sodaprof.launches import device_facts
 from sodaprof.models.load import load_pipeline
 from sodaprof.models.replay import Replay
 from sodaprof.profiles import Profile, load_profile
 
-from . import proxy_truth
+from . import proxy_page, proxy_study, proxy_truth
 from .proxy_truth import Truths
 
 HELD_OUT = 1_000_000  # the first seed of the generations that judge
 GENERATIONS = 8
 SCHEDULES, FULL_STEPS, LONGEST = 200, 14, 8  # random ones; full steps of 50; the longest interval that all tables cover
-SMALL_STEPS, SMALL_FULL = 20, 6  # of the oracle
+SMALL_FULL = 6  # full steps of the oracle
+ORACLE = "oracle-"
 STAGES = ("updates", "reuse", "forecasts", "oracle-updates", "oracle-reuse", "page")
+
+
+class Study:
+    """The stages of the study: which schedules each plays on which profile, and what is known of them."""
+
+    def __init__(self, profile: Profile, small: Profile, build: Path) -> None:
+        self.profile, self.small, self.build = profile, small, build
+        build.mkdir(parents=True, exist_ok=True)
+
+    def of(self, stage: str) -> Profile:
+        """Returns the profile that a stage is about."""
+        return self.small if stage.startswith(ORACLE) else self.profile
+
+    def every(self) -> list[str]:
+        """Returns the schedules among which the oracle knows the best."""
+        return proxy_truth.every_column(self.small.sampler.steps, SMALL_FULL)
+
+    def wanted(self, stage: str) -> list[str]:
+        """Returns the schedules that a stage plays: random ones, or the oracle's and those that policies place freely."""
+        if not stage.startswith(ORACLE):
+            return proxy_truth.random_columns(self.profile.sampler.steps, FULL_STEPS, LONGEST, SCHEDULES)
+        steps = self.small.sampler.steps
+        free = [proxy_study.uniform(steps, SMALL_FULL, False)]
+        free += [p.placed(SMALL_FULL) for p in proxy_study.predictors(self.small)]
+        return list(dict.fromkeys([*self.every(), *(proxy_truth.columns_at(some, steps) for some in free)]))
+
+    def truths(self, stage: str) -> Truths:
+        """Returns what is known of a stage; of another profile or other generations nothing is."""
+        about = {
+            "stage": stage, "profile": self.of(stage).digest(), "held_out": HELD_OUT, "generations": GENERATIONS,
+        }  # fmt: skip
+        return Truths(self.build / f"{stage}.json", about)
+
+    def play(self, stage: str, pipe: Any) -> None:
+        """Plays the schedules of a stage that are not known yet."""
+        profile, truths, wanted = self.of(stage), self.truths(stage), self.wanted(stage)
+        if all(columns in truths.found for columns in wanted):
+            return
+        held_out = replay_of(pipe, profile, HELD_OUT)
+        if stage.endswith("reuse"):
+            truths.gather(wanted, lambda some: proxy_truth.reused(held_out, profile, some))
+        elif stage == "forecasts":
+            truths.gather(wanted, lambda some: proxy_truth.forecast(held_out, profile, some))
+        elif stage == "updates":
+            span = proxy_study.span_of(profile)
+            truths.gather(wanted, lambda some: proxy_truth.updated(held_out, span, some))
+        else:
+            calibration = replay_of(pipe, profile, profile.manifest["seed"])
+            truths.gather(wanted, lambda some: proxy_truth.refitted(calibration, held_out, some))
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what the tables hold. Stages that are not played to their end are left out."""
+        known = {stage: self.truths(stage).found for stage in STAGES[:-1]}
+        known = {
+            stage: found for stage, found in known.items() if all(one in found for one in self.wanted(stage))
+        }  # fmt: skip
+        oracles = {stage.removeprefix(ORACLE): found for stage, found in known.items() if stage.startswith(ORACLE)}
+        every = self.every()
+        held_out = {family: {one: found[one][:GENERATIONS] for one in every} for family, found in oracles.items()}
+        placed = proxy_study.placements(self.small, every, SMALL_FULL)
+        return {
+            "format": "sodaprof.proxies", "version": 1, "command": "make proxies", "machine": device_facts("cpu")["name"],
+            "versions": self.profile.manifest["versions"], "generations": GENERATIONS, "held_out": HELD_OUT,
+            "profiles": {"random": self.profile.reference(), "oracle": self.small.reference()},
+            "random": {
+                family: proxy_study.study(self.profile, family, known[family], self.wanted(family))
+                for family in proxy_study.FAMILIES if family in known
+            },
+            "all": {family: proxy_study.study(self.small, family, found, every) for family, found in held_out.items()},
+            "oracle": {"steps": self.small.sampler.steps, "full": SMALL_FULL}
+            | {family: proxy_study.oracle(placed, found, every, GENERATIONS) for family, found in oracles.items()},
+        }  # fmt: skip
 
 
 def replay_of(pipe: Any, profile: Profile, first: int) -> Replay:
@@ -37,54 +109,25 @@ def replay_of(pipe: Any, profile: Profile, first: int) -> Replay:
     return Replay(pipe, profile.sampler, [prompts[seed % len(prompts)] for seed in seeds], seeds)
 
 
-def wanted(stage: str, profile: Profile) -> list[str]:
-    """Returns the schedules that a stage plays."""
-    if stage.startswith("oracle"):
-        return proxy_truth.every_column(profile.sampler.steps, SMALL_FULL)
-    return proxy_truth.random_columns(profile.sampler.steps, FULL_STEPS, LONGEST, SCHEDULES)
-
-
-def truths_of(stage: str, profile: Profile, build: Path) -> Truths:
-    """Returns what is known of a stage; of another profile or other generations nothing is."""
-    about = {"stage": stage, "profile": profile.digest(), "held_out": HELD_OUT, "generations": GENERATIONS}
-    return Truths(build / f"{stage}.json", about)
-
-
-def play_stage(stage: str, pipe: Any, profile: Profile, truths: Truths, every: Sequence[str]) -> None:
-    """Plays the schedules of a stage that are not known yet."""
-    if all(columns in truths.found for columns in every):
-        return
-    held_out = replay_of(pipe, profile, HELD_OUT)
-    if stage.endswith("reuse"):
-        truths.gather(every, lambda some: proxy_truth.reused(held_out, profile, some))
-    elif stage == "forecasts":
-        truths.gather(every, lambda some: proxy_truth.forecast(held_out, profile, some))
-    elif stage == "updates":
-        span = Span(profile.state_products(), profile.own_update(), profile.response())
-        truths.gather(every, lambda some: proxy_truth.updated(held_out, span, some))
-    else:
-        calibration = replay_of(pipe, profile, profile.manifest["seed"])
-        truths.gather(every, lambda some: proxy_truth.refitted(calibration, held_out, some))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proxies", description=__doc__)
     parser.add_argument("--profile", type=Path, default=Path("build/tiny-dit-profile"))
-    parser.add_argument("--small", type=Path, default=Path(f"build/tiny-dit-{SMALL_STEPS}-profile"))
-    parser.add_argument("--build", type=Path, default=Path("build/proxies"))
+    parser.add_argument("--small", type=Path, default=Path("build/tiny-dit-20-profile"), help="of 20 steps")
+    parser.add_argument("--build", type=Path, default=Path("build/proxies"), help="what was played so far")
     parser.add_argument("--output", type=Path, default=Path("docs/results/proxies-tiny-dit.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/proxies.md"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    profiles = {False: load_profile(options.profile), True: load_profile(options.small)}
-    options.build.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    study = Study(load_profile(options.profile), load_profile(options.small), options.build)
     pipe = load_pipeline("tiny-dit", "float32", "cpu")
     for stage in options.stages:
         if stage != "page":
-            profile = profiles[stage.startswith("oracle")]
-            truths = truths_of(stage, profile, options.build)
-            play_stage(stage, pipe, profile, truths, wanted(stage, profile))
+            study.play(stage, pipe)
+    if "page" in options.stages:
+        result = study.summary()
+        write_json(options.output, result, force=True)
+        proxy_page.fill(options.page, result)
     return 0
 
 

@@ -99,13 +99,18 @@ class Truths:
     def gather(self, wanted: Sequence[str], some: Callable[[list[str]], Iterator[tuple[str, np.ndarray]]]) -> None:
         """Asks `some` for those of the wanted schedules that are missing; what is found outlives an interruption."""
         missing = [columns for columns in wanted if columns not in self.found]
+        if not missing:
+            return
         began = saved = time.monotonic()
-        for done, (columns, distances) in enumerate(some(missing) if missing else (), 1):
-            self.found[columns] = [round(float(d), 4) for d in distances]
-            if time.monotonic() - saved > SAVE_EVERY or done == len(missing):
-                self._save()
-                saved = time.monotonic()
-                print(f"{self.path.stem}: {done} of {len(missing)} in {saved - began:.0f} s", flush=True)
+        try:
+            for done, (columns, distances) in enumerate(some(missing), 1):
+                self.found[columns] = [round(float(d), 4) for d in distances]
+                if time.monotonic() - saved > SAVE_EVERY:
+                    self._save()
+                    saved = time.monotonic()
+                    print(f"{self.path.stem}: {done} of {len(missing)} in {saved - began:.0f} s", flush=True)
+        finally:
+            self._save()
 
     def _save(self) -> None:
         write_json(self.path, {"about": self.about, "found": self.found}, force=True)

@@ -17,7 +17,8 @@ LEVELS = {  # a module may import from lower levels and its own; two names on on
     "scores": 3, "dense": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6,
     "compiler": 7, "metrics": 7, "launches": 7, "models": 7, "profiler": 8, "runtime": 8,
     "controls": 9, "contenders": 10, "evaluation": 11, "report": 10,
-    "bench": 10, "doctor": 10, "latency": 11, "closed_loop": 11, "refine": 12, "fit": 12, "cli": 13, "__init__": 14,
+    "bench": 10, "doctor": 10, "latency": 11, "closed_loop": 11, "refine": 12, "fit": 12, "mix": 12,
+    "distribution": 12, "cli": 13, "__init__": 14,
 }  # fmt: skip
 NO_TORCH = (
     "version",

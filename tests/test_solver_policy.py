@@ -10,6 +10,7 @@ import pytest
 from sodaprof.compiler import compile_schedule, default_policy
 from sodaprof.compiler.history import place_with_history
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
+from sodaprof.compiler.solver import polished
 from sodaprof.profiles import load_profile
 from sodaprof.updates import OwnUpdate, own_weights, ridge_solve
 
@@ -171,6 +172,27 @@ def test_a_profile_with_inner_products_is_compiled_to_a_fitted_update(profile):
     assert schedule.counts()["-"] == 6 * len(schedule.transformers["transformer"].rows)
     assert schedule.update.fitted["loop"] == "open"
     assert 0 < schedule.predicted["error"] < 1
+
+
+def test_polishing_moves_single_steps_to_a_local_best_and_stops():
+    target, seen = [0, 3, 7, 11], []
+
+    def error(anchors: list[int]) -> float:
+        seen.append(tuple(anchors))
+        return float(sum(abs(a - b) for a, b in zip(anchors, target, strict=True)))
+
+    assert polished([0, 4, 5, 6], 12, error, 400) == target
+    assert all(anchors[0] == 0 and len(set(anchors)) == 4 and max(anchors) < 12 for anchors in seen)
+    assert len(seen) < 60
+    seen.clear()
+    polished([0, 4, 5, 6], 12, error, 3)
+    assert len(seen) == 4  # the first, and three tries
+    assert polished([0], 12, error=lambda anchors: 1.0, tries=9) == [0]
+
+
+def test_polishing_lowers_the_simulated_error(profile):
+    plain, better = (compile_schedule(profile, "2.0x", knobs={"polish": n}).predicted["error"] for n in (0, 400))
+    assert better <= plain
 
 
 def test_more_full_steps_are_predicted_to_be_nearer(profile):

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import SodaprofError
 from ..version import __version__
-from . import benching, compiling, doctoring, sampling
+from . import benching, compiling, doctoring, refining, sampling
 
 app = typer.Typer(
     name="sodaprof", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -24,7 +24,7 @@ app = typer.Typer(
 COMMANDS = (  # in the order of --help
     ("profile", sampling.profile, "sodaprof profile tiny-dit -o profile --samples 16"),
     ("compile", compiling.compile_, "sodaprof compile profile --budget 2.0x -o schedule.json"),
-    ("refine", compiling.refine_, "sodaprof refine tiny-dit schedule.json --time 5m -o better.json"),
+    ("refine", refining.refine_, "sodaprof refine tiny-dit schedule.json --time 5m -o better.json"),
     ("show", compiling.show, "sodaprof show schedule.json"),
     ("run", sampling.run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
     ("ship", sampling.ship, "sodaprof ship schedule.json path/to/model"),

@@ -1,4 +1,4 @@
-"""The commands that make schedules, and show: compile and refine."""
+"""The commands that make schedules without a search, and show them: compile and show."""
 
 from __future__ import annotations
 
@@ -9,11 +9,27 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SodaprofError
-from .shared import Device, Dtype, Force, Json, Model, Prompts, make_console, progress, say_next
+from .shared import (
+    Force,
+    Json,
+    make_console,
+    one_of,
+    progress,
+    say_next,
+    show_left_out,
+    show_table,
+    told,
+    told_sampler,
+    with_unit,
+)
+
+OBJECTIVES = ("faithful", "distribution")
 
 
 def compile_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `sodaprof profile` or `inspect` wrote.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="What `sodaprof profile` or `inspect` wrote.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Schedule to write.")],
     budget: Annotated[
         str | None,
@@ -22,10 +38,17 @@ def compile_(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="solver, soda, fora, toca, duca, fit, drift, taylor, dpcache, magcache, smoothcache.  [default: solver, "
-            "soda where the profile cannot carry it]"
+            help="solver, soda, fora, toca, duca, fit, drift, taylor, dpcache, magcache, smoothcache; mix: solver, drift, fit "
+            "and soda measured on the model.  [default: solver, soda where the profile cannot carry it]"
         ),
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="faithful: near to the full run; distribution: ranks several profiles, of other samplers or numbers of "
+            "steps, at the cost that the first and the budget set."
+        ),
+    ] = "faithful",
     cost: Annotated[str, typer.Option(help="flops, or a cost.json of measured milliseconds.")] = "flops",
     knob: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, a setting of the policy; may be repeated.")
@@ -34,7 +57,8 @@ def compile_(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Fit on the calibration generations of this model: the update's coefficients closed loop, N of toca and duca.",
+            help="Fit on the calibration generations of this model: the update's coefficients closed loop, N of toca and duca; "
+            "measure the candidates of mix.",
         ),
     ] = None,
     update: Annotated[
@@ -47,146 +71,156 @@ def compile_(
 ) -> None:
     """Compile a schedule for the speed-up you ask for. Needs no GPU, and without --fit no model."""
     from ..compiler import RELEASED, compile_schedule, default_policy
-    from ..cost import cost_of
     from ..files import refuse_existing
 
     refuse_existing(output, force)
-    if update and fit is None:
-        raise SodaprofError("--update is fitted on the model's own pictures. Add --fit MODEL")
+    one_of("--objective", objective, OBJECTIVES)
     knobs = dict(_knob(text) for text in knob or [])
     most = None if max_cache is None else parse_size(max_cache)
     console = make_console()
+    if objective == "distribution":
+        _refuse_for_distribution(policy, fit, update)
+        schedule = _rank(console, folders, budget or "2.0x", cost, knobs, most)
+        return _write(console, "solver, against its own full loop", schedule, output, force)
+    if len(folders) > 1:
+        raise SodaprofError(
+            f"Found {len(folders)} profiles; one schedule comes of one. Give one, or rank them: sodaprof compile --objective "
+            f"distribution {' '.join(map(str, folders))} -o {output}"
+        )
+    (folder,) = folders
+    if update and fit is None:
+        raise SodaprofError("--update is fitted on the model's own pictures. Add --fit MODEL")
     if policy is None:
         policy, why = default_policy(folder)
         if why:
             console.print(f"Policy {policy}: {why}")
     if fit is None:
         schedule = compile_schedule(folder, budget, policy, cost, knobs, most)
+    elif policy == "mix":
+        if knobs or update:
+            raise SodaprofError(
+                "Policy mix takes every policy as it is, with an update and without. Leave --knob and --update out, or name "
+                "one policy: --policy drift --update"
+            )
+        schedule = _mix(console, fit, folder, budget or "2.0x", cost, most)
     else:
-        from ..models.load import load_pipeline
-
         updated = update or policy == "solver"
-        pipe = load_pipeline(fit)
         if policy in RELEASED and "N" not in knobs:
-            schedule, tried = _fit(console, pipe, folder, budget, policy, cost, knobs)
-            console.print("PSNR on calibration seeds: " + ", ".join(f"N={t['N']} {t['psnr_db']:.1f} dB" for t in tried))
+            schedule = _choose_period(console, fit, folder, budget or "2.0x", policy, cost, knobs, most, updated)
         elif not updated:
             raise SodaprofError(f"--fit finds nothing to fit for --policy {policy}. Add --update, or leave --fit out.")
         else:
-            schedule = compile_schedule(folder, budget, policy, cost, knobs, most)
+            schedule = compile_schedule(folder, budget, policy, cost, knobs, most, updated)
         if updated:
-            schedule = _fit_update(console, pipe, folder, schedule, cost_of(folder, cost))
+            schedule = _fit_update(console, fit, folder, schedule, cost)
+    _write(console, policy, schedule, output, force)
+
+
+def _write(console: Any, policy: str, schedule: Any, output: Path, force: bool) -> None:
     schedule.save(output, force=force)
     predicted = schedule.predicted or {}
     error = "" if predicted["error"] is None else f", predicted error {predicted['error']:.4g}"
     console.print(
-        f"{policy}: {predicted['speedup']:.3f}x {predicted['unit']} predicted{error}; {_told(schedule)}, "
+        f"{policy}: {predicted['speedup']:.3f}x {predicted['unit']} predicted{error}; {told(schedule)}, "
         f"{predicted['cache_bytes'] / 2**20:.2f} MiB of cache a generation"
     )
     console.print(f"Wrote {output}")
     say_next(console, f"sodaprof show {output}")
 
 
-def refine_(
-    model: Model,
-    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="The schedule to begin with.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The best one found, at any time.")],
-    time: Annotated[str | None, typer.Option(metavar="SPAN", help="Search for so long: 90s, 5m, 1h.")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="End after so many candidates: reproducible.")] = None,
-    samples: Annotated[
-        int, typer.Option(help="Calibration generations: three quarters to search on, the rest to validate.")
-    ] = 24,
-    seed: Annotated[int, typer.Option(help="Of the sequence of candidates.")] = 0,
-    prompts: Prompts = None,
-    cost: Annotated[str, typer.Option(help="What the budget is counted in: flops, or a cost.json.")] = "flops",
-    dtype: Dtype = None,
-    device: Device = None,
-    force: Force = False,
-) -> None:
-    """Search full steps and what stands between them on the final error of the model's own pictures."""
-    from ..cost import load_cost
-    from ..schedule import load_schedule
+def _refuse_for_distribution(policy: str | None, fit: str | None, update: bool) -> None:
+    if policy not in (None, "solver") or fit is not None or update:
+        raise SodaprofError(
+            "--objective distribution ranks schedules of policy solver by prediction. Leave --policy, --fit and --update out; "
+            "with the model at hand samples decide: sodaprof refine --objective distribution MODEL DIR..."
+        )
 
-    first = load_schedule(schedule)
-    seconds = None if time is None else parse_span(time)
-    from ..models.load import load_pipeline, read_prompts
-    from ..refine import refine
 
-    console = make_console()
-    pipe = load_pipeline(model, dtype, device)
-    with progress(console, "refine") as on_progress:
+def _rank(console: Any, folders: list[Path], budget: str, cost: str, knobs: dict[str, Any], most: int | None) -> Any:
+    from ..compiler.ranking import rank_profiles
 
-        def show_scores(done: int, search: float, held: float) -> None:
-            on_progress(done, evaluations)
-            scores.update({"search": search, "validation": held})
-
-        scores: dict[str, float] = {}
-        best = refine(
-            pipe, first, output, seconds=seconds, evaluations=evaluations, samples=samples, seed=seed, force=force,
-            prompts=None if prompts is None else read_prompts(prompts), cost=None if cost == "flops" else load_cost(cost),
-            on_progress=show_scores,
-        )  # fmt: skip
-    done = best.policy["knobs"]["refined"]
+    ranked, left_out = rank_profiles(folders, budget, cost, knobs, most)
+    rows = [
+        (one.name, *told_sampler(one.schedule), f"{one.speedup:.2f}x", f"{one.error:.3g}") for one in ranked
+    ]  # fmt: skip
+    show_table(console, ("profile", "sampler", "full steps", "against the first", "predicted error"), rows)
+    show_left_out(console, left_out)
     console.print(
-        f"{scores['search']:.2f} dB on the search generations, {scores['validation']:.2f} dB on the validation ones (mean and "
-        f"worst decile of the latents' signal to error); best found at candidate {done}; {_told(best)}"
+        "Each predicted error is against the profile's own full run. How good that run is stands in no table: few steps are "
+        "easily followed. Only samples can decide between samplers: sodaprof refine --objective distribution MODEL "
+        f"{' '.join(map(str, folders))} --budget {budget} -o FILE",
+        soft_wrap=True,
     )
-    console.print(f"Wrote {output}")
-    say_next(console, f"sodaprof eval {model} {output}")
+    return ranked[0].schedule
 
 
-def _told(schedule: Any) -> str:
-    """Returns in a few words what a schedule does."""
-    counts = schedule.counts()
-    parts = [f"{len(schedule.anchors())} full steps of {schedule.steps}"]
-    parts += [
-        f"{counts[action]} {name} cells" for action, name in (("P", "pruned"), ("F", "forecast")) if counts[action]
-    ]
-    if schedule.update is not None:
-        parts.append(f"update fitted {schedule.update.fitted.get('loop', '')} loop")
-    return ", ".join(parts)
+def _load(console: Any, model: str, folder: Path) -> Any:
+    """Returns the pipeline, with the sampler that the profile was made with."""
+    from ..models.load import load_pipeline
+    from ..profiles import load_inspection
+    from ..runtime.scheduler import scheduler_of
+
+    sampler, pipe = load_inspection(folder).sampler, load_pipeline(model)
+    if type(pipe.scheduler).__name__ != sampler.class_name:
+        console.print(f"Sampled by {sampler.class_name}, as the profile was, not by {type(pipe.scheduler).__name__}")
+        pipe.scheduler = scheduler_of(sampler)
+    return pipe
 
 
-def parse_size(text: str) -> int:
-    """Returns the bytes that 2GB or 500MB says; SodaprofError for anything else."""
-    return int(_with_unit(text, {"KB": 10**3, "MB": 10**6, "GB": 10**9}, "--max-cache", "2GB"))
+def _mix(console: Any, model: str, folder: Path, budget: str, cost: str, most: int | None) -> Any:
+    from ..mix import mix
+
+    pipe = _load(console, model, folder)
+    with progress(console, "mix") as on_progress:
+        schedule, weighed, left_out = mix(pipe, folder, budget, cost, max_cache=most, on_progress=on_progress)
+    rows = []
+    for one in weighed:
+        predicted, figures = one.schedule.predicted or {}, one.figures()
+        rows.append((
+            one.name, str(len(one.schedule.anchors())), f"{predicted['speedup']:.3f}x", f"{predicted['cache_bytes'] / 2**20:.2f}",
+            f"{figures['mean_db']:.2f}", f"{figures['worst_decile_db']:.2f}", f"{one.score:.2f}",
+        ))  # fmt: skip
+    show_table(console, ("candidate", "full steps", "speed-up", "MiB", "mean dB", "worst decile dB", "both"), rows)
+    show_left_out(console, left_out)
+    console.print(
+        f"Taken: {weighed[0].name}. dB of the last latents to their error, {len(weighed[0].distances)} calibration "
+        "generations, under the accelerated loop",
+        soft_wrap=True,
+    )
+    return schedule
 
 
-def parse_span(text: str) -> float:
-    """Returns the seconds that 90s, 5m or 1h says; SodaprofError for anything else."""
-    return _with_unit(text, {"S": 1, "M": 60, "H": 3600}, "--time", "5m")
-
-
-def _with_unit(text: str, units: dict[str, int], option: str, example: str) -> float:
-    for unit, factor in units.items():
-        number = text.strip().upper().removesuffix(unit)
-        if text.strip().upper().endswith(unit):
-            try:
-                if float(number) > 0:
-                    return float(number) * factor
-            except ValueError:
-                break
-    raise SodaprofError(f"{option} is {text!r}; expected a number above 0 with its unit, as in {option} {example}")
-
-
-def _fit(console: Any, pipe: Any, folder: Path, budget: str | None, policy: str, cost: str, knobs: Any) -> Any:
+def _choose_period(
+    console: Any, model: str, folder: Path, budget: str, policy: str, cost: str, knobs: Any, most: int | None,
+    updated: bool,
+) -> Any:  # fmt: skip
     from ..fit import fit_schedule
 
+    pipe = _load(console, model, folder)
     with progress(console, "fit") as on_progress:
-        return fit_schedule(pipe, folder, budget or "2.0x", policy, cost, knobs, on_progress)
+        schedule, tried = fit_schedule(pipe, folder, budget, policy, cost, knobs, on_progress, most, updated)
+    console.print("PSNR on calibration seeds: " + ", ".join(f"N={t['N']} {t['psnr_db']:.1f} dB" for t in tried))
+    return schedule
 
 
-def _fit_update(console: Any, pipe: Any, folder: Path, schedule: Any, cost: Any) -> Any:
+def _fit_update(console: Any, model: str, folder: Path, schedule: Any, cost: str) -> Any:
     from ..closed_loop import fit_to_model
+    from ..cost import cost_of
     from ..profiles import load_profile
 
+    pipe, table = _load(console, model, folder), cost_of(folder, cost)
     with progress(console, "update") as on_progress:
-        fitted, distances = fit_to_model(pipe, load_profile(folder), schedule, cost, on_progress=on_progress)
+        fitted, distances = fit_to_model(pipe, load_profile(folder), schedule, table, on_progress=on_progress)
     console.print(
         f"Fitted on {len(distances)} calibration generations: last latents {distances.mean():.1f} dB above their error, the "
         f"worst {distances.min():.1f} dB"
     )
     return fitted
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes that 2GB or 500MB says; SodaprofError for anything else."""
+    return int(with_unit(text, {"KB": 10**3, "MB": 10**6, "GB": 10**9}, "--max-cache", "2GB"))
 
 
 def _knob(text: str) -> tuple[str, str]:

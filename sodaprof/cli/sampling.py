@@ -21,6 +21,7 @@ from .shared import (
     Prompts,
     Runtime,
     Scale,
+    Scheduler,
     Steps,
     duration,
     make_console,
@@ -54,6 +55,7 @@ def profile(
         bool, typer.Option("--no-gram", help="No products: only the errors that policy soda reads.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the first generation.")] = 0,
+    scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
@@ -70,7 +72,7 @@ def profile(
 
     console = make_console()
     entries = None if prompts is None else read_prompts(prompts)
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, scheduler)
     plan = plan_profile(
         pipe, model, steps=steps, samples=samples, prompts=entries, guidance_scale=guidance_scale,
         max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
@@ -98,6 +100,7 @@ def inspect(
     steps: Steps = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")] = None,
     guidance_scale: Scale = None,
+    scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
@@ -116,7 +119,7 @@ def inspect(
     from ..profiles import write_inspection, write_solver
     from ..report.results import inspection_view
 
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, scheduler)
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
     found, sampler, step = inspect_pipeline(pipe, model, steps or default_steps(pipe), scale)
     cost = count_flops(pipe, found, step)
@@ -155,6 +158,7 @@ def run(
         bool, typer.Option("--allow-resolution", help="Also at another size than profiled, pruning scaled to it.")
     ] = False,
     runtime: Runtime = "hooks",
+    scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
     force: Force = False,
@@ -176,7 +180,7 @@ def run(
     from ..runtime.shipped import find_shipped
 
     console = make_console()
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, scheduler)
     schedule = schedule or find_shipped(pipe, steps)
     loaded = load_schedule(schedule)
     if steps not in (None, loaded.steps):
@@ -229,6 +233,7 @@ def evaluate_(
     prompts: Prompts = None,
     guidance_scale: Scale = None,
     batch_size: Batch = 16,
+    scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
     runtime: Runtime = "hooks",
@@ -255,7 +260,7 @@ def evaluate_(
     from ..report.results import evaluation_view
 
     console = make_console(stderr=as_json)
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, scheduler)
     with progress(console, "eval") as on_progress:
         result = evaluate(
             pipe, loaded, samples=samples, seed=seed, prompts=None if prompts is None else read_prompts(prompts),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..errors import SodaprofError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +37,10 @@ Runtime = Annotated[
     typer.Option(
         help="hooks; lowered: traced, faster from the second picture on; captured: CUDA graphs; whole-steps: with the solver in."
     ),
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(metavar="CLASS", help="A scheduler of diffusers to sample with.  [default: the pipeline's own]"),
 ]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.  [default: the pipeline's]")]
 
@@ -73,3 +80,58 @@ def duration(seconds: float) -> str:
 
 def size(number: float) -> str:
     return f"{number / 2**20:.0f} MiB" if number < 2**30 else f"{number / 2**30:.1f} GiB"
+
+
+def show_table(console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints rows of text under their columns, the first of which is a name."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_left_out(console: Console, reasons: dict[str, str]) -> None:
+    for name, reason in reasons.items():
+        console.print(f"Left out: {name}. {reason}", soft_wrap=True)
+
+
+def told(schedule: Any) -> str:
+    """Returns in a few words what a schedule does."""
+    counts = schedule.counts()
+    parts = [f"{len(schedule.anchors())} full steps of {schedule.steps}"]
+    parts += [
+        f"{counts[action]} {name} cells" for action, name in (("P", "pruned"), ("F", "forecast")) if counts[action]
+    ]
+    if schedule.update is not None:
+        parts.append(f"update fitted {schedule.update.fitted.get('loop', '')} loop")
+    return ", ".join(parts)
+
+
+def told_sampler(schedule: Any) -> tuple[str, str]:
+    """Returns a schedule's sampler and its full steps as two cells of a table."""
+    name = schedule.sampler.class_name.removesuffix("Scheduler").removesuffix("Multistep")
+    return name, f"{len(schedule.anchors())} of {schedule.steps}"
+
+
+def one_of(option: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises SodaprofError unless the option has one of the allowed values."""
+    if value not in allowed:
+        raise SodaprofError(f"{option} is {value!r}; expected {' or '.join(allowed)}.")
+
+
+def with_unit(text: str, units: dict[str, int], option: str, example: str) -> float:
+    """Returns the number that a text such as 5m stands for; SodaprofError for anything else."""
+    for unit, factor in units.items():
+        number = text.strip().upper().removesuffix(unit)
+        if text.strip().upper().endswith(unit):
+            try:
+                if 0 < float(number) < math.inf:
+                    return float(number) * factor
+            except ValueError:
+                break
+    raise SodaprofError(f"{option} is {text!r}; expected a number above 0 with its unit, as in {option} {example}")

@@ -52,11 +52,12 @@ def find_model(model: str) -> Path | str:
     raise SodaprofError(f"{model}: no such folder and no reference model ({names}). Give a folder, a name or a hub id.")
 
 
-def load_pipeline(model: str, dtype: str | None = None, device: str | None = None) -> Any:
+def load_pipeline(model: str, dtype: str | None = None, device: str | None = None, scheduler: str | None = None) -> Any:
     """Returns the diffusers pipeline of `model`, on `device`, ready to call.
 
     dtype: float32, bfloat16 or float16; by default float32 on a CPU (where half precision is slow) and bfloat16 on a
-    GPU. Raises SodaprofError where the model cannot be found or read (within 30 s where the hub is out of reach).
+    GPU. scheduler: a class of diffusers to sample with in place of the pipeline's own, by its settings. Raises SodaprofError
+    where the model cannot be found or read (within 30 s where the hub is out of reach), or the scheduler is none for it.
     """
     where = find_model(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,7 +83,31 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
             ) from None
         raise FormatError(f"{where}: not loadable as a diffusers pipeline ({reason[:300]}).") from None
     pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
     return pipe
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Puts the scheduler of this class of diffusers in place of the pipeline's, with the settings that both know.
+
+    SodaprofError where diffusers has none of this name, or it is for discrete diffusions and the pipeline's for flows.
+    """
+    import diffusers
+
+    cls: Any = getattr(diffusers, name, None)
+    own, known = pipe.scheduler, isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
+    if not known:
+        raise SodaprofError(
+            f"--scheduler {name}: no scheduler of diffusers. Give a class, as DPMSolverMultistepScheduler"
+        )
+    discrete = "beta_schedule" in inspect.signature(cls).parameters, "beta_schedule" in own.config
+    kinds = ["a discrete diffusion" if found else "a flow" for found in discrete]
+    if kinds[0] != kinds[1]:
+        raise SodaprofError(
+            f"--scheduler {name} samples {kinds[0]}; the pipeline has {type(own).__name__}, for {kinds[1]}. Give one of its kind."
+        )
+    pipe.scheduler = cls.from_config(own.config)
 
 
 def _read_pipeline(where: Path | str, dtype: torch.dtype) -> Any:

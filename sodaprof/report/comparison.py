@@ -21,6 +21,7 @@ def table_markdown(data: dict[str, Any], picture: str | None = None) -> str:
     parts.append(LEGEND + "\n")
     compiled = "; ".join(f"{name} `{options}`" for name, options in data["compiled"].items())
     parts.append(f"Made by `sodaprof compile PROFILE --budget …` with: {compiled}.\n")
+    parts.append(f"### {data['model']} at a glance\n\n{summary_markdown(data)}\n")
     for entry in data["budgets"]:
         parts.append(f"### {data['model']} at {entry['budget']:g}× ({UNITS[data['unit']]})\n\n{_budget(data, entry)}\n")
         if entry["left_out"]:
@@ -30,6 +31,29 @@ def table_markdown(data: dict[str, Any], picture: str | None = None) -> str:
         samples = data["distances"]["samples"]
         parts.append(f"### {data['model']}: distances, {samples} samples a side\n\n{_distances(data['distances'])}\n")
     return "\n".join(parts).rstrip("\n")
+
+
+def summary_markdown(data: dict[str, Any]) -> str:
+    """Returns one table of all budgets: a row a method, best first; mean PSNR and, behind the stroke, that of the worst tenth."""
+    found: dict[str, dict[float, dict[str, Any]]] = {}
+    for entry in data["budgets"]:
+        for row in entry["rows"]:
+            found.setdefault(row["name"], {})[entry["budget"]] = row
+    budgets = [entry["budget"] for entry in data["budgets"]]
+
+    def mean(rows: dict[float, dict[str, Any]]) -> float:
+        return sum(row["psnr_db"]["mean"] for row in rows.values()) / len(rows)
+
+    lines = [
+        ["PSNR dB / worst tenth", "works by", *(f"{b:g}×" for b in budgets)],
+        ["---", "---", *["---:"] * len(budgets)],
+    ]
+    for rows in sorted(found.values(), key=lambda rows: (-len(rows), -mean(rows))):
+        any_row = next(iter(rows.values()))
+        quality = [rows[b]["psnr_db"] if b in rows else None for b in budgets]
+        cells = ["–" if q is None else f"{q['mean']:.1f} / {q['worst_decile']:.1f}" for q in quality]
+        lines.append([_name(any_row), ", ".join(any_row["works_by"]), *cells])
+    return _markdown(lines)
 
 
 def _budget(data: dict[str, Any], entry: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.total, self._own_class = sampler.steps, sampler.class_name
         data, noise = [(0.0, 1.0)] * sampler.steps, [0.0] * sampler.steps
         scales, sigmas, self.init_noise_sigma = [1.0] * sampler.steps, list[float](), 1.0
-        own = _own_scheduler(sampler)
+        own = scheduler_of(sampler)
         check_linear(own, update.basis)
         if sampler.class_name in PLAIN:
             if sampler.class_name == "FlowMatchEulerDiscreteScheduler":
@@ -187,8 +187,8 @@ def _config(sampler: Sampler) -> dict[str, Any]:
     return {k: float(v) if v in ("inf", "-inf") else v for k, v in sampler.config.items()}
 
 
-def _own_scheduler(sampler: Sampler) -> Any:
-    """Returns the scheduler that the schedule was made for."""
+def scheduler_of(sampler: Sampler) -> Any:
+    """Returns the scheduler that a schedule or a profile was made for; UnsupportedModelError where diffusers has none."""
     known = {"RectifiedFlowScheduler": RectifiedFlowScheduler}
     cls = known.get(sampler.class_name) or getattr(diffusers, sampler.class_name, None)
     if cls is None:
