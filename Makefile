@@ -65,7 +65,7 @@ schedules-opensora: .venv/ready
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Asks which prediction orders schedules rightly, and how near each policy comes to the best of 3 060: docs/proxies.md.
-# What build/proxies holds is not played again; an hour on one core.
+# What build/proxies holds is not played again; an hour and a half on one core.
 proxies: .venv/ready
 	test -e build/tiny-dit-profile/manifest.json || $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-profile --samples 100
 	test -e build/tiny-dit-20-profile/manifest.json || \

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,12 @@ HELD_OUT = 1_000_000  # the first seed of the generations that judge
 GENERATIONS = 8
 SCHEDULES, FULL_STEPS, LONGEST = 200, 14, 8  # random ones; full steps of 50; the longest interval that all tables cover
 SMALL_FULL = 6  # full steps of the oracle
-ORACLE = "oracle-"
-STAGES = ("updates", "reuse", "forecasts", "oracle-updates", "oracle-reuse", "page")
+ORACLE, PLACED = "oracle-", "placements"
+COUNTS, PLACED_GENERATIONS = (
+    (10, 14, 18, 25),
+    16,
+)  # full steps of 50 that each prediction places; what they are judged by
+STAGES = ("updates", "reuse", "forecasts", PLACED, "oracle-updates", "oracle-reuse", "page")
 
 
 class Study:
@@ -48,6 +53,8 @@ class Study:
 
     def wanted(self, stage: str) -> list[str]:
         """Returns the schedules that a stage plays: random ones, or the oracle's and those that policies place freely."""
+        if stage == PLACED:
+            return list(dict.fromkeys(columns for of_count in self.placed().values() for columns in of_count.values()))
         if not stage.startswith(ORACLE):
             return proxy_truth.random_columns(self.profile.sampler.steps, FULL_STEPS, LONGEST, SCHEDULES)
         steps = self.small.sampler.steps
@@ -55,10 +62,28 @@ class Study:
         free += [p.placed(SMALL_FULL) for p in proxy_study.predictors(self.small)]
         return list(dict.fromkeys([*self.every(), *(proxy_truth.columns_at(some, steps) for some in free)]))
 
+    def placed(self) -> dict[int, dict[str, str]]:
+        """Returns where each prediction places so many full steps: {full steps: {name: columns}}."""
+        some, steps = proxy_study.predictors(self.profile), self.profile.sampler.steps
+        by_name = {p.name: p for p in some}
+        simulate = proxy_study.simulator(proxy_study.span_of(self.profile), "updates")
+        found = {}
+        for count in COUNTS:
+            full = {p.name: p.placed(count) for p in some} | {
+                proxy_study.EVEN: proxy_study.uniform(steps, count, False)
+            }
+            full["as `solver`, the first three steps full"] = replace(by_name[proxy_study.SOLVER], first=3).placed(
+                count
+            )
+            full["of all these, that of least simulated error"] = min(full.values(), key=simulate)
+            found[count] = {name: proxy_truth.columns_at(anchors, steps) for name, anchors in full.items()}
+        return found
+
     def truths(self, stage: str) -> Truths:
         """Returns what is known of a stage; of another profile or other generations nothing is."""
+        generations = PLACED_GENERATIONS if stage == PLACED else GENERATIONS
         about = {
-            "stage": stage, "profile": self.of(stage).digest(), "held_out": HELD_OUT, "generations": GENERATIONS,
+            "stage": stage, "profile": self.of(stage).digest(), "held_out": HELD_OUT, "generations": generations,
         }  # fmt: skip
         return Truths(self.build / f"{stage}.json", about)
 
@@ -67,7 +92,7 @@ class Study:
         profile, truths, wanted = self.of(stage), self.truths(stage), self.wanted(stage)
         if all(columns in truths.found for columns in wanted):
             return
-        held_out = replay_of(pipe, profile, HELD_OUT)
+        held_out = replay_of(pipe, profile, HELD_OUT, truths.about["generations"])
         if stage.endswith("reuse"):
             truths.gather(wanted, lambda some: proxy_truth.reused(held_out, profile, some))
         elif stage == "forecasts":
@@ -76,7 +101,7 @@ class Study:
             span = proxy_study.span_of(profile)
             truths.gather(wanted, lambda some: proxy_truth.updated(held_out, span, some))
         else:
-            calibration = replay_of(pipe, profile, profile.manifest["seed"])
+            calibration = replay_of(pipe, profile, profile.manifest["seed"], GENERATIONS)
             truths.gather(wanted, lambda some: proxy_truth.refitted(calibration, held_out, some))
 
     def summary(self) -> dict[str, Any]:
@@ -97,15 +122,19 @@ class Study:
                 family: proxy_study.study(self.profile, family, known[family], self.wanted(family))
                 for family in proxy_study.FAMILIES if family in known
             },
+            "placements": {
+                str(count): proxy_study.compared(placed_by, known[PLACED], PLACED_GENERATIONS)
+                for count, placed_by in self.placed().items() if PLACED in known
+            },
             "all": {family: proxy_study.study(self.small, family, found, every) for family, found in held_out.items()},
             "oracle": {"steps": self.small.sampler.steps, "full": SMALL_FULL}
             | {family: proxy_study.oracle(placed, found, every, GENERATIONS) for family, found in oracles.items()},
         }  # fmt: skip
 
 
-def replay_of(pipe: Any, profile: Profile, first: int) -> Replay:
+def replay_of(pipe: Any, profile: Profile, first: int, count: int) -> Replay:
     """Returns the generations of these seeds, prompts in turn as the profiler and the evaluation take them."""
-    prompts, seeds = profile.manifest["prompts"], range(first, first + GENERATIONS)
+    prompts, seeds = profile.manifest["prompts"], range(first, first + count)
     return Replay(pipe, profile.sampler, [prompts[seed % len(prompts)] for seed in seeds], seeds)
 
 

@@ -24,7 +24,7 @@ def tables(result: dict[str, Any]) -> str:
     """Returns the generated part in Markdown."""
     versions = ", ".join(f"{name} {number}" for name, number in sorted(result["versions"].items()))
     lines = [f"`{result['command']}` on {result['machine']}, one thread; {versions}.", "", *_predictors(result)]
-    lines += ["", *_actions(result), "", *_oracle(result["oracle"])]
+    lines += ["", *_actions(result), "", *_placements(result["placements"]), "", *_oracle(result["oracle"])]
     return "\n".join(lines)
 
 
@@ -57,6 +57,15 @@ def _actions(result: dict[str, Any]) -> list[str]:
     lines += [_line(["between full steps", "mean dB", "best dB", "worst dB"]), _line(["---", *["---:"] * 3])]
     for key, study in result["random"].items():
         lines.append(_line([FAMILIES[key], *(f"{study[of]:.1f}" for of in ("mean_db", "best_db", "worst_db"))]))
+    return lines
+
+
+def _placements(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    lines = ["### Where each prediction places full steps, under a fitted update", ""]
+    lines += [_line(["placed by", *(f"{count} of 50" for count in found)]), _line(["---", *["---:"] * len(found)])]
+    for of_name in zip(*found.values(), strict=True):
+        cells = [f"{one['db']:.1f} ({one['gain_db']:+.1f} [{one['low']:+.1f}, {one['high']:+.1f}])" for one in of_name]
+        lines.append(_line([of_name[0]["name"], *cells]))
     return lines
 
 

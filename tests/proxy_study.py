@@ -23,6 +23,7 @@ from .proxy_truth import anchors_of, columns_at, longest_interval
 Predict = Callable[[Sequence[int]], float]  # full steps -> predicted error; inf where the profile does not reach
 RESAMPLES = 1000
 FAMILIES = ("updates", "reuse", "forecasts")
+SOLVER, EVEN = "state-space residual, squares summed (`solver`)", "even intervals (FORA)"
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def predictors(profile: Profile) -> list[Predictor]:
         Predictor("drift", "relative L2 error of the stack's drift, fitted, squared (`drift`)",
                   segment_costs(drift, 3, longest, ridge(1e-4), 2.0)),
         Predictor("residual", "state-space residual, summed", np.sqrt(missed)),
-        Predictor("residual-squared", "state-space residual, squares summed (`solver`)", missed),
+        Predictor("residual-squared", SOLVER, missed),
     ]  # fmt: skip
 
 
@@ -234,11 +235,29 @@ def placements(profile: Profile, every: Sequence[str], count: int) -> list[dict[
     shrunk = [steps - 1 - step for step in reversed(grown)]
     return [
         *found,
-        {"key": "uniform", "name": "even intervals (FORA)", "chosen": columns_at(even, steps),
+        {"key": "uniform", "name": EVEN, "chosen": columns_at(even, steps),
          "free": columns_at(uniform(steps, count, False), steps)},
         {"key": "growing", "name": "growing intervals", "chosen": columns_at(grown, steps), "free": None},
         {"key": "shrinking", "name": "shrinking intervals", "chosen": columns_at(shrunk, steps), "free": None},
     ]  # fmt: skip
+
+
+def compared(placed: Mapping[str, str], truth: Mapping[str, Sequence[float]], judged: int) -> list[dict[str, Any]]:
+    """Returns for each placement (name: columns) its distance, dB, and what it gains over policy `solver`'s placement.
+
+    The interval of the gain is a bootstrap over the `judged` held-out generations, paired.
+    """
+    values = {name: np.array(truth[columns][:judged]) for name, columns in placed.items()}
+    index = np.random.default_rng(0).integers(judged, size=(RESAMPLES, judged))
+    rows = []
+    for name, columns in placed.items():
+        gain = values[name] - values[SOLVER]
+        low, high = np.percentile(gain[index].mean(axis=1), [2.5, 97.5])
+        rows.append({
+            "name": name, "anchors": anchors_of(columns), "db": round(float(values[name].mean()), 2),
+            "gain_db": round(float(gain.mean()), 2), "low": round(float(low), 2), "high": round(float(high), 2),
+        })  # fmt: skip
+    return rows
 
 
 def oracle(

@@ -18,8 +18,10 @@ from . import proxy_study, proxy_truth
 from .pipelines import tiny_pipe
 from .proxy_page import BEGIN, END, fill, tables
 from .proxy_study import (
+    SOLVER,
     Predictor,
     agreement,
+    compared,
     growing,
     oracle,
     placements,
@@ -182,6 +184,16 @@ def test_regret_counts_from_the_best_and_ranks():
     assert regret(distances, "a") == {"db": 10.0, "regret_db": 10.0, "better": 0.5}
 
 
+def test_placements_are_compared_generation_by_generation():
+    placed = {SOLVER: "C..", "better": "CC.", "same": "C.."}
+    truth = {"C..": [10.0, 30.0, 20.0], "CC.": [12.0, 33.0, 21.0, 99.0]}  # the fourth was fitted on
+    rows = {row["name"]: row for row in compared(placed, truth, 3)}
+    assert rows["same"] == rows[SOLVER] | {"name": "same"}
+    assert rows[SOLVER]["gain_db"] == rows[SOLVER]["low"] == rows[SOLVER]["high"] == 0.0
+    assert (rows["better"]["db"], rows["better"]["gain_db"]) == (22.0, 2.0)
+    assert 1.0 <= rows["better"]["low"] < 2.0 < rows["better"]["high"] <= 3.0
+
+
 def test_growing_intervals_grow():
     assert growing(20, 6) == [0, 1, 4, 8, 13, 19]
 
@@ -208,6 +220,7 @@ def test_the_whole_study_from_distances_to_page(profile, tmp_path):
     result = {
         "command": "make proxies", "machine": "a machine", "versions": {"torch": "2"},
         "random": {"updates": of_random}, "all": {"updates": of_random},
+        "placements": {"4": compared({one["name"]: one["chosen"] for one in placed}, truth, 2)},
         "oracle": {"steps": STEPS, "full": FULL, "updates": found},
     }  # fmt: skip
     page = tmp_path / "page.md"
