@@ -131,7 +131,7 @@ class Profile(Inspection):
     def response(self) -> np.ndarray | None:
         """Returns what the guided output moves by with the latents, along the errors of an accelerated run, [T].
 
-        None where the profile measured none: of less than 20 samples, or of a pipeline that cannot be replayed.
+        None where the profile measured none: of less than 16 samples, or of a pipeline that cannot be replayed.
         """
         return response(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
 

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from sodaprof.contenders import FEWER
 from sodaprof.files import digest, read_json, write_json, write_text
 from sodaprof.launches import device_facts
-from sodaprof.models import drawings, scenes
 from sodaprof.models.classifier import load_classifier
-from sodaprof.models.load import REFERENCE, read_prompts
+from sodaprof.models.data import training_pictures
+from sodaprof.models.load import REFERENCE
 from sodaprof.report.page import figures, page
 from sodaprof.schedule import load_schedule
 
@@ -88,6 +85,7 @@ CASES = (
     Case("8 calibration generations", "--samples 8"),
     Case("50 calibration generations", "--samples 50"),
 )
+DATA_SEED = 3_000_000  # of the drawings that distances are taken to: not a seed of the training
 STAGES = ("table", "distances", "latency", "robust", "page")
 KEPT = (
     "name", "detail", "works_by", "flops_speedup", "wall_speedup", "psnr_db", "flipped", "ssim", "latent_l2", "accuracy",
@@ -144,7 +142,7 @@ def measure_distances(maker: Maker, setting: Setting, variants: Sequence[Variant
     if load_classifier(REFERENCE / setting.model) is None:
         say(f"{setting.model}: no classifier, so no distances")
         return
-    data = data_of(setting.model, options.distance_samples)
+    data = training_pictures(setting.model, options.distance_samples, DATA_SEED)
     budgets, result = [], {}
     for entry in table["budgets"]:
         if entry["budget"] not in setting.budgets:
@@ -168,23 +166,6 @@ def measure_distances(maker: Maker, setting: Setting, variants: Sequence[Variant
 def best(rows: Sequence[dict[str, Any]]) -> str:
     """Returns the name of the row nearest to the full run."""
     return max(rows, key=lambda row: row["psnr_db"]["mean"])["name"]
-
-
-def data_of(model: str, count: int) -> np.ndarray:
-    """Returns pictures [count, H, W, 3] in [0, 1] as the model was trained on, of the entries that are evaluated, in turn."""
-    later = torch.Generator().manual_seed(3_000_000)  # not a seed of the training
-    if model == "tiny-dit":
-        drawn = drawings.draw(torch.arange(count) % len(drawings.CLASSES), later)
-    elif model == "tiny-pixart":  # its prompts are captions of these scenes
-        generator = torch.Generator().manual_seed(100)
-        asked = scenes.sample(100, generator)
-        captions = [scenes.caption(asked, row, generator).text for row in range(len(asked))]
-        if captions != read_prompts(model):
-            raise RuntimeError(f"calibration_prompts/{model}.txt: the captions are not those of the scenes of seed 100")
-        drawn = scenes.draw(asked[torch.arange(count) % len(asked)], later)
-    else:
-        raise RuntimeError(f"{model}: no drawings are known for its prompts")
-    return (drawn.permute(0, 2, 3, 1).numpy() + 1) / 2
 
 
 def make_latency(maker: Maker, setting: Setting, variants: Sequence[Variant]) -> None:

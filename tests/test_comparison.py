@@ -70,7 +70,7 @@ def test_evaluations_are_kept_by_what_they_are_of(maker, tmp_path):
 
 def test_data_is_drawn_for_the_entries_that_are_evaluated():
     for model in ("tiny-dit", "tiny-pixart"):
-        data = table.data_of(model, 120)
+        data = table.training_pictures(model, 120, table.DATA_SEED)
         assert data.shape == (120, 32, 32, 3)
         assert 0 <= data.min() < 0.2
         assert 0.8 < data.max() <= 1

@@ -14,7 +14,7 @@ import sodaprof
 from sodaprof.models.classifier import load_classifier
 from sodaprof.models.drawings import CLASSES, draw
 from sodaprof.models.load import REFERENCE, call, load_pipeline, pictures_of, read_prompts, reference_models
-from sodaprof.report.results import evaluation_markdown
+from sodaprof.report.comparison import summary_markdown
 
 MODEL = REFERENCE / "tiny-dit"
 SHIPPED = Path(__file__).parents[1] / "schedules" / "tiny-dit"
@@ -88,24 +88,23 @@ def test_the_committed_profile_is_small_and_whole():
 def test_a_committed_schedule_is_what_the_compiler_makes_of_the_committed_profile(path):
     schedule = sodaprof.load_schedule(path)
     knobs, policy, budget = schedule.policy["knobs"], schedule.policy["name"], path.stem.rsplit("-", 1)[1]
-    chosen = {"N": knobs["N"]} if policy in ("toca", "duca") else {}  # on the calibration pictures: --fit
-    again = sodaprof.compile_schedule(SHIPPED / "profile", budget, policy, knobs=chosen)
+    again = sodaprof.compile_schedule(SHIPPED / "profile", budget, policy)
     assert again.transformers == schedule.transformers
     assert again.profile == schedule.profile
     assert again.policy["knobs"] == knobs
     assert schedule.predicted["speedup"] >= float(budget.removesuffix("x"))
-    assert schedule.measured
+    assert (schedule.update.fitted["loop"] == "closed") if policy == "solver" else schedule.update is None
 
 
 def test_the_readmes_table_is_that_of_the_recorded_evaluation():
     root = SHIPPED.parents[1]
-    result = json.loads((root / "docs" / "results" / "tiny-dit.json").read_text(encoding="utf-8"))
-    assert evaluation_markdown(result) in (root / "README.md").read_text(encoding="utf-8")
+    result = json.loads((root / "docs" / "results" / "table-tiny-dit.json").read_text(encoding="utf-8"))
+    assert summary_markdown(result) in (root / "README.md").read_text(encoding="utf-8")
     assert result["samples"] >= 64
 
 
 def test_there_are_schedules():
-    policies, budgets = ("soda", "fora", "toca", "duca"), ("2.0x", "2.5x", "3.5x")
+    policies, budgets = ("solver", "soda", "fora"), ("2.0x", "2.5x", "3.5x", "5.0x")
     assert {p.stem for p in SCHEDULES} == {f"{policy}-{budget}" for policy in policies for budget in budgets}
 
 

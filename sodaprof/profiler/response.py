@@ -14,7 +14,7 @@ from .plan import ProfilePlan
 
 EVERY = 3  # the accelerated run calls the network for itself at every third step
 MOST, SHARE = 4, 25  # generations: at most, and one of so many samples
-LEAST = 20  # samples below which it would cost more than it is worth: two runs of a generation
+LEAST = 16  # samples below which it would cost more than it is worth: two runs of a generation
 
 
 def generations(samples: int) -> int:

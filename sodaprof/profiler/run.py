@@ -73,7 +73,10 @@ def run_profile(
                 statistics.samples += count
             last = start == starts[-1]
             statistics.save(state, {"group": group + last, "batch": 0 if last else start // request["batch_size"] + 1})
-    response = measure_response(pipe, plan) if statistics.gram else None
+    response = None
+    if statistics.gram:
+        with watch:
+            response = measure_response(pipe, plan)
     seconds = time.perf_counter() - began
     if plan.measures:
         statistics.write_tables(work, plan.model)
