@@ -26,14 +26,15 @@ demo: .venv/ready
 	$(BIN)/sodaprof eval tiny-dit $(DEMO)/update-2.0x.json $(DEMO)/soda-2.0x.json --samples 16 -o $(DEMO)/eval.json --picture $(DEMO)/side-by-side.png
 	@echo "Look at $(DEMO)/side-by-side.png"
 
+# One thread: the tests' networks are tiny, and threads that wait for each other only slow them down.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 format: .venv/ready
 	$(BIN)/ruff format .
