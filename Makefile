@@ -96,12 +96,12 @@ bench: .venv/ready
 	  -o $(BENCH)/fora-$$n-of-50.json --force || exit 1; done
 	$(BIN)/sodaprof bench $(BENCH)/dit-s-2 $(BENCH)/fora-18-of-50.json $(BENCH)/fora-10-of-50.json --force \
 	  -o $(RESULTS)/bench-dit-s-2.json
-	$(BIN)/sodaprof bench tiny-dit --cost $(BENCH)/cost.json --force
-	set -e; for b in 1.25x 1.5x 2.0x 2.5x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
+	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit --cost $(BENCH)/cost.json --force
+	set -e; for b in 1.25x 1.5x 1.75x 2.0x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
 	  --policy soda --budget $$b -o $(BENCH)/soda-ms-$$b.json --force; done
 	set -e; for b in 2.0x 5.0x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
 	  --policy solver --budget $$b -o $(BENCH)/solver-ms-$$b.json --force; done
-	$(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json $(BENCH)/solver-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
+	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json $(BENCH)/solver-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.

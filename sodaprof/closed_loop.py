@@ -1,8 +1,9 @@
 """A fitted state update from the model itself: step after step on the trajectory that the accelerated loop produces.
 
 At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to
-the full run's state at that step; the next step goes on from where these weights lead. Closed form, one run of the
-accelerated loop.
+the full run's state at that step; the next step goes on from where these weights lead. Where the stack is skipped, its
+forecast's weights are fitted first, towards what the stack gives in the full run; both guided, for that is what an error
+weighs in the picture. Closed form, one run of the accelerated loop.
 """
 
 from __future__ import annotations
@@ -12,54 +13,137 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from .compiler.forecasts import DIGITS, ridge
 from .cost import CostModel
 from .metrics import worst_decile
 from .models.clock import Clock
 from .models.replay import Replay
-from .models.stepper import Stepper
+from .models.stepper import At, Stepper
 from .profiles import Profile
 from .runtime.attach import Handle, apply
 from .runtime.fits import check_fits
-from .schedule import Schedule, Update
+from .runtime.stack import StackRow, block_of
+from .schedule import Forecast, Schedule, Update
 from .updates import MAX_HISTORY, RIDGE, rounded
 
 SAMPLES = 20  # calibration generations of a fit
+
+
+class Fit:
+    """A closed-loop fit of a schedule's update and of its S cells' weights, which can begin where another one stood.
+
+    resumable: others are to begin in the midst of this one, for which everything that they may forecast from is kept.
+    """
+
+    def __init__(
+        self,
+        replay: Replay,
+        schedule: Schedule,
+        history: int,
+        strength: float = RIDGE,
+        resumable: bool = False,
+    ) -> None:
+        self.replay, self.schedule, self.history, self.strength = replay, schedule, history, strength
+        self.stepper = Stepper(replay, history, strength)
+        self.resumable = resumable
+        self.ats: list[At] = [self.stepper.start()]  # before each step taken and after the last
+        self.rows: list[tuple[float, ...]] = []  # of the update
+        self.cells: dict[int, Forecast] = {}  # S step -> its forecast
+        self.kept: list[Any] = [{}]  # beside `ats`, where resumable: what the stack row remembers
+
+    def follow(self, other: Fit, steps: int) -> None:
+        """Begins after the first `steps` of a resumable fit whose schedule does the same at them."""
+        self.ats, self.rows, self.kept = other.ats[: steps + 1], other.rows[:steps], other.kept[: steps + 1]
+        self.cells = {step: cell for step, cell in other.cells.items() if step < steps}
+
+    def run(self, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
+        """Takes the steps that are left and returns each generation's distance to the full run, dB."""
+        row = network_row(self.schedule)
+        targets = self._targets()
+        attached = played(self.replay, self.schedule)
+        with attached as clock:
+            skips = attached.handle.stacks[0] if attached.handle and attached.handle.stacks else None
+            if skips is not None:
+                skips.cells |= self.cells
+                skips.stores = self.kept[-1]
+                skips.stores = skips.snapshot()  # what is kept from now on is not the former fit's
+                if self.resumable:
+                    skips.keep_all()
+            for step in range(len(self.rows), self.replay.steps):
+                at = self.ats[-1]
+                if skips is not None and row[step] == "S":
+                    self.cells[step] = self._weighed(skips, step, targets[step])
+                if row[step] != "-":
+                    at = self.stepper.computed(at, step, clock)
+                coefficients, at = self.stepper.fitted(at, step)
+                self.rows.append(coefficients)
+                self.ats.append(at)
+                self.kept.append(skips.snapshot() if skips is not None and self.resumable else {})
+                on_step()
+        return fidelity_db(self.ats[-1].x, self.replay)
+
+    def fitted(self) -> Schedule:
+        """Returns the schedule with what was fitted, said to be closed loop on the replay's generations."""
+        ((name, plan),) = self.schedule.transformers.items()
+        cells = tuple(self.cells[step] for step in sorted(self.cells))
+        fitted = {
+            "loop": "closed", "guidance_scale": self.schedule.sampler.guidance_scale,
+            "seed": self.replay.seeds[0], "samples": len(self.replay.seeds),
+        }  # fmt: skip
+        update = Update(self.replay.update.basis, self.history, tuple(self.rows), fitted)
+        return replace(
+            self.schedule, transformers={name: replace(plan, stack_forecasts=cells)}, update=update, measured=()
+        )
+
+    def _targets(self) -> dict[int, Tensor]:
+        """Returns for each S step to come what its forecast is to equal, guidance included."""
+        ((_, plan),) = self.schedule.transformers.items()
+        blocks = [block_of(site) for site in plan.rows]  # in execution order
+        steps = [step for step, action in enumerate(plan.stack) if action == "S"]
+        forms = zip(steps, (cell.form for cell in plan.stack_forecasts), strict=True)
+        return {
+            step: self.replay.through_stack(step, blocks[0], blocks[-1], form)
+            for step, form in forms
+            if step >= len(self.rows)
+        }
+
+    def _weighed(self, skips: StackRow, step: int, target: Tensor) -> Forecast:
+        """Returns the S cell of a step with weights fitted to its target, under which it is about to run."""
+        sources = [self.replay.guided(step, calls) for calls in skips.sources(step)]
+        weights = forecast_weights(sources, target, self.strength)
+        skips.cells[step] = replace(skips.cells[step], weights=weights)
+        return skips.cells[step]
+
+
+def forecast_weights(sources: Sequence[Tensor], target: Tensor, strength: float = RIDGE) -> tuple[float, ...]:
+    """Returns the weights [K] that bring Σ w · source nearest to the target, of 6 significant digits.
+
+    sources: newest first. Least squares with the ridge of policy `drift`, towards reuse.
+    """
+    flat = torch.stack([*sources, target]).flatten(1).double()
+    products, count = (flat @ flat.T).cpu().numpy(), len(sources)
+    weights = ridge(strength)(products[None], np.arange(count), np.array([count]))[0, :, 0]
+    return tuple(float(f"{weight:.{DIGITS}g}") for weight in weights)
 
 
 def fit_update(
     replay: Replay,
     schedule: Schedule,
     history: int,
-    ridge: float = RIDGE,
+    strength: float = RIDGE,
     on_step: Callable[[], None] = lambda: None,
 ) -> tuple[Schedule, np.ndarray]:
     """Returns the schedule with its update fitted on the replay's generations, and each one's distance to the full run, dB.
 
-    Steps that call the network do so under the schedule (caches, forecasts); steps `-` move the state alone.
+    Steps that call the network do so under the schedule (caches, forecasts), the weights of S cells fitted, too; steps `-`
+    move the state alone.
     """
-    stack = network_row(schedule)
-    stepper = Stepper(replay, history, ridge)
-    rows: list[tuple[float, ...]] = []
-    with played(replay, schedule) as clock:
-        at = stepper.start()
-        for step in range(replay.steps):
-            if stack[step] != "-":
-                at = stepper.computed(at, step, clock)
-            row, at = stepper.fitted(at, step)
-            rows.append(row)
-            on_step()
-    return with_update(replay, schedule, history, rows), fidelity_db(at.x, replay)
-
-
-def with_update(replay: Replay, schedule: Schedule, history: int, rows: Sequence[tuple[float, ...]]) -> Schedule:
-    """Returns the schedule with these coefficients, said to be fitted closed loop on the replay's generations."""
-    fitted = {
-        "loop": "closed", "guidance_scale": schedule.sampler.guidance_scale,
-        "seed": replay.seeds[0], "samples": len(replay.seeds),
-    }  # fmt: skip
-    return replace(schedule, update=Update(replay.update.basis, history, tuple(rows), fitted), measured=())
+    fit = Fit(replay, schedule, history, strength)
+    distances = fit.run(on_step)
+    return fit.fitted(), distances
 
 
 def priced(schedule: Schedule, cost: CostModel) -> Schedule:

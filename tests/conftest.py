@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sodaprof import cli
 from sodaprof.cost import CostModel, SiteCost, StepCost, TransformerCost, save_cost
 from sodaprof.files import write_json
 from sodaprof.profiles import MEAN, RANKING, TABLE_VERSIONS, schema
@@ -256,4 +258,55 @@ def random_profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_profile(tmp_path_factory.mktemp("random") / "profile", grown_errors())
 
 
+# ---- the command line --------------------------------------------------------------------------------------------------
+
+
+def invoke(patch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    """Runs the command line in this process and returns its exit code."""
+    patch.setattr(sys, "argv", ["sodaprof", *map(str, arguments)])
+    patch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Returns a function that runs a command -> (exit code, what it said, what it said on stderr); never a traceback."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = invoke(monkeypatch, *arguments)
+        said = capsys.readouterr()
+        assert "Traceback" not in said.err + said.out
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Returns a function that runs a command which must end in one message -> that message; nothing may be at `output`."""
+
+    def run(*arguments: Any, output: Path) -> str:
+        code, _, said = command(*arguments, "-o", output)
+        assert code == 1
+        assert said.startswith("sodaprof: ")
+        assert said.count("\n") == 1
+        assert not [path.name for path in output.parent.iterdir() if output.name in path.name]
+        return said
+
+    return run
+
+
 # ---- pipelines (torch below here) -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny pipeline: a MODEL of the command line."""
+    from .pipelines import tiny_pipe
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_pipe().save_pretrained(folder)
+    return folder

@@ -25,7 +25,7 @@ from sodaprof.schedule import load_schedule
 from .table_maker import Maker, Variant, say
 
 VARIANTS = (
-    Variant("fora", "FORA", "--policy fora", latency=True, robust=True),
+    Variant("fora", "FORA", "--policy fora", latency=True),
     Variant("toca", "ToCa", "--policy toca --fit {model}"),
     Variant("duca", "DuCa", "--policy duca --fit {model}"),
     Variant("soda", "SODA", "--policy soda", latency=True, robust=True),
@@ -34,15 +34,15 @@ VARIANTS = (
     Variant("taylor-dp", "TaylorSeer, steps by DP", "--policy taylor --knob placement=dp", latency=True, robust=True),
     Variant("magcache", "MagCache", "--policy magcache"),
     Variant("smoothcache", "SmoothCache", "--policy smoothcache"),
-    Variant("dpcache", "DPCache", "--policy dpcache --knob first=1", robust=True),
-    Variant("soda-update", "SODA + update, --fit", "--policy soda --update --fit {model}", True, latency=True, robust=True),
+    Variant("dpcache", "DPCache", "--policy dpcache --knob first=1"),
+    Variant("soda-update", "SODA + update, --fit", "--policy soda --update --fit {model}", True, latency=True),
     Variant("forecasts", "fitted forecasts", "--policy fit", ours=True),
     Variant("drift", "fitted drift", "--policy drift", ours=True),
     Variant("forecasts-update", "fitted forecasts + update, --fit", "--policy fit --update --fit {model}", True),
     Variant("drift-update", "fitted drift + update, --fit", "--policy drift --update --fit {model}", True),
     Variant("solver", "update", "--policy solver", ours=True, robust=True),
     Variant("solver-fit", "update, --fit", "--policy solver --fit {model}", True, distances=True, latency=True, robust=True),
-    Variant("refined", "update, refined", "--evaluations 60", True, refines="solver-fit", distances=True),
+    Variant("refined", "update, refined", "--evaluations 60", True, refines="solver-fit"),
 )  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def make_table(maker: Maker, setting: Setting, variants: Sequence[Variant]) -> N
 
 
 def measure_distances(maker: Maker, setting: Setting, variants: Sequence[Variant]) -> None:
-    """Adds to table-MODEL.json how far many samples are from the full run and the data: ours, and the best rivals."""
+    """Adds to table-MODEL.json how far many samples are from the full run and the data: ours, and the best published policy."""
     options = maker.options
     path = options.output / f"table-{setting.model}.json"
     table = read_json(path)
@@ -143,22 +143,32 @@ def measure_distances(maker: Maker, setting: Setting, variants: Sequence[Variant
         say(f"{setting.model}: no classifier, so no distances")
         return
     data = training_pictures(setting.model, options.distance_samples, DATA_SEED)
-    budgets, result = [], {}
-    for entry in table["budgets"]:
-        if entry["budget"] not in setting.budgets:
+    entries = [entry for entry in table["budgets"] if entry["budget"] in setting.budgets]
+    rivals = {entry["budget"]: best([row for row in entry["rows"] if not row["ours"]]) for entry in entries}
+    found: dict[float, list[dict[str, Any]]] = {budget: [] for budget in rivals}
+    result: dict[str, Any] = {}
+    for fewer in (False, True):  # together, so that the full run is sampled once for several budgets
+        made, whose = [], []
+        for budget, rival in rivals.items():
+            if rival.startswith(FEWER) == fewer:
+                folder = options.build / setting.model / f"{budget:g}x"
+                some = [(v, folder / f"{v.key}.json") for v in variants if v.distances or v.name == rival]
+                made += [(v, path) for v, path in some if path.exists()]
+                whose += [budget] * (len(made) - len(whose))
+        if not made:
             continue
-        folder = options.build / setting.model / f"{entry['budget']:g}x"
-        fewer = [row for row in entry["rows"] if row["name"].startswith(FEWER)]
-        rivals = [row for row in entry["rows"] if not row["ours"] and row not in fewer]
-        wanted = {v.name for v in variants if v.distances} | {best(rivals)}
-        made = [
-            (v, folder / f"{v.key}.json") for v in variants if v.name in wanted and (folder / f"{v.key}.json").exists()
-        ]
+        cache = options.build / setting.model / "distances" / ("fewer.json" if fewer else "schedules.json")
+        controls = sorted({rivals[budget] for budget in whose}) if fewer else False
         result = maker.evaluate(
-            made, setting.model, entry["budget"], folder / "evaluation" / "distances.json", samples=options.distance_samples,
-            controls=[best(fewer)] if fewer else False, data=data,
+            made, setting.model, None, cache, samples=options.distance_samples, controls=controls, data=data, runtime="lowered"
         )  # fmt: skip
-        budgets.append({"budget": entry["budget"], "rows": kept_rows(result, made)})
+        rows = kept_rows(result, made)
+        for budget, row in zip(whose, rows, strict=False):
+            found[budget].append(row)
+        for row in rows[len(made) :]:  # a control stands beside the schedule of its own cost
+            budget = min(whose, key=lambda b: abs(b - row["flops_speedup"]))
+            found[budget] += [row] if row["name"] == rivals[budget] else []
+    budgets = [{"budget": budget, "rows": rows} for budget, rows in found.items()]
     distances = {"samples": options.distance_samples, "full": short(result["full"]), "budgets": budgets}
     write_json(path, table | {"distances": distances}, force=True)
 
@@ -183,7 +193,8 @@ def make_latency(maker: Maker, setting: Setting, variants: Sequence[Variant]) ->
         if not made:  # a step that reuses everything may take too long
             budgets.append({"budget": budget, "rows": [], "left_out": left_out})
             continue
-        result = maker.evaluate(made, model, budget, folder / "evaluation" / "table.json", samples=options.samples)
+        cache = folder / "evaluation" / "table.json"
+        result = maker.evaluate(made, model, budget, cache, samples=options.samples, runtime="lowered")
         timed = folder / "evaluation" / f"bench-{digest([load_schedule(p).digest() for _, p in made])[:12]}.json"
         files = [str(path) for _, path in made]
         if not timed.exists() and (reason := maker.sodaprof("bench", model, *files, "-o", str(timed))):
@@ -219,7 +230,7 @@ def make_robust(maker: Maker, setting: Setting, variants: Sequence[Variant]) -> 
             cache = folder / f"{budget:g}x" / "evaluation" / f"{digest(case.name)[:12]}.json"
             result = maker.evaluate(
                 made, model, budget, cache, samples=options.samples, prompts=list(case.labels) or None,
-                guidance_scale=case.guidance_scale, controls=ROBUST_CONTROLS,
+                guidance_scale=case.guidance_scale, controls=ROBUST_CONTROLS, runtime="lowered",
             )  # fmt: skip
             cases.append({"case": case.name, "budget": budget, "rows": kept_rows(result, made), "left_out": left_out})
     head = heading("sodaprof.robustness", model, result, chosen)

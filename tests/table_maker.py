@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sodaprof.evaluation import evaluate
+from sodaprof.evaluation import REFERENCES, evaluate
 from sodaprof.files import digest, read_json, write_json
 from sodaprof.models.load import load_pipeline
 from sodaprof.schedule import load_schedule
@@ -107,27 +107,38 @@ class Maker:
         return self.sodaprof("compile", str(profile), "--budget", f"{budget:g}x", *options, *measured, "-o", str(path))
 
     def evaluate(
-        self, made: Sequence[tuple[Variant, Path]], model: str, budget: float, cache: Path, **arguments: Any
+        self, made: Sequence[tuple[Variant, Path]], model: str, budget: float | None, cache: Path, **arguments: Any
     ) -> dict[str, Any]:
-        """Returns the evaluation of the schedules beside their controls, from `cache` where it is of the same."""
-        schedules = [load_schedule(path) for _, path in made]
-        about = {key: value for key, value in arguments.items() if key != "data"}
-        key = digest(
-            [[s.digest() for s in schedules], [v.name for v, _ in made], budget, model, about, self.options.device]
-        )
-        if cache.exists() and (kept := read_json(cache))["key"] == key:
-            return kept["result"]
-        say(f"evaluate {model} at {budget:g}x: {', '.join(v.key for v, _ in made)}")
-        result = evaluate(
-            self.pipe(model), schedules, names=[v.name for v, _ in made], budget=budget, batch_size=self.options.batch_size,
-            on_progress=tenths(), **arguments,
-        )  # fmt: skip
-        del result["pictures"]
-        for row in result["rows"]:
-            if row.get("executed") != row.get("planned"):
-                raise RuntimeError(f"{row['name']}: planned {row['planned']}, executed {row['executed']}")
-        write_json(cache, {"key": key, "result": result}, force=True)
-        return result
+        """Returns the evaluation of the schedules beside their controls; what `cache` holds of it is not sampled again."""
+        about = {name: value for name, value in arguments.items() if name != "data"}
+        key = digest([budget, model, about, self.options.device])
+        digests = [load_schedule(path).digest() for _, path in made]
+        kept = read_json(cache) if cache.exists() else {}
+        if kept.get("key") != key:
+            kept = {"key": key, "result": {}, "rows": {}, "controls": []}
+        missing = [one for one, which in zip(made, digests, strict=True) if which not in kept["rows"]]
+        if missing and kept["rows"]:  # the controls are there, and only what rows are held against is sampled again
+            missing += [one for one in made if one[0].key in REFERENCES and one not in missing]
+            arguments["controls"] = False
+        if missing:
+            say(
+                f"evaluate {model}{'' if budget is None else f' at {budget:g}x'}: {', '.join(v.key for v, _ in missing)}"
+            )
+            schedules = [load_schedule(path) for _, path in missing]
+            result = evaluate(
+                self.pipe(model), schedules, names=[v.name for v, _ in missing], budget=budget,
+                batch_size=self.options.batch_size, on_progress=tenths(), **arguments,
+            )  # fmt: skip
+            del result["pictures"]
+            rows = result.pop("rows")
+            for row in rows:
+                if row.get("executed") != row.get("planned"):
+                    raise RuntimeError(f"{row['name']}: planned {row['planned']}, executed {row['executed']}")
+            new = {schedule.digest(): row for schedule, row in zip(schedules, rows, strict=False)}
+            controls = kept["controls"] or rows[len(schedules) :]
+            kept = {"key": key, "result": kept["result"] or result, "rows": new | kept["rows"], "controls": controls}
+            write_json(cache, kept, force=True)
+        return kept["result"] | {"rows": [*(kept["rows"][which] for which in digests), *kept["controls"]]}
 
 
 def say(text: str) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
+import sodaprof.bench
 from sodaprof import cli
+from sodaprof.compiler import POLICIES
 from sodaprof.schedule import load_schedule
 
-from .pipelines import tiny_pipe
+from .conftest import invoke
 
 STEPS = "8"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_pipe().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -34,52 +30,32 @@ def profiled(model, tmp_path_factory):
     return folder
 
 
-def invoke(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["sodaprof", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "100")
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
-@pytest.fixture
-def sodaprof(monkeypatch, capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = invoke(monkeypatch, *arguments)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err + said.out
-        return code, said.out, said.err
-
-    return run
-
-
-def test_from_profile_to_table(sodaprof, model, profiled, tmp_path):
+def test_from_profile_to_table(command, model, profiled, tmp_path):
     schedule, picture, sheet = tmp_path / "s.json", tmp_path / "p.png", tmp_path / "sheet.png"
-    code, out, _ = sodaprof("compile", profiled, "--budget", "1.6x", "-o", schedule)
+    code, out, _ = command("compile", profiled, "--budget", "1.6x", "-o", schedule)
     assert code == 0
     assert f"Next: sodaprof show {schedule}" in out.replace("\n", "")
     predicted = load_schedule(schedule).predicted["speedup"]
     assert 1.6 <= predicted < 1.8
 
-    code, out, _ = sodaprof("show", schedule)
+    code, out, _ = command("show", schedule)
     assert code == 0
     rows = load_schedule(schedule).transformers["transformer"].rows
     assert all(row in out for row in rows.values())
-    code, out, _ = sodaprof("show", schedule, "--json")
+    code, out, _ = command("show", schedule, "--json")
     data = json.loads(out)["transformers"]["transformer"]
     assert sum(data["intervals"]) == int(STEPS)
     assert data["anchors"][0] == 0
     site, shown = next(iter(data["sites"].items()))
     assert {int(t) for t in shown["reuse_ages"]} == {t for t, a in enumerate(rows[site]) if a in "RP"}
 
-    code, out, _ = sodaprof("run", model, schedule, "--label", 3, "--label", 4, "-o", picture)
+    code, out, _ = command("run", model, schedule, "--label", 3, "--label", 4, "-o", picture)
     assert code == 0
     assert "executed/planned" in out
     assert Image.open(picture).size[0] > 2 * 90
 
     before = load_schedule(schedule).digest()
-    code, out, _ = sodaprof(
+    code, out, _ = command(
         "eval", model, schedule, "--samples", 4, "--picture", sheet, "--json", "--record", "-o", tmp_path / "e.json"
     )
     assert code == 0
@@ -94,32 +70,32 @@ def test_from_profile_to_table(sodaprof, model, profiled, tmp_path):
     assert record["psnr_db"] == result["rows"][0]["psnr_db"]
     assert load_schedule(schedule).digest() == before
 
-    code, out, _ = sodaprof("eval", model, schedule, "--samples", 3, "--no-controls")
+    code, out, _ = command("eval", model, schedule, "--samples", 3, "--no-controls")
     assert code == 0
     assert "solver" in out
 
 
-def test_inspect_and_a_policy_that_needs_no_tables(sodaprof, model, tmp_path):
-    code, out, _ = sodaprof("inspect", model, "--steps", STEPS, "-o", tmp_path / "i")
+def test_inspect_and_a_policy_that_needs_no_tables(command, model, tmp_path):
+    code, out, _ = command("inspect", model, "--steps", STEPS, "-o", tmp_path / "i")
     assert code == 0
     assert re.search(r"transformer_blocks\.\*\.attn1\s+attn\s+2\s+16\s+16", out)
-    code, out, _ = sodaprof("inspect", model, "--steps", STEPS, "--json")
+    code, out, _ = command("inspect", model, "--steps", STEPS, "--json")
     assert len(json.loads(out)["model"]["transformers"]["transformer"]["sites"]) == 4
-    assert sodaprof("compile", tmp_path / "i", "--policy", "fora", "-o", tmp_path / "f.json")[0] == 0
-    code, _, err = sodaprof("compile", tmp_path / "i", "-o", tmp_path / "s.json")
+    assert command("compile", tmp_path / "i", "--policy", "fora", "-o", tmp_path / "f.json")[0] == 0
+    code, _, err = command("compile", tmp_path / "i", "-o", tmp_path / "s.json")
     assert code == 1
     assert "sodaprof profile" in err
 
 
-def test_one_picture_is_written_as_it_is(sodaprof, model, profiled, tmp_path):
-    sodaprof("compile", profiled, "-o", tmp_path / "s.json")
-    assert sodaprof("run", model, tmp_path / "s.json", "--label", 3, "-o", tmp_path / "one.png")[0] == 0
+def test_one_picture_is_written_as_it_is(command, model, profiled, tmp_path):
+    command("compile", profiled, "-o", tmp_path / "s.json")
+    assert command("run", model, tmp_path / "s.json", "--label", 3, "-o", tmp_path / "one.png")[0] == 0
     assert np.asarray(Image.open(tmp_path / "one.png")).shape == (8, 8, 3)
 
 
-def test_nothing_is_overwritten_without_force(sodaprof, model, profiled, tmp_path):
+def test_nothing_is_overwritten_without_force(command, model, profiled, tmp_path):
     path = tmp_path / "s.json"
-    assert sodaprof("compile", profiled, "-o", path)[0] == 0
+    assert command("compile", profiled, "-o", path)[0] == 0
     text = path.read_text()
     for arguments in (
         ("compile", profiled, "-o", path),
@@ -128,23 +104,23 @@ def test_nothing_is_overwritten_without_force(sodaprof, model, profiled, tmp_pat
         ("profile", model, "-o", profiled),
         ("inspect", model, "-o", profiled),
     ):
-        code, _, err = sodaprof(*arguments)
+        code, _, err = command(*arguments)
         assert code == 1
         assert "--force" in err
     assert path.read_text() == text
-    assert sodaprof("compile", profiled, "-o", path, "--force", "--policy", "fora")[0] == 0
+    assert command("compile", profiled, "-o", path, "--force", "--policy", "fora")[0] == 0
     assert load_schedule(path).policy["name"] == "fora"
 
 
 @pytest.mark.parametrize("budget", ["0", "-1x", "abc", "nan", "inf", "1000x"])
-def test_senseless_budgets(sodaprof, profiled, tmp_path, budget):
-    code, _, err = sodaprof("compile", profiled, f"--budget={budget}", "-o", tmp_path / "s.json")
+def test_senseless_budgets(command, profiled, tmp_path, budget):
+    code, _, err = command("compile", profiled, f"--budget={budget}", "-o", tmp_path / "s.json")
     assert code == 1
     assert "budget" in err
     assert not list(tmp_path.iterdir())
     if budget == "1000x":
         most = float(re.search(r"--budget ([\d.]+)x", err).group(1))
-        assert sodaprof("compile", profiled, f"--budget={most}x", "-o", tmp_path / "s.json")[0] == 0
+        assert command("compile", profiled, f"--budget={most}x", "-o", tmp_path / "s.json")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -158,9 +134,9 @@ def test_senseless_budgets(sodaprof, profiled, tmp_path, budget):
         ("profile", "no-such-model", "-o", "p"),
     ],
 )
-def test_missing_files_and_models(sodaprof, arguments, tmp_path, monkeypatch):
+def test_missing_files_and_models(command, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = sodaprof(*arguments)
+    code, _, err = command(*arguments)
     assert code == 1
     assert err.startswith("sodaprof: ")
     assert len(err.splitlines()) < 8
@@ -171,15 +147,15 @@ def test_missing_files_and_models(sodaprof, arguments, tmp_path, monkeypatch):
     "arguments",
     [("show",), ("compile", "x", "--nonsense"), ("nonsense",), ("profile", "m", "-o", "p", "--steps", "many")],
 )
-def test_wrong_usage(sodaprof, arguments):
-    code, _, err = sodaprof(*arguments)
+def test_wrong_usage(command, arguments):
+    code, _, err = command(*arguments)
     assert code == 2
     assert "--help" in err
 
 
-def test_broken_files_in_one_screen(sodaprof, profiled, tmp_path):
+def test_broken_files_in_one_screen(command, profiled, tmp_path):
     path = tmp_path / "s.json"
-    sodaprof("compile", profiled, "-o", path)
+    command("compile", profiled, "-o", path)
     text = path.read_text()
     for broken in (
         text[: len(text) // 2],
@@ -187,13 +163,13 @@ def test_broken_files_in_one_screen(sodaprof, profiled, tmp_path):
         text.replace('"update"', '"updates"'),
     ):
         path.write_text(broken)
-        code, _, err = sodaprof("show", path)
+        code, _, err = command("show", path)
         assert code == 1
         assert "s.json" in err
         assert len(err.splitlines()) < 8
 
 
-def test_a_full_disk_leaves_nothing_behind(sodaprof, profiled, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_behind(command, profiled, tmp_path, monkeypatch):
     import errno
     import os
 
@@ -201,39 +177,60 @@ def test_a_full_disk_leaves_nothing_behind(sodaprof, profiled, tmp_path, monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    code, _, err = sodaprof("compile", profiled, "-o", tmp_path / "s.json")
+    code, _, err = command("compile", profiled, "-o", tmp_path / "s.json")
     assert code == 1
     assert "disk is full" in err
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c(sodaprof, profiled, tmp_path, monkeypatch):
+def test_ctrl_c(command, profiled, tmp_path, monkeypatch):
     import sodaprof.compiler as compiler
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compiler, "compile_schedule", interrupted)
-    code, _, err = sodaprof("compile", profiled, "-o", tmp_path / "s.json")
+    code, _, err = command("compile", profiled, "-o", tmp_path / "s.json")
     assert code == 130
     assert "Interrupted" in err
 
 
-def test_evaluation_seeds_keep_away_from_calibration(sodaprof, model, profiled, tmp_path):
-    sodaprof("compile", profiled, "-o", tmp_path / "s.json")
-    code, _, err = sodaprof("eval", model, tmp_path / "s.json", "--seed", 2, "--samples", 4)
+def test_evaluation_seeds_keep_away_from_calibration(command, model, profiled, tmp_path):
+    command("compile", profiled, "-o", tmp_path / "s.json")
+    code, _, err = command("eval", model, tmp_path / "s.json", "--seed", 2, "--samples", 4)
     assert code == 1
     assert "--seed 3" in err
 
 
-def test_every_verb_has_an_example(sodaprof):
-    _, out, _ = sodaprof("--help")
-    for verb in ("profile", "compile", "show", "run", "eval", "inspect"):
+def test_every_verb_has_an_example(command):
+    _, out, _ = command("--help")
+    for verb, _, example in cli.COMMANDS:
         assert verb in out
-        assert f"Example: sodaprof {verb}" in " ".join(sodaprof(verb, "--help")[1].split())
+        assert f"Example: {example}\n" in command(verb, "--help")[1]  # in one line, to be copied
 
 
-def test_a_disk_that_fills_during_a_profile(sodaprof, model, tmp_path, monkeypatch):
+def test_documented_commands_have_these_options():
+    """Every `sodaprof verb --option` of the documentation, the Makefile, the examples and the messages."""
+    options = {
+        verb: {name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for verb, known in typer.main.get_command(cli.app).commands.items()
+    }
+    root = Path(__file__).parent.parent
+    pages = [root / "README.md", root / "Makefile", *root.glob("docs/*.md"), *root.glob("sodaprof/**/*.py")]
+    found = set()
+    for page in pages:
+        text = page.read_text().replace("\\\n", " ")
+        for verb, rest in re.findall(r"\bsodaprof (\w+)\b([^\n`;|)]*)", text):
+            if verb in options:
+                found |= {(verb, option, page.name) for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest)}
+    assert len(found) > 50
+    assert not [entry for entry in found if entry[1] not in options[entry[0]] | {"--help"}]
+    policies = re.findall(r"--policy (\w+)", "".join(page.read_text() for page in pages))
+    assert len(policies) > 20
+    assert set(policies) <= {*POLICIES, "mix", "NAME", "out"}  # as in: leave --policy out
+
+
+def test_a_disk_that_fills_during_a_profile(command, model, tmp_path, monkeypatch):
     import errno
 
     from sodaprof.profiler.statistics import Statistics
@@ -244,9 +241,41 @@ def test_a_disk_that_fills_during_a_profile(sodaprof, model, tmp_path, monkeypat
     arguments = ("profile", model, "-o", tmp_path / "p", "--steps", STEPS, "--samples", 2, "--max-interval", 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Statistics, "save", full)
-        code, _, err = sodaprof(*arguments)
+        code, _, err = command(*arguments)
     assert code == 1
     assert "disk is full" in err
     assert not (tmp_path / "p").exists()
-    assert sodaprof(*arguments)[0] == 0  # and the same command goes on
+    assert command(*arguments)[0] == 0  # and the same command goes on
     assert (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tmp_path, monkeypatch):
+    other, path = "UniPCMultistepScheduler", tmp_path / "s.json"
+    assert command("inspect", model, "--steps", 4, "--scheduler", other, "-o", tmp_path / "i")[0] == 0
+    assert command("compile", tmp_path / "i", "--policy", "fora", "-o", path)[0] == 0
+    drawn = ("run", model, path, "--label", 3, "-o", tmp_path / "p.png")
+    for arguments in (drawn, ("bench", model, path, "--rounds", 1)):
+        code, _, err = command(*arguments)
+        assert code == 1
+        assert f"The schedule is for {other}, the pipeline has DDIMScheduler" in err
+        assert f"--scheduler {other}" in err
+    code, out, _ = command(*drawn, "--scheduler", other)
+    assert code == 0
+    assert f"Next: sodaprof eval {model} {path} --scheduler {other}\n" in out
+    samplers = []
+
+    def noted(pipe, *_, **__):
+        samplers.append(type(pipe.scheduler).__name__)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sodaprof.bench, "benchmark", noted)
+    assert command("bench", model, path, "--scheduler", other)[0] == 130
+    assert samplers == [other]
+
+
+def test_bench_takes_the_steps_of_its_schedules(command, profiled, tmp_path):
+    path = tmp_path / "s.json"
+    assert command("compile", profiled, "-o", path)[0] == 0
+    code, _, err = command("bench", "no-such-model", path, "--steps", 5)
+    assert code == 1
+    assert "are for 8 steps, --steps is 5. Leave --steps out" in err

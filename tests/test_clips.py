@@ -6,10 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from sodaprof.errors import FormatError, SodaprofError
-from sodaprof.report.clips import save_frames, save_video, to_bytes
+from sodaprof.report.clips import save_video, to_bytes
 
 
 def moving(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:
@@ -26,16 +25,6 @@ def test_rounding():
     assert to_bytes(np.concatenate([halves, [-0.3, 0.0, 1.0, 1.7]])).tolist() == [1, 2, 3, 255, 0, 0, 255, 255]
     every = np.arange(256) / 255
     assert to_bytes(every).tolist() == list(range(256))
-
-
-def test_frames_are_stored_exactly(tmp_path):
-    save_frames(moving(), tmp_path / "new")
-    paths = sorted((tmp_path / "new").iterdir())
-    assert [p.name for p in paths] == [f"{i:04d}.png" for i in range(9)]
-    found = np.stack([np.asarray(Image.open(p)) for p in paths])
-    assert np.array_equal(found, to_bytes(moving()))
-    with pytest.raises(FormatError, match="exists already"):
-        save_frames(moving(), tmp_path / "new")
 
 
 def test_a_video_holds_its_frames(tmp_path):

@@ -187,6 +187,21 @@ def test_at_most_so_many_anchors():
     assert few == {count: all_[count] for count in few}
 
 
+def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
+    table, asked = products(wandering(5, 12), 9), []
+
+    def weigh(some, sources, targets):
+        asked.append(len(some))
+        return ridge(1e-3)(some, sources, targets)
+
+    whole = segment_costs(table, 3, 5, weigh)
+    assert set(asked) == {5}
+    asked.clear()
+    monkeypatch.setattr("sodaprof.compiler.forecasts.AT_ONCE", 40)
+    assert segment_costs(table, 3, 5, weigh) == pytest.approx(whole, rel=1e-12)
+    assert {1, 2} < set(asked)
+
+
 def test_the_pair_of_anchors_matters():
     """Knowing the weights moves the anchors: those placed for reuse forecast worse."""
     values = wandering(3, 14, seed=4)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import sodaprof
-from sodaprof.cli.compiling import parse_size
-from sodaprof.cli.refining import parse_span
+from sodaprof.cli.shared import parse_size, parse_span
 from sodaprof.closed_loop import calibration_replay, fit_update, joint, play, priced
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.draw import cache_bytes
@@ -55,6 +54,10 @@ def test_every_candidate_keeps_to_the_budget_and_the_nearest_is_taken(weighed):
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == len(scores)
     assert best.transformers == candidates[0].schedule.transformers
+
+
+def test_candidates_are_judged_by_mean_and_worst_decile_alike():
+    assert joint(np.arange(20.0)) == (9.5 + 0.5) / 2
 
 
 def test_the_file_tells_what_was_held_against_it(weighed, tmp_path):

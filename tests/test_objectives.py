@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 import sodaprof
-from sodaprof import cli, distribution
+from sodaprof import distribution
 from sodaprof.closed_loop import fit_to_model
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.ranking import rank_profiles
@@ -203,21 +202,6 @@ def test_another_scheduler_of_diffusers(pipe, folders):
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["sodaprof", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err + said.out
-        return stop.value.code, said.out, said.err
-
-    return run
-
-
 def test_compile_ranks_and_says_what_the_ranking_is_not(command, folders, tmp_path):
     code, out, _ = command(
         "compile", *folders, "--objective", "distribution", "--budget", "3x", "-o", tmp_path / "s.json"
@@ -288,7 +272,7 @@ def test_from_other_samplers_to_a_picture(command, model, data, tmp_path, few, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "2x"), "--budget and --data are for --objective distribution"),
+        (("--budget", "2x"), "are for --objective distribution"),
         ((), "a search begins with one schedule"),
         (("--objective", "distribution", "--time", "5m"), "Leave --time"),
     ],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import sodaprof
 from sodaprof.models import motions, scenes
 from sodaprof.models.linear_start import start_linear, start_linear_in_time
-from sodaprof.models.motions import Motions, Reading, caption, draw, held_out, read, sample, softened, vocabulary
+from sodaprof.models.motions import Motions, Reading, caption, draw, held_out, read, sample, vocabulary
 from sodaprof.models.opensora.text import with_scores
 from sodaprof.models.opensora.vae import AutoencoderKLOpenSora
 from sodaprof.models.train_tiny_opensora import (
@@ -56,6 +56,15 @@ def test_clips_repeat_themselves_and_move():
     assert torch.equal(clips, draw(batch, generator(1)))
     assert not torch.equal(clips, draw(batch, generator(2)))
     assert (clips.diff(dim=2).abs().amax((1, 3, 4)) > 0.01).all()
+
+
+def softened(clips: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns the clips [B, 3, T, H, W] as an autoencoder may return them: blurred, and with noise."""
+    flat = clips.transpose(1, 2).flatten(0, 1)
+    small = F.interpolate(flat, scale_factor=0.6, mode="bilinear")
+    flat = F.interpolate(small, motions.SIZE, mode="bilinear")
+    noisy = flat + 0.08 * torch.randn(flat.shape, generator=generator)
+    return noisy.unflatten(0, (len(clips), -1)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x, lambda x: softened(x, generator(3))], ids=["drawn", "softened"])

@@ -14,7 +14,7 @@ import sodaprof
 ROOT = Path(sodaprof.__file__).parent
 LEVELS = {  # a module may import from lower levels and its own; two names on one level do not know each other
     "version": 0, "errors": 0, "files": 1, "sites": 2, "updates": 2,
-    "scores": 3, "dense": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6,
+    "scores": 3, "dense": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6, "columns": 6,
     "compiler": 7, "metrics": 7, "launches": 7, "models": 7, "profiler": 8, "runtime": 8,
     "controls": 9, "contenders": 10, "evaluation": 11, "report": 10,
     "bench": 10, "doctor": 10, "latency": 11, "closed_loop": 11, "refine": 12, "fit": 12, "mix": 12,
@@ -26,6 +26,7 @@ NO_TORCH = (
     "files",
     "sites",
     "updates",
+    "columns",
     "dense",
     "scores",
     "legal",

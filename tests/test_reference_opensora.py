@@ -41,7 +41,7 @@ def test_it_follows_prompts_that_are_held_out(pipe):
     generator = torch.Generator().manual_seed(1)
     asked = motions.sample(12, generator, unseen=True)
     captions = [motions.caption(asked, row, generator) for row in range(12)]
-    clips = torch.from_numpy(pictures_of(call(pipe, captions, range(3_000_000, 3_000_012), 30)))
+    clips = torch.from_numpy(pictures_of(call(pipe, captions, range(3_000_000, 3_000_012), 15)))
     assert clips.shape == (12, 17, 32, 32, 3)
     found = shares(clips.permute(0, 4, 1, 2, 3) * 2 - 1, asked)
     assert found["direction"] >= 0.75
@@ -51,8 +51,8 @@ def test_it_follows_prompts_that_are_held_out(pipe):
 
 
 def test_a_schedule_runs_through_it(pipe, tmp_path):
-    sodaprof.profile(pipe, tmp_path / "p", samples=1, max_interval=3, prompts=["a red disk moves right"])
+    sodaprof.profile(pipe, tmp_path / "p", steps=8, samples=1, max_interval=3, prompts=["a red disk moves right"])
     schedule = sodaprof.compile_schedule(tmp_path / "p", budget="1.5x")
     with sodaprof.apply(pipe, schedule) as handle:
-        call(pipe, ["a red disk moves right"], [5], 30)
+        call(pipe, ["a red disk moves right"], [5], 8)
         assert handle.report().executed == handle.report().planned

@@ -77,7 +77,7 @@ def test_it_follows_prompts_that_are_held_out(pipe):
     generator = torch.Generator().manual_seed(3_000_000)
     asked = scenes.sample(24, generator, unseen=True)
     captions = [scenes.caption(asked, row, generator) for row in range(len(asked))]
-    pictures = pictures_of(call(pipe, [c.text for c in captions], range(3_000_000, 3_000_024), 20))
+    pictures = pictures_of(call(pipe, [c.text for c in captions], range(3_000_000, 3_000_024), 10))
     assert pictures.shape == (24, 32, 32, 3)
     found = load_classifier(MODEL).verdicts(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1)
     followed = scenes.followed(asked, torch.tensor([c.says_size for c in captions]), found)

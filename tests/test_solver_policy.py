@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from sodaprof.compiler import compile_schedule, default_policy
+from sodaprof.compiler import compile_schedule, default_policy, solver
 from sodaprof.compiler.history import place_with_history
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
 from sodaprof.compiler.solver import polished
@@ -151,6 +151,32 @@ def test_the_profile_knows_how_outputs_move_with_the_latents(profile):
     moved = replay.output(8, replay.states[8] + away) - replay.outputs[8]
     assert abs(response[8]) < 10 * float(moved.norm() / away.norm())
     assert np.abs(response[1:]).max() > 1e-4
+
+
+def test_the_response_is_the_part_of_the_change_that_goes_along_with_the_latents(monkeypatch):
+    from sodaprof.models.replay import Replay
+    from sodaprof.profiler.plan import plan_profile
+    from sodaprof.profiler.response import measure_response
+
+    from .pipelines import tiny_pipe
+
+    pipe = tiny_pipe()
+    plan = plan_profile(pipe, "tiny", steps=6, samples=16, max_interval=3, prompts=[1, 2], states_only=True)
+    moved = lambda self, step, x, clock=None: self.outputs[step] + 0.3 * (x - self.states[step])  # noqa: E731
+    monkeypatch.setattr(Replay, "output", moved)
+    away, along = measure_response(pipe, plan)
+    assert away[0] == 0
+    assert (away[2:] > 0).all()
+    np.testing.assert_allclose(along[2:], 0.3 * away[2:], rtol=1e-3)
+
+
+def test_long_runs_are_polished_less(profile, monkeypatch):
+    allowed = []
+    monkeypatch.setattr(solver, "polished", lambda anchors, steps, error, tries: allowed.append(tries) or anchors)
+    compile_schedule(profile, "2.0x")
+    monkeypatch.setattr(solver, "LONG", 6)  # half of the profile's steps
+    compile_schedule(profile, "2.0x")
+    assert allowed == [300, 300 // 8]
 
 
 def test_a_profile_of_few_samples_measures_no_response(tmp_path):

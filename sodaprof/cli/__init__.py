@@ -34,7 +34,7 @@ COMMANDS = (  # in the order of --help
     ("doctor", doctoring.doctor, "sodaprof doctor tiny-dit"),
 )
 for name, command, example in COMMANDS:
-    app.command(name, epilog=f"Example: {example}")(command)
+    app.command(name, epilog=f"\b\nExample: {example}")(command)  # \b: not wrapped, so that it can be copied
 
 
 def version(value: bool) -> None:
@@ -57,7 +57,11 @@ def main() -> None:
     except SodaprofError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
-        code = _fail("Interrupted. A profile goes on when the same command is repeated; nothing else was written.", 130)
+        code = _fail(
+            "Interrupted. Nothing was left half-written; profile and refine go on when the same command is repeated, what refine "
+            "has found so far is in its file.",
+            130,
+        )
     except MemoryError:
         code = _fail("Out of memory. Lower --batch-size.")
     except OSError as error:

@@ -10,7 +10,21 @@ from typing import Annotated
 
 import typer
 
-from .shared import Device, Dtype, Force, Json, Model, Prompts, Scale, Steps, make_console, progress, say_next
+from ..errors import SodaprofError
+from .shared import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Prompts,
+    Scale,
+    Scheduler,
+    Steps,
+    make_console,
+    progress,
+    say_next,
+)
 
 
 def bench(
@@ -25,6 +39,7 @@ def bench(
     steps: Steps = None,
     prompts: Prompts = None,
     guidance_scale: Scale = None,
+    scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")] = None,
@@ -39,6 +54,8 @@ def bench(
         if path is not None:
             refuse_existing(path, force)
     loaded = [load_schedule(path) for path in schedules or []]
+    if loaded and steps not in (None, loaded[0].steps):
+        raise SodaprofError(f"The schedules are for {loaded[0].steps} steps, --steps is {steps}. Leave --steps out.")
     from ..bench import benchmark
     from ..cost import save_cost
     from ..latency import measure_costs
@@ -46,7 +63,7 @@ def bench(
     from ..report.results import benchmark_view
 
     console = make_console(stderr=as_json)
-    pipe = load_pipeline(model, dtype, device)
+    pipe = load_pipeline(model, dtype, device, scheduler)
     entries = None if prompts is None else read_prompts(prompts)
     steps = loaded[0].steps if loaded else steps or default_steps(pipe)
     scale = loaded[0].sampler.guidance_scale if loaded and guidance_scale is None else guidance_scale

@@ -14,13 +14,12 @@ from .shared import (
     Json,
     make_console,
     one_of,
+    parse_size,
     progress,
     say_next,
-    show_left_out,
-    show_table,
+    show_verdict,
     told,
     told_sampler,
-    with_unit,
 )
 
 OBJECTIVES = ("faithful", "distribution")
@@ -70,11 +69,15 @@ def compile_(
     force: Force = False,
 ) -> None:
     """Compile a schedule for the speed-up you ask for. Needs no GPU, and without --fit no model."""
-    from ..compiler import RELEASED, compile_schedule, default_policy
+    from ..compiler import POLICIES, compile_schedule, default_policy, parse_budget
     from ..files import refuse_existing
 
     refuse_existing(output, force)
     one_of("--objective", objective, OBJECTIVES)
+    if policy is not None:
+        one_of("--policy", policy, (*POLICIES, "mix"))
+    if budget is not None:
+        parse_budget(budget)  # told before a model is loaded
     knobs = dict(_knob(text) for text in knob or [])
     most = None if max_cache is None else parse_size(max_cache)
     console = make_console()
@@ -104,16 +107,27 @@ def compile_(
             )
         schedule = _mix(console, fit, folder, budget or "2.0x", cost, most)
     else:
-        updated = update or policy == "solver"
-        if policy in RELEASED and "N" not in knobs:
-            schedule = _choose_period(console, fit, folder, budget or "2.0x", policy, cost, knobs, most, updated)
-        elif not updated:
-            raise SodaprofError(f"--fit finds nothing to fit for --policy {policy}. Add --update, or leave --fit out.")
-        else:
-            schedule = compile_schedule(folder, budget, policy, cost, knobs, most, updated)
-        if updated:
-            schedule = _fit_update(console, fit, folder, schedule, cost)
+        schedule = _fitted(console, fit, folder, budget, policy, cost, knobs, most, update or policy == "solver")
     _write(console, policy, schedule, output, force)
+
+
+def _fitted(
+    console: Any, model: str, folder: Path, budget: str | None, policy: str, cost: str, knobs: dict[str, Any],
+    most: int | None, updated: bool,
+) -> Any:  # fmt: skip
+    """Returns the policy's schedule with what the model settles: N of toca and duca, and an update's coefficients."""
+    from ..compiler import RELEASED, compile_schedule
+
+    open_period = policy in RELEASED and "N" not in knobs
+    if not (updated or open_period):
+        raise SodaprofError(f"--fit finds nothing to fit for --policy {policy}. Add --update, or leave --fit out.")
+    if open_period:
+        pipe = _load(console, model, folder)
+        schedule = _choose_period(console, pipe, folder, budget or "2.0x", policy, cost, knobs, most, updated)
+    else:
+        schedule = compile_schedule(folder, budget, policy, cost, knobs, most, updated)
+        pipe = _load(console, model, folder)
+    return _fit_update(console, pipe, folder, schedule, cost) if updated else schedule
 
 
 def _write(console: Any, policy: str, schedule: Any, output: Path, force: bool) -> None:
@@ -143,14 +157,13 @@ def _rank(console: Any, folders: list[Path], budget: str, cost: str, knobs: dict
     rows = [
         (one.name, *told_sampler(one.schedule), f"{one.speedup:.2f}x", f"{one.error:.3g}") for one in ranked
     ]  # fmt: skip
-    show_table(console, ("profile", "sampler", "full steps", "against the first", "predicted error"), rows)
-    show_left_out(console, left_out)
-    console.print(
+    columns = ("profile", "sampler", "full steps", "against the first", "predicted error")
+    verdict = (
         "Each predicted error is against the profile's own full run. How good that run is stands in no table: few steps are "
         "easily followed. Only samples can decide between samplers: sodaprof refine --objective distribution MODEL "
-        f"{' '.join(map(str, folders))} --budget {budget} -o FILE",
-        soft_wrap=True,
+        f"{' '.join(map(str, folders))} --budget {budget} -o FILE"
     )
+    show_verdict(console, columns, rows, left_out, verdict)
     return ranked[0].schedule
 
 
@@ -180,47 +193,40 @@ def _mix(console: Any, model: str, folder: Path, budget: str, cost: str, most: i
             one.name, str(len(one.schedule.anchors())), f"{predicted['speedup']:.3f}x", f"{predicted['cache_bytes'] / 2**20:.2f}",
             f"{figures['mean_db']:.2f}", f"{figures['worst_decile_db']:.2f}", f"{one.score:.2f}",
         ))  # fmt: skip
-    show_table(console, ("candidate", "full steps", "speed-up", "MiB", "mean dB", "worst decile dB", "both"), rows)
-    show_left_out(console, left_out)
-    console.print(
+    columns = ("candidate", "full steps", "speed-up", "MiB", "mean dB", "worst decile dB", "both")
+    verdict = (
         f"Taken: {weighed[0].name}. dB of the last latents to their error, {len(weighed[0].distances)} calibration "
-        "generations, under the accelerated loop",
-        soft_wrap=True,
+        "generations, under the accelerated loop"
     )
+    show_verdict(console, columns, rows, left_out, verdict)
     return schedule
 
 
 def _choose_period(
-    console: Any, model: str, folder: Path, budget: str, policy: str, cost: str, knobs: Any, most: int | None,
+    console: Any, pipe: Any, folder: Path, budget: str, policy: str, cost: str, knobs: Any, most: int | None,
     updated: bool,
 ) -> Any:  # fmt: skip
     from ..fit import fit_schedule
 
-    pipe = _load(console, model, folder)
     with progress(console, "fit") as on_progress:
         schedule, tried = fit_schedule(pipe, folder, budget, policy, cost, knobs, on_progress, most, updated)
     console.print("PSNR on calibration seeds: " + ", ".join(f"N={t['N']} {t['psnr_db']:.1f} dB" for t in tried))
     return schedule
 
 
-def _fit_update(console: Any, model: str, folder: Path, schedule: Any, cost: str) -> Any:
+def _fit_update(console: Any, pipe: Any, folder: Path, schedule: Any, cost: str) -> Any:
     from ..closed_loop import fit_to_model
     from ..cost import cost_of
     from ..profiles import load_profile
 
-    pipe, table = _load(console, model, folder), cost_of(folder, cost)
+    profile, table = load_profile(folder), cost_of(folder, cost)
     with progress(console, "update") as on_progress:
-        fitted, distances = fit_to_model(pipe, load_profile(folder), schedule, table, on_progress=on_progress)
+        fitted, distances = fit_to_model(pipe, profile, schedule, table, on_progress=on_progress)
     console.print(
         f"Fitted on {len(distances)} calibration generations: last latents {distances.mean():.1f} dB above their error, the "
         f"worst {distances.min():.1f} dB"
     )
     return fitted
-
-
-def parse_size(text: str) -> int:
-    """Returns the bytes that 2GB or 500MB says; SodaprofError for anything else."""
-    return int(with_unit(text, {"KB": 10**3, "MB": 10**6, "GB": 10**9}, "--max-cache", "2GB"))
 
 
 def _knob(text: str) -> tuple[str, str]:

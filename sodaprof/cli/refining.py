@@ -10,7 +10,6 @@ import typer
 from ..errors import SodaprofError
 from .compiling import OBJECTIVES
 from .shared import (
-    Batch,
     Device,
     Dtype,
     Force,
@@ -19,13 +18,13 @@ from .shared import (
     Scheduler,
     make_console,
     one_of,
+    parse_size,
+    parse_span,
     progress,
     say_next,
-    show_left_out,
-    show_table,
+    show_verdict,
     told,
     told_sampler,
-    with_unit,
 )
 
 
@@ -66,7 +65,13 @@ def refine_(
         typer.Option(metavar="DIR", help="distribution: pictures to be near to.  [default: a shipped model's data]"),
     ] = None,
     cost: Annotated[str, typer.Option(help="What the budget is counted in: flops, or a cost.json.")] = "flops",
-    batch_size: Batch = 16,
+    max_cache: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="faithful: most that the caches of a generation may take: 2GB, 500MB."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="distribution: generations at once.  [default: 16; faithful takes all]")
+    ] = None,
     scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -79,10 +84,10 @@ def refine_(
     one_of("--objective", objective, OBJECTIVES)
     console = make_console()
     if objective == "distribution":
-        if time is not None or evaluations is not None or scheduler is not None:
+        if time is not None or evaluations is not None or scheduler is not None or max_cache is not None:
             raise SodaprofError(
-                "--objective distribution judges each profile once, by its own sampler. Leave --time, --evaluations and "
-                "--scheduler out."
+                "--objective distribution judges each profile's schedule once, by its own sampler. Leave --time, --evaluations, "
+                "--max-cache and --scheduler out."
             )
         refuse_existing(output, force)
         from ..distribution import SEED
@@ -92,20 +97,22 @@ def refine_(
         best = _decide(
             console, load_pipeline(model, dtype, device), sources, budget or "2.0x", cost=cost, data=data,
             samples=LEAST_FOR_DISTANCE if samples is None else samples, seed=SEED if seed is None else seed,
-            prompts=None if prompts is None else read_prompts(prompts), batch_size=batch_size,
+            prompts=None if prompts is None else read_prompts(prompts), batch_size=16 if batch_size is None else batch_size,
         )  # fmt: skip
         best.save(output, force=force)
         console.print(f"Wrote {output}")
         say_next(console, f"sodaprof eval {model} {output} --scheduler {best.sampler.class_name}")
         return
-    if budget is not None or data is not None:
+    if budget is not None or data is not None or batch_size is not None:
         raise SodaprofError(
-            "--budget and --data are for --objective distribution; a search keeps to the cost of the schedule it begins with."
+            "--budget, --data and --batch-size are for --objective distribution; a search keeps to the cost of the schedule it "
+            "begins with, and takes all its generations at once."
         )
     if len(sources) > 1:
         raise SodaprofError(f"Found {len(sources)} files; a search begins with one schedule. Give one.")
     first = load_schedule(sources[0])
     seconds = None if time is None else parse_span(time)
+    most = None if max_cache is None else parse_size(max_cache)
     from ..cost import load_cost
     from ..models.load import load_pipeline, read_prompts
     from ..refine import refine
@@ -121,15 +128,16 @@ def refine_(
         best = refine(
             pipe, first, output, seconds=seconds, evaluations=evaluations, samples=24 if samples is None else samples,
             seed=seed or 0, force=force, prompts=None if prompts is None else read_prompts(prompts),
-            cost=None if cost == "flops" else load_cost(cost), on_progress=show_scores,
+            cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
         )  # fmt: skip
-    done = best.policy["knobs"]["refined"]
+    done, predicted = best.policy["knobs"]["refined"], best.predicted or {}
     console.print(
         f"{scores['search']:.2f} dB on the search generations, {scores['validation']:.2f} dB on the validation ones (mean and "
-        f"worst decile of the latents' signal to error); best found at candidate {done}; {told(best)}"
+        f"worst decile of the latents' signal to error); best found at candidate {done}; {told(best)}, "
+        f"{predicted['cache_bytes'] / 2**20:.2f} MiB of cache a generation"
     )
     console.print(f"Wrote {output}")
-    say_next(console, f"sodaprof eval {model} {output}")
+    say_next(console, f"sodaprof eval {model} {output}{'' if scheduler is None else f' --scheduler {scheduler}'}")
 
 
 def _decide(console: Any, pipe: Any, folders: list[Path], budget: str, **settings: Any) -> Any:
@@ -148,16 +156,9 @@ def _decide(console: Any, pipe: Any, folders: list[Path], budget: str, **setting
     columns = (
         "profile", "sampler", "full steps", "against the first", "mean dB", "worst decile", "kernel distance", "over the best",
     )  # fmt: skip
-    show_table(console, columns, rows)
-    show_left_out(console, left_out)
-    console.print(
+    verdict = (
         f"Taken: {judged[0].ranked.name}, whose {settings['samples']} samples are nearest to the data (kernel distance, 95 % "
-        "intervals of the differences). dB: to each profile's own full run, not compared.",
-        soft_wrap=True,
+        "intervals of the differences). dB: to each profile's own full run, not compared."
     )
+    show_verdict(console, columns, rows, left_out, verdict)
     return best
-
-
-def parse_span(text: str) -> float:
-    """Returns the seconds that 90s, 5m or 1h says; SodaprofError for anything else."""
-    return with_unit(text, {"S": 1, "M": 60, "H": 3600}, "--time", "5m")

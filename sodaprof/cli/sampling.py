@@ -25,6 +25,7 @@ from .shared import (
     Steps,
     duration,
     make_console,
+    one_of,
     progress,
     say_next,
     size,
@@ -64,8 +65,8 @@ def profile(
     from ..files import refuse_existing
 
     refuse_existing(output, force)
-    if tokens not in ("pooled", "full"):
-        raise SodaprofError(f"--tokens is {tokens!r}; expected pooled or full.")
+    one_of("--tokens", tokens, ("pooled", "full"))
+    from ..compiler import default_policy
     from ..models.load import load_pipeline, read_prompts
     from ..profiler.plan import plan_profile
     from ..profiler.run import run_profile
@@ -91,6 +92,12 @@ def profile(
         f"Took {duration(measured['seconds'])}, {measured['time_over_plain']:.2f}x plain sampling. "
         f"Wrote {output}/ ({size(sum(f.stat().st_size for f in output.iterdir()))})"
     )
+    if default_policy(output)[0] == "solver" and found.response() is None:
+        console.print(
+            "How outputs move with the latents was not measured: that takes 16 samples, and a pipeline whose steps can be "
+            "replayed. Policy solver then places full steps without simulating them.",
+            soft_wrap=True,
+        )
     policy = "--policy soda " if no_gram else ""
     say_next(console, f"sodaprof compile {output} {policy}--budget 2.0x -o schedule.json")
 
@@ -206,7 +213,7 @@ def run(
         save_side_by_side(names, output, force=force)
     console.print(str(handle.report()), highlight=False)
     console.print(f"Wrote {output}")
-    say_next(console, f"sodaprof eval {model} {schedule}")
+    say_next(console, f"sodaprof eval {model} {schedule}{'' if scheduler is None else f' --scheduler {scheduler}'}")
 
 
 def ship(

@@ -100,6 +100,15 @@ def show_left_out(console: Console, reasons: dict[str, str]) -> None:
         console.print(f"Left out: {name}. {reason}", soft_wrap=True)
 
 
+def show_verdict(
+    console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], left_out: dict[str, str], verdict: str
+) -> None:
+    """Prints what was held against each other as a table, what could not be and why, and what follows from it."""
+    show_table(console, columns, rows)
+    show_left_out(console, left_out)
+    console.print(verdict, soft_wrap=True)
+
+
 def told(schedule: Any) -> str:
     """Returns in a few words what a schedule does."""
     counts = schedule.counts()
@@ -108,7 +117,7 @@ def told(schedule: Any) -> str:
         f"{counts[action]} {name} cells" for action, name in (("P", "pruned"), ("F", "forecast")) if counts[action]
     ]
     if schedule.update is not None:
-        parts.append(f"update fitted {schedule.update.fitted.get('loop', '')} loop")
+        parts.append(f"update fitted {schedule.update.fitted['loop']} loop")
     return ", ".join(parts)
 
 
@@ -121,7 +130,18 @@ def told_sampler(schedule: Any) -> tuple[str, str]:
 def one_of(option: str, value: str, allowed: Sequence[str]) -> None:
     """Raises SodaprofError unless the option has one of the allowed values."""
     if value not in allowed:
-        raise SodaprofError(f"{option} is {value!r}; expected {' or '.join(allowed)}.")
+        *others, last = allowed
+        raise SodaprofError(f"{option} is {value!r}; expected {', '.join(others)} or {last}.")
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes that 2GB or 500MB says; SodaprofError for anything else."""
+    return int(with_unit(text, {"KB": 10**3, "MB": 10**6, "GB": 10**9}, "--max-cache", "2GB"))
+
+
+def parse_span(text: str) -> float:
+    """Returns the seconds that 90s, 5m or 1h says; SodaprofError for anything else."""
+    return with_unit(text, {"S": 1, "M": 60, "H": 3600}, "--time", "5m")
 
 
 def with_unit(text: str, units: dict[str, int], option: str, example: str) -> float:

@@ -5,6 +5,7 @@ One file a policy, one signature: (model, sampler, profile | None, cost, budget,
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from .solver import compile_solver
 from .taylor import compile_taylor
 from .toca import compile_duca, compile_toca
 
+LOG = logging.getLogger(__name__)
 POLICIES: dict[str, Callable[..., Schedule]] = {
     "solver": compile_solver,
     "soda": compile_soda,
@@ -61,14 +63,17 @@ def compile_schedule(
     """Returns the schedule that `policy` compiles from the profile in `folder` for a speed-up of the denoising loop.
 
     budget: "2.0x" or 2.0; by default 2.0x, for toca and duca what their released settings give. policy: by default
-    `default_policy`.
+    `default_policy`, whose reason is logged where it is not `solver`.
     cost: "flops" for the folder's own count, or the path of a cost.json. max_cache: bytes that the caches of one generation
     may take; policies that forecast from several outputs are tried with fewer, unless a knob says how many. updated: with an
     update to be fitted closed loop, which budget and bytes leave room for; until then it is the sampler's own steps. Raises
     BudgetError where the budget or the bytes cannot be met, FormatError where a file is broken.
     """
     folder = Path(folder)
-    policy = policy or default_policy(folder)[0]
+    if policy is None:
+        policy, why = default_policy(folder)
+        if why:
+            LOG.warning("Policy %s: %s", policy, why)
     if policy == "mix":
         raise BudgetError(
             "Policy mix measures its candidates on the model. Type: sodaprof compile DIR --policy mix --fit MODEL -o FILE; "
@@ -113,7 +118,7 @@ def default_policy(folder: str | Path) -> tuple[str, str]:
     """Returns the policy for a profile where none is named, and why it is not `solver`, "" where it is.
 
     A fitted update is nearest to the full run at every budget that was measured (docs/results.md); it needs a profile with
-    inner products, one transformer, and a scheduler whose steps are linear.
+    inner products, one transformer, and a scheduler whose steps are linear. Raises FormatError where one of them is broken.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").exists():
@@ -128,7 +133,11 @@ def default_policy(folder: str | Path) -> tuple[str, str]:
         return "soda", "the profile holds no inner products to fit an update from. Profile again without --no-gram."
     try:
         profile.own_update()
-    except (UnsupportedModelError, FormatError) as error:
+    except UnsupportedModelError as error:
+        return "soda", str(error)
+    except FormatError as error:
+        if (folder / "solver.json").exists():  # broken, which is no reason to take another policy
+            raise
         return "soda", str(error)
     return "solver", ""
 

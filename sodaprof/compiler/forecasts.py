@@ -15,8 +15,13 @@ from ..schedule import Forecast
 
 Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (products, sources, targets) -> weights
 DIGITS = 6  # significant digits of a weight in a file
+AT_ONCE = 32_768  # forecasts that are weighed at once, of whole sites: about what a processor's cache holds
 METRICS = ("l2", "absolute")
 FORMULAS = ("published", "lagrange")
+
+# 10^k that brings a number of each binary exponent (of a float64, 1023 for 1) to 6 digits before the point, or to 7; one below
+# 1e-12 to fewer
+SCALES = 10.0 ** (DIGITS - 1 - np.clip(np.floor((np.arange(2048) - 1023) * np.log10(2)), -12, 300))
 
 
 def ridge(strength: float) -> Weigh:
@@ -29,14 +34,33 @@ def ridge(strength: float) -> Weigh:
 
     def weigh(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         between, across = _blocks(products, sources, targets)
-        energy = np.diagonal(between, axis1=-2, axis2=-1).mean(axis=-1)
+        energy = np.stack([between[i, i] for i in range(len(between))]).mean(axis=0)
         pull = np.where(energy > 0, strength * energy, 1.0)  # an output that is all zeros is reused
-        stiff = between + pull[..., None, None] * np.eye(sources.shape[-1])
-        change = np.linalg.solve(stiff, across - between[..., :1])  # from reuse, whose products are those of the newest
-        change[..., 0, :] += 1
-        return round_weights(change)
+        change = across - between[0]  # from reuse, whose products are those of the newest
+        for i in range(len(between)):
+            between[i, i] += pull
+        _solve(between, change)
+        change[0] += 1
+        return np.moveaxis(round_weights(change), (0, 2), (-2, -1))
 
     return weigh
+
+
+def _solve(matrices: np.ndarray, right: np.ndarray) -> None:
+    """Puts x of matrices · x = right in its place; overwrites both. matrices [K, K, ...] positive definite, right [K, ...].
+
+    All systems at once, by elimination: they are many and small, a call of LAPACK for each would take most of the time.
+    """
+    count = len(right)
+    for i in range(count):
+        for j in range(i + 1, count):
+            factor = matrices[i, j] / matrices[i, i]
+            matrices[j, j:] -= factor * matrices[i, j:]
+            right[j] -= factor * right[i]
+    for i in reversed(range(count)):
+        for j in range(i + 1, count):
+            right[i] -= matrices[i, j] * right[j]
+        right[i] /= matrices[i, i]
 
 
 def taylor(formula: str) -> Weigh:
@@ -87,10 +111,12 @@ def _lagrange(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 def round_weights(weights: np.ndarray) -> np.ndarray:
     """Returns the weights with 6 significant digits, as a file holds them."""
-    exponent = np.floor(np.log10(np.maximum(np.abs(weights), 1e-12)))
-    scale = 10.0 ** (DIGITS - 1 - exponent)
-    rounded: np.ndarray = np.rint(weights * scale) / scale
-    return rounded
+    scale = SCALES.take(np.abs(weights).view(np.int64) >> 52)  # by the exponent: for 6 digits, or 7
+    found: np.ndarray = weights * scale
+    np.divide(scale, 10, out=scale, where=np.abs(found) >= 10**DIGITS)
+    np.rint(np.multiply(weights, scale, out=found), out=found)
+    found /= scale
+    return found
 
 
 def forecast_error(
@@ -99,15 +125,30 @@ def forecast_error(
     """Returns the errors [S, ..., n] of forecasts: root of the mean squared error, for `l2` relative to the target's size."""
     between, across = _blocks(products, sources, targets)
     energy = np.diagonal(products, axis1=1, axis2=2)[:, targets]
-    energy = energy.reshape(len(energy), *[1] * (sources.ndim - 1), len(targets))
-    squared = energy + (weights * (between @ weights - 2 * across)).sum(axis=-2)
+    energy = energy.reshape(*energy.shape, *[1] * (sources.ndim - 1))
+    own = np.moveaxis(weights, (-2, -1), (0, 2))  # [K, S or 1, n, ...]
+    squared = np.broadcast_to(energy, across.shape[1:]).copy()
+    for i in range(len(own)):
+        part = between[i, i] * own[i] - 2 * across[i]
+        for j in range(i):
+            part += 2 * between[i, j] * own[j]
+        squared += part * own[i]
     error: np.ndarray = np.sqrt(np.maximum(squared, 0.0))
-    return error / np.sqrt(np.where(energy > 0, energy, 1.0)) if metric == "l2" else error
+    error = error / np.sqrt(np.where(energy > 0, energy, 1.0)) if metric == "l2" else error
+    return np.moveaxis(error, 1, -1)
 
 
 def _blocks(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the products of the sources with each other [S, ..., K, K] and with the targets [S, ..., K, n]."""
-    return products[:, sources[..., :, None], sources[..., None, :]], products[:, sources[..., :, None], targets]
+    """Returns the products of the sources with each other [K, K, S, 1, ...] and with the targets [K, S, n, ...].
+
+    The many tuples of sources come last, so that arithmetic runs over long rows.
+    """
+    own, steps = np.moveaxis(sources, -1, 0), products.shape[1]  # [K, ...]
+    flat = products.reshape(len(products), -1)
+    between = np.take(flat, own[:, None] * steps + own, axis=1)  # [S, K, K, ...]
+    ahead = targets.reshape(-1, *[1] * (sources.ndim - 1))
+    across = np.take(flat, own[:, None] * steps + ahead, axis=1)  # [S, K, n, ...]
+    return np.moveaxis(between, 0, 2)[:, :, :, None], np.moveaxis(across, 0, 1)
 
 
 def segment_costs(
@@ -132,8 +173,10 @@ def segment_costs(
             sources = anchor - np.concatenate([np.zeros((len(gaps), 1), dtype=int), gaps.cumsum(axis=1)], axis=1)
             possible = (sources[:, -1] >= 0) & known[anchor, sources[:, -1]]
             gaps, sources = gaps[possible], sources[possible]
-            error = forecast_error(products, sources, targets, weigh(products, sources, targets), metric)
-            found = (error**power).sum(axis=0)
+            found = np.zeros((len(sources), len(targets)))
+            for some in np.array_split(products, min(len(products), 1 + len(products) * found.size // AT_ONCE)):
+                error = forecast_error(some, sources, targets, weigh(some, sources, targets), metric)
+                found += (error**power).sum(axis=0)
             if count == 1:
                 cells = found[0]
                 continue

@@ -53,18 +53,20 @@ def place_with_history(segment: np.ndarray, most: int | None = None) -> dict[int
     best[(0, *[0] * len(inner))] = 0.0
     found: dict[int, tuple[list[int], float]] = {}
     oldest = np.zeros((most + 1, steps, *inner), dtype=np.int16)  # the gap that a state's predecessor forgot
+    costs = np.ascontiguousarray(np.moveaxis(segment, -1, 0))
     for count in range(1, most + 1):
         lengths = [n for n in range(1, longest + 1) if n <= steps]
-        ends = [best[steps - n] + segment[steps - n, ..., n] for n in lengths]
+        ends = [best[steps - n] + costs[n, steps - n] for n in lengths]
         last = min(range(len(ends)), key=lambda i: float(ends[i].min()))
         if np.isfinite(ends[last].min()):
             state = (steps - lengths[last], *map(int, np.unravel_index(ends[last].argmin(), inner)))
             found[count] = _back(state, oldest, count), float(ends[last].min())
         following = np.full(best.shape, np.inf)
         for n in lengths:
-            value = best[: steps - n] + segment[: steps - n, ..., n]
-            following[n:, n] = value.min(axis=-1)
-            oldest[count + 1 : count + 2, n:, n] = value.argmin(axis=-1)
+            value = best[: steps - n] + costs[n, : steps - n]
+            forgotten = value.argmin(axis=-1)
+            following[n:, n] = np.take_along_axis(value, forgotten[..., None], axis=-1)[..., 0]
+            oldest[count + 1 : count + 2, n:, n] = forgotten
         best = following
     return found
 

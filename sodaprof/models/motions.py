@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .drawings import DISTANCES
@@ -170,12 +169,3 @@ def _shape_of(mask: Tensor, x: Tensor, y: Tensor) -> str | None:
         if (score := overlap.mean(1).max().item()) > best:
             best, found = score, name
     return found
-
-
-def softened(clips: Tensor, generator: torch.Generator) -> Tensor:
-    """Returns the clips [B, 3, T, H, W] as an autoencoder may return them: blurred, and with noise."""
-    flat = clips.transpose(1, 2).flatten(0, 1)
-    small = F.interpolate(flat, scale_factor=0.6, mode="bilinear")
-    flat = F.interpolate(small, SIZE, mode="bilinear")
-    noisy = flat + 0.08 * torch.randn(flat.shape, generator=generator)
-    return noisy.unflatten(0, (len(clips), -1)).transpose(1, 2)

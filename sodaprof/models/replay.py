@@ -21,6 +21,7 @@ from ..updates import OwnUpdate
 from .clock import Clock
 from .guidance import combined, guidance_of
 from .load import OwnCall, call, transformers_of
+from .probe import hidden_states
 from .recording import latents_of, tapped
 from .solvers import own_update
 
@@ -64,6 +65,7 @@ class Replay:
         self.calls: list[list[Call]] = []  # [T][branches]
         self._outs: list[Any] = []  # of the step under way
         self._weights: list[tuple[list[float], bool]] = []  # guidance, by step
+        self._stack: dict[tuple[int, str], torch.Tensor] = {}  # step, form -> `through_stack`
         states: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         take_step = pipe.scheduler.step
@@ -135,6 +137,51 @@ class Replay:
         if clock is not None:
             clock.step, clock.branches, clock.begins = step, 0, step == 0
         weights, doubled = self._weights[step]
+        outs = self._called(step, x)
+        like = x.new_empty((self._twice, *self._like.shape[1:]))
+        return combined(outs, weights, doubled, self.sampler.guidance_form, like)[: x.shape[0]].float()
+
+    @torch.no_grad()
+    def through_stack(self, step: int, first: str, last: str, form: str) -> torch.Tensor:
+        """Returns what the blocks made of their input at a step of the plain run, guided as the network's outputs are.
+
+        first, last: paths of the blocks. form: `output`, what the last block returned, or `drift`, that less what the first
+        one was given. Costs one step of the plain network, the first time; the answer is kept. The pipeline must carry no
+        schedule. Raises UnsupportedModelError where a block hands on more than one tensor.
+        """
+        if (step, form) not in self._stack:
+            entries, outs = list[Any](), list[Any]()
+
+            def enter(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                entries.append(hidden_states(args, kwargs))
+                return forward(*args, **kwargs)
+
+            def leave(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                outs.append(forward(*args, **kwargs))
+                return outs[-1]
+
+            with (
+                tapped(self.module.get_submodule(first), enter, "sodaprof.entry"),
+                tapped(self.module.get_submodule(last), leave, "sodaprof.exit"),
+            ):
+                self._called(step, self.states[step])
+            if not all(map(torch.is_tensor, [*entries, *outs])):
+                raise UnsupportedModelError(
+                    f"Block {last} returns a {type(outs[0]).__name__}; stacks are skipped whose blocks hand on one tensor."
+                )
+            if form == "drift":
+                outs = [out - entry for entry, out in zip(entries, outs, strict=True)]
+            self._stack[step, form] = self.guided(step, outs)
+        return self._stack[step, form]
+
+    def guided(self, step: int, calls: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns the sum of the branches that guidance takes at a step, of any tensors that the network's calls gave."""
+        parts = calls[0].chunk(2) if self.sampler.guidance_form == "halves" else calls
+        weights, _ = self._weights[step]
+        return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
+
+    def _called(self, step: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the network's outputs for latents x under the arguments of a step, one a call."""
         outs = []
         for one in self.calls[step]:
             leaves = list(one.leaves)
@@ -142,5 +189,4 @@ class Replay:
             leaves[one.latents] = torch.cat([fed] * (self._fed // fed.shape[0])) if self._fed > fed.shape[0] else fed
             args, kwargs = tree_unflatten(leaves, one.spec)
             outs.append(tree_leaves(self.module(*args, **kwargs))[0])
-        like = x.new_empty((self._twice, *self._like.shape[1:]))
-        return combined(outs, weights, doubled, self.sampler.guidance_form, like)[: x.shape[0]].float()
+        return outs

@@ -133,6 +133,8 @@ def plan_profile(
         raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
     if states_only and not gram:
         raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
+    if states_only and full_tokens:
+        raise SodaprofError("--states-only measures no site, so there are no tokens to keep. Leave --tokens out.")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
     if prompts is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import SodaprofError
-from ..files import refuse_existing, replacing
+from ..files import replacing
 
 
 def to_bytes(frames: np.ndarray) -> np.ndarray:
@@ -43,20 +43,6 @@ def save_video(frames: np.ndarray, path: Path, fps: float = 24, *, force: bool =
             stream.close()
 
 
-def save_frames(frames: np.ndarray, folder: Path, *, force: bool = False) -> None:
-    """Writes frames [F, H, W, 3] in [0, 1] as folder/0000.png and so on; the folder is made."""
-    from PIL import Image
-
-    _check(frames)
-    paths = [folder / f"{i:04d}.png" for i in range(len(frames))]
-    for path in paths:
-        refuse_existing(path, force)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, frame in zip(paths, to_bytes(frames), strict=True):
-        with replacing(path, force=force) as temporary:
-            Image.fromarray(frame).save(temporary, format="png")
-
-
 def _check(frames: np.ndarray) -> None:
     if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
         raise SodaprofError(f"A video has frames [F, H, W, 3] in [0, 1]; found the shape {list(frames.shape)}.")
@@ -67,7 +53,6 @@ def _writer() -> Any:
         import imageio_ffmpeg  # type: ignore[import-untyped]
     except ImportError:
         raise SodaprofError(
-            "Videos are written with imageio-ffmpeg, which is not installed. Type: pip install imageio-ffmpeg (or save "
-            "PNG frames)"
+            "Videos are written with imageio-ffmpeg, which is not installed. Type: pip install imageio-ffmpeg"
         ) from None
     return imageio_ffmpeg.write_frames

@@ -21,6 +21,7 @@ STYLES = {
     "_": "dim",
 }
 BARS = " ▁▂▃▄▅▆▇█"
+BASES = {"output": "outputs", "data": "data predictions"}
 
 
 def schedule_data(schedule: Schedule) -> dict[str, Any]:
@@ -81,14 +82,13 @@ def _headline(schedule: Schedule) -> Text:
 
 
 def _update_told(update: Update) -> str:
-    fitted = update.fitted
-    basis = "outputs" if update.basis == "output" else "data predictions"
-    if not fitted:
-        return f"update: weighs the last {update.history} {basis}"
-    return (
-        f"update: weighs the last {update.history} {basis}, fitted {fitted['loop']} loop on {fitted['samples']} generations at "
-        f"guidance {fitted['guidance_scale']}"
-    )
+    told, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
+    if fitted.get("loop") not in ("open", "closed"):
+        return f"{told}, not fitted yet"
+    told += f", fitted {fitted['loop']} loop"
+    told += f" on {fitted['samples']} generations" if "samples" in fitted else ""
+    scale = fitted.get("guidance_scale")
+    return told if scale is None else f"{told} at guidance {scale}"
 
 
 def _picture(name: str, plan: Plan, width: int) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 
 from ..errors import MismatchError
@@ -39,7 +40,7 @@ def check_fits(pipe: Any, schedule: Schedule) -> None:
     if type(scheduler).__name__ != sampler.class_name:
         raise MismatchError(
             f"The schedule is for {sampler.class_name}, the pipeline has {type(scheduler).__name__}. "
-            f"Type: pipe.scheduler = diffusers.{sampler.class_name}.from_config(pipe.scheduler.config)"
+            f"{_take_scheduler(sampler.class_name)}"
         )
     if "_sodaprof" in vars(scheduler):
         raise MismatchError("The scheduler carries a schedule already. Take it off first: handle.remove()")
@@ -53,6 +54,16 @@ def check_fits(pipe: Any, schedule: Schedule) -> None:
     _check_boundary(pipe, schedule)
     if schedule.update is not None:
         check_linear(scheduler, schedule.update.basis)
+
+
+def _take_scheduler(name: str) -> str:
+    """Returns what to type for a pipeline to sample by this scheduler."""
+    if not hasattr(diffusers, name):
+        return f"diffusers {diffusers.__version__} has no {name}: take the pipeline that was profiled."
+    return (
+        f"Type: pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config); on the command line, where the command "
+        f"has it: --scheduler {name}"
+    )
 
 
 def _check_boundary(pipe: Any, schedule: Schedule) -> None:

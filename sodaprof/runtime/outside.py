@@ -7,6 +7,7 @@ as a block's is: without what only leads to the latents, with parameters as inpu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..errors import SodaprofError
 from .fill import Filler, Parts, parts_of
 from .lower import Bare, LoweredBlock, kind_of, setting_of
+
+LOG = logging.getLogger(__name__)
 
 Arguments = list[list[Any]]  # of every block, its leaves
 
@@ -90,7 +93,11 @@ class Outside:
             graph = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         except SodaprofError:
             raise
-        except Exception:  # whatever an operator says that cannot be traced: then the transformer is called instead
+        except Exception as error:  # whatever an operator says that cannot be traced
+            LOG.info(
+                "What surrounds the blocks of %s cannot be traced (%s: %s): it is called at each step to fill the tables, which "
+                "gives the same bits and takes longer.", type(self.transformer).__name__, type(error).__name__, error,
+            )  # fmt: skip
             return None
         graph.graph.eliminate_dead_code()
         graph.recompile()

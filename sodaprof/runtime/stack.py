@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,23 @@ class StackRow:
     def reset(self) -> None:
         self.stores.clear()
 
+    def keep_all(self) -> None:
+        """Keeps what every running step gave until the run ends, in the forms that S cells forecast in."""
+        running = {step for step, action in enumerate(self.row) if action == "."}
+        self.forms = {form: running if sources else sources for form, sources in self.forms.items()}
+        self.drop_at = {}
+
+    def snapshot(self) -> dict[int, _Store]:
+        """Returns what is remembered now, to be put back as `stores`."""
+        return {
+            n: replace(store, hidden=dict(store.hidden), drift=dict(store.drift)) for n, store in self.stores.items()
+        }
+
+    def sources(self, step: int) -> list[list[torch.Tensor]]:
+        """Returns what the S cell at this step, the next to run, forecasts from, in its order: each for all branches."""
+        cell = self.cells[step]
+        return [[_kept(self.stores[n], cell.form)[source] for n in sorted(self.stores)] for source in cell.sources]
+
     def run(
         self, block: str, moment: Moment, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -77,7 +94,7 @@ class StackRow:
 
     def _forecast(self, store: _Store, step: int) -> torch.Tensor:
         cell = self.cells[step]
-        kept = store.hidden if cell.form == "output" else store.drift
+        kept = _kept(store, cell.form)
         total = weighted([kept[source] for source in cell.sources], cell.weights)
         for source in self.drop_at.get(step, ()):
             store.hidden.pop(source, None)
@@ -86,6 +103,10 @@ class StackRow:
             return total
         assert store.entry is not None
         return store.entry + total
+
+
+def _kept(store: _Store, form: str) -> dict[int, torch.Tensor]:
+    return store.hidden if form == "output" else store.drift
 
 
 def block_of(site: str) -> str:
