@@ -229,7 +229,7 @@ def make_robust(maker: Maker, setting: Setting, variants: Sequence[Variant]) -> 
             made, left_out = maker.compile(chosen, model, profile, budget, own / f"{budget:g}x")
             cache = folder / f"{budget:g}x" / "evaluation" / f"{digest(case.name)[:12]}.json"
             result = maker.evaluate(
-                made, model, budget, cache, samples=options.samples, prompts=list(case.labels) or None,
+                made, model, budget, cache, samples=options.robust_samples, prompts=list(case.labels) or None,
                 guidance_scale=case.guidance_scale, controls=ROBUST_CONTROLS, runtime="lowered",
             )  # fmt: skip
             cases.append({"case": case.name, "budget": budget, "rows": kept_rows(result, made), "left_out": left_out})
@@ -255,6 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--again", nargs="+", default=[], metavar="KEY", help="policies to compile anew")
     parser.add_argument("--samples", type=int, default=64, help="held-out seeds")
     parser.add_argument("--distance-samples", type=int, default=1000, help="held-out seeds for distances")
+    parser.add_argument("--robust-samples", type=int, default=32, help="held-out seeds beyond calibration")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu", help="of the evaluations")
     parser.add_argument("--build", type=Path, default=Path("build/table"))
