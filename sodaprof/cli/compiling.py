@@ -155,7 +155,7 @@ def _rank(console: Any, folders: list[Path], budget: str, cost: str, knobs: dict
 
     ranked, left_out = rank_profiles(folders, budget, cost, knobs, most)
     rows = [
-        (one.name, *told_sampler(one.schedule), f"{one.speedup:.2f}x", f"{one.error:.3g}") for one in ranked
+        (Path(one.name).name, *told_sampler(one.schedule), f"{one.speedup:.2f}x", f"{one.error:.3g}") for one in ranked
     ]  # fmt: skip
     columns = ("profile", "sampler", "full steps", "against the first", "predicted error")
     verdict = (

@@ -149,7 +149,7 @@ def _decide(console: Any, pipe: Any, folders: list[Path], budget: str, **setting
     for one in judged:
         over = one.over_best
         rows.append((
-            one.ranked.name, *told_sampler(one.schedule), f"{one.ranked.speedup:.2f}x", f"{one.fidelity_db:.1f}",
+            Path(one.ranked.name).name, *told_sampler(one.schedule), f"{one.ranked.speedup:.2f}x", f"{one.fidelity_db:.1f}",
             f"{one.worst_decile_db:.1f}", f"{one.kernel:.4g}",
             "best" if over is None else f"{over['mean']:.3g} [{over['low']:.3g}, {over['high']:.3g}]",
         ))  # fmt: skip
