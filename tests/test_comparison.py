@@ -40,7 +40,7 @@ def test_schedules_are_made_once_and_gaps_have_their_reasons(maker, tmp_path):
     assert [variant.key for variant, _ in made] == ["fora", "soda"]
     assert [load_schedule(path).policy["name"] for _, path in made] == ["fora", "soda"]
     assert left_out[0]["name"] == "other"
-    assert "No policy 'other'" in left_out[0]["reason"]
+    assert "--policy is 'other'" in left_out[0]["reason"]
     assert left_out[1:] == [{"name": "update, refined", "reason": "there is no solver-fit to start from"}]
     tried = len(maker.commands)
     assert compiled() == (made, left_out)
