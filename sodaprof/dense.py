@@ -58,17 +58,23 @@ def state_products(table: Columns, steps: int, where: Path) -> np.ndarray:
 
 
 def response(table: Columns, steps: int, where: Path) -> np.ndarray | None:
-    """Returns what the rows of kind `response` are of those of kind `away`, [T]; None where there are none."""
+    """Returns what the rows of kind `response` are of those of kind `away`, [T]; None where there are none.
+
+    Interpolated between the steps at which they were measured, constant before the first and after the last.
+    """
     found = []
     for kind in ("away", "response"):
         rows = np.flatnonzero(table["kind"] == kind)
         if not len(rows):
             return None
-        if sorted(table["row"][rows].tolist()) != list(range(steps)):
-            raise FormatError(f"{where}: rows of kind {kind} are missing. Profile again with --force.")
-        found.append(table["product"][rows[np.argsort(table["row"][rows])]])
+        found.append(dict(zip(table["row"][rows].tolist(), table["product"][rows].tolist(), strict=True)))
     away, moved = found
-    return np.divide(moved, away, out=np.zeros(steps), where=away > 0)
+    if away.keys() != moved.keys() or not away.keys() <= set(range(steps)):
+        raise FormatError(f"{where}: rows of kind away or response are missing. Profile again with --force.")
+    known = sorted(step for step, energy in away.items() if energy > 0)  # at step 0 nothing has moved yet
+    if not known:
+        return np.zeros(steps)
+    return np.interp(np.arange(steps), known, [moved[step] / away[step] for step in known])
 
 
 def site_products(table: Columns, model: Model, steps: int, history: int, where: Path) -> dict[str, np.ndarray]:

@@ -188,7 +188,7 @@ def test_a_forecast_error_from_the_sample_is_near_the_exact_one(profiled, tmp_pa
             true, guess = (float(weights @ g[s][steps] @ weights) for g in (exact, near))
             now, one, two = (found[site][i].double() for i in (t, t - 1, t - 2))
             squares = (now - 2 * one + two).square().sum(0).flatten().numpy() / 3  # a coordinate's, branches summed
-            assert squares.sum() == pytest.approx(true, rel=1e-6)
+            assert squares.sum() == pytest.approx(true, rel=1e-5)  # float32 outputs, small differences of them
             deviation = size * squares.std(ddof=1) / math.sqrt(count) * math.sqrt(1 - count / size)
             assert abs(guess - true) <= 4 * deviation
             assert deviation < 0.3 * true  # or the bound would say nothing

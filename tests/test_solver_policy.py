@@ -7,10 +7,12 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
+from sodaprof import dense
 from sodaprof.compiler import compile_schedule, default_policy, solver
 from sodaprof.compiler.history import place_with_history
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
 from sodaprof.compiler.solver import polished
+from sodaprof.errors import FormatError
 from sodaprof.profiles import load_profile
 from sodaprof.updates import OwnUpdate, own_weights, ridge_solve
 
@@ -145,7 +147,6 @@ def test_the_profile_knows_how_outputs_move_with_the_latents(profile):
     loaded = load_profile(profile)
     response = loaded.response()
     assert response.shape == (12,)
-    assert response[0] == 0  # every run begins with the same latents
     replay = Replay(tiny_pipe(), loaded.sampler, [1], [0])
     away = 1e-2 * (replay.states[8] - replay.states[5])
     moved = replay.output(8, replay.states[8] + away) - replay.outputs[8]
@@ -164,10 +165,23 @@ def test_the_response_is_the_part_of_the_change_that_goes_along_with_the_latents
     plan = plan_profile(pipe, "tiny", steps=6, samples=16, max_interval=3, prompts=[1, 2], states_only=True)
     moved = lambda self, step, x, clock=None: self.outputs[step] + 0.3 * (x - self.states[step])  # noqa: E731
     monkeypatch.setattr(Replay, "output", moved)
-    away, along = measure_response(pipe, plan)
-    assert away[0] == 0
-    assert (away[2:] > 0).all()
-    np.testing.assert_allclose(along[2:], 0.3 * away[2:], rtol=1e-3)
+    found = measure_response(pipe, plan)
+    assert sorted(found) == [3, 5]  # where the accelerated run calls the network, and the last step
+    for away, along in found.values():
+        assert away > 0
+        np.testing.assert_allclose(along, 0.3 * away, rtol=1e-3)
+
+
+def test_the_response_is_interpolated_between_the_steps_that_measured_it(tmp_path):
+    kinds = np.array(["state", "away", "away", "away", "response", "response", "response"])
+    rows = np.array([0, 0, 2, 4, 0, 2, 4])  # an older profile has step 0, too, at which nothing had moved yet
+    table = {"kind": kinds, "row": rows, "product": np.array([9.0, 0.0, 2.0, 4.0, 0.0, 1.0, 4.0])}
+    np.testing.assert_allclose(dense.response(table, 6, tmp_path), [0.5, 0.5, 0.5, 0.75, 1.0, 1.0])
+    table["row"] = np.array([0, 0, 2, 4, 0, 2, 3])
+    with pytest.raises(FormatError, match="rows of kind away or response are missing"):
+        dense.response(table, 6, tmp_path)
+    some = kinds == "state"
+    assert dense.response({name: column[some] for name, column in table.items()}, 6, tmp_path) is None
 
 
 def test_long_runs_are_polished_less(profile, monkeypatch):

@@ -66,7 +66,7 @@ class GramSums:
         folder: Path,
         past: dict[str, list[int]],
         samples: int,
-        response: tuple[np.ndarray, np.ndarray] | None = None,
+        response: dict[int, tuple[float, float]] | None = None,
     ) -> None:
         """Writes gram.parquet. past: steps of its turn before each step, by transformer; samples: generations summed.
 
@@ -79,9 +79,10 @@ class GramSums:
             step, age = np.nonzero(np.arange(self.ages + 1) <= before[:, None])
             place = (track.kind, track.transformer, track.site)
             parts.append(_rows(*place, step, step - age, sums[step, age], track.coordinates))
-        every = np.arange(self.steps)
-        for kind, sums in zip(("away", "response"), response or (), strict=False):
-            parts.append(_rows(kind, "", None, every, every, sums, self.latent))
+        if response:
+            at = np.array(list(response))
+            for kind, sums in zip(("away", "response"), np.array(list(response.values())).T, strict=True):
+                parts.append(_rows(kind, "", None, at, at, sums, self.latent))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         columns["product"] = columns["product"] / samples
         columns["n"] = np.full(len(columns["row"]), samples, dtype=np.int32)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ..errors import UnsupportedModelError
 from ..models.replay import Replay
 from ..models.stepper import Stepper
 from ..updates import MAX_HISTORY
 from .plan import ProfilePlan
 
-EVERY = 3  # the accelerated run calls the network for itself at every third step
+EVERY = 3  # the accelerated run calls the network at every third step
 MOST, SHARE = 4, 25  # generations: at most, and one of so many samples
-LEAST = 16  # samples below which it would cost more than it is worth: two runs of a generation
+LEAST = 16  # samples below which it would cost more than it is worth: a run of a generation and a third of one
 
 
 def generations(samples: int) -> int:
@@ -22,11 +20,12 @@ def generations(samples: int) -> int:
     return 0 if samples < LEAST else max(1, min(MOST, samples // SHARE))
 
 
-def measure_response(pipe: Any, plan: ProfilePlan) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns <d, d> and <d, r> at each step, [T] each, summed over a few generations; None where they cannot be replayed.
+def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, float]] | None:
+    """Returns <d, d> and <d, r> by step, summed over a few generations; None where they cannot be replayed.
 
     d: how far an accelerated run (full at every third step, its update fitted on the way) is from the plain one; r: how far
-    its guided output is. Their ratio is the response.
+    its guided output is. Their ratio is the response. Taken where the run calls the network, and at the last step; before the
+    first step d is zero.
     """
     request, count = plan.request, generations(plan.request["samples"])
     if not count:
@@ -37,12 +36,13 @@ def measure_response(pipe: Any, plan: ProfilePlan) -> tuple[np.ndarray, np.ndarr
     except UnsupportedModelError:  # the update, which alone asks for it, is refused there by name
         return None
     stepper = Stepper(replay, MAX_HISTORY)
-    at, found = stepper.start(), np.zeros((2, replay.steps))
+    at, found = stepper.start(), dict[int, tuple[float, float]]()
     for step in range(replay.steps):
-        output = replay.output(step, at.x)
-        away, moved = (at.x - replay.states[step]).double(), (output - replay.outputs[step]).double()
-        found[:, step] = float(away.square().sum()), float((away * moved).sum())
-        if step % EVERY == 0:
+        if step % EVERY == 0 or step == replay.steps - 1:
+            output = replay.output(step, at.x)
+            if step:
+                away, moved = (at.x - replay.states[step]).double(), (output - replay.outputs[step]).double()
+                found[step] = float(away.square().sum()), float((away * moved).sum())
             at = stepper.with_output(at, step, output)
         _, at = stepper.fitted(at, step)
-    return found[0], found[1]
+    return found
