@@ -1,9 +1,9 @@
 """A fitted state update from the model itself: step after step on the trajectory that the accelerated loop produces.
 
 At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to
-the full run's state at that step; the next step goes on from where these weights lead. Where the stack is skipped, its
-forecast's weights are fitted first, towards what the stack gives in the full run; both guided, for that is what an error
-weighs in the picture. Closed form, one run of the accelerated loop.
+the full run's state at that step; the next step goes on from where these weights lead. Where sites or the stack are forecast,
+the forecasts' weights are fitted first, towards what site or stack gives in the full run; the stack's guided, for that is
+what an error weighs in the picture. Closed form, one run of the accelerated loop.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .models.clock import Clock
 from .models.replay import Replay
 from .models.stepper import At, Stepper
 from .profiles import Profile
+from .runtime.actions import SiteRow
 from .runtime.attach import Handle, apply
 from .runtime.fits import check_fits
 from .runtime.stack import StackRow, block_of
@@ -33,9 +34,10 @@ SAMPLES = 20  # calibration generations of a fit
 
 
 class Fit:
-    """A closed-loop fit of a schedule's update and of its S cells' weights, which can begin where another one stood.
+    """A closed-loop fit of a schedule's update and of the weights of its F and S cells, which can begin where another one stood.
 
-    resumable: others are to begin in the midst of this one, for which everything that they may forecast from is kept.
+    resumable: others are to begin in the midst of this one, for which everything that the stack may be forecast from is kept;
+    not where sites keep anything.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Fit:
         self.ats: list[At] = [self.stepper.start()]  # before each step taken and after the last
         self.rows: list[tuple[float, ...]] = []  # of the update
         self.cells: dict[int, Forecast] = {}  # S step -> its forecast
+        self.at_sites: dict[int, dict[str, Forecast]] = {}  # step -> site -> the forecast of its F cell
         self.kept: list[Any] = [{}]  # beside `ats`, where resumable: what the stack row remembers
 
     def follow(self, other: Fit, steps: int) -> None:
@@ -62,7 +65,7 @@ class Fit:
     def run(self, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
         """Takes the steps that are left and returns each generation's distance to the full run, dB."""
         row = network_row(self.schedule)
-        targets = self._targets()
+        targets, site_targets = self._targets(), self._site_targets()
         attached = played(self.replay, self.schedule)
         with attached as clock:
             skips = attached.handle.stacks[0] if attached.handle and attached.handle.stacks else None
@@ -72,10 +75,13 @@ class Fit:
                 skips.stores = skips.snapshot()  # what is kept from now on is not the former fit's
                 if self.resumable:
                     skips.keep_all()
+            rows = attached.handle.rows if attached.handle else []
             for step in range(len(self.rows), self.replay.steps):
                 at = self.ats[-1]
+                if step in site_targets:
+                    self.at_sites[step] = self._weighed_sites(rows, step, site_targets[step])
                 if skips is not None and row[step] == "S":
-                    self.cells[step] = self._weighed(skips, step, targets[step])
+                    self.cells[step] = self._weighed_stack(skips, step, targets[step])
                 if row[step] != "-":
                     at = self.stepper.computed(at, step, clock)
                 coefficients, at = self.stepper.fitted(at, step)
@@ -89,13 +95,20 @@ class Fit:
         """Returns the schedule with what was fitted, said to be closed loop on the replay's generations."""
         ((name, plan),) = self.schedule.transformers.items()
         cells = tuple(self.cells[step] for step in sorted(self.cells))
+        at_sites = {
+            site: tuple(self.at_sites[step][site] for step in sorted(self.at_sites) if site in self.at_sites[step])
+            for site in plan.forecasts
+        }
         fitted = {
             "loop": "closed", "guidance_scale": self.schedule.sampler.guidance_scale,
             "seed": self.replay.seeds[0], "samples": len(self.replay.seeds),
         }  # fmt: skip
         update = Update(self.replay.update.basis, self.history, tuple(self.rows), fitted)
         return replace(
-            self.schedule, transformers={name: replace(plan, stack_forecasts=cells)}, update=update, measured=()
+            self.schedule,
+            transformers={name: replace(plan, forecasts=at_sites, stack_forecasts=cells)},
+            update=update,
+            measured=(),
         )
 
     def _targets(self) -> dict[int, Tensor]:
@@ -110,7 +123,29 @@ class Fit:
             if step >= len(self.rows)
         }
 
-    def _weighed(self, skips: StackRow, step: int, target: Tensor) -> Forecast:
+    def _site_targets(self) -> dict[int, dict[str, Tensor]]:
+        """Returns for each step to come that has F cells what their sites give in the full run."""
+        ((_, plan),) = self.schedule.transformers.items()
+        layouts = {site: plan.layout(site) for site in plan.rows}
+        steps = [step for step, cells in enumerate(zip(*plan.rows.values(), strict=True)) if "F" in cells]
+        return {step: self.replay.at_sites(step, layouts) for step in steps if step >= len(self.rows)}
+
+    def _weighed_sites(self, rows: Sequence[SiteRow], step: int, targets: dict[str, Tensor]) -> dict[str, Forecast]:
+        """Returns the F cells of a step with weights fitted to their targets, under which it is about to run."""
+        found = {}
+        for row in rows:
+            cell = row.forecasts[step]
+            if cell is None:
+                continue
+            sources = [
+                self.replay.site_values([row.stores[n].sources[source] for n in sorted(row.stores)], row.layout)
+                for source in cell.sources
+            ]
+            weights = forecast_weights(sources, targets[row.key], self.strength)
+            found[row.key] = row.forecasts[step] = replace(cell, weights=weights)
+        return found
+
+    def _weighed_stack(self, skips: StackRow, step: int, target: Tensor) -> Forecast:
         """Returns the S cell of a step with weights fitted to its target, under which it is about to run."""
         sources = [self.replay.guided(step, calls) for calls in skips.sources(step)]
         weights = forecast_weights(sources, target, self.strength)

@@ -2,6 +2,7 @@
 
 C  every site computes
 R  every site reuses
+F  every site forecasts from the newest full steps
 S  the stack is skipped, its last block's output or drift forecast from the newest full steps
 -  the network is not called
 """
@@ -9,16 +10,17 @@ S  the stack is skipped, its last block's output or drift forecast from the newe
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from .errors import UnsupportedModelError
 from .schedule import Forecast, Plan, Schedule, Update
 from .updates import MAX_HISTORY
 
-CELLS = {"C": ("C", "."), "R": ("R", "."), "S": ("-", "S"), "-": ("-", "-")}  # letter -> of the sites, of the stack
+# letter -> of the sites, of the stack
+CELLS = {"C": ("C", "."), "R": ("R", "."), "F": ("F", "."), "S": ("-", "S"), "-": ("-", "-")}
 LETTERS = {cells: letter for letter, cells in CELLS.items()}
-SOURCES = 3  # full steps that an S step forecasts from where the schedule has none that would say: as policy drift
+SOURCES = 3  # full steps that a step forecasts from where the schedule has none that would say: as policy drift
 REACH = (-3, -2, -1, 1, 2, 3)  # steps by which a full step may move
 DRAWS = 10_000  # of which one must be new and allowed
 
@@ -35,9 +37,9 @@ def columns_of(schedule: Schedule) -> str:
         found = "".join(sorted(set(cells)))
         if (found, plan.stack[step]) not in LETTERS:
             raise UnsupportedModelError(
-                f"refine takes steps that compute (C) or reuse (R) at every site, skip the stack (S) or the network (-); step "
-                f"{step} holds {found} (stack {plan.stack[step]}). Give a schedule of --policy solver, drift, dpcache, magcache, "
-                "fora, soda --knob uas=none, or one of mix that is made of such steps."
+                "refine takes steps that compute (C), reuse (R) or forecast (F) at every site, skip the stack (S) or the "
+                f"network (-); step {step} holds {found} (stack {plan.stack[step]}). Give a schedule of --policy solver, fit, "
+                "drift, taylor, dpcache, magcache, fora, soda --knob uas=none, or one of mix that is made of such steps."
             )
         columns += LETTERS[found, plan.stack[step]]
     if len(forms := {cell.form for cell in plan.stack_forecasts}) > 1:
@@ -50,20 +52,29 @@ def columns_of(schedule: Schedule) -> str:
 def drawn(schedule: Schedule, columns: str) -> Schedule:
     """Returns the schedule with these columns in place of its own, forecasts and update as place holders.
 
-    An S step's sources are the newest full steps, as many and in the form as in the schedule.
+    What forecasts does so from the newest full steps, as many as in the schedule, S steps in its form.
     """
     ((name, plan),) = schedule.transformers.items()
     cells, stack = ("".join(CELLS[letter][i] for letter in columns) for i in (0, 1))
-    count = max((len(cell.sources) for cell in plan.stack_forecasts), default=SOURCES)
     form = plan.stack_forecasts[0].form if plan.stack_forecasts else "drift"
-    skips = []
-    for step, letter in enumerate(columns):
-        if letter == "S":
-            sources = [t for t in reversed(range(step)) if columns[t] == "C"][:count]
-            skips.append(Forecast(tuple(sources), (1.0, *[0.0] * (len(sources) - 1)), form))
-    new = Plan(plan.class_name, plan.fingerprint, dict.fromkeys(plan.rows, cells), stack, stack_forecasts=tuple(skips))
+    skips = _forecasts(columns, "S", plan.stack_forecasts, form)
+    at_sites = _forecasts(columns, "F", [cell for row in plan.forecasts.values() for cell in row], "output")
+    new = Plan(
+        plan.class_name, plan.fingerprint, dict.fromkeys(plan.rows, cells), stack,
+        forecasts=dict.fromkeys(plan.rows, at_sites) if at_sites else {}, stack_forecasts=skips,
+    )  # fmt: skip
     still = Update("output", MAX_HISTORY, ((1.0, *[0.0] * MAX_HISTORY),) * len(columns), {})
     return replace(schedule, transformers={name: new}, token_rule=None, update=schedule.update or still, measured=())
+
+
+def _forecasts(columns: str, letter: str, like: Iterable[Forecast], form: str) -> tuple[Forecast, ...]:
+    """Returns a forecast that reuses for each step of this letter, from as many full steps as the longest of `like`."""
+    count, found = max((len(cell.sources) for cell in like), default=SOURCES), []
+    for step, own in enumerate(columns):
+        if own == letter:
+            sources = [t for t in reversed(range(step)) if columns[t] == "C"][:count]
+            found.append(Forecast(tuple(sources), (1.0, *[0.0] * (len(sources) - 1)), form))
+    return tuple(found)
 
 
 def proposed(

@@ -74,15 +74,11 @@ def refine(
     in, by default FLOPs; no candidate costs more than `schedule` with a fitted update. max_cache: bytes that the caches of one
     generation may take. on_progress is given (evaluations, dB on the search generations, dB on the validation generations).
     Raises BudgetError for settings without an end or a schedule that keeps more than max_cache, UnsupportedModelError for
-    schedules that are no columns of full, reused and skipped steps, MismatchError where the pipeline is another one.
+    schedules that are no columns of full, reused, forecast and skipped steps, MismatchError where the pipeline is another one.
     """
     output = Path(output)
     state = output.with_name(output.name + ".search")
-    if seconds is None and evaluations is None:
-        raise BudgetError("A search needs an end. Give --time 5m, or --evaluations 200.")
-    if samples < 4:
-        raise BudgetError(f"--samples is {samples}; expected at least 4, three quarters of which are searched on.")
-    columns = columns_of(schedule)
+    columns = check_search(schedule, seconds, evaluations, samples)
     check_fits(pipe, schedule)
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
@@ -91,7 +87,8 @@ def refine(
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, sampler.guidance_scale, entries[0])
     costs = cost or count_flops(pipe, model, step)
     (name,) = schedule.transformers
-    idle = "-R" if stack_of(pipe, name, model.transformers[name], step) is None else "-RS"
+    stacked = stack_of(pipe, name, model.transformers[name], step) is not None
+    idle = "-R" + "S" * stacked + "F" * ("F" in columns)
     budget, kept = costs.schedule(first), cache_bytes(first, model)
     if max_cache is not None and kept > max_cache:
         raise BudgetError(
@@ -168,6 +165,17 @@ def refine(
     return best
 
 
+def check_search(schedule: Schedule, seconds: float | None, evaluations: int | None, samples: int) -> str:
+    """Returns the columns that a search would begin with; raises, as `refine`, where no model is needed to refuse it."""
+    if seconds is None and evaluations is None:
+        raise BudgetError("A search needs an end. Give --time 5m, or --evaluations 200.")
+    if evaluations is not None and evaluations < 0:
+        raise BudgetError(f"--evaluations is {evaluations}; expected 0 (fit, search nothing) or more.")
+    if samples < 4:
+        raise BudgetError(f"--samples is {samples}; expected at least 4, three quarters of which are searched on.")
+    return columns_of(schedule)
+
+
 class Bench:
     """Fits candidates closed loop on a replay, from the first step in which they differ from the one settled on."""
 
@@ -180,7 +188,7 @@ class Bench:
         """Returns the fitted schedule of these columns and each generation's distance to the full run, dB."""
         schedule = drawn(self.schedule, columns)
         assert schedule.update is not None  # drawn() gives it one
-        caches = "R" in columns  # which would have to be taken up, too: from the start
+        caches = not set("RF").isdisjoint(columns)  # which would have to be taken up, too: from the start
         fit = Fit(self.replay, schedule, schedule.update.history, resumable=not caches)
         settled = self.known.get(self.settled)
         if settled is not None and not caches and ("S" in self.settled or "S" not in columns):

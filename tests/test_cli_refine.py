@@ -53,8 +53,8 @@ def test_a_time_that_is_none_is_told_before_the_model_is_loaded(refused, first, 
     assert f"--time is {span!r}; expected a number above 0 with its unit, as in --time 5m" in said
 
 
-def test_a_search_without_an_end(refused, model, first, target):
-    said = refused("refine", model, first, output=target)
+def test_a_search_without_an_end_is_told_before_the_model_is_loaded(refused, first, target):
+    said = refused("refine", "no-such-model", first, output=target)
     assert "Give --time 5m, or --evaluations" in said
 
 

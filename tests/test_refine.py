@@ -18,6 +18,7 @@ from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.draw import cache_bytes
 from sodaprof.cost import cost_of
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
+from sodaprof.models import replay as replaying
 from sodaprof.models.recording import tapped
 from sodaprof.models.replay import Replay
 from sodaprof.refine import Bench, refine, surely_gained
@@ -59,6 +60,11 @@ def drift(profile):
     return compile_schedule(profile.folder, "2.0x", "drift")
 
 
+@pytest.fixture(scope="module")
+def forecasts(profile):
+    return compile_schedule(profile.folder, "2.0x", "fit")
+
+
 def replay_of(pipe, profile, seeds):
     return Replay(pipe, profile.sampler, [1 + seed % 3 for seed in seeds], seeds)
 
@@ -87,15 +93,26 @@ def one_source(schedule):
     return {name: replace(plan, stack_forecasts=cells)}
 
 
-def test_steps_that_mix_actions_and_forms_are_refused(pipe, profile, drift):
+def test_forecasts_of_sites_are_drawn_from_the_newest_full_steps(forecasts):
+    columns = columns_of(forecasts)
+    assert set(columns) == {"C", "F"}
+    again = drawn(forecasts, columns)
+    assert columns_of(again) == columns
+    (plan,), (before,) = again.transformers.values(), forecasts.transformers.values()
+    assert plan.forecasts.keys() == plan.rows.keys()
+    for site, cells in plan.forecasts.items():
+        assert [cell.sources for cell in cells] == [cell.sources for cell in before.forecasts[site]]
+        assert all(cell.weights == (1.0, *[0.0] * (len(cell.sources) - 1)) for cell in cells)
+    assert not next(iter(drawn(forecasts, "C--C").transformers.values())).forecasts
+
+
+def test_steps_that_mix_actions_and_forms_are_refused(pipe, drift):
     mixed = schedule_for(pipe, steps=STEPS)
     ((name, plan),) = mixed.transformers.items()
     key = next(iter(plan.rows))
     plan = replace(plan, rows=plan.rows | {key: "CR" + "C" * (STEPS - 2)})
     with pytest.raises(UnsupportedModelError, match="step 1 holds CR"):
         columns_of(replace(mixed, transformers={name: plan}))
-    with pytest.raises(UnsupportedModelError, match=r"holds F .* --policy solver, drift"):
-        columns_of(compile_schedule(profile.folder, "2.0x", "fit"))
     ((name, plan),) = drift.transformers.items()
     first, *others = plan.stack_forecasts
     plan = replace(plan, stack_forecasts=(replace(first, form="output"), *others))
@@ -144,6 +161,53 @@ def test_forecast_weights_are_a_least_squares():
     assert all(float(f"{weight:.6g}") == weight for weight in found)
     still = torch.zeros(2, 3, 4)
     assert forecast_weights([still, still], still) == (1.0, 0.0)
+
+
+def at_site(replay, site, step, x):
+    """What a site gives at a step for other latents, on both branches; no schedule in the way."""
+    found = []
+
+    def hear(forward, args, kwargs):
+        found.append(forward(*args, **kwargs))
+        return found[-1]
+
+    with tapped(replay.module.get_submodule(site), hear, "test.site"):
+        replay.output(step, x)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", [None, TwoPassPipeline])
+def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(kind, forecasts):
+    pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
+    sampler = schedule_for(pipe, steps=STEPS).sampler
+    replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
+    start = replace(drawn(forecasts, "CCFCFFRCF-CF"), sampler=sampler)
+    fit = Fit(replay, start, 3)
+    distances = fit.run()
+    (plan,) = fit.fitted().transformers.values()
+    ats = {step: fit.ats[step].x for step in range(STEPS)}
+    for site in list(plan.rows)[:3]:
+        for cell, step in zip(plan.forecasts[site], (2, 4, 5, 8, 11), strict=True):
+            sources = [at_site(replay, site, source, ats[source]) for source in cell.sources]
+            target = at_site(replay, site, step, replay.states[step])
+            np.testing.assert_allclose(
+                cell.weights, forecast_weights(sources, target, fit.strength), rtol=1e-3, atol=2e-5
+            )
+    np.testing.assert_allclose(play(replay, fit.fitted()), distances, atol=1e-3)
+
+
+def test_site_weights_of_a_sample_of_coordinates_are_near(pipe, profile, forecasts, monkeypatch):
+    def weights():
+        fit = Fit(replay_of(pipe, profile, range(6)), forecasts, 3)
+        fit.run()
+        (plan,) = fit.fitted().transformers.values()
+        return np.array([weight for cells in plan.forecasts.values() for cell in cells for weight in cell.weights])
+
+    whole = weights()
+    monkeypatch.setattr(replaying, "COORDINATES", 200)  # of 256
+    some = weights()
+    assert 0 < np.abs(some - whole).max() < 0.3
+    assert np.abs(some - whole).mean() < 0.03
 
 
 def drift_at(replay, step, x):
@@ -228,7 +292,7 @@ def test_what_candidates_share_at_their_beginning_is_run_once(pipe, profile, dri
     assert schedule.digest() == Bench(replay, drift).evaluate("CC-C---CS---")[0].digest()
 
 
-@pytest.mark.parametrize("start", ["solver", "drift"])
+@pytest.mark.parametrize("start", ["solver", "drift", "forecasts"])
 def test_a_search_is_reproducible_resumable_and_never_worse(pipe, tmp_path, start, request):
     schedule = request.getfixturevalue(start)
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
@@ -276,7 +340,7 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, tmp_p
         assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
 
 
-@pytest.mark.parametrize("columns", [MIXED, "CCSCS-SCSSSS"])
+@pytest.mark.parametrize("columns", [MIXED, "CCSCS-SCSSSS", "CCFCFRSCFS-F"])
 def test_what_is_written_gives_in_the_pipeline_what_the_search_saw(pipe, drift, tmp_path, columns, monkeypatch):
     start, seen = drawn(drift, columns), []
     best = refine(
@@ -391,7 +455,8 @@ def test_refine_from_the_command_line(command, model, drift, tmp_path):
         ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
         ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
         ("drift", ("--objective", "distribution", "--max-cache", "1MB"), "--max-cache and --scheduler out"),
-        ("fit", (), "holds F (stack .). Give a schedule of --policy solver, drift"),
+        ("soda", (), "(stack .). Give a schedule of --policy solver, fit, drift"),
+        ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
         (None, (), "several transformers (high, low)"),
     ],
 )

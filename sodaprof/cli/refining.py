@@ -115,8 +115,10 @@ def refine_(
     most = None if max_cache is None else parse_size(max_cache)
     from ..cost import load_cost
     from ..models.load import load_pipeline, read_prompts
-    from ..refine import refine
+    from ..refine import check_search, refine
 
+    samples = 24 if samples is None else samples
+    check_search(first, seconds, evaluations, samples)  # ahead of the model
     pipe = load_pipeline(model, dtype, device, scheduler)
     with progress(console, "refine") as on_progress:
 
@@ -126,7 +128,7 @@ def refine_(
 
         scores: dict[str, float] = {}
         best = refine(
-            pipe, first, output, seconds=seconds, evaluations=evaluations, samples=24 if samples is None else samples,
+            pipe, first, output, seconds=seconds, evaluations=evaluations, samples=samples,
             seed=seed or 0, force=force, prompts=None if prompts is None else read_prompts(prompts),
             cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
         )  # fmt: skip

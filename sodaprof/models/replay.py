@@ -7,11 +7,13 @@ arguments of its step, and guidance is the weighted sum that was read off the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
@@ -20,10 +22,14 @@ from ..sites import Sampler
 from ..updates import OwnUpdate
 from .clock import Clock
 from .guidance import combined, guidance_of
+from .layout import as_tokens, main_part
 from .load import OwnCall, call, transformers_of
 from .probe import hidden_states
 from .recording import latents_of, tapped
 from .solvers import own_update
+
+COORDINATES = 2048  # of a generation that a site's weights are fitted on
+WITHOUT = "Compile without --fit; the schedule is then fitted open loop."
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,7 @@ class Replay:
         parts = transformers_of(pipe)
         if len(parts) > 1:
             raise UnsupportedModelError(
-                f"{type(pipe).__name__} has several transformers ({', '.join(parts)}); closed-loop fits take one. "
-                "Compile without --fit."
+                f"{type(pipe).__name__} has several transformers ({', '.join(parts)}); closed-loop fits take one. {WITHOUT}"
             )
         self.module = next(iter(parts.values()))
         if "_sodaprof" in vars(pipe.scheduler):
@@ -66,6 +71,8 @@ class Replay:
         self._outs: list[Any] = []  # of the step under way
         self._weights: list[tuple[list[float], bool]] = []  # guidance, by step
         self._stack: dict[tuple[int, str], torch.Tensor] = {}  # step, form -> `through_stack`
+        self._sites: dict[int, dict[str, torch.Tensor]] = {}  # step -> `at_sites`
+        self._coordinates: dict[int, torch.Tensor] = {}  # elements of a generation -> those of `site_values`
         states: list[torch.Tensor] = []
         outputs: list[torch.Tensor] = []
         take_step = pipe.scheduler.step
@@ -80,7 +87,10 @@ class Replay:
             if not states:
                 states.append(sample[:count].float())
             elif not torch.equal(states[-1], sample[:count].float()):
-                raise UnsupportedModelError(f"{type(pipe).__name__} changes the latents between two steps.")
+                raise UnsupportedModelError(
+                    f"{type(pipe).__name__} changes the latents between two steps; closed-loop fits take pipelines that leave "
+                    f"them to the scheduler. {WITHOUT}"
+                )
             states.append(after[:count].float())
             outputs.append(output[:count].float())
             self._outs = []
@@ -92,7 +102,10 @@ class Replay:
             leaves, spec = tree_flatten((args, kwargs))
             at = next((i for i, leaf in enumerate(leaves) if leaf is given), None)
             if at is None or not torch.is_tensor(given):
-                raise UnsupportedModelError(f"{type(pipe).__name__} hands over its latents as a list.")
+                raise UnsupportedModelError(
+                    f"{type(pipe).__name__} hands its latents to the network as a list; closed-loop fits take one tensor. "
+                    f"{WITHOUT}"
+                )
             out = forward(*args, **kwargs)
             if not self._outs:
                 self.calls.append([])
@@ -174,16 +187,62 @@ class Replay:
             self._stack[step, form] = self.guided(step, outs)
         return self._stack[step, form]
 
+    @torch.no_grad()
+    def at_sites(self, step: int, layouts: Mapping[str, str]) -> dict[str, torch.Tensor]:
+        """Returns what sites gave at a step of the plain run, as `site_values` has them: {site: values}.
+
+        layouts: of the sites' outputs (`Plan.layout`). Costs one step of the plain network, the first time; the answers are
+        kept. The pipeline must carry no schedule.
+        """
+        if step not in self._sites:
+            calls: dict[str, list[torch.Tensor]] = {}
+            paths = dict.fromkeys(site.split("#")[0] for site in layouts)
+            order: Counter[str] = Counter()
+
+            def hear(path: str) -> Callable[..., Any]:
+                def tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                    out = forward(*args, **kwargs)
+                    site = path + (f"#{order[path]}" if order[path] else "")
+                    order[path] += 1
+                    if site in layouts:
+                        calls.setdefault(site, []).append(out)
+                    return out
+
+                return tap
+
+            with ExitStack() as stack:
+                for path in paths:
+                    stack.enter_context(tapped(self.module.get_submodule(path), hear(path), "sodaprof.sites"))
+                self._called(step, self.states[step], order.clear)
+            self._sites[step] = {site: self.site_values(outs, layouts[site]) for site, outs in calls.items()}
+        return self._sites[step]
+
+    def site_values(self, calls: Sequence[Any], layout: str) -> torch.Tensor:
+        """Returns a site's outputs, one a call of the network, at a fixed random sample of a generation's coordinates.
+
+        [calls · rows of a call, n], n at most COORDINATES. Of a tuple, what joint attention returns, its first part. The
+        branches side by side: guidance would weigh what they differ in, of which later layers know nothing.
+        """
+        whole = torch.cat([as_tokens(main_part(out), layout).reshape(self._fed, -1) for out in calls])
+        size = whole.shape[1]
+        if size <= COORDINATES:
+            return whole.float()
+        if size not in self._coordinates:
+            some = np.random.default_rng(0).choice(size, COORDINATES, replace=False)
+            self._coordinates[size] = torch.from_numpy(np.sort(some)).to(whole.device)
+        return whole.index_select(1, self._coordinates[size]).float()
+
     def guided(self, step: int, calls: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the sum of the branches that guidance takes at a step, of any tensors that the network's calls gave."""
         parts = calls[0].chunk(2) if self.sampler.guidance_form == "halves" else calls
         weights, _ = self._weights[step]
         return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
 
-    def _called(self, step: int, x: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the network's outputs for latents x under the arguments of a step, one a call."""
+    def _called(self, step: int, x: torch.Tensor, before: Callable[[], None] = lambda: None) -> list[torch.Tensor]:
+        """Returns the network's outputs for latents x under the arguments of a step, one a call; before: called ahead of each."""
         outs = []
         for one in self.calls[step]:
+            before()
             leaves = list(one.leaves)
             fed = x.to(self.dtype)
             leaves[one.latents] = torch.cat([fed] * (self._fed // fed.shape[0])) if self._fed > fed.shape[0] else fed
