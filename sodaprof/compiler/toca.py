@@ -103,7 +103,7 @@ def _compile(
     transformer = model.transformers[name]
     family = _family(policy, model, transformer)
     chosen = take_knobs(policy, default_knobs(policy, family, sampler.steps, str(knobs.get("ratio", ""))), knobs)
-    _check(policy, family, chosen)
+    _check(family, chosen)
     rule = _token_rule(policy, family, chosen, sampler)
 
     def drawn(rate: float) -> Schedule:
@@ -149,7 +149,7 @@ def _family(policy: str, model: Model, transformer: Transformer) -> Family:
     return family
 
 
-def _check(policy: str, family: Family, knobs: dict[str, Any]) -> None:
+def _check(family: Family, knobs: dict[str, Any]) -> None:
     """Raises BudgetError on knobs that make no sense, UnsupportedModelError on rules for sites that are not there."""
     for knob, allowed in (("score", BASES), ("ratio", tuple(RATIOS)), ("once_per_step", (0, 1))):
         if knobs[knob] not in allowed:

@@ -61,7 +61,7 @@ class Clock:
         @functools.wraps(step)
         def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.step is not None:
-                self._check_step(timestep, sample)
+                self._check_step(timestep)
             if self.loop is not None and self.loop.final is not None:
                 result = self.loop.last()
             elif self.update is not None and self.step is not None:
@@ -105,7 +105,7 @@ class Clock:
                 f"{_brief(found)}. Call it with {how}, or profile and compile for these timesteps."
             )
 
-    def _check_step(self, timestep: Any, sample: torch.Tensor) -> None:
+    def _check_step(self, timestep: Any) -> None:
         assert self.step is not None
         wanted = self.sampler.timesteps[self.step]
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no synchronisation for the check
