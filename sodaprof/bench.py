@@ -20,6 +20,7 @@ from .errors import SodaprofError
 from .launches import device_facts, launches_of
 from .models.discover import inspect_pipeline
 from .models.load import call, default_prompts, transformers_of
+from .models.recording import stepping
 from .profiler.run import versions
 from .runtime.attach import Handle, apply
 from .schedule import Schedule
@@ -80,7 +81,7 @@ def marked(pipe: Any) -> Iterator[Marks]:
         hooks.append(transformer.register_forward_pre_hook(lambda *_: marks("in")))
         hooks.append(transformer.register_forward_hook(lambda *_: marks("out")))
     scheduler = pipe.scheduler
-    own, step = vars(scheduler).get("step"), scheduler.step
+    step = scheduler.step
 
     def timed(*args: Any, **kwargs: Any) -> Any:
         marks("begin")
@@ -88,14 +89,10 @@ def marked(pipe: Any) -> Iterator[Marks]:
         marks("end")
         return result
 
-    scheduler.step = timed
     try:
-        yield marks
+        with stepping(scheduler, timed):
+            yield marks
     finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
         for hook in hooks:
             hook.remove()
 

@@ -34,6 +34,7 @@ from .schedule import Schedule
 FORMAT, VERSION = "sodaprof.refine", 2
 CHANCE = 25  # percentile of the draws at which a candidate must gain
 DRAWS = 1000
+LEAST = 4  # calibration generations
 PATIENCE = 6  # improvements in a row that the validation generations do not share, then the search ends
 
 
@@ -171,8 +172,15 @@ def check_search(schedule: Schedule, seconds: float | None, evaluations: int | N
         raise BudgetError("A search needs an end. Give --time 5m, or --evaluations 200.")
     if evaluations is not None and evaluations < 0:
         raise BudgetError(f"--evaluations is {evaluations}; expected 0 (fit, search nothing) or more.")
-    if samples < 4:
-        raise BudgetError(f"--samples is {samples}; expected at least 4, three quarters of which are searched on.")
+    if samples < LEAST:
+        raise BudgetError(
+            f"--samples is {samples}; expected at least {LEAST}, three quarters of which are searched on."
+        )
+    if schedule.profile is not None and schedule.profile["samples"] < LEAST:
+        raise BudgetError(
+            f"The schedule's profile has {schedule.profile['samples']} calibration generations; a search takes at least {LEAST}. "
+            f"Profile and compile again, with --samples {LEAST} or more."
+        )
     return columns_of(schedule)
 
 

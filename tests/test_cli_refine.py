@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -56,6 +57,14 @@ def test_a_time_that_is_none_is_told_before_the_model_is_loaded(refused, first, 
 def test_a_search_without_an_end_is_told_before_the_model_is_loaded(refused, first, target):
     said = refused("refine", "no-such-model", first, output=target)
     assert "Give --time 5m, or --evaluations" in said
+
+
+def test_a_profile_of_too_few_generations(refused, first, target, tmp_path):
+    few = json.loads(first.read_text())
+    few["profile"]["samples"] = 3
+    (tmp_path / "few.json").write_text(json.dumps(few))
+    said = refused("refine", "no-such-model", tmp_path / "few.json", "--evaluations", 1, output=target)
+    assert "has 3 calibration generations; a search takes at least 4. Profile and compile again" in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sodaprof
 from sodaprof.closed_loop import fit_to_model, fit_update, play
 from sodaprof.compiler import compile_schedule
 from sodaprof.cost import cost_of
-from sodaprof.errors import MismatchError
+from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.models.replay import Replay
 
 from .pipelines import TwoPassPipeline, draw, schedule_for, tiny_pipe
@@ -50,6 +50,16 @@ def test_a_replay_gives_the_outputs_that_the_scheduler_was_given(kind):
     moved = replay.output(5, replay.states[5] + 0.1)
     assert (moved - replay.outputs[5]).abs().max() > 1e-3
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_step_of_the_users_own_is_kept(pipe, monkeypatch):
+    own = lambda *args, **kwargs: type(pipe.scheduler).step(pipe.scheduler, *args, **kwargs)  # noqa: E731
+    monkeypatch.setitem(vars(pipe.scheduler), "step", own)
+    sampler = schedule_for(pipe, steps=STEPS).sampler
+    assert vars(pipe.scheduler)["step"] is own  # the first step was recorded
+    with pytest.raises(UnsupportedModelError, match=r"del scheduler\.step"):
+        Replay(pipe, sampler, [1], [5])
+    assert vars(pipe.scheduler)["step"] is own
 
 
 def test_a_replay_refuses_a_pipeline_that_carries_a_schedule(pipe, profile):

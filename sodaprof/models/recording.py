@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,20 @@ def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
 def tapped(module: nn.Module, function: Callable[..., Any], name: str) -> AbstractContextManager[None]:
     """Replaces the module's forward by function(original_forward, args, kwargs) while the block runs."""
     return hooked(module, _Tap(function), name)
+
+
+@contextmanager
+def stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
+    """Replaces the scheduler's step while the block runs; afterwards it is what it was, be it the user's own."""
+    own = vars(scheduler).get("step")
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        if own is None:
+            del scheduler.step
+        else:
+            scheduler.step = own
 
 
 @dataclass
@@ -110,13 +124,9 @@ def record_step(
     with ExitStack() as stack:
         for name, module in parts.items():
             stack.enter_context(tapped(module, record(name), "sodaprof.record"))
-        scheduler.step = advance
-        try:
+        stack.enter_context(stepping(scheduler, advance))
+        with suppress(_Enough):
             call(pipe, entries, [0] * len(entries), steps, guidance_scale, own=own)
-        except _Enough:
-            pass
-        finally:
-            del scheduler.step
     if any(len(steps) < done for steps in called.values()):
         step.called = {name: tuple(steps) for name, steps in called.items()}
     if not step.calls or not step.timesteps:

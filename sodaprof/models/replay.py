@@ -25,7 +25,7 @@ from .guidance import combined, guidance_of
 from .layout import as_tokens, main_part
 from .load import OwnCall, call, transformers_of
 from .probe import hidden_states
-from .recording import latents_of, tapped
+from .recording import latents_of, stepping, tapped
 from .solvers import own_update
 
 COORDINATES = 2048  # of a generation that a site's weights are fitted on
@@ -116,8 +116,7 @@ class Replay:
 
         with ExitStack() as stack:
             stack.enter_context(tapped(self.module, note, "sodaprof.replay"))
-            pipe.scheduler.step = advance
-            stack.callback(lambda: vars(pipe.scheduler).pop("step", None))
+            stack.enter_context(stepping(pipe.scheduler, advance))
             call(pipe, entries, seeds, sampler.steps, sampler.guidance_scale, output_type="latent", own=own)
         if tuple(pipe.scheduler.timesteps.tolist()) != sampler.timesteps:
             raise MismatchError(

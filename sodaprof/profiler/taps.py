@@ -13,7 +13,7 @@ import torch
 from ..errors import MismatchError
 from ..models.clock import Clock, Moment, TransformerHook
 from ..models.layout import as_tokens, main_part
-from ..models.recording import hooked, tapped
+from ..models.recording import hooked, stepping, tapped
 from .errors import Ring, StaleErrors, pooled
 from .plan import RATES, ProfilePlan
 from .products import Products
@@ -121,11 +121,8 @@ class Taps:
                 self.on_step(step + 1)
             return result
 
-        scheduler.step = advance
-        try:
+        with stepping(scheduler, advance):
             yield
-        finally:
-            scheduler.step = take_step
 
     def _follow(self, products: Products, name: str, module: torch.nn.Module, stack: Stack) -> None:
         """Listens to what the first block is given and the last one returns."""
