@@ -101,7 +101,8 @@ bench: .venv/ready
 	  --policy soda --budget $$b -o $(BENCH)/soda-ms-$$b.json --force; done
 	set -e; for b in 2.0x 5.0x; do $(BIN)/sodaprof compile schedules/tiny-dit/profile --cost $(BENCH)/cost.json \
 	  --policy solver --budget $$b -o $(BENCH)/solver-ms-$$b.json --force; done
-	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(BENCH)/soda-ms-*.json $(BENCH)/solver-ms-*.json --force -o $(RESULTS)/bench-tiny-dit.json
+	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(foreach b,1.25x 1.5x 1.75x 2.0x,$(BENCH)/soda-ms-$(b).json) \
+	  $(foreach b,2.0x 5.0x,$(BENCH)/solver-ms-$(b).json) --force -o $(RESULTS)/bench-tiny-dit.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.

@@ -26,6 +26,8 @@ FORMAT, VERSION = "sodaprof.cost", 1
 
 @dataclass(frozen=True)
 class SiteCost:
+    """What the cells of a site cost by action, in the unit of the cost model."""
+
     C: float
     R: float
     F: tuple[float, ...]  # K = 1…4
@@ -58,6 +60,8 @@ class TransformerCost:
 
 @dataclass(frozen=True)
 class CostModel:
+    """What the steps of a denoising loop cost, guidance branches included: in FLOPs, or in a device's milliseconds."""
+
     unit: str  # "flops" or "ms"
     device: str
     dtype: str

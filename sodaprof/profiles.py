@@ -80,6 +80,8 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Profile(Inspection):
+    """A profile folder: its tables are read when they are asked for."""
+
     manifest: dict[str, Any]
 
     @property

@@ -123,6 +123,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Schedule:
+    """What each site of each transformer does at each step, the sampler that it is bound to, and where it comes from."""
+
     transformers: dict[str, Plan]
     sampler: Sampler
     shape: dict[str, Any]

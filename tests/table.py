@@ -204,6 +204,7 @@ def make_latency(maker: Maker, setting: Setting, variants: Sequence[Variant]) ->
         rows = [
             row | ({"loop_speedup": speedups[row["name"]]} if row["name"] in speedups else {})
             for row in kept_rows(result, made)
+            if row["name"] != "fora"  # the control, of equal FLOPs: the policy is there at equal milliseconds
         ]
         budgets.append({"budget": budget, "rows": rows, "left_out": left_out})
     head = heading("sodaprof.table", model, result, [v for v in variants if v.latency])

@@ -172,7 +172,7 @@ def test_another_guidance_scale_runs_and_the_report_names_the_fitted_one(pipe):
     with sodaprof.apply(pipe, mixed_schedule(pipe)) as handle:
         draw(pipe, guidance_scale=2.0)
         assert handle.report().complete
-        assert "fitted at guidance 4.0" in str(handle.report())
+        assert "profiled at guidance 4.0" in str(handle.report())
 
 
 def test_two_pipelines_at_once(pipe):

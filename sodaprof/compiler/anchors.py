@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 
+Placements = dict[int, tuple[list[int], float]]  # number of anchors -> the cheapest placement and its cost
 
-def place_anchors(segment: np.ndarray, steps: int, most: int | None = None) -> dict[int, tuple[list[int], float]]:
+
+def place_anchors(segment: np.ndarray, steps: int, most: int | None = None) -> Placements:
     """Returns for every possible number of anchors the cheapest placement and its cost: {count: (anchors, cost)}.
 
     segment [T, n_max + 1]: cost of an anchor at step t that serves the n − 1 steps after it (n = 1: none); entries with
@@ -38,19 +41,23 @@ def place_anchors(segment: np.ndarray, steps: int, most: int | None = None) -> d
     return found
 
 
-def place_in_turns(segment: np.ndarray, turns: Sequence[range]) -> dict[int, tuple[list[int], float]]:
+def place_in_turns(segment: np.ndarray, turns: Sequence[range]) -> Placements:
     """Returns `place_anchors` for a transformer that works in turns, at whose first steps it computes everything.
 
     segment: as there, of all T steps; no segment goes beyond its turn. Exact: counts of anchors are split over the turns.
     """
-    found: dict[int, tuple[list[int], float]] = {0: ([], 0.0)}
+    found: Placements = {0: ([], 0.0)}
     for turn in turns:
-        longer: dict[int, tuple[list[int], float]] = {}
-        for count, (own, error) in place_anchors(segment[turn.start : turn.stop], len(turn)).items():
-            for before, (anchors, so_far) in found.items():
-                if count + before not in longer or so_far + error < longer[count + before][1]:
-                    longer[count + before] = [*anchors, *(turn.start + step for step in own)], so_far + error
-        found = longer
+        found = joined(found, place_anchors(segment[turn.start : turn.stop], len(turn)), turn.start)
+    return found
+
+
+def joined(before: Placements, own: Placements, start: int) -> Placements:
+    """Returns the best placements of several turns by their number of anchors in all; own: of the turn from `start` on."""
+    found: Placements = {}
+    for (count, (anchors, error)), (more, (others, further)) in product(before.items(), own.items()):
+        if count + more not in found or error + further < found[count + more][1]:
+            found[count + more] = [*anchors, *(start + step for step in others)], error + further
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..cost import CostModel, TransformerCost
 from ..errors import BudgetError
 from ..sites import Model, Sampler
-from .anchors import place_anchors
+from .anchors import joined, place_anchors
 from .draw import reuse_only_cost, unreachable, within
 from .forecasts import Weigh, segment_costs, sources_of
 
@@ -114,7 +114,7 @@ def place_forecasts(
             )
             segment[: rule.first - 1, ..., 2:] = np.inf
             affordable = max(int((full / budget - loop) / table.full), rule.first + -(-len(turn) // longest))
-            found = _joined(found, place_with_history(segment, affordable), turn.start)
+            found = joined(found, place_with_history(segment, affordable), turn.start)
         options[name] = [
             placed(turns[name], anchors, rule.history, known, table, idle, e) for anchors, e in found.values()
         ]
@@ -153,14 +153,3 @@ def placed(
         sources |= sources_of(anchors, turn, history, known)
     each = [idle(table, k) for k in range(1, history + 1)]
     return Placed(anchors, sources, error, len(anchors) * table.full + sum(each[len(s) - 1] for s in sources.values()))
-
-
-def _joined(
-    before: dict[int, tuple[list[int], float]], own: dict[int, tuple[list[int], float]], start: int
-) -> dict[int, tuple[list[int], float]]:
-    """Returns the best placements of several turns by their number of anchors in all."""
-    joined: dict[int, tuple[list[int], float]] = {}
-    for (count, (anchors, error)), (more, (others, further)) in product(before.items(), own.items()):
-        if count + more not in joined or error + further < joined[count + more][1]:
-            joined[count + more] = [*anchors, *(start + step for step in others)], error + further
-    return joined

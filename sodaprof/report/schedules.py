@@ -20,6 +20,10 @@ STYLES = {
     "-": "dim",
     "_": "dim",
 }
+LEGEND = {
+    "C": "computes", "R": "reuses", "P": "recomputes k tokens", "F": "forecasts", "S": "stack forecast", "-": "no network",
+    "_": "another transformer's step",
+}  # fmt: skip
 BARS = " ▁▂▃▄▅▆▇█"
 BASES = {"output": "outputs", "data": "data predictions"}
 
@@ -118,10 +122,8 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
         text.append(
             f"{'not computed':<{margin}}" + "".join(BARS[round(s * (len(BARS) - 1))] for s in shares) + "\n", "dim"
         )
-    turns = "  _ another transformer's step" if "_" in plan.stack else ""
-    skipped = "  - no network" if "-" in plan.stack else ""
-    stack = "  S stack forecast" if "S" in plan.stack else ""
-    text.append(f"C computes  R reuses  P recomputes k tokens  F forecasts{stack}{skipped}{turns}", "dim")
+    met = set(plan.stack).union(*plan.rows.values())
+    text.append("  ".join(f"{letter} {told}" for letter, told in LEGEND.items() if letter in met), "dim")
     return text
 
 

@@ -51,7 +51,7 @@ class Report:
         sizes = sorted(set(self.resized.values()))
         tokens = "".join(f", {before} tokens re-scaled to {now}" for before, now in sizes)
         speed = "" if self.speedup is None else f", {self.speedup:.2f}x {self.unit} predicted"
-        return f"executed/planned: {counts}{speed}, fitted at guidance {self.guidance_scale}{tokens}, {self.path}"
+        return f"executed/planned: {counts}{speed}, profiled at guidance {self.guidance_scale}{tokens}, {self.path}"
 
 
 class Handle:
