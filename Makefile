@@ -103,6 +103,7 @@ bench: .venv/ready
 	  --policy solver --budget $$b -o $(BENCH)/solver-ms-$$b.json --force; done
 	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(foreach b,1.25x 1.5x 1.75x 2.0x,$(BENCH)/soda-ms-$(b).json) \
 	  $(foreach b,2.0x 5.0x,$(BENCH)/solver-ms-$(b).json) --force -o $(RESULTS)/bench-tiny-dit.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.light_steps tiny-dit $(BENCH)/dit-s-2 -o $(RESULTS)/light-steps.json
 	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
 
 # Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.

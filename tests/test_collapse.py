@@ -10,6 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sodaprof
 from sodaprof.errors import MismatchError, SodaprofError
+from sodaprof.runtime import collapse
+from sodaprof.runtime.actions import weighted
 from sodaprof.runtime.collapse import Run, Scalars
 from sodaprof.runtime.streams import Kept, Stream, Term, streams_of
 from sodaprof.schedule import Forecast
@@ -69,6 +71,80 @@ def test_a_weight_as_a_tensor_multiplies_to_the_bits_of_the_number(dtype):
         assert torch.equal(product, values * weight)
         assert scalars[weight, dtype] is scalars[weight, dtype]  # made once
     assert len(scalars) == 3
+
+
+WHOLE, SPLIT = (2, 6, 4), (2, 2, 3, 4)
+TERMS = [
+    # weights of the kept outputs (None: as it is), gated?, how the block sees its stream there
+    ((1.75, -0.751234), True, WHOLE),
+    ((None,), True, WHOLE),
+    ((1 / 3, 3.1, -2.7), True, WHOLE),
+    ((0.3,), False, WHOLE),
+    ((None,), False, SPLIT),
+    ((1.75, -0.751234), True, SPLIT),
+    ((0.6, 0.7), False, WHOLE),
+    ((1.1, -0.1), True, WHOLE),
+]
+WIDE, NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.filterwarnings("error")  # memory of another shape would be made to fit
+@pytest.mark.parametrize("tried", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "odd"),
+    [(dtype, odd) for dtype in WIDE + NARROW for odd in ("", "strided", "one for all")]
+    + [(dtype, odd) for dtype in WIDE for odd in ("narrow", "narrow last")],
+)
+def test_one_term_after_the_other_gives_the_bits_of_plain_operators(monkeypatch, dtype, odd, tried):
+    if not tried:  # as where torch does not give these bits in one operator
+        monkeypatch.setattr(collapse, "adds_products", lambda dtype: False)
+    noise = torch.Generator().manual_seed(0)
+    wanted = start = torch.randn(WHOLE, generator=noise).to(dtype)
+    total, given = collapse._Total(start, Scalars()), [(start, start.clone())]
+    for weights, gated, shape in TERMS:
+        outputs = [torch.randn(shape, generator=noise).to(dtype) for _ in weights]
+        if odd == "strided":
+            outputs = [output.transpose(1, 2).contiguous().transpose(1, 2) for output in outputs]
+        elif odd == "one for all" and gated:
+            outputs = [output[:1] for output in outputs]
+        elif gated:  # the gate makes of a narrow one what the stream is
+            first = {"narrow": 0, "narrow last": 1}.get(odd, len(outputs))
+            outputs = [output.bfloat16() if i >= first else output for i, output in enumerate(outputs)]
+        gate = torch.randn(2, *[1] * (len(shape) - 2), 4, generator=noise).to(dtype) if gated else None
+        given += [(tensor, tensor.clone()) for tensor in (*outputs, gate) if tensor is not None]
+        kept = tuple(Kept(i, (), weight) for i, weight in enumerate(weights))
+        collapse._ordered(total, outputs, Term(kept, 0 if gated else None, shape), gate)
+        part = outputs[0] if weights[0] is None else weighted(outputs, weights)
+        wanted = wanted.view(shape) + (part if gate is None else gate * part)
+        assert torch.equal(total.value, wanted)
+    assert all(torch.equal(now, before) for now, before in given)  # nothing is written to but the sum's own
+
+
+@pytest.mark.parametrize("dtype", WIDE + NARROW)
+@pytest.mark.parametrize("size", [1, 7, 64, 100_003])
+def test_one_operator_is_taken_for_two_only_where_it_gives_their_bits(dtype, size):
+    adds = collapse.adds_products(dtype)
+    assert adds is False or dtype in WIDE
+    noise = torch.Generator().manual_seed(size)
+    total, tensor = torch.randn(2, size, generator=noise, dtype=torch.float64).to(dtype)
+    for weight in (1.75, -0.751234, 1 / 3, 1.0, -0.0):
+        wanted = total + tensor * weight
+        if adds:
+            assert torch.equal(total.clone().addcmul_(tensor, collapse.ONE, value=weight), wanted)
+            across = tensor.repeat(3, 1).T.contiguous().T  # strided: no vectors
+            assert torch.equal(total.repeat(3, 1).addcmul_(across, collapse.ONE, value=weight), wanted.repeat(3, 1))
+
+
+def test_forecasts_of_branches_and_batches_do_not_meet():
+    pipe = tiny_pipe(cls=TwoPassPipeline)
+    schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRRCFFRF"), forecasts=dict.fromkeys(SITES, (TAYLOR,) * 3))
+    calls = {(1, 2): 0, (3,): 1, (4, 5, 6): 2}
+    with sodaprof.apply(pipe, schedule):
+        wanted = {labels: draw(pipe, labels, seed=seed) for labels, seed in calls.items()}
+    with sodaprof.apply(pipe, schedule, lower=True):
+        for _ in range(3):
+            for labels, seed in calls.items():  # in turn, as requests come
+                assert np.array_equal(draw(pipe, labels, seed=seed), wanted[labels])
 
 
 def test_mixed_cells_stay_with_their_blocks():

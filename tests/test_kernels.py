@@ -46,7 +46,7 @@ def tensors(terms, shape, dtype, slots=5):
 
 def by_torch(start, arena, gates, terms, add):
     """The sum as `collapse` takes it."""
-    total = collapse._Total(start)
+    total = collapse._Total(start, collapse.Scalars())
     for i, (sources, gated) in enumerate(terms):
         kept = tuple(Kept(slot, (), weight) for slot, weight in sources)
         term = Term(kept, i if gated else None, tuple(start.shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from ..errors import MismatchError
 from ..models.clock import Moment
 from . import kernels
 from .actions import Given, Made
-from .lower import BlockCall, LoweredBlock
+from .lower import BlockCall, LoweredBlock, leaves_of
 from .streams import Stream, Term, streams_of
 
-NOTHING = Made(None)
+NOTHING, ONE = Made(None), torch.tensor(1.0, device="cpu")
 Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
 
 
@@ -52,8 +53,20 @@ class Scalars(dict[tuple[float, torch.dtype], torch.Tensor]):
 
     def __missing__(self, key: tuple[float, torch.dtype]) -> torch.Tensor:
         weight, dtype = key
-        self[key] = torch.tensor(weight, dtype=torch.promote_types(dtype, torch.float32))
+        self[key] = torch.tensor(weight, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
         return self[key]
+
+
+@lru_cache
+def adds_products(dtype: torch.dtype) -> bool:
+    """Returns whether one addcmul on a CPU gives the bits of a product by a weight and its addition, found by trying.
+
+    It takes sum + (weight * tensor) * 1: an FMA of the last two changes no bit. Narrow types' products it does not round.
+    """
+    noise = torch.Generator().manual_seed(0)
+    total, tensor = torch.randn(2, 4099, generator=noise, dtype=torch.float64, device="cpu").to(dtype)
+    both = torch.equal(total.addcmul(tensor, ONE, value=1 / 3), total + tensor * (1 / 3))
+    return both and dtype in (torch.float32, torch.float64)
 
 
 @dataclass
@@ -80,7 +93,7 @@ class Run:
 
     def call(self, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the block's output: of all blocks at the first, which the others hand on."""
-        leaves, member = tree_flatten((args, kwargs))[0], self.members[self.at]
+        leaves, member = leaves_of((args, kwargs), []), self.members[self.at]
         if self.at == 0:
             self.handed = self._sums(moment, leaves)
         elif any(s is not None and leaves[s.origin] is not h for s, h in zip(member.streams, self.handed, strict=True)):
@@ -128,13 +141,10 @@ class Run:
         ]
 
     def _sum(self, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
-        total = _Total(start)
+        total, add = _Total(start, self.scalars), _fused if self.fused else _ordered
         if not (on_gpu(start) and self._by_kernel(total, added)):
             for outputs, term, factor in added:
-                if self.fused:
-                    _fused(total, outputs, term, factor)
-                else:
-                    _ordered(total, outputs, term, factor, self.scalars)
+                add(total, outputs, term, factor)
         return total.result(stream)
 
     def _by_kernel(self, total: _Total, added: list[Added]) -> bool:
@@ -175,9 +185,16 @@ def _gates(shape: torch.Size) -> tuple[tuple[int, ...], ...]:
 class _Total:
     """A sum under way: its first addition makes a tensor of its own, the others add to it in place."""
 
-    def __init__(self, start: torch.Tensor) -> None:
-        self.value, self.dtype, self.own = start.contiguous(), start.dtype, False
-        self.buffer: torch.Tensor | None = None
+    def __init__(self, start: torch.Tensor, scalars: Scalars) -> None:
+        self.value, self.dtype, self.shape, self.own = start.contiguous(), start.dtype, tuple(start.shape), False
+        self.scalars, self.adds = scalars, start.device.type == "cpu" and adds_products(start.dtype)
+        self.buffer: torch.Tensor | None = None  # for one term after the other
+
+    def seen(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Returns the sum so far as a block sees its stream: a view takes as long as a small network's addition."""
+        if self.shape != shape:
+            self.value, self.shape, self.buffer = self.value.view(shape), shape, None
+        return self.value
 
     def result(self, stream: Stream) -> torch.Tensor:
         """Returns the sum laid out as the blocks' own would be: what comes after may depend on it in its last bits."""
@@ -187,17 +204,21 @@ class _Total:
         return torch.empty_strided(stream.shape, stream.stride, dtype=self.dtype, device=value.device).copy_(value)
 
 
-def _ordered(
-    total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch.Tensor | None, scalars: Scalars
-) -> None:
-    value, part = total.value.view(term.shape), outputs[0]
+def _ordered(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch.Tensor | None) -> None:
+    value, part = total.seen(term.shape), outputs[0]
+    buffer = total.buffer = torch.empty_like(value) if total.buffer is None else total.buffer
     for i, (output, kept) in enumerate(zip(outputs, term.kept, strict=True)):
-        weighted = output if kept.weight is None else output * scalars[kept.weight, output.dtype]
-        part = weighted if i == 0 else part.add_(weighted)
+        if kept.weight is None:  # the only one
+            break
+        if i and total.adds and part is buffer and output.dtype is total.dtype:
+            buffer.addcmul_(output, ONE, value=kept.weight)
+        elif i:
+            part.add_(output * total.scalars[kept.weight, output.dtype])
+        else:
+            fits = output.dtype is total.dtype and output.shape == term.shape
+            part = torch.mul(output, total.scalars[kept.weight, output.dtype], out=buffer if fits else None)
     if factor is not None:
-        if total.buffer is None:
-            total.buffer = torch.empty_like(total.value)
-        part = torch.mul(factor, part, out=total.buffer.view(term.shape))
+        part = torch.mul(factor, part, out=buffer)
     total.value = value.add_(part) if total.own else value + part
     total.own = True
 
@@ -206,7 +227,7 @@ def _fused(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch
     if not total.own:
         total.value = total.value.to(torch.promote_types(total.dtype, torch.float32), copy=True)
         total.own = True
-    value = total.value.view(term.shape)
+    value = total.seen(term.shape)
     for output, kept in zip(outputs, term.kept, strict=True):
         weight = 1.0 if kept.weight is None else kept.weight
         if factor is None:
