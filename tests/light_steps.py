@@ -96,7 +96,14 @@ def main() -> None:
         schedule = schedule_of(pipe, name)
         rows.append({"model": Path(name).name} | shares(timed(pipe, schedule, options.runs)))
         print(rows[-1])
-    about = {"format": "sodaprof.light-steps", "version": 1, "command": "make bench", "device": "cpu", "threads": 1}
+    about = {
+        "format": "sodaprof.light-steps",
+        "version": 1,
+        "command": "make bench",
+        "device": "cpu",
+        "dtype": "float32",
+        "threads": 1,
+    }
     about |= {"hardware": device_facts("cpu"), "versions": versions(), "runs": options.runs, "runtime": "lowered"}
     write_json(options.output, about | {"rows": rows}, force=True)
 

@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
+
 from sodaprof.report.page import benchmark_markdown, figures, page
+
+from . import light_steps
 
 ROOT = Path(__file__).parents[1]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -60,6 +64,23 @@ def test_what_inductor_takes(tmp_path):
     }  # fmt: skip
     (tmp_path / "compiled-x.json").write_text(json.dumps(data))
     assert "8.500 ms plain, 2.250 ms compiled (max-autotune), in a graph captured by hand 1.312 ms" in page(tmp_path)
+
+
+def test_what_light_steps_take(tmp_path):
+    times = np.full((3, light_steps.STEPS), np.nan)
+    for letter, ms in {"C": 20.0, "R": 1.0, "F": 1.5, "-": 0.1}.items():
+        times[:, [t for t, action in enumerate(light_steps.ROW) if action == letter]] = ms
+    times[0] *= 2  # a slow run counts as the others: all is held against its own full steps
+    found = light_steps.shares(times)
+    assert found["ms"] == {"full": 20.0, "reuse": 1.0, "forecast, two sources": 1.5, "no network": 0.1}
+    assert found["percent of full"]["forecast over reuse"] == [2.5, 2.5, 2.5]
+    data = {
+        "format": "sodaprof.light-steps", "device": "cpu", "hardware": {"name": "a processor"}, "threads": 1,
+        "dtype": "float32", "versions": {"torch": "2.13.0"}, "command": "make bench", "rows": [{"model": "m"} | found],
+    }  # fmt: skip
+    (tmp_path / "light-steps.json").write_text(json.dumps(data))
+    line = "| m | 20.00 | 5.00 [5.00, 5.00] | 7.50 [7.50, 7.50] | 0.50 [0.50, 0.50] | 2.50 [2.50, 2.50] |"
+    assert line in page(tmp_path)
 
 
 def row(name, speedup, mean, **others):

@@ -43,6 +43,8 @@ def page(folder: Path) -> str:
             parts.append(f"## Beyond calibration: {path.stem}\n\n{_about(data)}\n\n{robustness_markdown(data)}\n")
         elif data.get("format") == "sodaprof.compiled":
             parts.append(f"## Compiled by Inductor: {path.stem}\n\n{compiled_markdown(data)}\n")
+        elif data.get("format") == "sodaprof.light-steps":
+            parts.append(f"## Light steps: {path.stem}\n\n{_about(data)}\n\n{light_markdown(data)}\n")
         elif data.get("format") == "sodaprof.profile":
             parts.append(f"## Profile: {path.stem}\n\n{profile_markdown(data)}\n")
     missing = [f"- {what}: not measured (`{name}`)" for what, name in WANTED.items() if not (folder / name).exists()]
@@ -85,6 +87,17 @@ def benchmark_markdown(data: dict[str, Any]) -> str:
             f"{row['speedup'] / predicted['speedup']:.3f}" if predicted else "",
             f"{min(steps):.2f}", f"{max(steps):.2f}", f"{min(launches)}–{max(launches)}",
         ])  # fmt: skip
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def light_markdown(data: dict[str, Any]) -> str:
+    """Returns what steps that compute little take of a full step, in percent with quartiles over the runs."""
+    kinds = list(data["rows"][0]["percent of full"])
+    lines = [["% of a full step", "full ms", *kinds], ["---", *["---:"] * (len(kinds) + 1)]]
+    for row in data["rows"]:
+        quartiles = (row["percent of full"][kind] for kind in kinds)
+        cells = (f"{middle:.2f} [{low:.2f}, {high:.2f}]" for low, middle, high in quartiles)
+        lines.append([row["model"], f"{row['ms']['full']:.2f}", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
