@@ -97,6 +97,13 @@ def marked(pipe: Any) -> Iterator[Marks]:
             hook.remove()
 
 
+def check_rounds(rounds: int, batch_size: int) -> None:
+    """Raises SodaprofError where there would be nothing to time."""
+    for option, value in (("--rounds", rounds), ("--batch-size", batch_size)):
+        if value < 1:
+            raise SodaprofError(f"{option} is {value}; expected at least 1.")
+
+
 def time_runs(
     pipe: Any,
     contenders: Sequence[Runs],
@@ -189,8 +196,7 @@ def benchmark(
     tables: the same with conditioning computed ahead. captured (on a GPU): that in CUDA graphs, as the schedules are.
     Speed-ups are against the last of these, so that no schedule is flattered.
     """
-    if rounds < 1 or batch_size < 1:
-        raise SodaprofError(f"--rounds is {rounds} and --batch-size {batch_size}; expected at least 1.")
+    check_rounds(rounds, batch_size)
     if schedules:
         steps = schedules[0].steps
     if any(s.sampler.timesteps != schedules[0].sampler.timesteps for s in schedules):

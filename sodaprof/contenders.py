@@ -13,6 +13,7 @@ import torch
 
 from .controls import FewerSteps, fewer_steps_at, fora_at, full_steps
 from .cost import CostModel
+from .errors import SodaprofError
 from .metrics import psnr_db
 from .models.classifier import Classifier
 from .models.load import call, pictures_of, takes_labels
@@ -67,6 +68,8 @@ class Run:
         classifier: Classifier | None,
         on_progress: Callable[[int, int], None],
     ) -> None:
+        if batch_size < 1:
+            raise SodaprofError(f"--batch-size is {batch_size}; expected at least 1.")
         self.pipe, self.entries, self.batch_size, self.scale = pipe, entries, batch_size, scale
         self.classifier, self.on_progress = classifier, on_progress
         self.done, self.total = 0, 0

@@ -98,12 +98,17 @@ class CostModel:
 
 
 def check_covers(cost: CostModel, sites: dict[str, list[str]]) -> None:
-    """Raises MismatchError unless the cost table knows every site of every transformer."""
+    """Raises MismatchError unless the cost table is of these sites, by transformer."""
     for name, keys in sites.items():
         known = cost.transformers[name].sites if name in cost.transformers else {}
         if missing := [key for key in keys if key not in known]:
             raise MismatchError(
                 f"The cost table has no costs for {name}/{missing[0]} ({len(missing)} sites missing). "
+                "Take the cost.flops.json or cost.json of the same model."
+            )
+        if others := [key for key in known if key not in keys]:
+            raise MismatchError(
+                f"The cost table has costs for {name}/{others[0]}, which this model has not ({len(others)} such sites). "
                 "Take the cost.flops.json or cost.json of the same model."
             )
 
@@ -170,13 +175,15 @@ def _from_json(data: dict[str, Any], where: str) -> CostModel:
     fields = {"unit", "device", "dtype", "batch", "tokens", "transformers", "loop", "outside"}
     exact_keys(data, fields | {"format", "version"}, where)
     if data["unit"] not in ("flops", "ms"):
-        raise FormatError(f"{where}: unit {data['unit']!r}; expected flops or ms.")
+        raise FormatError(f"{where}: unit {data['unit']!r}; expected flops or ms. Write the file again.")
     exact_keys(data["loop"], {"scheduler", "update", "guidance"}, f"{where}: loop")
     exact_keys(data["outside"], {"text_encoder", "vae"}, f"{where}: outside")
 
     def amount(value: Any) -> float:
         if not is_number(value) or value < 0:
-            raise FormatError(f"{where}: found the cost {value!r}; expected a number of at least 0.")
+            raise FormatError(
+                f"{where}: found the cost {value!r}; expected a number of at least 0. Write the file again."
+            )
         return float(value)
 
     def amounts(values: Any, make: Callable[[Any], Any] = amount) -> tuple[Any, ...]:
@@ -195,13 +202,22 @@ def _from_json(data: dict[str, Any], where: str) -> CostModel:
             exact_keys(site, {"C", "R", "F", "P", "map"}, f"{where}: {name}: {key}")
             points = amounts(site["P"], point)
             if not points or list(points) != sorted(points) or len(site["F"]) != 4:
-                raise FormatError(f"{where}: {name}: {key}: P needs points in order of k, and F four costs.")
+                raise FormatError(
+                    f"{where}: {name}: {key}: P needs points in order of k, and F four costs. Write the file again."
+                )
             costs = amount(site["C"]), amount(site["R"]), amounts(site["F"]), points, amount(site["map"])
             sites[key] = SiteCost(*costs)
         stack = amounts(step["stack"])
         if len(stack) != 4:
-            raise FormatError(f"{where}: {name}: step: stack needs four costs, found {len(stack)}.")
-        transformers[name] = TransformerCost(StepCost(amount(step["fixed"]), amount(step["all_cached"]), stack), sites)
+            raise FormatError(
+                f"{where}: {name}: step: stack needs four costs, found {len(stack)}. Write the file again."
+            )
+        known = TransformerCost(StepCost(amount(step["fixed"]), amount(step["all_cached"]), stack), sites)
+        if not known.full > 0:
+            raise FormatError(
+                f"{where}: {name}: a full step costs nothing; expected more than 0. Write the file again."
+            )
+        transformers[name] = known
     return CostModel(
         unit=data["unit"],
         device=str(data["device"]),

@@ -107,7 +107,9 @@ def site_numbers(table: Columns, rows: np.ndarray, transformer: Transformer, whe
     try:
         return np.array([order[place] for place in places], dtype=int)
     except KeyError as error:
-        raise FormatError(f"{where}: a table names the site {error}, model.json does not.") from None
+        raise FormatError(
+            f"{where}: a table names the site {error}, model.json does not. Profile again with --force."
+        ) from None
 
 
 def _square(table: Columns, rows: np.ndarray, past: np.ndarray, where: Path) -> np.ndarray:

@@ -28,7 +28,7 @@ from .metrics import (
 from .models.classifier import Classifier, load_classifier
 from .models.discover import inspect_pipeline
 from .models.flops import count_flops
-from .models.load import default_prompts
+from .models.load import check_entries, check_seeds, default_prompts
 from .profiler.run import versions
 from .schedule import Schedule
 
@@ -67,6 +67,7 @@ def evaluate(
     """
     if samples < 2:
         raise SodaprofError(f"--samples is {samples}; expected at least 2.")
+    check_seeds(range(seed, seed + samples))
     if not schedules:
         raise SodaprofError("No schedule to evaluate. Type: sodaprof eval MODEL schedule.json")
     sampler = schedules[0].sampler
@@ -76,6 +77,7 @@ def evaluate(
         _keep_apart(schedule, seed, samples)
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     entries = default_prompts(pipe) if prompts is None else list(prompts)
+    check_entries(pipe, entries)
     classifier = load_classifier(Path(str(pipe.config.get("_name_or_path", ""))))
     real = None if data is None else _features_of_data(classifier, data)
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])

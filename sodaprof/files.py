@@ -84,10 +84,18 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raises FormatError where `path` exists and `force` is not set."""
+def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
+    """Raises FormatError where `path` exists and `force` is not set, or no file can be written there; with `folder` no folder."""
     if path.exists() and not force:
         raise FormatError(f"{path}: exists already. Choose another name, or add --force to replace it.")
+    if path.exists() and not (path.is_dir() if folder else path.is_file()):
+        wanted = "folder" if folder else "file"
+        raise FormatError(f"{path}: something else than a {wanted} is there, and is not replaced. Choose another name.")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise FormatError(f"{path}: {above} is a file; expected a folder to write into. Choose another place.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise FormatError(f"{path}: the folder {above} may not be written. Choose another, or change its permissions.")
 
 
 def digest(data: Any) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .bench import contender_of, time_runs
+from .bench import check_rounds, contender_of, time_runs
 from .compiler.draw import draw_schedule
 from .cost import CostModel, SiteCost, StepCost, TransformerCost
 from .errors import SodaprofError, UnsupportedModelError
@@ -49,6 +49,7 @@ def measure_costs(
     Both costs of a step hold its share of filling the conditioning tables. Raises SodaprofError below 6 steps,
     UnsupportedModelError for several transformers or blocks that cannot be lowered.
     """
+    check_rounds(rounds, batch_size)
     if steps < FIRST + 2:
         raise SodaprofError(f"--steps is {steps}; costs are measured over at least {FIRST + 2}.")
     pool = default_prompts(pipe) if prompts is None else list(prompts)

@@ -73,7 +73,7 @@ class Inspection:
         update = checked(lambda: own_update_from_json(data, str(path)), str(path))
         if update.steps != self.sampler.steps:
             raise FormatError(
-                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. Profile again with --force."
+                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {_again(self.folder)}"
             )
         return update
 
@@ -181,6 +181,10 @@ def load_inspection(folder: str | Path) -> Inspection:
     if not folder.is_dir():
         raise FormatError(f"{folder}: no such folder. Make it: sodaprof profile MODEL -o {folder}")
     model_path, sampler_path = folder / "model.json", folder / "sampler.json"
+    if missing := [path for path in (model_path, sampler_path) if not path.exists()]:
+        raise FormatError(
+            f"{missing[0]}: no such file; expected a folder that profile or inspect wrote. Make it: sodaprof profile MODEL -o DIR"
+        )
     model = checked(lambda: model_from_json(read_json(model_path), str(model_path)), str(model_path))
     sampler = checked(lambda: sampler_from_json(read_json(sampler_path), str(sampler_path)), str(sampler_path))
     return Inspection(folder, model, sampler)
@@ -197,16 +201,22 @@ def load_profile(folder: str | Path) -> Profile:
     manifest = exact_keys(header(read_json(path), FORMAT, VERSION, str(path)), MANIFEST, str(path))
     for table in _named(manifest["tables"]):
         if not (inspection.folder / f"{table}.parquet").is_file():
-            raise FormatError(f"{folder}/{table}.parquet: no such file. Profile again with --force.")
+            raise FormatError(f"{folder}/{table}.parquet: no such file, which manifest.json names. {_again(folder)}")
         version = manifest["tables"].get(table) if isinstance(manifest["tables"], dict) else None
         newest = VERSIONS[table]
         if type(version) is not int or not 1 <= version <= newest:
             raise FormatError(
-                f"{path}: table {table} has version {version!r}, this release reads up to {newest}. Upgrade sodaprof."
+                f"{path}: table {table} has version {version!r}, this release reads 1 to {newest}. Upgrade sodaprof (pip install "
+                f"-U sodaprof) where it is newer, else profile again: sodaprof profile MODEL -o {folder} --force"
             )
     for key, least in (("seed", 0), ("samples", 1), ("max_interval", 2)):
         if type(manifest[key]) is not int or manifest[key] < least:
-            raise FormatError(f"{path}: {key} is {manifest[key]!r}; expected a whole number of at least {least}.")
+            raise FormatError(
+                f"{path}: {key} is {manifest[key]!r}; expected a whole number of at least {least}. {_again(folder)}"
+            )
+    entries = manifest["prompts"]
+    if not isinstance(entries, list) or not entries or not {type(e) for e in entries} <= {int, str}:
+        raise FormatError(f"{path}: prompts must be a list of at least one prompt or label. {_again(folder)}")
     return Profile(inspection.folder, inspection.model, inspection.sampler, manifest)
 
 
@@ -214,6 +224,10 @@ def _named(tables: Any) -> list[str]:
     """Returns the tables that a profile must have: gram where its manifest names it, the others unless it names gram alone."""
     gram = ["gram"] if isinstance(tables, dict) and "gram" in tables else []
     return gram if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]
+
+
+def _again(folder: str | Path) -> str:
+    return f"Profile again: sodaprof profile MODEL -o {folder} --force"
 
 
 def history_of(steps: int, max_interval: int) -> int:
@@ -241,21 +255,21 @@ def read_table(folder: Path, table: str, columns: list[str]) -> dict[str, np.nda
         before = [column for column in COLUMNS[table] if column not in ADDED.get(table, ())]
         if found.names not in (list(COLUMNS[table]), before):
             odd = sorted(set(found.names) ^ set(COLUMNS[table])) or ["their order"]
-            raise FormatError(f"{path}: columns differ from this release's: {', '.join(odd)}. Profile again.")
+            raise FormatError(f"{path}: columns differ from this release's: {', '.join(odd)}. {_again(folder)}")
         types = schema(table)
         if odd := [c for c in columns if found.field(c).type != types.field(c).type]:
-            raise FormatError(f"{path}: column {odd[0]} is of another type than this release's. Profile again.")
+            raise FormatError(f"{path}: column {odd[0]} is of another type than this release's. {_again(folder)}")
         data = pq.read_table(path, columns=columns)
     except FileNotFoundError:
-        raise FormatError(f"{path}: no such file. Profile again: sodaprof profile MODEL -o {folder} --force") from None
+        raise FormatError(f"{path}: no such file. {_again(folder)}") from None
     except (pa.ArrowException, OSError) as error:
-        raise FormatError(f"{path}: not readable as Parquet ({error}). Profile again with --force.") from None
+        raise FormatError(f"{path}: not readable as Parquet ({error}). {_again(folder)}") from None
     arrays = {c: data[c].to_numpy() for c in columns}
     for column, values in arrays.items():
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise FormatError(f"{path}: column {column} holds NaN or infinity. Profile again with --force.")
+            raise FormatError(f"{path}: column {column} holds NaN or infinity. {_again(folder)}")
         if data[column].null_count:
-            raise FormatError(f"{path}: column {column} has empty cells. Profile again with --force.")
+            raise FormatError(f"{path}: column {column} has empty cells. {_again(folder)}")
     return arrays
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import checked, digest, exact_keys, header, of_type, read_json, write_json
+from .errors import FormatError
+from .files import checked, digest, exact_keys, header, is_number, of_type, read_json, write_json
 from .legal import verify
-from .sites import Sampler, sampler_from_json, turn_ages
+from .sites import Sampler, sampler_from_json, shape_from_json, turn_ages
 
 FORMAT, VERSION = "sodaprof.schedule", 1
 
@@ -245,6 +246,15 @@ def _plan_from_json(data: Any, where: str) -> Plan:
     )
 
 
+def _check_predicted(data: Any, where: str) -> None:
+    exact_keys(data, {"unit", "speedup", "cost", "error", "cache_bytes"}, where)
+    of_type(data["unit"], str, f"{where}: unit")
+    of_type(data["cache_bytes"], int, f"{where}: cache_bytes")
+    for key in ("speedup", "cost", "error"):
+        if not (is_number(data[key]) or (key == "error" and data[key] is None)):
+            raise FormatError(f"{where}: {key} is {data[key]!r}; expected a number. Write the file again.")
+
+
 def _schedule_from_json(data: dict[str, Any], where: str) -> Schedule:
     keys = {f.name for f in dataclasses.fields(Schedule)} | {"format", "version"}
     exact_keys(data, keys, where)
@@ -263,17 +273,22 @@ def _schedule_from_json(data: dict[str, Any], where: str) -> Schedule:
         exact_keys(profile, {"digest", "seed", "samples"}, f"{where}: profile")
         for key, kind in (("digest", str), ("seed", int), ("samples", int)):
             of_type(profile[key], kind, f"{where}: profile: {key}")
+        if profile["seed"] < 0 or profile["samples"] < 1:
+            raise FormatError(
+                f"{where}: profile: seed {profile['seed']} and samples {profile['samples']}; expected at least 0 and 1. "
+                "Write the file again."
+            )
     policy = exact_keys(data["policy"], {"name", "knobs"}, f"{where}: policy")
     of_type(policy["name"], str, f"{where}: policy: name")
     of_type(policy["knobs"], dict, f"{where}: policy: knobs")
     for record in of_type(data["measured"], list, f"{where}: measured"):
         of_type(record, dict, f"{where}: measured")
     if data["predicted"] is not None:
-        of_type(data["predicted"], dict, f"{where}: predicted")
+        _check_predicted(data["predicted"], f"{where}: predicted")
     return Schedule(
         transformers={n: _plan_from_json(p, f"{where}: transformer {n}") for n, p in data["transformers"].items()},
         sampler=sampler_from_json(data["sampler"], f"{where}: sampler"),
-        shape=of_type(data["shape"], dict, f"{where}: shape"),
+        shape=shape_from_json(data["shape"], f"{where}: shape"),
         policy=policy,
         profile=profile,
         token_rule=None if rule is None else TokenRule(**rule),

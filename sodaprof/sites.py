@@ -120,14 +120,18 @@ def sampler_from_json(data: Any, where: str) -> Sampler:
     exact_keys(data, {"class", "config", "timesteps", "guidance"}, where)
     guidance = exact_keys(data["guidance"], {"form", "scale"}, f"{where}: guidance")
     if guidance["form"] not in ("halves", "passes", "none"):
-        raise FormatError(f"{where}: guidance form {guidance['form']!r}; expected halves, passes or none.")
+        raise FormatError(
+            f"{where}: guidance form {guidance['form']!r}; expected halves, passes or none. Write the file again."
+        )
     if guidance["scale"] is not None and not is_number(guidance["scale"]):
-        raise FormatError(f"{where}: guidance scale {guidance['scale']!r}; expected a number or null.")
+        raise FormatError(
+            f"{where}: guidance scale {guidance['scale']!r}; expected a number or null. Write the file again."
+        )
     timesteps = data["timesteps"]
     if not isinstance(timesteps, list) or not timesteps or not all(is_number(t) for t in timesteps):
-        raise FormatError(f"{where}: timesteps must be a list of at least one number.")
+        raise FormatError(f"{where}: timesteps must be a list of at least one number. Write the file again.")
     if not isinstance(data["config"], dict) or not isinstance(data["class"], str):
-        raise FormatError(f"{where}: class must be a string and config an object.")
+        raise FormatError(f"{where}: class must be a string and config an object. Write the file again.")
     return Sampler(data["class"], data["config"], tuple(timesteps), guidance["form"], guidance["scale"])
 
 
@@ -140,6 +144,16 @@ def raster_of(latent: Sequence[int], patch: int | Sequence[int], tokens: int) ->
     frames = tokens // (rows * columns)
     most = latent[-3] if len(latent) > 3 else 1
     return (frames, rows, columns) if 0 < frames <= most and frames * rows * columns == tokens else None
+
+
+def shape_from_json(data: Any, where: str) -> dict[str, Any]:
+    """Returns the shape that a model was looked at with, of a model or a schedule; FormatError on anything else."""
+    exact_keys(data, {"latent", "tokens", "batch_profiled", "dtype"}, where)
+    of_type(data["dtype"], str, f"{where}: dtype")
+    numbers = [*of_type(data["latent"], list, f"{where}: latent"), data["tokens"], data["batch_profiled"]]
+    if not data["latent"] or not all(type(n) is int and n > 0 for n in numbers):
+        raise FormatError(f"{where}: latent, tokens and batch_profiled must be whole numbers above 0. Profile again.")
+    return dict(data)
 
 
 def model_from_json(data: Any, where: str) -> Model:
@@ -163,8 +177,9 @@ def model_from_json(data: Any, where: str) -> Model:
         if turns and (not called or sorted({*called}) != list(called) or called[0] < 0):
             raise FormatError(f"{at}: called is {list(called)}; expected steps in rising order. Profile again.")
         transformers[name] = Transformer(entry["class"], entry["fingerprint"], sites, called)
-    shape = exact_keys(data["shape"], {"latent", "tokens", "batch_profiled", "dtype"}, f"{where}: shape")
-    of_type(shape["dtype"], str, f"{where}: shape: dtype")
+    if not transformers:
+        raise FormatError(f"{where}: no transformers. Run `sodaprof inspect` again.")
+    shape = shape_from_json(data["shape"], f"{where}: shape")
     for key in ("name", "pipeline"):
         of_type(data[key], str, f"{where}: {key}")
     return Model(data["name"], data["pipeline"], transformers, shape)

@@ -42,6 +42,7 @@ def short(value: Any) -> str:
 
 
 PLAN = ("transformers", "transformer")
+PREDICTED = {"unit": "flops", "speedup": 2.0, "cost": 5.0e9, "error": 0.1, "cache_bytes": 4096}
 
 # ---- what goes in comes out -------------------------------------------------------------------------------------------
 
@@ -52,7 +53,7 @@ def test_round_trip(name, request, tmp_path):
     given = replace(
         given,
         profile={"digest": "ab" * 32, "seed": 7, "samples": 100},
-        predicted={"unit": "flops", "speedup": 2.0, "error": 0.1},
+        predicted=PREDICTED,
         measured=({"device": "cpu", "speedup": 1.9}, {"device": "gpu", "speedup": 1.8}),
     )
     given.save(tmp_path / "a.json")
@@ -344,7 +345,19 @@ def test_numbers_are_finite(schedule, tmp_path, word, where):
         (("token_rule", "share_halves"), "no"),
         (("token_rule", "bonus"), 10**400),
         (("update",), []),
+        (("shape", "latent"), None),
+        (("shape", "latent"), []),
+        (("shape", "latent", 1), 0),
+        (("shape", "tokens"), "64"),
+        (("shape", "dtype"), None),
         (("predicted",), 2.0),
+        (("predicted",), {"speedup": 2.0}),
+        (("predicted",), PREDICTED | {"speedup": None}),
+        (("predicted",), PREDICTED | {"unit": 1}),
+        (("predicted",), PREDICTED | {"error": "small"}),
+        (("predicted",), PREDICTED | {"cache_bytes": 1.5}),
+        (("profile",), {"digest": "ab", "seed": -1, "samples": 4}),
+        (("profile",), {"digest": "ab", "seed": 0, "samples": 0}),
         (("measured",), None),
         (("measured",), "fast"),
         (("measured",), {"device": "cpu"}),

@@ -67,6 +67,11 @@ def main() -> None:
     except OSError as error:
         reason = "The disk is full" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
         code = _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}. Nothing was left half-written.")
+    except UnicodeEncodeError as error:
+        shown = error.object[error.start]
+        code = _fail(
+            f"What is printed to takes {error.encoding} alone, which has no {shown!r}. Set PYTHONIOENCODING=utf-8."
+        )
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             print(f"sodaprof: {error.format_message()} See: sodaprof --help", file=sys.stderr)

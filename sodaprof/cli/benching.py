@@ -21,6 +21,7 @@ from .shared import (
     Scale,
     Scheduler,
     Steps,
+    check_outputs,
     make_console,
     progress,
     say_next,
@@ -47,12 +48,10 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time the denoising loop: plain, all computed here, and under each schedule; measure costs in milliseconds."""
-    from ..files import refuse_existing, write_json
+    from ..files import write_json
     from ..schedule import load_schedule
 
-    for path in (cost, output):
-        if path is not None:
-            refuse_existing(path, force)
+    check_outputs({"--cost": cost, "--output": output}, force)
     loaded = [load_schedule(path) for path in schedules or []]
     if loaded and steps not in (None, loaded[0].steps):
         raise SodaprofError(f"The schedules are for {loaded[0].steps} steps, --steps is {steps}. Leave --steps out.")
@@ -65,7 +64,7 @@ def bench(
     console = make_console(stderr=as_json)
     pipe = load_pipeline(model, dtype, device, scheduler)
     entries = None if prompts is None else read_prompts(prompts)
-    steps = loaded[0].steps if loaded else steps or default_steps(pipe)
+    steps = loaded[0].steps if loaded else default_steps(pipe) if steps is None else steps
     scale = loaded[0].sampler.guidance_scale if loaded and guidance_scale is None else guidance_scale
     if cost is not None:
         with progress(console, "costs") as on_progress:

@@ -15,7 +15,7 @@ def doctor(model: Model, steps: Steps = None, as_json: Json = False) -> None:
 
     console = make_console(stderr=as_json)
     pipe = load_pipeline(model, device="cpu")
-    steps = steps or default_steps(pipe)
+    steps = default_steps(pipe) if steps is None else steps
     result = diagnose(pipe, model, steps)
     if as_json:
         print(json.dumps(result))

@@ -23,6 +23,7 @@ from .shared import (
     Scale,
     Scheduler,
     Steps,
+    check_outputs,
     duration,
     make_console,
     one_of,
@@ -64,7 +65,7 @@ def profile(
     """Measure what every step, layer and module suffers when its result is reused, pruned or forecast."""
     from ..files import refuse_existing
 
-    refuse_existing(output, force)
+    refuse_existing(output, force, folder=True)
     one_of("--tokens", tokens, ("pooled", "full"))
     from ..compiler import default_policy
     from ..models.load import load_pipeline, read_prompts
@@ -117,7 +118,7 @@ def inspect(
     from ..files import refuse_existing
 
     if output is not None:
-        refuse_existing(output, force)
+        refuse_existing(output, force, folder=True)
     from ..cost import save_cost
     from ..models.discover import inspect_pipeline
     from ..models.flops import count_flops
@@ -128,7 +129,7 @@ def inspect(
 
     pipe = load_pipeline(model, dtype, device, scheduler)
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    found, sampler, step = inspect_pipeline(pipe, model, steps or default_steps(pipe), scale)
+    found, sampler, step = inspect_pipeline(pipe, model, default_steps(pipe) if steps is None else steps, scale)
     cost = count_flops(pipe, found, step)
     console = make_console(stderr=as_json)
     if as_json:
@@ -172,17 +173,19 @@ def run(
 ) -> None:
     """Make pictures with a schedule, and say what was planned and executed."""
     from ..files import refuse_existing
+    from ..report.pictures import check_picture, save_picture, save_side_by_side, strip
     from ..schedule import load_schedule
 
     refuse_existing(output, force)
+    if output.suffix != ".mp4":
+        check_picture(output)
     entries: list[int | str] = [*(prompt or []), *(label or [])]
     if not entries:
         raise SodaprofError("Nothing to draw. Give --label N or --prompt TEXT, once or more.")
     if schedule is not None:
         load_schedule(schedule)  # a broken file is told before a model is loaded
-    from ..models.load import call, load_pipeline, pictures_of
+    from ..models.load import call, load_pipeline, makes_video, pictures_of
     from ..report.clips import save_video
-    from ..report.pictures import save_picture, save_side_by_side, strip
     from ..runtime.attach import apply_with
     from ..runtime.shipped import find_shipped
 
@@ -198,13 +201,13 @@ def run(
     scale = loaded.sampler.guidance_scale if guidance_scale is None else guidance_scale
     if (height is None) != (width is None):
         raise SodaprofError("Give --height and --width together, or neither.")
+    if output.suffix == ".mp4" and (len(entries) > 1 or not makes_video(pipe)):
+        raise SodaprofError(f"{output}: an mp4 holds one clip. Give one prompt to a video model, or a .png.")
     size_ = None if height is None or width is None else (height, width)
     seeds = [seed + i for i in range(len(entries))]
     with apply_with(pipe, loaded, runtime, allow_resolution=allow_resolution) as handle:
         pictures = pictures_of(call(pipe, entries, seeds, loaded.steps, scale, size=size_))
     if output.suffix == ".mp4":
-        if pictures.ndim != 5 or len(pictures) > 1:
-            raise SodaprofError(f"{output}: an mp4 holds one clip. Give one prompt to a video model, or a .png.")
         save_video(pictures[0], output, force=force)
     elif len(pictures) == 1:
         save_picture(strip(pictures[0]) if pictures.ndim == 5 else pictures[0], output, force=force)
@@ -254,16 +257,16 @@ def evaluate_(
     """Compare pictures with and without schedules on the same seeds, beside FORA and fewer steps at the same cost."""
     from dataclasses import replace
 
-    from ..files import refuse_existing, write_json
+    from ..files import write_json
+    from ..report.pictures import check_picture, save_side_by_side
     from ..schedule import load_schedule
 
-    for path in (picture, output):
-        if path is not None:
-            refuse_existing(path, force)
+    check_outputs({"--picture": picture, "--output": output}, force)
+    if picture is not None:
+        check_picture(picture)
     loaded = [load_schedule(path) for path in schedules]
     from ..evaluation import evaluate, measured_record
     from ..models.load import load_pipeline, read_prompts
-    from ..report.pictures import save_side_by_side
     from ..report.results import evaluation_view
 
     console = make_console(stderr=as_json)

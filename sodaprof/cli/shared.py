@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -125,6 +126,19 @@ def told_sampler(schedule: Any) -> tuple[str, str]:
     """Returns a schedule's sampler and its full steps as two cells of a table."""
     name = schedule.sampler.class_name.removesuffix("Scheduler").removesuffix("Multistep")
     return name, f"{len(schedule.anchors())} of {schedule.steps}"
+
+
+def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
+    """Raises SodaprofError unless all files that these options name can be written, and are different ones."""
+    from ..files import refuse_existing
+
+    options: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        refuse_existing(path, force)
+        if (other := options.setdefault(path.resolve(), option)) != option:
+            raise SodaprofError(f"{other} and {option} are both {path}. Give each a file of its own.")
 
 
 def one_of(option: str, value: str, allowed: Sequence[str]) -> None:

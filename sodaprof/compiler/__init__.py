@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cost import CostModel, cost_of, load_cost
+from ..cost import CostModel, check_covers, cost_of, load_cost
 from ..errors import BudgetError, FormatError, UnsupportedModelError
 from ..legal import verify
 from ..profiles import load_inspection, load_profile
@@ -85,6 +85,7 @@ def compile_schedule(
     has_tables = (folder / "manifest.json").exists() or policy == "soda"
     source = load_profile(folder) if has_tables else load_inspection(folder)
     table = cost_of(folder, cost)
+    check_covers(table, {name: [site.key for site in t.sites] for name, t in source.model.transformers.items()})
     profile = source if has_tables else None
     given = knobs or {}
     with_update = updated and policy != "solver"  # which has one of its own

@@ -233,8 +233,21 @@ def within(cost: float, allowed: float) -> bool:
     return cost <= allowed * (1 + 1e-9)
 
 
-def unreachable(budget: float, reachable: float, cost: CostModel) -> BudgetError:
+def unreachable(budget: float, reachable: float, cost: CostModel, longest: int = 0, steps: int = 0) -> BudgetError:
+    """Returns the error of a budget that cannot be met.
+
+    longest: steps from a full one to the next that the profile measured, where no more are taken; `steps` is what a turn has.
+    """
+    more = f" {measured_no_longer(longest)}" if longest < steps else ""
     return BudgetError(
         f"A budget of {budget:.4g}x cannot be met: at most {reachable:.3g}x ({cost.unit}) can. "
-        f"Ask for --budget {np.floor(reachable * 100) / 100:.2f}x or less."
+        f"Ask for --budget {np.floor(reachable * 100) / 100:.2f}x or less.{more}"
+    )
+
+
+def measured_no_longer(longest: int) -> str:
+    """Returns what bounds placements between full steps that the profile measured up to `longest` apart, and what to do."""
+    return (
+        f"Full steps stand at most {longest} apart, as far as the profile measured; for longer intervals profile again: sodaprof "
+        f"profile MODEL --max-interval {longest + 1} (or more) -o DIR"
     )

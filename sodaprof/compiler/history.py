@@ -12,7 +12,7 @@ from ..cost import CostModel, TransformerCost
 from ..errors import BudgetError
 from ..sites import Model, Sampler
 from .anchors import joined, place_anchors
-from .draw import reuse_only_cost, unreachable, within
+from .draw import measured_no_longer, reuse_only_cost, unreachable, within
 from .forecasts import Weigh, segment_costs, sources_of
 
 Idle = Callable[[TransformerCost, int], float]  # what a step costs that is forecast from so many sources
@@ -104,6 +104,7 @@ def place_forecasts(
     full, _ = reuse_only_cost(model, sampler, cost)
     loop = sampler.steps * cost.loop_step(False)
     options: dict[str, list[Placed]] = {}
+    most = max(len(turn) for own in turns.values() for turn in own)
     for name, own in turns.items():
         table, known = cost.transformers[name], ~np.isnan(products[name]).any(axis=0)
         found: dict[int, tuple[list[int], float]] = {0: ([], 0.0)}
@@ -121,18 +122,18 @@ def place_forecasts(
     every = [dict(zip(options, some, strict=True)) for some in product(*options.values())]
     if not every:
         raise BudgetError(
-            f"Policy {policy} finds no anchors at most {longest} steps apart: the tables know no products of steps further "
-            "apart. Profile again with a larger --max-interval."
+            f"Policy {policy} finds no anchors whose forecasts the tables have products for. {measured_no_longer(longest)}"
         )
     spent = [loop + sum(p.cost for p in some.values()) for some in every]
     affordable_ones = [some for some, c in zip(every, spent, strict=True) if within(c, full / budget)]
     if not affordable_ones:
-        raise unreachable(budget, full / min(spent), cost)
+        raise unreachable(budget, full / min(spent), cost, longest, most)
     counts = [sum(len(p.anchors) for p in some.values()) for some in affordable_ones]
     if count and count not in counts:
+        more = f" {measured_no_longer(longest)}" if count < min(counts) and longest < most else ""
         raise BudgetError(
             f"{count} anchors do not fit {budget:.3g}x with anchors at most {longest} steps apart; "
-            f"{min(counts)} to {max(counts)} do."
+            f"{min(counts)} to {max(counts)} do.{more}"
         )
     kept = [some for some, n in zip(affordable_ones, counts, strict=True) if not count or n == count]
     return min(kept, key=lambda some: sum(p.error or 0.0 for p in some.values()))

@@ -29,7 +29,7 @@ def compile_smoothcache(
     profile = tables_of("smoothcache", profile)
     chosen = take_knobs("smoothcache", KNOBS, knobs)
     at_least(chosen, threshold=0)
-    turns_of(model, sampler, "smoothcache")
+    turns = turns_of(model, sampler, "smoothcache")
     errors = profile.caching_error("l1")
     full, _ = reuse_only_cost(model, sampler, cost)
 
@@ -48,7 +48,8 @@ def compile_smoothcache(
     meets = lambda threshold: within(cost.schedule(drawn(threshold)), full / budget)  # noqa: E731
     if not chosen["threshold"]:
         if not meets(np.inf):
-            raise unreachable(budget, cost.speedup(drawn(np.inf)), cost)
+            most = max(len(turn) for own in turns.values() for turn in own)
+            raise unreachable(budget, cost.speedup(drawn(np.inf)), cost, profile.max_age + 1, most)
         chosen["threshold"] = smallest(meets)
     elif not meets(chosen["threshold"]):
         raise BudgetError(

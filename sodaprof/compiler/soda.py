@@ -15,7 +15,7 @@ from ..profiles import Profile
 from ..schedule import Schedule
 from ..sites import Model, Sampler, Site
 from .anchors import ages_since, place_in_turns, segment_costs
-from .draw import draw_schedule, reuse_only_cost, sign, take_knobs, turns_of, unreachable, within
+from .draw import draw_schedule, measured_no_longer, reuse_only_cost, sign, take_knobs, turns_of, unreachable, within
 
 KNOBS: dict[str, Any] = {
     "anchors": 0,  # N_s; 0: the number with the least predicted error
@@ -46,6 +46,7 @@ def compile_soda(
     placing = caching if chosen["metric"] == "cos" else profile.caching_error(chosen["metric"])
     pruning, rates = profile.pruning_error()
     full, spent = reuse_only_cost(model, sampler, cost)
+    longest, most = profile.max_age + 1, max(len(turn) for own in turns.values() for turn in own)
     placed = {}
     for name, own in turns.items():
         segment = segment_costs(np.nansum(placing[name], axis=1), last_only=chosen["segment"] == "endpoint")
@@ -54,14 +55,16 @@ def compile_soda(
     every = [dict(zip(placed, counts, strict=True)) for counts in product(*placed.values())]
     affordable = [counts for counts in every if within(spent(counts), full / budget)]
     if not affordable:
-        raise unreachable(budget, full / spent({name: min(counts) for name, counts in placed.items()}), cost)
+        reachable = full / spent({name: min(counts) for name, counts in placed.items()})
+        raise unreachable(budget, reachable, cost, longest, most)
     if chosen["anchors"]:
         fitting = [counts for counts in affordable if sum(counts.values()) == chosen["anchors"]]
         if not fitting:
             sums = [sum(counts.values()) for counts in affordable]
+            more = f" {measured_no_longer(longest)}" if chosen["anchors"] < min(sums) and longest < most else ""
             raise BudgetError(
-                f"{chosen['anchors']} anchors do not fit {budget:.3g}x within max-interval {profile.max_age + 1}; "
-                f"{min(sums)} to {max(sums)} do."
+                f"{chosen['anchors']} anchors do not fit {budget:.3g}x within max-interval {longest}; "
+                f"{min(sums)} to {max(sums)} do.{more}"
             )
         affordable = fitting
 

@@ -108,7 +108,8 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
     found = find_modules(module)
     if not found:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no stack of blocks with attention, so there is nothing to schedule."
+            f"{type(module).__name__} has no stack of blocks with attention, so there is nothing to schedule. "
+            "Give a pipeline with a diffusion transformer."
         )
     args, kwargs = next((a, k) for n, a, k in step.calls if n == name)
     latents = latents_of(module, args, kwargs)

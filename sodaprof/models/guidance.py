@@ -6,6 +6,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 
+INSTEAD = "or do without whole steps and closed-loop fits (--runtime captured; compile without --fit)"
 NEAR = 1e-4  # relative: what is read off a step must give that step again
 
 
@@ -16,13 +17,15 @@ def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tu
     it is no such sum.
     """
     parts = _parts(outs, output, form)
+    if len(parts) > 2:
+        raise UnsupportedModelError(
+            f"a step calls the network on {len(parts)} branches; expected one or two: leave out guidance beyond that, {INSTEAD}"
+        )
     count = parts[0].shape[0]
     doubled = output.shape[0] == 2 * count
     target = output[:count].double()
     if not (doubled or output.shape[0] == count) or (doubled and not torch.equal(output[:count], output[count:])):
-        raise UnsupportedModelError(
-            f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}"
-        )
+        raise _shapes(output, outs)
     weights = [1.0]
     if len(parts) == 2:
         one, other = (part.double() for part in parts)
@@ -34,8 +37,11 @@ def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tu
         scale = near if abs(scale - near) < 1e-4 else scale
         weights = [scale, 1 - scale]
     found = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
-    if len(parts) > 2 or float((found - target).norm()) > NEAR * float(target.norm()):
-        raise UnsupportedModelError("the pipeline's guidance is no weighted sum of two branches")
+    if float((found - target).norm()) > NEAR * float(target.norm()):
+        raise UnsupportedModelError(
+            "the guided output is no weighted sum of the network's branches; expected plain guidance: switch off what rescales "
+            f"it, {INSTEAD}"
+        )
     return weights, doubled
 
 
@@ -50,11 +56,16 @@ def combined(
     return torch.cat([guided, guided]) if doubled else guided
 
 
+def _shapes(output: torch.Tensor, outs: list[torch.Tensor]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}; expected outputs of the "
+        f"latents' size, of both branches alike: call the pipeline with plain guidance, {INSTEAD}"
+    )
+
+
 def _parts(outs: list[torch.Tensor], output: torch.Tensor, form: str) -> list[torch.Tensor]:
     """Returns each branch's output, without the channels behind the scheduler's (a learned variance)."""
     parts = list(outs[0].chunk(2)) if form == "halves" else outs
     if parts[0].shape[2:] != output.shape[2:] or parts[0].shape[1] < output.shape[1]:
-        raise UnsupportedModelError(
-            f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}"
-        )
+        raise _shapes(output, outs)
     return [part[:, : output.shape[1]] for part in parts]

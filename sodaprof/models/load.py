@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise SodaprofError(f"dtype {dtype!r}; expected float32, bfloat16 or float16.")
+        raise SodaprofError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+    _check_device(device)
     import diffusers
     import transformers
     from huggingface_hub import constants
@@ -81,11 +83,24 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
                 f"{model}: not in this machine's cache and not fetched from the hub ({reason[:120]}). "
                 "Check the name and the network, or give a local folder."
             ) from None
-        raise FormatError(f"{where}: not loadable as a diffusers pipeline ({reason[:300]}).") from None
+        raise FormatError(
+            f"{where}: not loadable as a diffusers pipeline ({reason[:300]}). Save or fetch it anew."
+        ) from None
     pipe.set_progress_bar_config(disable=True)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
     return pipe
+
+
+def _check_device(device: str) -> None:
+    """Raises SodaprofError unless torch can use the device here."""
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # each backend raises what it likes
+        reason = str(error).strip().splitlines()[0][:120]
+        raise SodaprofError(
+            f"--device is {device!r}; expected one that torch can use here ({reason}). Give cpu, or leave --device out."
+        ) from None
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
@@ -137,7 +152,9 @@ def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
     }
     if not found:
         parts = ", ".join(n for n, p in pipe.components.items() if isinstance(p, torch.nn.Module))
-        raise UnsupportedModelError(f"{type(pipe).__name__} has no transformer (its networks: {parts}).")
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no transformer (its networks: {parts}). Give one that has."
+        )
     return found
 
 
@@ -187,7 +204,26 @@ def read_prompts(path: str | Path) -> list[int | str]:
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise FormatError(f"{path}: no prompts. Write one prompt (or one integer label) a line.")
-    return [int(e) if e.lstrip("-").isdigit() else e for e in entries]
+    return [int(e) if e.removeprefix("-").isdecimal() else e for e in entries]
+
+
+def check_entries(pipe: Any, entries: Sequence[int | str]) -> None:
+    """Raises SodaprofError unless the pipeline takes all of these: prompts, or labels that it knows."""
+    labels = takes_labels(pipe)
+    if wrong := [e for e in entries if isinstance(e, int) != labels]:
+        want = "integer labels" if labels else "text prompts"
+        raise SodaprofError(
+            f"{type(pipe).__name__} takes {want}; found {wrong[0]!r}. Use --prompts FILE to give others."
+        )
+    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0) if labels else 0
+    if unknown := [e for e in entries if classes and not 0 <= int(e) < classes]:
+        raise SodaprofError(f"Found the label {unknown[0]}; this model knows 0 to {classes - 1}. Give one of these.")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises SodaprofError for seeds that torch's generators do not take."""
+    if wrong := [seed for seed in (min(seeds), max(seeds)) if not 0 <= seed < 2**64]:
+        raise SodaprofError(f"Found the seed {wrong[0]}; expected 0 to 2^64 - 1. Give another --seed.")
 
 
 def makes_video(pipe: Any) -> bool:
@@ -229,22 +265,20 @@ def call(
     Each generation draws from its own generator, so that a picture does not depend on what else is in the batch.
     size: height and width in pixels, by default the pipeline's.
     own: called in place of the pipeline, with the entries and the generators; it sets everything else itself.
+    Raises SodaprofError for entries, seeds, a guidance scale or a size that the pipeline cannot take.
     """
+    check_seeds(seeds)
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise SodaprofError(
+            f"The guidance scale is {guidance_scale}; expected a number of at least 0, as in --guidance-scale 4"
+        )
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if own is not None:
         return own(list(entries), generators)
-    labels = takes_labels(pipe)
-    if wrong := [e for e in entries if isinstance(e, int) != labels]:
-        want = "integer labels" if labels else "text prompts"
-        raise SodaprofError(
-            f"{type(pipe).__name__} takes {want}; found {wrong[0]!r}. Use --prompts FILE to give others."
-        )
-    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0) if labels else 0
-    if unknown := [e for e in entries if classes and not 0 <= int(e) < classes]:
-        raise SodaprofError(f"Found the label {unknown[0]}; this model knows 0 to {classes - 1}. Give one of these.")
-    arguments: dict[str, Any] = {"class_labels" if labels else "prompt": list(entries)}
+    check_entries(pipe, entries)
+    arguments: dict[str, Any] = {"class_labels" if takes_labels(pipe) else "prompt": list(entries)}
     if guidance_scale is not None:
-        arguments["guidance_scale"] = guidance_scale
+        arguments["guidance_scale"] = float(guidance_scale)
     if size is not None:
         if "height" not in inspect.signature(pipe.__call__).parameters:
             raise SodaprofError(f"{type(pipe).__name__} makes pictures of one size. Leave --height and --width out.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -12,7 +13,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import MismatchError, SodaprofError, UnsupportedModelError
 from .load import OwnCall, call, transformers_of
 
 Latents = torch.Tensor | list[torch.Tensor]  # of a network call
@@ -57,6 +58,30 @@ def stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
             scheduler.step = own
 
 
+@contextmanager
+def _starting(scheduler: Any, steps: int) -> Iterator[None]:
+    """Tells of a scheduler that refuses so many steps as one of sodaprof's errors, while the block runs."""
+    own, set_timesteps = vars(scheduler).get("set_timesteps"), scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)  # pipelines look at what it can be given
+    def start(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return set_timesteps(*args, **kwargs)
+        except ValueError as error:
+            raise SodaprofError(
+                f"{type(scheduler).__name__} does not take {steps} steps: {error} Give another number: --steps N"
+            ) from error
+
+    scheduler.set_timesteps = start
+    try:
+        yield
+    finally:
+        if own is None:
+            del scheduler.set_timesteps
+        else:
+            scheduler.set_timesteps = own
+
+
 @dataclass
 class Step:
     """One recorded sampling step: every call of a network, and what the scheduler was set to.
@@ -88,8 +113,10 @@ def record_step(
     """Returns the first step of a run of the pipeline, which is stopped there.
 
     Where not all transformers are called at it, the run goes on to its end, to see which steps are whose; those that were
-    recorded compute no more.
+    recorded compute no more. Raises SodaprofError for numbers of steps that the scheduler does not take.
     """
+    if steps < 1:
+        raise SodaprofError(f"--steps is {steps}; expected at least 1.")
     step = Step()
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
     if "_sodaprof" in vars(scheduler):
@@ -125,6 +152,7 @@ def record_step(
         for name, module in parts.items():
             stack.enter_context(tapped(module, record(name), "sodaprof.record"))
         stack.enter_context(stepping(scheduler, advance))
+        stack.enter_context(_starting(scheduler, steps))
         with suppress(_Enough):
             call(pipe, entries, [0] * len(entries), steps, guidance_scale, own=own)
     if any(len(steps) < done for steps in called.values()):

@@ -15,7 +15,15 @@ import torch
 from ..dense import STACK_FORMS
 from ..errors import SodaprofError, UnsupportedModelError
 from ..models.discover import inspect_pipeline
-from ..models.load import OwnCall, default_guidance, default_prompts, default_steps, makes_video
+from ..models.load import (
+    OwnCall,
+    check_entries,
+    check_seeds,
+    default_guidance,
+    default_prompts,
+    default_steps,
+    makes_video,
+)
 from ..models.recording import Step
 from ..profiles import FORMAT, TABLE_VERSIONS, VERSION, VERSIONS, history_of
 from ..sites import Model, Sampler, Site, raster_of
@@ -137,15 +145,23 @@ def plan_profile(
         raise SodaprofError("--states-only measures no site, so there are no tokens to keep. Leave --tokens out.")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
+    check_seeds(range(seed, seed + samples))
     if prompts is None:
         prompts = default_prompts(pipe) if call is None else range(samples)
     prompts = list(prompts)
+    if call is None:
+        check_entries(pipe, prompts)
     scale = default_guidance(pipe) if guidance_scale is None and call is None else guidance_scale
     model, sampler, step = inspect_pipeline(pipe, name, steps, scale, prompts[0], call)
     if call is not None and asked is None:
         steps = sampler.steps
     if call is not None and sampler.steps != steps:
         raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")
+    if call is None and sampler.steps != steps and len({*sampler.timesteps}) < sampler.steps:
+        raise UnsupportedModelError(
+            f"{sampler.class_name} runs {sampler.steps} timesteps for --steps {steps}, some of them twice; this release takes "
+            "samplers that call the network once a step. Give another: --scheduler DPMSolverMultistepScheduler"
+        )
     works = {name: sum(past >= 0 for past in t.past(sampler.steps)) for name, t in model.transformers.items()}  # steps
     if step.called and sum(works.values()) != sampler.steps:
         raise UnsupportedModelError(

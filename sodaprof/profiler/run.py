@@ -20,7 +20,7 @@ from ..launches import device_facts
 from ..models.flops import count_flops
 from ..models.load import call
 from ..models.solvers import own_update
-from ..profiles import Profile, load_profile, write_inspection, write_solver
+from ..profiles import COLUMNS, Profile, load_profile, write_inspection, write_solver
 from ..sites import Sampler
 from ..updates import OwnUpdate
 from ..version import __version__
@@ -28,6 +28,9 @@ from .plan import RATES, ProfilePlan, plan_profile
 from .response import measure_response
 from .statistics import Statistics
 from .taps import Stopwatch, Taps
+
+FIRST = {"model.json", "sampler.json", "solver.json", "cost.flops.json"}  # what is written before anything is sampled
+PARTS = FIRST | {"manifest.json"} | {f"{table}.parquet" for table in COLUMNS}
 
 
 def run_profile(
@@ -44,7 +47,11 @@ def run_profile(
     same tables, bit for bit. on_progress is given (steps done, steps in all).
     """
     folder = Path(folder)
-    refuse_existing(folder, force)
+    refuse_existing(folder, force, folder=True)
+    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - PARTS)):
+        raise FormatError(
+            f"{folder}: holds {others[0]}, which is no part of a profile and would be lost. Move it away, or choose another name."
+        )
     work = folder.with_name(folder.name + ".partial")
     groups = _open_partial(work, pipe, plan, force)
     steps, request = plan.sampler.steps, plan.request
@@ -134,12 +141,14 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list
     """Makes the working folder, or checks that the one there is of the same request; returns its groups of sites."""
     asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # that one follows from memory
     mark = digest({"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json()})
+    for leftover in work.glob(".*"):  # what a killed run had not finished writing
+        leftover.unlink()
     if (work / "request.json").exists():
         found = read_json(work / "request.json")
         if isinstance(found, dict) and found.get("digest") == mark:
             plan.request["batch_size"] = found["batch_size"]  # memory may have changed since: batch and passes may not
             return found["groups"]
-    if work.exists() and not force:
+    if work.exists() and not force and not {path.name for path in work.iterdir()} <= FIRST:
         raise FormatError(
             f"{work}: an interrupted profile with other settings is there. Repeat its settings to go on with it, or "
             "add --force to start anew."

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import SodaprofError
 from ..files import replacing
 
 MARGIN = 6
+
+
+def check_picture(path: Path) -> None:
+    """Raises SodaprofError unless the suffix is one of a format that pictures are written in."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise SodaprofError(f"{path}: pictures are written as .png, .jpg or .webp. Type: {path.with_suffix('.png')}")
 
 
 def save_picture(picture: np.ndarray, path: Path, *, force: bool = False) -> None:
