@@ -34,7 +34,7 @@ check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	ls tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 20 $(BIN)/python -m pytest -p no:cacheprovider  # two at a time
 
 format: .venv/ready
 	$(BIN)/ruff format .
