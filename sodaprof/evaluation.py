@@ -30,6 +30,7 @@ from .models.discover import inspect_pipeline
 from .models.flops import count_flops
 from .models.load import check_entries, check_seeds, default_prompts
 from .profiler.run import versions
+from .runtime.fits import check_fits
 from .schedule import Schedule
 
 SEED = 1_000_000  # the first evaluation seed: far from the calibration seeds, which start at 0
@@ -75,6 +76,7 @@ def evaluate(
         if schedule.sampler.timesteps != sampler.timesteps:
             raise MismatchError("The schedules are for different timesteps; evaluate them in separate calls.")
         _keep_apart(schedule, seed, samples)
+        check_fits(pipe, schedule)
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     check_entries(pipe, entries)

@@ -12,7 +12,7 @@ import pytest
 
 from sodaprof import cli
 
-from .conftest import invoke
+from .conftest import build_relay, invoke
 
 STEPS = ("--steps", 8)
 SMALL = (*STEPS, "--samples", 2, "--max-interval", 3)
@@ -25,6 +25,14 @@ def profiled(model, tmp_path_factory):
         assert invoke(patch, "profile", model, "-o", folder, *SMALL) == 0
         assert invoke(patch, "compile", folder, "--budget", "1.6x", "-o", folder.parent / "s.json") == 0
     return folder
+
+
+def test_a_schedule_of_another_model(refused, tmp_path):
+    schedule = build_relay()  # of two transformers
+    schedule.save(tmp_path / "s.json")
+    said = refused("eval", "tiny-dit", tmp_path / "s.json", "--samples", 2, output=tmp_path / "e.json")
+    assert "The schedule is for " in said
+    assert "Compile for this one" in said
 
 
 @pytest.fixture
