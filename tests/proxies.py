@@ -1,6 +1,6 @@
 """Asks which prediction, from the profile alone, tells good schedules from bad ones; and how near each policy is to the best.
 
-`make proxies`, or `python -m tests.proxies` with some of the stages. Random schedules of equal cost and all those of a small
+`make proxies`, or `python -m tests.proxies` with some of the `--stages`. Random schedules of equal cost and all those of a small
 budget are played on held-out generations; what build/proxies holds of them is not played again.
 """
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverSinglestepScheduler,
+)
 
 import sodaprof
 from sodaprof.errors import MismatchError
@@ -243,6 +249,19 @@ def test_another_scheduler_class_or_setting_is_refused(pipe):
         sodaprof.apply(pipe, schedule)
     pipe.scheduler = DDIMScheduler(clip_sample=False, beta_schedule="scaled_linear")
     with pytest.raises(MismatchError, match="beta_schedule"):
+        sodaprof.apply(pipe, schedule)
+
+
+def test_settings_that_a_scheduler_changes_as_it_starts_are_no_other_scheduler(pipe):
+    given = pipe.scheduler.config
+    pipe.scheduler = DPMSolverSinglestepScheduler.from_config(given)
+    plain, schedule = draw(pipe), schedule_for(pipe)  # of a pipeline that has run
+    assert schedule.sampler.config["lower_order_final"]
+    pipe.scheduler = DPMSolverSinglestepScheduler.from_config(given, lower_order_final=False)
+    with sodaprof.apply(pipe, schedule):
+        assert np.array_equal(draw(pipe), plain)
+    pipe.scheduler = DPMSolverSinglestepScheduler.from_config(given, solver_order=3)
+    with pytest.raises(MismatchError, match="solver_order is 3, 2 in the schedule"):
         sodaprof.apply(pipe, schedule)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from typing import Any
 
 import diffusers
@@ -45,15 +47,29 @@ def check_fits(pipe: Any, schedule: Schedule) -> None:
     if "_sodaprof" in vars(scheduler):
         raise MismatchError("The scheduler carries a schedule already. Take it off first: handle.remove()")
     config = config_of(scheduler)
-    for key, wanted in sampler.config.items():
-        found = config.get(key)
-        if _plain(found) != _plain(wanted):
-            raise MismatchError(
-                f"The scheduler's {key} is {found!r}, {wanted!r} in the schedule. Set it back, or profile and compile anew."
-            )
+    if _other(config, sampler.config):
+        config = _config_started(scheduler, sampler.steps)
+    if key := _other(config, sampler.config):
+        raise MismatchError(
+            f"The scheduler's {key} is {config.get(key)!r}, {sampler.config[key]!r} in the schedule. Set it back, or profile and "
+            "compile anew."
+        )
     _check_boundary(pipe, schedule)
     if schedule.update is not None:
         check_linear(scheduler, schedule.update.basis)
+
+
+def _other(config: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Returns the first setting that is not as wanted."""
+    return next((key for key, value in wanted.items() if _plain(config.get(key)) != _plain(value)), None)
+
+
+def _config_started(scheduler: Any, steps: int) -> dict[str, Any]:
+    """Returns the settings as a run leaves them: DPMSolverSinglestepScheduler changes some of its own when it is started."""
+    started = copy.deepcopy(scheduler)
+    with suppress(TypeError, ValueError):  # what takes more than a number of steps to be started changes nothing
+        started.set_timesteps(steps)
+    return config_of(started)
 
 
 def _take_scheduler(name: str) -> str:
