@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from sodaprof.files import write_json
+from sodaprof.files import digest, write_json
 from sodaprof.launches import device_facts
 from sodaprof.models.load import load_pipeline
 from sodaprof.models.replay import Replay
@@ -29,6 +30,7 @@ GENERATIONS = 8
 SCHEDULES, FULL_STEPS, LONGEST = 200, 14, 8  # random ones; full steps of 50; the longest interval that all tables cover
 SMALL_FULL = 6  # full steps of the oracle
 ORACLE, PLACED = "oracle-", "placements"
+WEIGHED = ("updates", "forecasts")  # stages whose weights come from the profile
 COUNTS, PLACED_GENERATIONS = (
     (10, 14, 18, 25),
     16,
@@ -80,10 +82,17 @@ class Study:
         return found
 
     def truths(self, stage: str) -> Truths:
-        """Returns what is known of a stage; of another profile or other generations nothing is."""
+        """Returns what is known of a stage; of other full runs or generations nothing is.
+
+        Nor of another profile, where the profile's tables gave the weights; elsewhere they are fitted closed loop, or none.
+        """
         generations = PLACED_GENERATIONS if stage == PLACED else GENERATIONS
+        profile = self.of(stage)
+        energies = [f"{energy:.3g}" for energy in np.diagonal(profile.state_products())]
+        runs = [profile.sampler.to_json(), profile.manifest["prompts"], profile.manifest["seed"], energies]
         about = {
-            "stage": stage, "profile": self.of(stage).digest(), "held_out": HELD_OUT, "generations": generations,
+            "stage": stage, "of": profile.digest() if stage in WEIGHED else digest(runs), "held_out": HELD_OUT,
+            "generations": generations,
         }  # fmt: skip
         return Truths(self.build / f"{stage}.json", about)
 
