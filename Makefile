@@ -26,15 +26,16 @@ demo: .venv/ready
 	$(BIN)/sodaprof eval tiny-dit $(DEMO)/update-2.0x.json $(DEMO)/soda-2.0x.json --samples 16 -o $(DEMO)/eval.json --picture $(DEMO)/side-by-side.png
 	@echo "Look at $(DEMO)/side-by-side.png"
 
-# One thread: the tests' networks are tiny, and threads that wait for each other only slow them down.
+# Files side by side, one thread each: the tests' networks are tiny, and threads that wait for each other only slow them down.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 test: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST)
 
 check: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	ls tests/test_*.py | OMP_NUM_THREADS=1 xargs -P 2 -n 20 $(BIN)/python -m pytest -p no:cacheprovider  # two at a time
+	$(PYTEST) -p no:cacheprovider
 
 format: .venv/ready
 	$(BIN)/ruff format .
