@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from sodaprof.models.discover import inspect_pipeline
+from sodaprof.runtime.attach import Handle
+from sodaprof.runtime.lower import Program
 from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule
 
 STEPS = 8
@@ -61,6 +65,46 @@ MIXED_FORECASTS = {SITES[0]: (Forecast((3, 0), (1.5, -0.5)),), SITES[1]: (Foreca
 def mixed_schedule(pipe) -> Schedule:
     """All four actions."""
     return schedule_for(pipe, MIXED_ROWS, MIXED_K, MIXED_FORECASTS)
+
+
+FEW = 4
+FEW_ROWS = dict(zip(SITES, ("CPCF", "CPFR", "CRCR", "CPRR"), strict=True))
+
+
+def few_schedule(pipe) -> Schedule:
+    """All four actions in FEW steps, no two of them alike; the last is a sum over both blocks."""
+    forecasts = {SITES[0]: (Forecast((2, 0), (1.5, -0.5)),), SITES[1]: (Forecast((0,), (0.75,)),)}
+    return schedule_for(pipe, FEW_ROWS, {SITES[0]: (5,), SITES[1]: (7,), SITES[3]: (3,)}, forecasts, steps=FEW)
+
+
+def few(pipe, labels=(1, 2), **given):
+    """`draw` in FEW steps."""
+    return draw(pipe, labels, FEW, **given)
+
+
+PROGRAMS: dict[Any, Program] = {}
+
+
+def with_known_programs(handle: Handle) -> Handle:
+    """Returns the handle, taking what other tests' handles traced: for tests of what is done with programs.
+
+    A program is kept by all that it depends on and holds nothing of the handle or its pipeline. What fills the tables is the
+    handle's own: which steps may be computed at once without a changed bit is found out by trying on those of this run.
+    """
+    for block in handle.blocks:
+        block.programs = PROGRAMS
+    return handle
+
+
+SHORT = 3
+
+
+def short_schedule(pipe) -> Schedule:
+    """All four actions in SHORT steps, every layer alike: three programs a layer where `mixed_schedule` has seven."""
+    attn, ff = (SITES[i : 2 * len(pipe.transformer.transformer_blocks) : 2] for i in (0, 1))
+    rows = dict.fromkeys(attn, "CPF") | dict.fromkeys(ff, "CPR")
+    ks = dict.fromkeys(attn, (5,)) | dict.fromkeys(ff, (7,))
+    return schedule_for(pipe, rows, ks, dict.fromkeys(attn, (Forecast((0,), (1.5,)),)), steps=SHORT)
 
 
 class TwoPassPipeline(DiTPipeline):

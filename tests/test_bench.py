@@ -11,36 +11,41 @@ from sodaprof.errors import SodaprofError
 from sodaprof.latency import SOURCES, _costs, _patterns, measure_costs
 from sodaprof.sites import Site
 
-from .pipelines import STEPS, draw, mixed_schedule, tiny_pipe
+from .pipelines import SITES, STEPS, draw, schedule_for, tiny_pipe
+from .updated import RESTING, updated
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    return tiny_pipe()
+    return tiny_pipe(layers=1)
 
 
 def test_a_benchmark_holds_every_contender(pipe):
     before = draw(pipe)
-    result = benchmark(pipe, [mixed_schedule(pipe)], rounds=2, names=["mixed"])
-    assert [row["name"] for row in result["rows"]] == ["plain", "hooks", "lowered", "tables", "mixed"]
+    mixed = schedule_for(pipe, dict.fromkeys(SITES[:2], "CPRRCPRR"), dict.fromkeys(SITES[:2], (5, 5)))
+    result = benchmark(pipe, [mixed, updated(pipe, RESTING)], rounds=2, names=["mixed", "rests"])
+    assert [row["name"] for row in result["rows"]] == ["plain", "hooks", "lowered", "tables", "mixed", "rests"]
     for row in result["rows"]:
         assert row["loop_ms"] > 0
         assert len(row["step_ms"]) == STEPS == result["steps"]
         assert sum(row["step_ms"]) < 1.5 * row["quartiles_ms"][1]
     assert result["rows"][3]["speedup"] == 1
-    plain, hooks, lowered, tables, mixed = (sum(row["launches"][1:]) for row in result["rows"])
+    plain, hooks, lowered, tables, mixed, _ = (sum(row["launches"][1:]) for row in result["rows"])
     assert plain == hooks
     assert hooks >= lowered > tables > mixed > 0
-    assert [p["steps"] for p in result["rows"][4]["patterns"]] == [[0], [1], [2], [3, 7], [4], [5], [6]]
+    assert [p["steps"] for p in result["rows"][4]["patterns"]] == [[0], [1, 5], [2, 3, 6, 7], [4]]
     assert [p["steps"] for p in result["rows"][3]["patterns"]] == [[0], list(range(1, STEPS))]
     assert result["hardware"]["name"]
     assert result["rows"][2]["programs"] > 0
+    steps = [list(zip(row["step_ms"], RESTING, strict=True)) for row in result["rows"][5:]]
+    assert max(ms for ms, action in steps[0] if action == "-") < min(ms for ms, action in steps[0] if action == ".") / 4
+    assert result["rows"][5]["path"] == "lowered"
     assert (draw(pipe) == before).all()  # and nothing is left on the pipeline
 
 
 def test_measured_costs_can_be_compiled_with(pipe, tmp_path):
-    sodaprof.profile(pipe, tmp_path / "profile", steps=STEPS, samples=2, batch_size=2, max_interval=4)
-    cost = measure_costs(pipe, steps=STEPS, rounds=2)
+    sodaprof.profile(pipe, tmp_path / "profile", steps=STEPS, samples=1, batch_size=1, max_interval=2)
+    cost = measure_costs(pipe, steps=SOURCES + 9, rounds=1)  # 17 patterns in two groups, the second not full
     assert cost.loop["update"] > 0
     assert cost.loop["update"] != cost.loop["scheduler"]  # both were timed
     save_cost(cost, tmp_path / "cost.json")

@@ -94,7 +94,7 @@ def test_hazards_of_the_zoo(name, kind, operator, where):
     assert any((f["kind"], f["operator"], f["where"]) == (kind, operator, where) for f in findings if "operator" in f)
 
 
-@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
 def test_the_clean_ones_of_the_zoo(name):
     about, verdict, findings = examined(name)
     assert (verdict, findings) == ("captures", [])
@@ -201,7 +201,7 @@ def test_a_pipeline_with_one_odd_block_captures_in_part():
 
 
 def test_schedulers():
-    pipe = tiny_pipe(cls=TwoPassPipeline)
+    pipe = tiny_pipe(layers=1, cls=TwoPassPipeline)
     result = diagnose(pipe, "tiny", 8)
     assert result["guidance"]["form"] == "passes"
     assert result["verdict"] == {"transformer": "captures"}
@@ -222,7 +222,7 @@ def test_schedulers():
 def test_what_was_put_into_a_transformer():
     from diffusers.hooks import apply_layerwise_casting
 
-    pipe = tiny_pipe()
+    pipe = tiny_pipe(layers=1)
     apply_layerwise_casting(pipe.transformer, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     result = diagnose(pipe, "tiny", 8)
     found = next(f for f in result["findings"] if f["kind"] == "casting")
@@ -230,11 +230,11 @@ def test_what_was_put_into_a_transformer():
     assert len(found["modules"]) > 1
     assert result["verdict"] == {"transformer": "falls back"}
 
-    pipe = tiny_pipe()
+    pipe = tiny_pipe(layers=1)
     pipe.transformer = torch.compile(pipe.transformer)
     result = diagnose(pipe, "tiny", 8)
     assert "compiled" in {f["kind"] for f in result["findings"]}
-    assert result["transformers"]["transformer"]["lowered"] == 2
+    assert result["transformers"]["transformer"]["lowered"] == 1
 
 
 class Adapter(nn.Linear):

@@ -39,6 +39,19 @@ def changed(path: Path, to: Path, change: Change) -> Path:
     return to
 
 
+def short(path: Path, to: Path, *changes: Change) -> Path:
+    """As `changed`, the recording cut to its first calls, as few as hold steps of every type and some token sets."""
+    calls = {DIT: 20, OPENSORA: 7}[path]
+
+    def cut(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        for change in changes:
+            change(tensors, meta)
+        for name in [k for k in tensors if k.startswith("call/") and int(k.split("/")[1]) >= calls]:
+            del tensors[name]
+
+    return changed(path, to, cut)
+
+
 @pytest.mark.parametrize(
     ("path", "model", "policy", "calls", "sets", "types"),
     [
@@ -66,26 +79,20 @@ def test_blocks_alone(tmp_path):
         for name in [k for k in tensors if k.startswith("model/")]:
             del tensors[name]
 
-    found = check(changed(OPENSORA, tmp_path / "blocks.safetensors", without_latents))
-    assert (found.sets, found.types, found.calls) == (2016, 5040, 30)
+    found = check(short(OPENSORA, tmp_path / "blocks.safetensors", without_latents))
+    assert (found.sets, found.types, found.calls) == (224, 5040, 7)
     assert found.agrees
 
 
 def test_runs_that_were_cut_short(tmp_path):
-    def cut(tensors, meta):
-        for name in [k for k in tensors if k.startswith("call/") and int(k.split("/")[1]) >= 7]:
-            del tensors[name]
-
-    found = check(changed(DIT, tmp_path / "cut.safetensors", cut))
-    assert found.calls == 7
+    found = check(short(DIT, tmp_path / "cut.safetensors"))
+    assert (found.calls, found.sets) == (20, 76)
     assert found.agrees
 
 
 def test_period_of_opensora_is_that_of_ages_alone(tmp_path):
     """The published code has its periods as constants: another N leaves step types as they are, and tokens differ."""
-    found = check(
-        changed(OPENSORA, tmp_path / "n.safetensors", lambda _, meta: meta["args"].update(fresh_threshold=300))
-    )
+    found = check(short(OPENSORA, tmp_path / "n.safetensors", lambda _, meta: meta["args"].update(fresh_threshold=300)))
     assert not found.type_mismatches
     assert found.set_mismatches
 
@@ -94,33 +101,33 @@ def test_period_of_opensora_is_that_of_ages_alone(tmp_path):
 
 
 def one_token(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Exchanges one token of the set at counter 9 (step 40) of layer 2, second sample, for one that is not in it."""
-    tokens = tensors["selected/9/2"]
+    """Exchanges one token of the set at counter 33 (step 16) of layer 2, second sample, for one that is not in it."""
+    tokens = tensors["selected/33/2"]
     tokens[1, 0] = next(i for i in range(64) if i not in tokens[1].tolist())
 
 
 def one_set_more(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    tensors["selected/0/3"] = torch.zeros(4, 1, dtype=torch.int16)
+    tensors["selected/30/3"] = torch.zeros(4, 1, dtype=torch.int16)
 
 
 def one_set_less(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    del tensors["selected/9/2"]
+    del tensors["selected/33/2"]
 
 
 @pytest.mark.parametrize(
     ("change", "count", "place"),
     [
-        (one_token, 1, "step 40, transformer_blocks.2.ff, sample 1: 1 tokens recorded alone, 1 here alone"),
+        (one_token, 1, "step 16, transformer_blocks.2.ff, sample 1: 1 tokens recorded alone, 1 here alone"),
         (
             one_set_more,
             4,
-            "step 49, transformer_blocks.3.ff, sample 0: 1 tokens recorded alone, 0 here alone, such as 0",
+            "step 19, transformer_blocks.3.ff, sample 0: 1 tokens recorded alone, 0 here alone, such as 0",
         ),
-        (one_set_less, 4, "step 40, transformer_blocks.2.ff, sample 0"),
+        (one_set_less, 4, "step 16, transformer_blocks.2.ff, sample 0"),
     ],
 )
 def test_sets_that_differ(tmp_path, change, count, place):
-    found = check(changed(DIT, tmp_path / "sets.safetensors", change))
+    found = check(short(DIT, tmp_path / "sets.safetensors", change))
     assert len(found.set_mismatches) == count
     assert found.set_mismatches[0].startswith(place)
     assert not found.type_mismatches
@@ -129,7 +136,7 @@ def test_sets_that_differ(tmp_path, change, count, place):
 
 
 def test_step_types_that_differ(tmp_path):
-    found = check(changed(DIT, tmp_path / "types.safetensors", lambda _, meta: meta["types"].update({"32": "FFTT"})))
+    found = check(short(DIT, tmp_path / "types.safetensors", lambda _, meta: meta["types"].update({"32": "FFTT"})))
     assert found.type_mismatches == tuple(
         f"step 17, transformer_blocks.1.{module}: T, recorded F" for module in ("attn1", "ff")
     )
@@ -139,8 +146,8 @@ def test_step_types_that_differ(tmp_path):
 
 @pytest.mark.parametrize("value", [1.001, float("nan")])
 def test_outputs_that_differ(tmp_path, value):
-    found = check(changed(DIT, tmp_path / "out.safetensors", lambda tensors, _: tensors["call/030/out"].mul_(value)))
-    assert found.error_step == 30
+    found = check(short(DIT, tmp_path / "out.safetensors", lambda tensors, _: tensors["call/017/out"].mul_(value)))
+    assert found.error_step == 17
     assert found.error == pytest.approx(1e-3, rel=0.01) if value == 1.001 else found.error != found.error
     assert not found.agrees
 
@@ -152,7 +159,7 @@ def test_outputs_that_differ(tmp_path, value):
 )
 def test_the_arguments_decide(tmp_path, arguments):
     """Any other hyper-parameter gives other tokens, and other outputs by far more than rounding."""
-    found = check(changed(DIT, tmp_path / "other.safetensors", lambda _, meta: meta["args"].update(arguments)))
+    found = check(short(DIT, tmp_path / "other.safetensors", lambda _, meta: meta["args"].update(arguments)))
     assert found.set_mismatches
     assert found.error > 1e-3
     assert bool(found.type_mismatches) == ("repo" in arguments)
@@ -162,18 +169,21 @@ def test_the_arguments_decide(tmp_path, arguments):
 
 
 def test_the_command(tmp_path, capsys):
-    broken = changed(DIT, tmp_path / "broken.safetensors", one_token)
-    assert main([str(DIT)]) == 0
+    good, broken = (
+        short(DIT, tmp_path / f"{name}.safetensors", *change)
+        for name, change in (("good", ()), ("broken", (one_token,)))
+    )
+    assert main([str(good)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("dit_toca_ddim50.safetensors: agrees (DiTTransformer2DModel, toca N=3 R=0.07 ")
-    assert "token sets: 348 compared, 0 differ" in text
-    assert main([str(DIT), str(broken)]) == 1
+    assert text.startswith("good.safetensors: agrees (DiTTransformer2DModel, toca N=3 R=0.07 ")
+    assert "token sets: 76 compared, 0 differ" in text
+    assert main([str(good), str(broken)]) == 1
     text = capsys.readouterr().out
     assert "broken.safetensors: DIFFERS" in text
-    assert "348 compared, 1 differ\n    step 40, transformer_blocks.2.ff, sample 1" in text
+    assert "76 compared, 1 differ\n    step 16, transformer_blocks.2.ff, sample 1" in text
     assert main(["--json", str(broken), "missing.safetensors"]) == 1
     first, second = json.loads(capsys.readouterr().out)
-    assert (first["agrees"], first["sets"], len(first["set_mismatches"])) == (False, 348, 1)
+    assert (first["agrees"], first["sets"], len(first["set_mismatches"])) == (False, 76, 1)
     assert (second["path"], second["agrees"]) == ("missing.safetensors", False)
 
 

@@ -28,7 +28,7 @@ from .conftest import build_relay
 from .pipelines import TwoPassPipeline, schedule_for, tiny_pipe
 
 STEPS = 12
-SEARCH = {"evaluations": 12, "samples": 8}
+SEARCH = {"evaluations": 6, "samples": 8}
 MIXED = "CCSC-SRSCS-S"
 
 
@@ -48,6 +48,12 @@ def pipe():
 def profile(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("refine") / "profile"
     return sodaprof.profile(pipe, folder, name="tiny", steps=STEPS, samples=8, max_interval=4, prompts=[1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def costs(profile):
+    """What a search would count itself."""
+    return cost_of(profile.folder, "flops")
 
 
 @pytest.fixture(scope="module")
@@ -293,25 +299,25 @@ def test_what_candidates_share_at_their_beginning_is_run_once(pipe, profile, dri
 
 
 @pytest.mark.parametrize("start", ["solver", "drift", "forecasts"])
-def test_a_search_is_reproducible_resumable_and_never_worse(pipe, tmp_path, start, request):
+def test_a_search_is_reproducible_resumable_and_never_worse(pipe, costs, tmp_path, start, request):
     schedule = request.getfixturevalue(start)
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     seen = []
-    best = refine(pipe, schedule, whole, **SEARCH, on_progress=lambda *now: seen.append(now))
+    best = refine(pipe, schedule, whole, **SEARCH, on_progress=lambda *now: seen.append(now))  # which counts the cost
     assert [done for done, *_ in seen] == list(range(SEARCH["evaluations"] + 1))
     assert columns_of(best).count("C") == columns_of(schedule).count("C")
     assert load_schedule(whole).digest() == best.digest()
-    refine(pipe, schedule, parts, evaluations=4, samples=8)
+    refine(pipe, schedule, parts, evaluations=2, samples=8, cost=costs)
     seen = []
-    refine(pipe, schedule, parts, **SEARCH, on_progress=lambda *now: seen.append(now))
+    refine(pipe, schedule, parts, **SEARCH, cost=costs, on_progress=lambda *now: seen.append(now))
     assert parts.read_bytes() == whole.read_bytes()
-    assert seen[0][0] == 4
+    assert seen[0][0] == 2
     assert [search for _, search, _ in seen] == sorted(search for _, search, _ in seen)
     assert [held for *_, held in seen] == sorted(held for *_, held in seen)
 
 
-def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, tmp_path, monkeypatch):
-    settings = {"evaluations": 6, "samples": 6}
+def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs, tmp_path, monkeypatch):
+    settings = {"evaluations": 4, "samples": 4, "cost": costs}
     whole = refine(pipe, drift, tmp_path / "whole.json", **settings)
     real = refining.write_json
 
@@ -370,8 +376,8 @@ def test_what_is_written_gives_in_the_pipeline_what_the_search_saw(pipe, drift, 
 
 def test_columns_of_every_kind_are_searched_and_their_caches_counted(pipe, profile, drift, tmp_path):
     tried, costs = [], cost_of(profile.folder, "flops")
-    for seed in range(3):
-        best = refine(pipe, drawn(drift, MIXED), tmp_path / f"{seed}.json", evaluations=8, samples=4, seed=seed)
+    for seed in range(2):
+        best = refine(pipe, drawn(drift, MIXED), tmp_path / f"{seed}.json", evaluations=6, samples=4, seed=seed)
         tried += json.loads((tmp_path / f"{seed}.json.search").read_text())["search"]["tried"]
         assert best.predicted["cache_bytes"] == cache_bytes(best, profile.model) > 0
         assert best.predicted["cost"] == costs.schedule(best)
@@ -379,7 +385,7 @@ def test_columns_of_every_kind_are_searched_and_their_caches_counted(pipe, profi
     assert all(costs.schedule(drawn(drift, one)) <= costs.schedule(drawn(drift, MIXED)) for one in tried)
 
 
-def test_candidates_keep_to_the_cache(pipe, profile, tmp_path):
+def test_candidates_keep_to_the_cache(pipe, profile, costs, tmp_path):
     reuse = compile_schedule(profile.folder, "2.0x", "fora")
     kept = cache_bytes(drawn(reuse, columns_of(reuse)), profile.model)
     with pytest.raises(BudgetError, match=rf"take {kept:,} bytes .* at most {kept - 1:,} are allowed") as refusal:
@@ -388,14 +394,14 @@ def test_candidates_keep_to_the_cache(pipe, profile, tmp_path):
     assert not list(tmp_path.iterdir())
 
     def tried(name, most):
-        refine(pipe, reuse, tmp_path / name, evaluations=25, samples=4, max_cache=most)
+        refine(pipe, reuse, tmp_path / name, evaluations=25, samples=4, cost=costs, max_cache=most)
         found = json.loads((tmp_path / f"{name}.search").read_text())["search"]["tried"]
         return [cache_bytes(drawn(reuse, columns), profile.model) for columns in found]
 
     assert max(tried("b.json", None)) > kept  # reuse at some steps, skipped stacks at others
     assert max(tried("c.json", kept)) <= kept
     with pytest.raises(MismatchError, match="other settings"):
-        refine(pipe, reuse, tmp_path / "c.json", evaluations=26, samples=4, max_cache=kept + 1)
+        refine(pipe, reuse, tmp_path / "c.json", evaluations=26, samples=4, cost=costs, max_cache=kept + 1)
 
 
 def test_a_gain_is_sure_where_it_does_not_hang_on_a_few_generations():

@@ -13,13 +13,23 @@ from sodaprof.models.discover import inspect_pipeline
 from sodaprof.models.load import call, load_pipeline
 from sodaprof.runtime import fill
 from sodaprof.runtime.fill import split
+from sodaprof.schedule import Forecast
 
 from .pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
+
+SHORT, BLOCKS = 5, 2
 
 
 @pytest.fixture
 def pipe():
     return tiny_pipe()
+
+
+def short_schedule(pipe):
+    """All four actions in as few programs as can be: the blocks share them, and so do two steps."""
+    attn, ff = SITES[::2], SITES[1::2]
+    rows, k = dict.fromkeys(attn, "CRRPF") | dict.fromkeys(ff, "CRRFC"), dict.fromkeys(attn, (5,))
+    return schedule_for(pipe, rows, k, dict.fromkeys(SITES, (Forecast((0,), (0.9,)),)), steps=SHORT)
 
 
 def operators(graph):
@@ -57,9 +67,9 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
 
 
 def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
-    rows = dict.fromkeys(SITES, "CRRRRRRR")
-    with sodaprof.apply(pipe, schedule_for(pipe, rows), lower=True) as handle:
-        draw(pipe), draw(pipe)
+    rows = dict.fromkeys(SITES, "CRR")
+    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), lower=True) as handle:
+        draw(pipe, steps=3), draw(pipe, steps=3)
         parts = list(handle.tables[0].filler.parts.values())
     assert parts
     for of_run, of_step, rest, *_ in parts:
@@ -70,17 +80,17 @@ def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
 
 
 def test_other_labels_batches_and_weights_get_their_own_values(pipe):
-    schedule, other = mixed_schedule(pipe), tiny_pipe(seed=5)
+    schedule, other = short_schedule(pipe), tiny_pipe(seed=5)
     wanted = []
     for p, labels in ((pipe, (1, 2)), (pipe, (4, 5)), (pipe, (3,)), (other, (4, 5))):
         with sodaprof.apply(p, schedule):
-            wanted.append(draw(p, labels))
+            wanted.append(draw(p, labels, SHORT))
     with sodaprof.apply(pipe, schedule, lower=True):
-        draw(pipe)
+        draw(pipe, steps=SHORT)
         for labels, pictures in zip(((1, 2), (4, 5), (3,)), wanted, strict=False):
-            assert np.array_equal(draw(pipe, labels), pictures)
+            assert np.array_equal(draw(pipe, labels, SHORT), pictures)
         pipe.transformer.load_state_dict(other.transformer.state_dict())
-        assert np.array_equal(draw(pipe, (4, 5)), wanted[3])
+        assert np.array_equal(draw(pipe, (4, 5), SHORT), wanted[3])
 
 
 class Switching(TwoPassPipeline):
@@ -95,56 +105,57 @@ class Switching(TwoPassPipeline):
 
 def test_labels_changed_within_a_run_are_not_served_the_old_ones():
     pipe = tiny_pipe(cls=Switching)
-    schedule = schedule_for(pipe, {SITES[1]: "CRRCRRCR"})
+    schedule = schedule_for(pipe, {SITES[1]: "CRCR"}, steps=4)
     with sodaprof.apply(pipe, schedule):
         inner = pipe.transformer.forward
         pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
         pipe.switch = True
-        wanted = draw(pipe)
+        wanted = draw(pipe, steps=4)
         pipe.transformer.forward = inner
     with sodaprof.apply(pipe, schedule, lower=True):
         pipe.switch = False
-        draw(pipe), draw(pipe)
+        draw(pipe, steps=4), draw(pipe, steps=4)
         inner = pipe.transformer.forward
         pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
         pipe.switch = True
-        assert np.array_equal(draw(pipe), wanted)
+        assert np.array_equal(draw(pipe, steps=4), wanted)
         pipe.transformer.forward = inner
 
 
 def _switched(pipe, inner, *args, class_labels, **kwargs):
     pipe.calls += 1
-    if pipe.switch and pipe.calls > 8:
+    if pipe.switch and pipe.calls > 4:
         class_labels = torch.full_like(class_labels, 7)
     return inner(*args, class_labels=class_labels, **kwargs)
 
 
 def test_two_pass_guidance():
     pipe = tiny_pipe(cls=TwoPassPipeline)
-    schedule = schedule_for(pipe, {SITES[1]: "CRRCRRCR", SITES[2]: "CRRRRRRR"})
+    schedule = schedule_for(pipe, {SITES[1]: "CRCR", SITES[2]: "CRRR"}, steps=4)
     with sodaprof.apply(pipe, schedule):
-        wanted = draw(pipe)
+        wanted = draw(pipe, steps=4)
     with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
         counts = served(handle)
         for _ in range(3):
-            assert np.array_equal(draw(pipe), wanted)
-        assert len(counts) == (7 + 8) * 2 * 2  # steps of two runs, branches, blocks
+            assert np.array_equal(draw(pipe, steps=4), wanted)
+        assert len(counts) == (3 + 4) * 2 * BLOCKS  # steps of two runs, branches
 
 
 def test_values_are_forgotten_after_a_run(pipe):
-    with sodaprof.apply(pipe, mixed_schedule(pipe), lower=True) as handle:
+    with sodaprof.apply(pipe, short_schedule(pipe), lower=True) as handle:
         for _ in range(2):
-            draw(pipe)
+            draw(pipe, steps=SHORT)
             assert not any(block.ready for block in handle.blocks)
             assert not handle.tables[0].first
 
 
 def test_tables_can_be_left_out(pipe):
-    with sodaprof.apply(pipe, mixed_schedule(pipe)):
-        wanted = draw(pipe)
-    with sodaprof.apply(pipe, mixed_schedule(pipe), lower=True, tables=False) as handle:
-        draw(pipe)
-        assert np.array_equal(draw(pipe), wanted)
+    schedule = short_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe, steps=SHORT)
+    with sodaprof.apply(pipe, schedule, lower=True, tables=False) as handle:
+        draw(pipe, steps=SHORT)
+        assert np.array_equal(draw(pipe, steps=SHORT), wanted)
         assert not handle.tables
 
 
@@ -166,9 +177,9 @@ def test_split_keeps_random_numbers_where_they_were():
 
 @pytest.mark.parametrize("error", [0.0, 1e-6])
 def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
-    schedule = mixed_schedule(pipe)
+    schedule = short_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
-        wanted = draw(pipe)
+        wanted = draw(pipe, steps=SHORT)
     batches = []
 
     def batched(self, each, parameters, inputs, of_run):
@@ -177,10 +188,10 @@ def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
 
     monkeypatch.setattr(fill.Filler, "_batched", batched)
     with sodaprof.apply(pipe, schedule, lower=True) as handle:
-        draw(pipe), draw(pipe)
+        draw(pipe, steps=SHORT), draw(pipe, steps=SHORT)
         tried, count = handle.tables[0].filler.at_once, len(batches)
         assert {whole is not None for whole in tried.values()} == {error == 0}
-        assert np.array_equal(draw(pipe), wanted)
+        assert np.array_equal(draw(pipe, steps=SHORT), wanted)
         assert (len(batches) > count) == (error == 0)
 
 
@@ -222,17 +233,24 @@ def scaled(module, args, out):
     return (out[0] * 1.1, *out[1:])
 
 
+def two_blocks():
+    """The shipped text-to-image model, cut to two of its blocks."""
+    pipe = load_pipeline("tiny-pixart")
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:BLOCKS]
+    return pipe
+
+
 def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_between_runs_counts():
-    pipe, prompts = load_pipeline("tiny-pixart"), ["two red circles", "a blue square left of a green star"]
+    pipe, prompts = two_blocks(), ["two red circles", "a blue square left of a green star"]
     embedding = pipe.transformer.adaln_single
 
     def made(prompt=0, scale=4.5):
-        return call(pipe, [prompts[prompt]], [0], 4, scale, output_type="latent").images
+        return call(pipe, [prompts[prompt]], [0], 3, scale, output_type="latent").images
 
     def changed(module, name):  # in place, behind torch's count of versions, as merged adapters are
         getattr(module, name).data.mul_(1.05)
 
-    model, sampler, _ = inspect_pipeline(pipe, "", 4, 4.5, prompts[0])
+    model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, prompts[0])
     handle = sodaprof.apply(pipe, all_compute(model, sampler), lower=True)
     counts = served(handle)
     made(), made(), made()
@@ -245,7 +263,7 @@ def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_betwee
     changes = [
         lambda: None,
         lambda: changed(embedding.linear, "weight"),
-        lambda: changed(pipe.transformer.transformer_blocks[3], "scale_shift_table"),
+        lambda: changed(pipe.transformer.transformer_blocks[1], "scale_shift_table"),
         lambda: changed(pipe.transformer.caption_projection.linear_1, "bias"),
         lambda: setattr(embedding.linear, "bias", torch.nn.Parameter(embedding.linear.bias.detach() + 0.1)),
         lambda: setattr(embedding, "silu", torch.nn.GELU()),
@@ -261,20 +279,20 @@ def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_betwee
             counts.clear()
             for pictures, arguments in zip(wanted, ((), (1,), (0, 2.0)), strict=True):
                 assert np.array_equal(made(*arguments), pictures)
-            assert len(counts) == 3 * 4 * 8  # runs, steps, blocks
+            assert len(counts) == 3 * 3 * BLOCKS  # runs, steps
 
 
 def test_arguments_that_cannot_be_traced_are_asked_for_at_every_step(monkeypatch):
-    pipe = load_pipeline("tiny-pixart")
+    pipe = two_blocks()
     embedding = pipe.transformer.adaln_single.emb
     plain = embedding.forward
     monkeypatch.setattr(type(embedding), "forward", lambda self, t, **kw: plain(t + 0 * float(t.sum()), **kw))
-    made = lambda: call(pipe, ["two red circles"], [0], 4, 4.5, output_type="latent").images  # noqa: E731
+    made = lambda: call(pipe, ["two red circles"], [0], 3, 4.5, output_type="latent").images  # noqa: E731
     wanted = made()
-    model, sampler, _ = inspect_pipeline(pipe, "", 4, 4.5, "two red circles")
+    model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, "two red circles")
     with sodaprof.apply(pipe, all_compute(model, sampler), lower=True) as handle:
         counts = served(handle)
         for _ in range(4):
             assert np.array_equal(made(), wanted)
         assert set(handle.tables[0].programs.values()) == {None}
-        assert len(counts) == (3 + 4 + 4) * 8
+        assert len(counts) == (2 + 3 + 3) * BLOCKS

@@ -11,12 +11,12 @@ from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 
 import sodaprof
-from sodaprof.bench import benchmark
 from sodaprof.errors import MismatchError, UnsupportedModelError
+from sodaprof.runtime.attach import RUNTIMES
 from sodaprof.runtime.update import Jump, Ring, jumps
 from sodaprof.schedule import load_schedule
 
-from .pipelines import STEPS, TwoPassPipeline, mixed_schedule, tiny_pipe
+from .pipelines import STEPS, TwoPassPipeline, mixed_schedule, tiny_pipe, with_known_programs
 from .tape import Tapes
 from .test_stack import skipping
 from .test_two_transformers import draw as draw_wan
@@ -27,8 +27,8 @@ SAMPLERS = ("ddim", "ddpm", "dpm", "unipc", "rectified")
 BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in SAMPLERS] + [(TwoPassPipeline, "flow")]
 
 
-def pipe_of(cls=DiTPipeline, sampler="ddim"):
-    pipe = tiny_pipe(cls=cls)
+def pipe_of(cls=DiTPipeline, sampler="ddim", layers=2):
+    pipe = tiny_pipe(layers, cls=cls)
     set_sampler(pipe, sampler)
     return pipe
 
@@ -86,8 +86,8 @@ def test_an_update_goes_with_skipped_stacks():
         for expected, answered in by_hand(pipe, resting, lambda t, x, output: output):
             assert (answered - expected).abs().max() < 2e-5 * expected.abs().max()
         wanted = sample(pipe)
-    for more in ({}, {"capture": Tapes()}, {"capture": Tapes(), "loop": True}):
-        with sodaprof.apply(pipe, resting, lower=True, **more) as handle:
+    for more in ({}, {"capture": Tapes(), "loop": True}):
+        with with_known_programs(sodaprof.apply(pipe, resting, lower=True, **more)) as handle:
             for _ in range(3):
                 assert apart(sample(pipe), wanted) < 1e-5
                 assert handle.report().executed == handle.report().planned
@@ -175,13 +175,15 @@ def test_a_ring_holds_the_newest_and_rounds_once():
 # ---- steps without network ----------------------------------------------------------------------------------------------
 
 
-GUIDED = [(cls, 4.0, sampler) for cls in (DiTPipeline, TwoPassPipeline) for sampler in ("ddim", "ddpm", "unipc")]
+EVERY = ("lowered", "captured", "whole-steps")  # to the first two the sampler's step is the pipeline's affair
+ONE = ("whole-steps",)
+GUIDED = [(cls, 4.0, *more) for cls in (DiTPipeline, TwoPassPipeline) for more in (("ddpm", EVERY), ("unipc", ONE))]
 
 
-@pytest.mark.parametrize(("cls", "scale", "sampler"), [*GUIDED, (TwoPassPipeline, 1.0, "ddpm")])
-def test_the_network_rests_under_every_form_of_guidance_and_runtime(cls, scale, sampler):
+@pytest.mark.parametrize(("cls", "scale", "sampler", "runtimes"), [*GUIDED, (TwoPassPipeline, 1.0, "ddpm", ONE)])
+def test_the_network_rests_under_every_form_of_guidance_and_runtime(cls, scale, sampler, runtimes):
     """A step without network whose update stands still is a step less of the pipeline's; nothing leaks between pictures."""
-    pipe = pipe_of(cls, sampler)
+    pipe = pipe_of(cls, sampler, layers=1)
     schedule = updated(pipe, RESTING, stir=0.1, guidance_scale=scale)
     assert schedule.sampler.guidance_form == {DiTPipeline: "halves", TwoPassPipeline: "passes"}[cls] or scale == 1
     calls = []
@@ -190,27 +192,29 @@ def test_the_network_rests_under_every_form_of_guidance_and_runtime(cls, scale, 
     with sodaprof.apply(pipe, schedule) as handle:
         wanted = sample(pipe, guidance_scale=scale)
         assert len(calls) == RESTING.count(".") * (2 if cls is TwoPassPipeline and scale > 1 else 1)
-        assert handle.report().executed == {"C": 4 * RESTING.count("."), "-": 4 * RESTING.count("-")}
+        assert handle.report().executed == {"C": 2 * RESTING.count("."), "-": 2 * RESTING.count("-")}
         assert handle.report().executed == handle.report().planned
         assert handle.report().complete
         others = sample(pipe, (7, 3), seed=5, guidance_scale=scale)
         assert np.array_equal(sample(pipe, guidance_scale=scale), wanted)
-    for lowering in ({}, {"capture": Tapes()}, {"capture": Tapes(), "loop": True}):
-        with sodaprof.apply(pipe, schedule, lower=True, **lowering) as handle:
-            for _ in range(4):
+    for runtime in runtimes:
+        more = RUNTIMES[runtime] | ({} if runtime == "lowered" else {"capture": Tapes()})
+        with with_known_programs(sodaprof.apply(pipe, schedule, **more)) as handle:
+            for _ in range(3):
                 assert apart(sample(pipe, guidance_scale=scale), wanted) < 1e-5
                 assert handle.report().executed == handle.report().planned
             assert apart(sample(pipe, (7, 3), seed=5, guidance_scale=scale), others) < 1e-5
+            assert apart(sample(pipe, guidance_scale=scale), wanted) < 1e-5
             path = handle.report().path
-        assert path.endswith("whole steps" if "loop" in lowering else "graphs" if lowering else "lowered"), path
+        assert path.endswith({"whole-steps": "whole steps", "captured": "graphs", "lowered": "lowered"}[runtime]), path
 
 
 def test_the_loop_takes_over_after_a_run_begins_with_a_rest():
-    pipe = pipe_of(DiTPipeline, "ddpm")
+    pipe = pipe_of(DiTPipeline, "ddpm", layers=1)
     schedule = updated(pipe, ".--.-..-", stir=0.1)
     with sodaprof.apply(pipe, schedule):
         wanted = sample(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True) as handle:
+    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True)) as handle:
         for _ in range(3):
             assert apart(sample(pipe), wanted) < 1e-5
         assert handle.report().path.endswith("whole steps")
@@ -218,14 +222,14 @@ def test_the_loop_takes_over_after_a_run_begins_with_a_rest():
 
 
 def test_one_call_of_the_network_is_enough():
-    pipe = pipe_of()
+    pipe = pipe_of(layers=1)
     schedule = updated(pipe, "." + "-" * (STEPS - 1))
     with sodaprof.apply(pipe, schedule):
         wanted = sample(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True) as handle:
+    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True)) as handle:
         for _ in range(3):
             assert apart(sample(pipe), wanted) < 1e-5
-        assert handle.report().executed == handle.report().planned == {"C": 4, "-": 4 * (STEPS - 1)}
+        assert handle.report().executed == handle.report().planned == {"C": 2, "-": 2 * (STEPS - 1)}
 
 
 def test_an_aborted_run_harms_nothing():
@@ -422,7 +426,7 @@ def test_guidance_that_begins_while_the_network_rests_is_refused():
         pipe([1], num_inference_steps=STEPS)
 
 
-# ---- files and the bench ------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------------
 
 
 def test_an_update_is_kept_in_the_file(tmp_path):
@@ -434,13 +438,3 @@ def test_an_update_is_kept_in_the_file(tmp_path):
         wanted = sample(pipe)
     with sodaprof.apply(pipe, tmp_path / "s.json"):
         assert np.array_equal(sample(pipe), wanted)
-
-
-def test_the_bench_runs_them():
-    pipe = pipe_of()
-    schedule = updated(pipe, RESTING)
-    row = benchmark(pipe, [schedule], rounds=1, prompts=[1])["rows"][-1]
-    rests = [ms for ms, action in zip(row["step_ms"], RESTING, strict=True) if action == "-"]
-    calls = [ms for ms, action in zip(row["step_ms"], RESTING, strict=True) if action == "."]
-    assert max(rests) < min(calls) / 4
-    assert row["path"] == "lowered"
