@@ -70,19 +70,19 @@ proxies: .venv/ready
 	test -e build/tiny-dit-profile/manifest.json || $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-profile --samples 100
 	test -e build/tiny-dit-20-profile/manifest.json || \
 	  $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-20-profile --steps 20 --samples 32
-	$(BIN)/python -m tests.proxies
+	$(BIN)/python -m tests.studies.proxies
 
 # Makes ToCa's and DuCa's released schedules for the published models, from their shapes alone.
 released: .venv/ready
-	$(BIN)/python -m sodaprof.models.published build/published
+	$(BIN)/python -m tests.studies.published build/published
 	for m in $$(ls build/published); do for p in toca duca; do mkdir -p schedules/$$m && \
 	  $(BIN)/sodaprof compile build/published/$$m --policy $$p -o schedules/$$m/$$p.json --force || exit 1; done; done
 
 # Tries discovery, runtime, FLOPs and lowering on tiny instances of diffusers' transformer classes, and whole pipelines.
 test-zoo: .venv/ready
 	mkdir -p build
-	$(BIN)/python -m tests.zoo_check --markdown > build/zoo.md; classes=$$?; \
-	$(BIN)/python -m tests.zoo_pipelines --markdown > build/zoo-pipelines.md; pipelines=$$?; \
+	$(BIN)/python -m tests.zoo.zoo_check --markdown > build/zoo.md; classes=$$?; \
+	$(BIN)/python -m tests.zoo.zoo_pipelines --markdown > build/zoo-pipelines.md; pipelines=$$?; \
 	{ sed -n '1,/^<!-- classes -->/p' docs/zoo.md; echo; cat build/zoo.md; echo; \
 	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
 	cp build/zoo-page.md docs/zoo.md; exit $$((classes + pipelines))
@@ -91,7 +91,7 @@ test-zoo: .venv/ready
 BENCH := build/bench
 bench: .venv/ready
 	mkdir -p $(BENCH)
-	$(BIN)/python -m tests.random_models dit-s-2 $(BENCH)/dit-s-2
+	$(BIN)/python -m tests.studies.random_models dit-s-2 $(BENCH)/dit-s-2
 	$(BIN)/sodaprof inspect $(BENCH)/dit-s-2 --steps 50 -o $(BENCH)/inspected --force
 	for n in 18 10; do $(BIN)/sodaprof compile $(BENCH)/inspected --policy fora --knob anchors=$$n \
 	  -o $(BENCH)/fora-$$n-of-50.json --force || exit 1; done
@@ -104,8 +104,8 @@ bench: .venv/ready
 	  --policy solver --budget $$b -o $(BENCH)/solver-ms-$$b.json --force; done
 	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(foreach b,1.25x 1.5x 1.75x 2.0x,$(BENCH)/soda-ms-$(b).json) \
 	  $(foreach b,2.0x 5.0x,$(BENCH)/solver-ms-$(b).json) --force -o $(RESULTS)/bench-tiny-dit.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.light_steps tiny-dit $(BENCH)/dit-s-2 -o $(RESULTS)/light-steps.json
-	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.studies.light_steps tiny-dit $(BENCH)/dit-s-2 -o $(RESULTS)/light-steps.json
+	$(BIN)/python -m tests.studies.page $(RESULTS) docs/results.md
 
 # Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.
 ON_GPU := --device cuda --dtype bfloat16 --force
@@ -113,31 +113,31 @@ bench-gpu: .venv/ready
 	mkdir -p $(BENCH)
 	$(BIN)/python -m pytest -m gpu
 	set -e; for m in "dit-xl-2 50 18" "pixart-xl-2-512 20 8" "pixart-xl-2-1024 20 8"; do set -- $$m; \
-	  $(BIN)/python -m tests.random_models $$1 $(BENCH)/$$1; \
+	  $(BIN)/python -m tests.studies.random_models $$1 $(BENCH)/$$1; \
 	  $(BIN)/sodaprof inspect $(BENCH)/$$1 --steps $$2 -o $(BENCH)/$$1-inspected --force; \
 	  $(BIN)/sodaprof compile $(BENCH)/$$1-inspected --policy fora --knob anchors=$$3 -o $(BENCH)/$$1-$$3-of-$$2.json --force; \
 	  $(BIN)/sodaprof bench $(BENCH)/$$1 $(BENCH)/$$1-$$3-of-$$2.json $(ON_GPU) -o $(RESULTS)/bench-$$1-cuda.json; \
-	  $(BIN)/python -m tests.compiled $(BENCH)/$$1 $(RESULTS)/compiled-$$1-cuda.json --device cuda --dtype bfloat16; done
+	  $(BIN)/python -m tests.studies.compiled $(BENCH)/$$1 $(RESULTS)/compiled-$$1-cuda.json --device cuda --dtype bfloat16; done
 	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 $(ON_GPU)
 	cp $(BENCH)/dit-xl-2-profile/manifest.json $(RESULTS)/profile-dit-xl-2-cuda.json
-	$(BIN)/python -m sodaprof.report.page $(RESULTS) docs/results.md
+	$(BIN)/python -m tests.studies.page $(RESULTS) docs/results.md
 
 # Measures other caches beside this project's, and makes the tables in docs/peers.md. Most of an hour on two threads.
 bench-peers: .venv/ready
 	$(BIN)/pip install -q -e ".[peers]"
-	$(BIN)/python -m tests.peers
+	$(BIN)/python -m tests.studies.peers
 
 # Makes the weights of tiny-dit again (hours on a CPU, minutes on a GPU).
 train: .venv/ready
-	$(BIN)/python -m sodaprof.models.train_tiny_dit build/train
+	$(BIN)/python -m tests.reference.train_tiny_dit build/train
 
 # Makes the weights of tiny-pixart again (an hour and a half on a CPU).
 train-pixart: .venv/ready
-	$(BIN)/python -m sodaprof.models.train_tiny_pixart build/train-pixart
+	$(BIN)/python -m tests.reference.train_tiny_pixart build/train-pixart
 
 # Makes the weights of tiny-opensora again (an hour on a CPU).
 train-opensora: .venv/ready
-	$(BIN)/python -m sodaprof.models.train_tiny_opensora build/train-opensora
+	$(BIN)/python -m tests.reference.train_tiny_opensora build/train-opensora
 
 clean:
 	rm -rf .venv build

@@ -28,33 +28,33 @@ if TYPE_CHECKING:
         SodaprofError,
         UnsupportedModelError,
     )
-    from .evaluation import evaluate
-    from .models.load import load_pipeline
+    from .formats.profile import Profile, load_profile
+    from .formats.schedule import Schedule, load_schedule
+    from .measure.evaluate import evaluate
+    from .pipelines.load import load_pipeline
     from .profiler.run import profile
-    from .profiles import Profile, load_profile
-    from .runtime.attach import Handle, Report, apply
-    from .runtime.scheduler import scheduler
-    from .schedule import Schedule, load_schedule
+    from .runtime.apply import Handle, Report, apply
+    from .runtime.sampler.scheduler import scheduler
 
 _HOME = {  # public name -> the module that defines it; imported on first use, so that `import sodaprof` is quick
     "BudgetError": "errors",
     "FormatError": "errors",
-    "Handle": "runtime.attach",
+    "Handle": "runtime.apply",
     "IllegalScheduleError": "errors",
     "MismatchError": "errors",
-    "Profile": "profiles",
-    "Report": "runtime.attach",
-    "Schedule": "schedule",
+    "Profile": "formats.profile",
+    "Report": "runtime.apply",
+    "Schedule": "formats.schedule",
     "SodaprofError": "errors",
     "UnsupportedModelError": "errors",
-    "apply": "runtime.attach",
+    "apply": "runtime.apply",
     "compile_schedule": "compiler",
-    "evaluate": "evaluation",
-    "load_pipeline": "models.load",
-    "load_profile": "profiles",
-    "load_schedule": "schedule",
+    "evaluate": "measure.evaluate",
+    "load_pipeline": "pipelines.load",
+    "load_profile": "formats.profile",
+    "load_schedule": "formats.schedule",
     "profile": "profiler.run",
-    "scheduler": "runtime.scheduler",
+    "scheduler": "runtime.sampler.scheduler",
 }
 
 __all__ = [

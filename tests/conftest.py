@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from sodaprof import cli
-from sodaprof.cost import CostModel, SiteCost, StepCost, TransformerCost, save_cost
-from sodaprof.files import write_json
-from sodaprof.profiles import MEAN, RANKING, TABLE_VERSIONS, schema
-from sodaprof.schedule import Forecast, Plan, Schedule, TokenRule, Update
-from sodaprof.sites import Model, Sampler, Site, Transformer
+from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, save_cost
+from sodaprof.formats.files import write_json
+from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
+from sodaprof.formats.sites import Model, Sampler, Site, Transformer
+from sodaprof.formats.tables import MEAN, RANKING, TABLE_VERSIONS, schema
 
 TOKENS = 16
 RATES = (0.25, 0.5, 0.75)
@@ -305,7 +305,7 @@ def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny pipeline: a MODEL of the command line."""
-    from .pipelines import tiny_pipe
+    from tests.tiny_pipelines import tiny_pipe
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_pipe().save_pretrained(folder)

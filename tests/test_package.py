@@ -12,32 +12,11 @@ import pytest
 import sodaprof
 
 ROOT = Path(sodaprof.__file__).parent
-LEVELS = {  # a module may import from lower levels and its own; two names on one level do not know each other
-    "version": 0, "errors": 0, "files": 1, "sites": 2, "updates": 2,
-    "scores": 3, "dense": 3, "legal": 4, "schedule": 5, "profiles": 6, "cost": 6, "columns": 6,
-    "compiler": 7, "metrics": 7, "launches": 7, "models": 7, "profiler": 8, "runtime": 8,
-    "controls": 9, "contenders": 10, "evaluation": 11, "report": 10,
-    "bench": 10, "doctor": 10, "latency": 11, "closed_loop": 11, "refine": 12, "fit": 12, "mix": 12,
-    "distribution": 12, "cli": 13, "__init__": 14,
+LEVELS = {  # a folder imports from lower levels and from itself; two on one level do not import each other
+    "version": 0, "errors": 0, "formats": 1, "compiler": 2, "report": 2, "opensora": 2, "pipelines": 3, "profiler": 4,
+    "runtime": 4, "measure": 5, "doctor": 5, "tuning": 6, "cli": 7, "__init__": 8, "__main__": 8,
 }  # fmt: skip
-NO_TORCH = (
-    "version",
-    "errors",
-    "files",
-    "sites",
-    "updates",
-    "columns",
-    "dense",
-    "scores",
-    "legal",
-    "schedule",
-    "profiles",
-    "cost",
-    "compiler",
-    "metrics",
-    "report",
-    "cli",
-)
+NO_TORCH = ("version", "errors", "formats", "compiler", "report", "cli")
 
 
 def sources():
@@ -98,7 +77,8 @@ def run_python(code: str) -> str:
 
 
 def test_compiling_and_reporting_do_not_load_torch():
-    code = "import sys, sodaprof.cli, sodaprof.compiler, sodaprof.report.schedules, sodaprof.report.results, sodaprof.metrics"
+    parts = ("cli", "compiler", "report.schedule", "report.results", "measure.metrics")
+    code = f"import sys, {', '.join(f'sodaprof.{part}' for part in parts)}"
     assert run_python(code + "; print('torch' in sys.modules, 'diffusers' in sys.modules)").split() == [
         "False",
         "False",
@@ -124,7 +104,7 @@ def test_public_names():
 
 def test_public_functions_are_not_shadowed_by_modules():
     import sodaprof.compiler
-    import sodaprof.evaluation
+    import sodaprof.measure.evaluate
     import sodaprof.profiler.run
 
     for name in ("apply", "compile_schedule", "evaluate", "profile", "load_profile"):
@@ -144,5 +124,5 @@ def test_errors_are_one_tree():
 def test_no_machine_paths_or_big_modules():
     for path in sources():
         text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 380, path
+        assert len(text.splitlines()) <= 400, path
         assert "index-url" not in text

@@ -9,12 +9,11 @@ import diffusers
 import numpy as np
 import torch
 
-from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
-from sodaprof.models.solvers import own_update
-from sodaprof.schedule import Schedule, Update
-from sodaprof.updates import rounded
-
-from .pipelines import STEPS, draw, schedule_for
+from sodaprof.formats.sampler import rounded
+from sodaprof.formats.schedule import Schedule, Update
+from sodaprof.opensora.scheduler import RectifiedFlowScheduler
+from sodaprof.pipelines.sampler_steps import own_update
+from tests.tiny_pipelines import STEPS, draw, schedule_for
 
 RESTING = "..-.--.."  # the steps of a run: where the network is called, where not
 CALLED = RESTING.count(".")

@@ -7,10 +7,10 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from sodaprof.models.opensora.pipeline import OpenSoraPipeline
-from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
-from sodaprof.models.opensora.stdit3 import STDiT3
-from sodaprof.models.opensora.vae import AutoencoderKLOpenSora
+from sodaprof.opensora.autoencoder import AutoencoderKLOpenSora
+from sodaprof.opensora.network import STDiT3
+from sodaprof.opensora.pipeline import OpenSoraPipeline
+from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 
 WORDS = [
     "<pad>",

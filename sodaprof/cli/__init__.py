@@ -13,7 +13,16 @@ import typer
 
 from ..errors import SodaprofError
 from ..version import __version__
-from . import benching, compiling, doctoring, refining, sampling
+from .bench import bench
+from .compile import compile_
+from .doctor import doctor
+from .eval import evaluate_
+from .inspect import inspect
+from .profile import profile
+from .refine import refine_
+from .run import run
+from .ship import ship
+from .show import show
 
 app = typer.Typer(
     name="sodaprof", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -22,16 +31,16 @@ app = typer.Typer(
 )  # fmt: skip
 
 COMMANDS = (  # in the order of --help
-    ("profile", sampling.profile, "sodaprof profile tiny-dit -o profile --samples 16"),
-    ("compile", compiling.compile_, "sodaprof compile profile --budget 2.0x -o schedule.json"),
-    ("refine", refining.refine_, "sodaprof refine tiny-dit schedule.json --time 5m -o better.json"),
-    ("show", compiling.show, "sodaprof show schedule.json"),
-    ("run", sampling.run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
-    ("ship", sampling.ship, "sodaprof ship schedule.json path/to/model"),
-    ("eval", sampling.evaluate_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
-    ("bench", benching.bench, "sodaprof bench tiny-dit schedule.json --cost cost.json"),
-    ("inspect", sampling.inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
-    ("doctor", doctoring.doctor, "sodaprof doctor tiny-dit"),
+    ("profile", profile, "sodaprof profile tiny-dit -o profile --samples 16"),
+    ("compile", compile_, "sodaprof compile profile --budget 2.0x -o schedule.json"),
+    ("refine", refine_, "sodaprof refine tiny-dit schedule.json --time 5m -o better.json"),
+    ("show", show, "sodaprof show schedule.json"),
+    ("run", run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
+    ("ship", ship, "sodaprof ship schedule.json path/to/model"),
+    ("eval", evaluate_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
+    ("bench", bench, "sodaprof bench tiny-dit schedule.json --cost cost.json"),
+    ("inspect", inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
+    ("doctor", doctor, "sodaprof doctor tiny-dit"),
 )
 for name, command, example in COMMANDS:
     app.command(name, epilog=f"\b\nExample: {example}")(command)  # \b: not wrapped, so that it can be copied

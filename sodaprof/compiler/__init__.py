@@ -11,22 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..cost import CostModel, check_covers, cost_of, load_cost
 from ..errors import BudgetError, FormatError, UnsupportedModelError
-from ..legal import verify
-from ..profiles import load_inspection, load_profile
-from ..schedule import Schedule
-from .bounds import beside_update, with_own_update, within_cache
-from .dpcache import compile_dpcache
-from .drift import compile_drift
-from .fora import compile_fora
-from .magcache import compile_magcache
-from .site_forecasts import compile_fit
-from .smoothcache import compile_smoothcache
-from .soda import compile_soda
-from .solver import compile_solver
-from .taylor import compile_taylor
-from .toca import compile_duca, compile_toca
+from ..formats.cost import CostModel, check_covers, cost_of, load_cost
+from ..formats.profile import load_inspection, load_profile
+from ..formats.rules import verify
+from ..formats.schedule import Schedule
+from .policies.dpcache import compile_dpcache
+from .policies.drift import compile_drift
+from .policies.fora import compile_fora
+from .policies.forecast import compile_fit
+from .policies.magcache import compile_magcache
+from .policies.smoothcache import compile_smoothcache
+from .policies.soda import compile_soda
+from .policies.solver import compile_solver
+from .policies.taylor import compile_taylor
+from .policies.toca import compile_duca, compile_toca
+from .problem import beside_update, with_own_update, within_cache
 
 LOG = logging.getLogger(__name__)
 POLICIES: dict[str, Callable[..., Schedule]] = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..errors import BudgetError
-from ..schedule import Forecast
+from ..formats.schedule import Forecast
 
 Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (products, sources, targets) -> weights
 DIGITS = 6  # significant digits of a weight in a file

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..updates import RIDGE, OwnUpdate, own_weights, ridge_solve, rounded
+from ..formats.sampler import RIDGE, OwnUpdate, own_weights, ridge_solve, rounded
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..cost import CostModel, cost_of
 from ..errors import BudgetError, MismatchError, SodaprofError, UnsupportedModelError
-from ..legal import verify
-from ..profiles import Profile, load_profile
-from ..schedule import Schedule
+from ..formats.cost import CostModel, cost_of
+from ..formats.profile import Profile, load_profile
+from ..formats.rules import verify
+from ..formats.schedule import Schedule
 from . import DEPTH, parse_budget
-from .bounds import within_cache
-from .draw import reuse_only_cost
-from .solver import compile_solver
+from .policies.solver import compile_solver
+from .problem import reuse_only_cost, within_cache
 
 
 @dataclass(frozen=True)

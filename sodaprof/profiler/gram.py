@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ..profiles import write_table
-from ..sites import Site
-from .memory import coordinates_of
+from ..formats.sites import Site
+from ..formats.tables import write_table
+from .budget import coordinates_of
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..dense import STACK_FORMS
 from ..errors import SodaprofError, UnsupportedModelError
-from ..models.discover import inspect_pipeline
-from ..models.load import (
+from ..formats.profile import FORMAT, VERSION, history_of
+from ..formats.sites import Model, Sampler, Site, raster_of
+from ..formats.tables import STACK_FORMS, TABLE_VERSIONS, VERSIONS
+from ..pipelines.discover import inspect_pipeline
+from ..pipelines.load import (
     OwnCall,
     check_entries,
     check_seeds,
@@ -24,12 +26,10 @@ from ..models.load import (
     default_steps,
     makes_video,
 )
-from ..models.recording import Step
-from ..profiles import FORMAT, TABLE_VERSIONS, VERSION, VERSIONS, history_of
-from ..sites import Model, Sampler, Site, raster_of
+from ..pipelines.recording import Step
+from ..pipelines.stack import Stack, stack_of
+from .budget import Grid, Shapes, grid_of, passes
 from .gram import GramSums, Track
-from .memory import Grid, Shapes, grid_of, passes
-from .stacks import Stack, stack_of
 
 RATES = np.array([0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375])
 MEMORY_SHARE = 0.6  # of what is free may go to the rings

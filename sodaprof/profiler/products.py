@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..errors import MismatchError, UnsupportedModelError
-from ..models.clock import Moment
+from ..pipelines.clock import Moment
+from .budget import coordinates_of, slots_of
 from .gram import GramSums
-from .memory import coordinates_of, slots_of
 
 CHUNK = 8192  # coordinates turned to float64 at once
 

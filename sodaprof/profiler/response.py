@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UnsupportedModelError
-from ..models.replay import Replay
-from ..models.stepper import Stepper
-from ..updates import MAX_HISTORY
+from ..formats.sampler import MAX_HISTORY
+from ..pipelines.replay import Replay, Stepper
 from .plan import ProfilePlan
 
 EVERY = 3  # the accelerated run calls the network at every third step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -13,17 +12,17 @@ from typing import Any
 
 import torch
 
-from ..cost import save_cost
 from ..errors import FormatError, UnsupportedModelError
-from ..files import digest, read_json, refuse_existing, write_json
-from ..launches import device_facts
-from ..models.flops import count_flops
-from ..models.load import call
-from ..models.solvers import own_update
-from ..profiles import COLUMNS, Profile, load_profile, write_inspection, write_solver
-from ..sites import Sampler
-from ..updates import OwnUpdate
-from ..version import __version__
+from ..formats.cost import save_cost
+from ..formats.files import digest, read_json, refuse_existing, write_json
+from ..formats.profile import Profile, load_profile, write_inspection, write_solver
+from ..formats.sampler import OwnUpdate
+from ..formats.sites import Sampler
+from ..formats.tables import COLUMNS
+from ..pipelines.device import device_facts, versions
+from ..pipelines.flops import count_flops
+from ..pipelines.load import call
+from ..pipelines.sampler_steps import own_update
 from .plan import RATES, ProfilePlan, plan_profile
 from .response import measure_response
 from .statistics import Statistics
@@ -124,13 +123,6 @@ def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
         return own_update(pipe.scheduler, sampler.timesteps)
     except UnsupportedModelError as error:
         return error
-
-
-def versions() -> dict[str, str]:
-    import diffusers
-
-    found = {"sodaprof": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    return found | {"python": platform.python_version()}
 
 
 def _report(on_progress: Callable[[int, int], None], before: int, count: int, total: int, step: int) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import replacing
-from ..profiles import MEAN, METRICS, RANKING, write_table
-from ..sites import Model, Site
+from ..formats.files import replacing
+from ..formats.sites import Model, Site
+from ..formats.tables import MEAN, METRICS, RANKING, write_table
+from .budget import Grid
 from .gram import GramSums
-from .memory import Grid
 
 
 class Statistics:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from ..errors import MismatchError
-from ..models.clock import Clock, Moment, TransformerHook
-from ..models.layout import as_tokens, main_part
-from ..models.recording import hooked, stepping, tapped
-from .errors import Ring, StaleErrors, pooled
+from ..pipelines.clock import Clock, Moment, TransformerHook
+from ..pipelines.probe import as_tokens, main_part
+from ..pipelines.recording import hooked, stepping, tapped
+from ..pipelines.stack import Stack, handed
 from .plan import RATES, ProfilePlan
 from .products import Products
-from .stacks import Stack, handed
+from .reuse_errors import Ring, StaleErrors, pooled
 from .statistics import Statistics
 
 

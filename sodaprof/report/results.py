@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..cost import CostModel
-from ..sites import Model, Sampler
+from ..formats.cost import CostModel
+from ..formats.sites import Model, Sampler
 
 SIDES = {"full": "the full run", "data": "the data"}
 
@@ -47,22 +47,6 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
         "PSNR to the full run, its mean over the worst tenth; flip: under 20 dB, another picture; L2: latents, relative"
     )
     return Group(table, Text(legend, "dim"), *(Text(line) for line in _lines(result)))
-
-
-def evaluation_markdown(result: dict[str, Any]) -> str:
-    """Returns the table of an evaluation in Markdown."""
-    accurate = "accuracy" in result["full"]
-    head = ["", "FLOPs", "wall-clock", "PSNR dB [95 %]", "worst tenth dB", "SSIM", *(["class"] if accurate else [])]
-    accuracy = [f"{result['full']['accuracy']:.1%}"] if accurate else []
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], ["full run", "1.00×", "1.00×", "", "", "", *accuracy]]
-    for row in sorted(result["rows"], key=lambda row: round(row["flops_speedup"], 1)):
-        q = row["psnr_db"]
-        lines.append([
-            f"{row['name']} ({row['detail']})", f"{row['flops_speedup']:.2f}×", f"{row['wall_speedup']:.2f}×",
-            f"{q['mean']:.1f} [{q['low']:.1f}, {q['high']:.1f}]", f"{q['worst_decile']:.1f}", f"{row['ssim']:.3f}",
-            *([f"{row['accuracy']:.1%}"] if accurate else []),
-        ])  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _lines(result: dict[str, Any]) -> list[str]:

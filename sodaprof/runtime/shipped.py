@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MismatchError, SodaprofError
-from ..files import replacing
-from ..legal import verify
-from ..models.load import find_model, load_pipeline
-from ..schedule import Schedule, load_schedule
-from .fits import check_fits
+from ..formats.files import replacing
+from ..formats.rules import verify
+from ..formats.schedule import Schedule, load_schedule
+from ..pipelines.load import find_model, load_pipeline
+from .checks import check_fits
 
 FOLDER = "sodaprof"
 

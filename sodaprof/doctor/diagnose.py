@@ -1,0 +1,221 @@
+"""Audits a pipeline for what CUDA graphs cannot hold, before there is a GPU."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import MismatchError, UnsupportedModelError
+from ..formats.schedule import Plan
+from ..formats.sites import Transformer
+from ..pipelines.clock import Moment
+from ..pipelines.discover import find_sites, guidance_form
+from ..pipelines.load import default_guidance, default_prompts, transformers_of
+from ..pipelines.recording import Step, hooked, record_step
+from ..pipelines.sampler_steps import in_loop
+from ..pipelines.structure import find_modules
+from ..runtime.compiled.trace import LoweredBlock, Program
+from ..runtime.hooks.sites import SiteHook, SiteRow
+from ..runtime.hooks.stack import block_of
+from .hazards import Call, Hazard, follow
+from .surroundings import Finding, built_findings, devices_of, finding, is_compiled, scheduler_findings, timesteps_asked
+
+CAPTURES, IN_PART, FALLS_BACK = "captures", "captures in part", "falls back"
+HOOK = "sodaprof.doctor"
+BLOCKS_PART = ("read", "copy", "lowering")  # kinds that keep the part where they are out of a capture
+BLOCKS_ALL = ("offload", "casting", "hook", "compiled", "sites", "unseen")
+HAZARDS = {  # kind -> what, effect, do
+    "read": (
+        "{operator}: needs values that are on the device",
+        "the host waits for them, a capture fails: this part runs uncaptured",
+        "compute it before the loop from what the host knows, or pad to a fixed length",
+    ),
+    "copy": (
+        "{operator}: takes host data to the device",
+        "a capture fails on the copy: this part runs uncaptured",
+        "build it once, on the device, and keep it as a buffer",
+    ),
+    "random": (
+        "{operator}: draws random numbers",
+        "each replay draws on: results depend on the order of replays",
+        "draw before the loop and hand the numbers in",
+    ),
+    "frozen": (
+        "{operator}: takes a 0-dim tensor on the CPU",
+        "its value is frozen at capture, silently wrong if it changes later",
+        "keep it on the device, or see to it that it is a constant",
+    ),
+    "mask": (
+        "{operator}: has a mask",
+        "captures; attention leaves the flash kernel for a slower one",
+        "cut prompts to a fixed length and pass no mask",
+    ),
+}
+
+
+def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None = None) -> dict[str, Any]:
+    """Returns what keeps CUDA graphs from a pipeline, as plain data: {format, ..., transformers, verdict, findings}.
+
+    The pipeline, which must be on the CPU, runs to its scheduler's first step; then each transformer is followed with what
+    it was called with, and its blocks are lowered. Its verdict is `captures` where nothing keeps it from that, `captures
+    in part` where that holds of at least one block, else `falls back`. Raises UnsupportedModelError where no step can be
+    recorded, MismatchError where the pipeline carries a schedule.
+    """
+    parts = transformers_of(pipe)
+    for part, network in parts.items():
+        if elsewhere := devices_of(network) - {torch.device("cpu")}:
+            raise UnsupportedModelError(
+                f"{part} is on {elsewhere.pop()}; the doctor follows networks on the CPU, which stands for both sides of a "
+                'copy. Type: pipe.to("cpu")'
+            )
+    if "_sodaprof" in vars(pipe.scheduler):
+        raise MismatchError("The pipeline carries a schedule; the doctor wants it plain. Take it off: handle.remove()")
+    scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
+    compiled = any(is_compiled(network) for network in parts.values())
+    with (
+        torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
+        timesteps_asked(pipe.scheduler) as asked,
+    ):
+        with torch.no_grad():
+            step = record_step(pipe, [default_prompts(pipe)[0]], steps, scale)
+        findings = scheduler_findings(pipe.scheduler, asked)
+        about, verdict = {}, {}
+        for part, network in parts.items():
+            calls = [(args, kwargs) for n, args, kwargs in step.calls if n == part]
+            about[part], verdict[part], found = audit(part, network, calls)
+            findings += found
+    return {
+        "format": "sodaprof.doctor", "version": 1, "model": name, "pipeline": type(pipe).__name__, "steps": steps,
+        "scheduler": {"class": type(pipe.scheduler).__name__, "in_loop": in_loop(pipe.scheduler)},
+        "guidance": {"form": guidance_form(pipe, step), "scale": scale},
+        "transformers": about, "verdict": verdict, "findings": findings,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def audit(name: str, network: nn.Module, calls: list[Call]) -> tuple[dict[str, Any], str, list[Finding]]:
+    """Returns ({class, blocks, lowered}, verdict, findings) of one transformer, from its calls of one step."""
+    findings = built_findings(name, network)
+    network = getattr(network, "_orig_mod", network)  # of torch.compile
+    blocks: list[str] = []
+    refused: dict[str, str] = {}
+    hazards: list[Hazard] = []
+    inputs: dict[str, Call] = {}
+    try:
+        if not calls:
+            raise UnsupportedModelError("The pipeline's first step does not call it.")
+        found = find_sites(SimpleNamespace(components={name: network}), name, Step([(name, *calls[0])]))
+        blocks = list(dict.fromkeys(block_of(site.key) for site in found.sites))
+    except UnsupportedModelError as error:
+        effect = "no schedule can be applied to it"
+        findings.append(finding(name, "sites", str(error), effect, "see docs/adding-a-model.md"))
+    try:
+        hazards, inputs = follow(network, calls, blocks)
+        with _quiet():
+            refused = refusals(network, found, inputs) if blocks else {}
+    except Exception as error:  # whatever an operator says that knows no stand-in of a device
+        what = f"its forward could not be followed ({type(error).__name__}: {_first_line(error)})"
+        findings.append(finding(name, "unseen", what, "nothing is known of it", "try on a GPU, without a graph first"))
+    findings += _hazard_findings(name, hazards) + _refusal_findings(name, refused, hazards)
+    held = {h.module for h in hazards if h.kind in BLOCKS_PART} | set(refused)
+    free = [block for block in blocks if not any(_is_in(path, block) for path in held)]
+    verdict = CAPTURES if not held else IN_PART if free else FALLS_BACK
+    if any(f["kind"] in BLOCKS_ALL for f in findings):
+        verdict = FALLS_BACK
+    about = {"class": type(network).__name__, "blocks": len(blocks), "lowered": len(inputs) - len(refused)}
+    return about, verdict, findings
+
+
+def refusals(network: nn.Module, found: Transformer, inputs: dict[str, Call]) -> dict[str, str]:
+    """Returns why blocks cannot be lowered, by path, of those that cannot; inputs: what each block is called with."""
+    plan = Plan(found.class_name, found.fingerprint, {site.key: "C" for site in found.sites}, ".")
+    known, moment = find_modules(network), Moment()
+    programs: dict[Any, Program] = {}
+    refused = {}
+    for block, (args, kwargs) in inputs.items():
+        rows: dict[str, list[SiteRow]] = {}
+        for site in found.sites:
+            if block_of(site.key) == block:
+                kind, module = known[site.path][3:]
+                rows.setdefault(site.path, []).append(SiteRow(plan, site.key, module, kind == "attn", None))
+        moment.forward += 1
+        with ExitStack() as stack:
+            for path, calls in rows.items():
+                stack.enter_context(hooked(known[path][4], SiteHook(calls, moment), HOOK))
+            module = network.get_submodule(block)
+            lowered = LoweredBlock(block, module, [row for calls in rows.values() for row in calls], moment, programs)
+            stack.enter_context(hooked(module, lowered, f"{HOOK}.lowered"))
+            try:
+                module(*args, **kwargs)
+            except UnsupportedModelError as error:
+                refused[block] = _first_line(error.__cause__ or error)
+    return refused
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from logging a traceback for each operator that it cannot trace, while the block runs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _hazard_findings(name: str, hazards: list[Hazard]) -> list[Finding]:
+    """Returns one finding for each thing done at a line of code, whichever layers do it."""
+    groups: dict[tuple[str, str, str, str], list[Hazard]] = {}
+    for hazard in hazards:
+        groups.setdefault((hazard.kind, hazard.operator, _any_layer(hazard.module), hazard.source), []).append(hazard)
+    found = []
+    for (kind, operator, _, source), group in groups.items():
+        what, effect, do = HAZARDS[kind]
+        modules = list(dict.fromkeys(hazard.module for hazard in group))
+        found.append(
+            finding(
+                _where(name, modules), kind, what.format(operator=operator), effect, do, operator=operator, source=source,
+                code=group[0].code, modules=modules,
+            )
+        )  # fmt: skip
+    order = list(HAZARDS)
+    return sorted(found, key=lambda f: order.index(f["kind"]))
+
+
+def _refusal_findings(name: str, refused: dict[str, str], hazards: list[Hazard]) -> list[Finding]:
+    """Returns one finding for each reason that blocks are not lowered for."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for block, reason in refused.items():
+        if any(h.kind == "read" and _is_in(h.module, block) for h in hazards):
+            reason = "it depends on the values that it reads"
+        groups.setdefault((_any_layer(block), reason), []).append(block)
+    effect = "runs through the hooks, neither lowered nor captured"
+    do = "mend what is found in it; without lower=True every schedule runs"
+    return [
+        finding(_where(name, blocks), "lowering", f"does not lower: {reason}", effect, do, modules=blocks)
+        for (_, reason), blocks in groups.items()
+    ]
+
+
+def _is_in(module: str, block: str) -> bool:
+    return f"{module}.".startswith(f"{block}.")
+
+
+def _where(name: str, modules: list[str]) -> str:
+    path = modules[0] if len(modules) == 1 else _any_layer(modules[0])
+    return f"{name}.{path}" if path else name
+
+
+def _any_layer(path: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path, count=1)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

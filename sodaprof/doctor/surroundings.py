@@ -1,0 +1,132 @@
+"""What stands around a pipeline's transformers, and what was put into them, that decides how a CUDA graph can be used."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..pipelines.sampler_steps import LOOP_SCHEDULERS, in_loop
+
+Finding = dict[str, Any]  # where, kind, what, effect, do, and what else is known
+HOOKS = {  # a part of a hook's name -> kind, effect, do
+    "offload": ("offload", "weights move at each call: nothing captures", "leave offload off"),
+    "casting": (
+        "casting",
+        "weights are cast at each call: nothing captures",
+        "load the weights in the dtype they run in",
+    ),
+    "": ("hook", "its Python decides at each call, a capture freezes that: nothing captures", "take it off"),
+}
+
+
+def finding(where: str, kind: str, what: str, effect: str, do: str, **more: Any) -> Finding:
+    """Returns one finding as plain data."""
+    return {"where": where, "kind": kind, "what": what, "effect": effect, "do": do, **more}
+
+
+@contextmanager
+def timesteps_asked(scheduler: Any) -> Iterator[list[bool]]:
+    """Yields a list that grows, at each `set_timesteps` of this instance, by whether a device was asked for."""
+    asked: list[bool] = []
+    own, set_timesteps = vars(scheduler).get("set_timesteps"), scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(set_timesteps).bind(*args, **kwargs).arguments
+        asked.append(bound.get("device") is not None)
+        return set_timesteps(*args, **kwargs)
+
+    scheduler.set_timesteps = listen
+    try:
+        yield asked
+    finally:
+        if own is None:
+            del scheduler.set_timesteps
+        else:
+            scheduler.set_timesteps = own
+
+
+def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
+    """Returns what of the scheduler keeps a step from being one graph; `asked` is of `timesteps_asked`, after a step."""
+    name, found = type(scheduler).__name__, []
+    loop = in_loop(scheduler)
+    if not loop:
+        wanted = LOOP_SCHEDULERS.get(name, {})
+        odd = ", ".join(
+            f"{k}={scheduler.config.get(k)!r}" for k, v in wanted.items() if scheduler.config.get(k, v[0]) not in v
+        )
+        found.append(
+            finding(
+                "scheduler", "scheduler", f"{name}{f' with {odd}' if odd else ''}: its step stays Python",
+                "the transformer's calls can be captured, not the whole step",
+                f"take DPMSolverMultistepScheduler (2M), DDIM or flow-match Euler: {name} runs between the captures",
+            )
+        )  # fmt: skip
+    if asked and not asked[-1]:
+        found.append(
+            finding(
+                "scheduler", "timesteps", "the pipeline leaves the timesteps on the CPU (set_timesteps without a device)",
+                "each step copies one to the device, outside the transformer"
+                + (": not where the whole step is captured" if loop else ""),
+                "nothing" if loop else "pass device= to set_timesteps",
+            )
+        )  # fmt: skip
+    if name.startswith("FlowMatchEuler") and getattr(scheduler, "begin_index", None) is None:
+        found.append(
+            finding(
+                "scheduler", "begin_index", "the pipeline does not call set_begin_index",
+                "its first step looks up its index on the device: the host waits once a run",
+                "nothing" if loop else "call scheduler.set_begin_index(0) after set_timesteps",
+            )
+        )  # fmt: skip
+    return found
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile was applied to the module, or in place to any in it."""
+    return hasattr(module, "_orig_mod") or any(m._compiled_call_impl is not None for m in module.modules())
+
+
+def built_findings(name: str, network: nn.Module) -> list[Finding]:
+    """Returns the hooks, the compiled modules and the adapters of a transformer, each kind once."""
+    found = []
+    if is_compiled(network):
+        found.append(
+            finding(
+                name, "compiled", "torch.compile was applied to it",
+                "its modules run inside compiled code, where no schedule reaches them: nothing captures",
+                "leave torch.compile off, or apply the schedule to the module as it was (._orig_mod)",
+            )
+        )  # fmt: skip
+    network = getattr(network, "_orig_mod", network)
+    hooks: dict[str, list[str]] = {}  # name -> paths of the modules
+    adapters = []
+    for path, module in network.named_modules():
+        registry = vars(module).get("_diffusers_hook")
+        names = list(registry.hooks) if registry is not None else []
+        if accelerate := vars(module).get("_hf_hook"):
+            names.append(type(accelerate).__name__)
+        for hook in names:
+            hooks.setdefault(hook, []).append(path)
+        if type(module).__module__.split(".")[0] == "peft":
+            adapters.append(path)
+    for hook, paths in hooks.items():
+        kind, effect, do = next(text for part, text in HOOKS.items() if part in hook.lower())
+        what = f"hook {hook} on {len(paths)} module{'s' if len(paths) > 1 else ''}"
+        found.append(finding(f"{name}.{paths[0]}".rstrip("."), kind, what, effect, do, modules=paths))
+    if adapters:
+        what = f"{len(adapters)} adapter modules (peft)"
+        effect = "captures with them; weights changed after the capture are noticed"
+        found.append(finding(f"{name}.{adapters[0]}", "adapter", what, effect, "nothing", modules=adapters))
+    return found
+
+
+def devices_of(network: nn.Module) -> set[torch.device]:
+    """Returns where the network's parameters are."""
+    return {parameter.device for parameter in network.parameters()}

@@ -1,0 +1,281 @@
+"""The autoencoder of Open-Sora v1.2: images frame by frame, then frames in chunks, under its published parameter names.
+
+B: samples, F: pixel frames, T: latent frames, h × w: pixels, H × W: latent cells. Pixels lie in −1…1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from ..errors import SodaprofError
+
+
+class SpatialVAE(nn.Module):
+    """diffusers' autoencoder on every frame by itself, `micro_batch` frames at a time; latents times `factor`."""
+
+    def __init__(self, module: AutoencoderKL, factor: float, micro_batch: int) -> None:
+        super().__init__()
+        self.module, self.factor, self.micro_batch = module, factor, micro_batch
+
+    def encode(self, video: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Returns [B, C, F, h // s, w // s] of a video [B, 3, F, h, w]: a draw, or the mean."""
+        parts = []
+        for frames in video.transpose(1, 2).flatten(0, 1).split(self.micro_batch):
+            posterior = self.module.encode(frames).latent_dist
+            parts.append(posterior.sample(generator) if sample else posterior.mean)
+        return self._video(torch.cat(parts) * self.factor, len(video))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Returns the video [B, 3, F, s · H, s · W] of latents [B, C, F, H, W]."""
+        frames = x.transpose(1, 2).flatten(0, 1).split(self.micro_batch)
+        return self._video(torch.cat([self.module.decode(part / self.factor).sample for part in frames]), len(x))
+
+    @staticmethod
+    def _video(frames: Tensor, batch: int) -> Tensor:
+        return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Both halves; the defaults are the published one.
+
+    Chunks of `micro_frame_size` frames know nothing of each other; None makes the whole video one chunk. Chunks change
+    numbers, `micro_batch_size` does not. `latents_mean` and `latents_std`, one number a latent channel, start the buffers
+    `shift` and `scale`, which are stored with the weights.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        latent_channels: int = 4,
+        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        filters: int = 128,
+        channel_multipliers: tuple[int, ...] = (1, 2, 2, 4),
+        num_res_blocks: int = 4,
+        temporal_downsample: tuple[bool, ...] = (False, True, True),
+        num_groups: int = 32,
+        latents_mean: tuple[float, ...] = (-0.10, 0.34, 0.27, 0.98),
+        latents_std: tuple[float, ...] = (3.85, 2.32, 2.33, 3.06),
+        micro_frame_size: int | None = 17,
+        micro_batch_size: int = 4,
+        spatial_factor: float = 0.18215,
+    ) -> None:
+        super().__init__()
+        levels = len(block_out_channels)
+        module = AutoencoderKL(
+            block_out_channels=tuple(block_out_channels), layers_per_block=layers_per_block,
+            latent_channels=latent_channels, norm_num_groups=norm_num_groups,
+            down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        )  # fmt: skip
+        self.spatial_rate = 2 ** (levels - 1)
+        self.spatial_vae = SpatialVAE(module, spatial_factor, micro_batch_size)
+        self.temporal_vae = TemporalVAE(
+            latent_channels, filters, channel_multipliers, num_res_blocks, temporal_downsample, num_groups
+        )
+        self.register_buffer("shift", torch.tensor(latents_mean).reshape(1, -1, 1, 1, 1))
+        self.register_buffer("scale", torch.tensor(latents_std).reshape(1, -1, 1, 1, 1))
+
+    def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Returns T, H, W of a video of this many frames and pixels. What is decoded may be smaller: `decoded_size`."""
+        latents = sum(-(-frames // self.temporal_vae.rate) for frames in self._chunks(num_frames))
+        return latents, height // self.spatial_rate, width // self.spatial_rate
+
+    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns height and width of what the latents of such a video decode to: whole cells, never more."""
+        return height // self.spatial_rate * self.spatial_rate, width // self.spatial_rate * self.spatial_rate
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def encode(self, video: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
+        """Returns normalised latents [B, C, T, H, W] of a video [B, 3, F, h, w]: draws of both halves, or their means."""
+        x = self.spatial_vae.encode(video, sample, generator)
+        parts = []
+        for chunk in x.split(self._chunks(x.shape[2]), 2):
+            moments = self.temporal_vae.moments(chunk)
+            mean = moments.chunk(2, 1)[0]
+            if sample:
+                noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            parts.append(draw_from(moments, noise) if sample else mean)
+        return (torch.cat(parts, 2) - self.shift) / self.scale
+
+    def decode_spatial(self, z: Tensor, num_frames: int) -> Iterator[Tensor]:
+        """Yields the latents of single frames, [B, C, f, H, W], chunk after chunk, of normalised z [B, C, T, H, W]."""
+        chunks = self._chunks(num_frames)
+        sizes = [-(-frames // self.temporal_vae.rate) for frames in chunks]
+        if z.shape[2] != sum(sizes):
+            raise SodaprofError(
+                f"{z.shape[2]} latent frames for {num_frames} frames, which have {sum(sizes)}. Give the num_frames that "
+                "the latents were made for."
+            )
+        parts = (z * self.scale + self.shift).split(sizes, 2)
+        for part, frames in zip(parts, chunks, strict=True):
+            yield self.temporal_vae.decode(part, frames)
+
+    @apply_forward_hook  # type: ignore[untyped-decorator]
+    def decode(self, z: Tensor, num_frames: int) -> Tensor:
+        """Returns the video [B, 3, num_frames, s · H, s · W] of normalised latents [B, C, T, H, W].
+
+        Frames are decoded as soon as their chunk is there, so only one chunk's activations are held at a time.
+        """
+        return torch.cat([self.spatial_vae.decode(x) for x in self.decode_spatial(z, num_frames)], 2)
+
+    def forward(self, video: Tensor) -> Tensor:
+        """Returns the video after it was encoded to its means and decoded."""
+        return self.decode(self.encode(video, sample=False), video.shape[2])
+
+    def _chunks(self, num_frames: int) -> Sequence[int]:
+        size = self.config.micro_frame_size or num_frames
+        return [min(size, num_frames - start) for start in range(0, num_frames, size)]
+
+
+EPS = 1e-5
+
+
+class CausalConv3d(nn.Module):
+    """A convolution that is padded with zeros: on both sides of H and W, in time in front alone."""
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        side = kernel // 2
+        self.padding = (side, side, side, side, kernel - stride, 0)  # W, H, time
+        self.conv = nn.Conv3d(channels, out, kernel, stride=(stride, 1, 1), bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, self.padding))
+
+
+class ResBlock(nn.Module):
+    """Norm, SiLU and convolution, twice, around which x goes; its norms see all frames at once."""
+
+    def __init__(self, channels: int, out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, channels, eps=EPS)
+        self.conv1 = CausalConv3d(channels, out, 3, bias=False)
+        self.norm2 = nn.GroupNorm(groups, out, eps=EPS)
+        self.conv2 = CausalConv3d(out, out, 3, bias=False)
+        self.conv3 = CausalConv3d(channels, out, 1, bias=False) if channels != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.conv2(F.silu(self.norm2(y))) + self.conv3(x)
+
+
+def _res_blocks(channels: int, out: int, count: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(channels if i == 0 else out, out, groups) for i in range(count)))
+
+
+class Encoder(nn.Module):
+    """Halves the frames after each level that `downsample` says so."""
+
+    def __init__(
+        self, channels: int, out: int, widths: Sequence[int], downsample: Sequence[bool], count: int, groups: int
+    ) -> None:
+        super().__init__()
+        last = widths[-1]
+        self.conv_in = CausalConv3d(channels, widths[0], 3, bias=False)
+        self.block_res_blocks = nn.ModuleList(
+            _res_blocks(widths[max(i - 1, 0)], width, count, groups) for i, width in enumerate(widths)
+        )
+        self.conv_blocks = nn.ModuleList(
+            CausalConv3d(width, width, 3, stride=2) if down else nn.Identity()
+            for width, down in zip(widths, downsample, strict=False)  # none after the last level
+        )
+        self.res_blocks = _res_blocks(last, last, count, groups)
+        self.norm1 = nn.GroupNorm(groups, last, eps=EPS)
+        self.conv2 = CausalConv3d(last, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level, blocks in enumerate(self.block_res_blocks):
+            x = blocks(x)
+            if level < len(self.conv_blocks):
+                x = self.conv_blocks[level](x)
+        return self.conv2(F.silu(self.norm1(self.res_blocks(x))))
+
+
+class Decoder(nn.Module):
+    """Doubles the frames where the encoder halved them."""
+
+    def __init__(
+        self, channels: int, out: int, widths: Sequence[int], downsample: Sequence[bool], count: int, groups: int
+    ) -> None:
+        super().__init__()
+        last = widths[-1]
+        self.conv1 = CausalConv3d(channels, last, 3)
+        self.res_blocks = _res_blocks(last, last, count, groups)
+        before = [*widths[1:], last]  # width of the level that runs before
+        self.block_res_blocks = nn.ModuleList(
+            _res_blocks(wider, width, count, groups) for wider, width in zip(before, widths, strict=True)
+        )
+        self.conv_blocks = nn.ModuleList(
+            CausalConv3d(wider, 2 * wider, 3) if up else nn.Identity()
+            for wider, up in zip(widths[1:], downsample, strict=True)
+        )
+        self.norm1 = nn.GroupNorm(groups, widths[0], eps=EPS)
+        self.conv_out = CausalConv3d(widths[0], out, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.res_blocks(self.conv1(x))
+        for level in reversed(range(len(self.block_res_blocks))):
+            x = self.block_res_blocks[level](x)
+            if level and isinstance(self.conv_blocks[level - 1], CausalConv3d):
+                x = self.conv_blocks[level - 1](x)  # [B, 2C, T, H, W], the two frames of a channel side by side
+                x = x.unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)
+        return self.conv_out(F.silu(self.norm1(x)))
+
+
+class TemporalVAE(nn.Module):
+    """Latents of single frames to latents of `rate` frames each, one chunk at a time: no context from other chunks."""
+
+    def __init__(
+        self,
+        channels: int,
+        filters: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int,
+        temporal_downsample: Sequence[bool],
+        num_groups: int,
+    ) -> None:
+        super().__init__()
+        if len(temporal_downsample) != len(channel_multipliers) - 1:
+            raise SodaprofError(
+                f"{len(temporal_downsample)} values of temporal_downsample for {len(channel_multipliers)} levels: "
+                "give one less than there are channel_multipliers."
+            )
+        self.rate = 2 ** sum(temporal_downsample)
+        rest = ([filters * m for m in channel_multipliers], temporal_downsample, num_res_blocks, num_groups)
+        self.encoder = Encoder(channels, 2 * channels, *rest)
+        self.quant_conv = CausalConv3d(2 * channels, 2 * channels, 1)
+        self.post_quant_conv = CausalConv3d(channels, channels, 1)
+        self.decoder = Decoder(channels, channels, *rest)
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Returns mean and log variance [B, 2C, ⌈T / rate⌉, H, W] of a chunk [B, C, T, H, W]."""
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.rate, 0))
+        return self.quant_conv(self.encoder(x))
+
+    def decode(self, z: Tensor, frames: int) -> Tensor:
+        """Returns the chunk [B, C, frames, H, W] of z [B, C, ⌈frames / rate⌉, H, W]."""
+        x = self.decoder(self.post_quant_conv(z))
+        return x[:, :, -frames % self.rate :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the chunk after it was encoded to its mean and decoded."""
+        return self.decode(self.moments(x).chunk(2, 1)[0], x.shape[2])
+
+
+def draw_from(moments: Tensor, noise: Tensor) -> Tensor:
+    """Returns mean + standard deviation · noise, of moments [B, 2C, ...] and noise [B, C, ...]."""
+    mean, log_variance = moments.chunk(2, 1)
+    return mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise

@@ -1,0 +1,227 @@
+"""Reads what the authors of Open-Sora v1.2 published, under its own names, as a pipeline.
+
+A folder with three folders, each as the hub has it:
+
+    OpenSora-STDiT-v3/   model.safetensors           the network (hpcai-tech/OpenSora-STDiT-v3)
+    OpenSora-VAE-v1.2/   model.safetensors           both halves of the autoencoder (hpcai-tech/OpenSora-VAE-v1.2)
+    t5-v1_1-xxl/         config.json, weights, spiece.model    text encoder and tokenizer (DeepFloyd/t5-v1_1-xxl)
+
+Configurations are read off the tensors' shapes; the authors' config.json of the first two are not read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5EncoderModel
+
+from ..errors import FormatError
+from ..formats.files import checked
+from .autoencoder import AutoencoderKLOpenSora
+from .layers import RotaryEmbed
+from .network import STDiT3
+from .pipeline import OpenSoraPipeline
+from .scheduler import RectifiedFlowScheduler
+
+NETWORK, AUTOENCODER, TEXT = "OpenSora-STDiT-v3", "OpenSora-VAE-v1.2", "t5-v1_1-xxl"
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # older diffusers' names
+OLD_NAME = re.compile(r"(.*\.attentions\.\d+)\.(query|key|value|proj_attn)\.(weight|bias)")
+
+
+def is_published(folder: Path) -> bool:
+    """Whether the folder has the three folders that `load_published` reads."""
+    return all((folder / part).is_dir() for part in (NETWORK, AUTOENCODER, TEXT))
+
+
+def load_published(folder: str | Path, dtype: torch.dtype | None = None, groups: int = 32) -> OpenSoraPipeline:
+    """Returns the pipeline of a folder as above, in `dtype` (the stored one by default), on the CPU.
+
+    The text encoder stays in float32, as the published script runs it: 19 GB for the published one, which
+    `pipe.text_encoder.to(torch.bfloat16)` halves. groups: of the autoencoder's norms, which its shapes do not tell.
+    Raises FormatError for folders and files that are missing or of another model.
+    """
+    folder = Path(folder)
+    if missing := [part for part in (NETWORK, AUTOENCODER, TEXT) if not (folder / part).is_dir()]:
+        raise FormatError(
+            f"{folder}: no folder {missing[0]}. Expected {NETWORK}, {AUTOENCODER} and {TEXT}, from the hub."
+        )
+    network = load_stdit3(folder / NETWORK / "model.safetensors", dtype)
+    vae = load_autoencoder(folder / AUTOENCODER / "model.safetensors", dtype, groups)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / TEXT)
+        encoder = T5EncoderModel.from_pretrained(folder / TEXT, dtype=torch.float32).eval()
+    except Exception as error:  # the readers raise whatever their parts raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FormatError(f"{folder / TEXT}: not readable as a T5 and its tokenizer ({reason[:300]}).") from None
+    return OpenSoraPipeline(tokenizer, encoder, network, vae, RectifiedFlowScheduler())
+
+
+def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
+    """Returns STDiT3 in evaluation mode, of a checkpoint with or without its rotary frequencies.
+
+    weights: a .safetensors or .pt file, or tensors by their published names; dtype: by default the stored one. Raises
+    FormatError for a file that is missing or broken and for weights of another network.
+    """
+    tensors, where = read_weights(weights)
+    blocks = [name for name in tensors if name.startswith("spatial_blocks.") and name.endswith("scale_shift_table")]
+    for name in ("x_embedder.proj.weight", "y_embedder.y_embedding", "spatial_blocks.0.attn.q_norm.weight"):
+        if name not in tensors:
+            raise FormatError(f"{where}: no {name}; expected the weights of STDiT3 under their published names.")
+    width, channels, *patch = shape_of(tensors, "x_embedder.proj.weight", 5, where)
+    length, captions = shape_of(tensors, "y_embedder.y_embedding", 2, where)
+    head = shape_of(tensors, "spatial_blocks.0.attn.q_norm.weight", 1, where)[0]
+    hidden = shape_of(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, where)[0] if blocks else 0
+    out = shape_of(tensors, "final_layer.linear.weight", 2, where)[0]
+
+    def build() -> STDiT3:
+        return STDiT3(
+            in_channels=channels, patch_size=(patch[0], patch[1], patch[2]), hidden_size=width, depth=len(blocks),
+            num_heads=width // head, mlp_ratio=hidden / width, caption_channels=captions, model_max_length=length,
+            pred_sigma=out == 2 * channels * patch[0] * patch[1] * patch[2],
+        )  # fmt: skip
+
+    # not trained, so a checkpoint may leave it out
+    return _filled(build, tensors, dtype, where, absent={"rope.freqs": RotaryEmbed(head).freqs})
+
+
+def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups: int = 32) -> AutoencoderKLOpenSora:
+    """Returns the autoencoder in evaluation mode; its attention may have the names that older releases of diffusers gave.
+
+    weights, dtype and errors as for `load_stdit3`. groups: of all norms; the shapes do not tell.
+    """
+    tensors, where = read_weights(weights)
+    tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
+    spatial = _widths(tensors, "spatial_vae.module.encoder.down_blocks.{}.resnets.0.conv1.weight", where)
+    temporal = _widths(tensors, "temporal_vae.encoder.block_res_blocks.{}.0.conv1.conv.weight", where)
+    if any(width % temporal[0] for width in temporal):
+        raise FormatError(f"{where}: temporal levels of {temporal} channels, expected multiples of the first.")
+
+    def build() -> AutoencoderKLOpenSora:
+        return AutoencoderKLOpenSora(
+            latent_channels=tensors["temporal_vae.encoder.conv_in.conv.weight"].shape[1],
+            block_out_channels=tuple(spatial),
+            layers_per_block=_count(tensors, "spatial_vae.module.encoder.down_blocks.0.resnets.{}.conv1.weight"),
+            norm_num_groups=groups,
+            filters=temporal[0],
+            channel_multipliers=tuple(width // temporal[0] for width in temporal),
+            num_res_blocks=_count(tensors, "temporal_vae.encoder.block_res_blocks.0.{}.conv1.conv.weight"),
+            temporal_downsample=tuple(
+                f"temporal_vae.encoder.conv_blocks.{i}.conv.weight" in tensors for i in range(len(temporal) - 1)
+            ),
+            num_groups=groups,
+            latents_mean=tuple(tensors["shift"].flatten().tolist()),
+            latents_std=tuple(tensors["scale"].flatten().tolist()),
+        )
+
+    return _filled(build, tensors, dtype, where)
+
+
+def _renamed(name: str) -> str:
+    match = OLD_NAME.fullmatch(name)
+    return f"{match[1]}.{OLD_ATTENTION[match[2]]}.{match[3]}" if match else name
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """Returns for how many i, from 0 on, there is a tensor `pattern.format(i)`."""
+    count = 0
+    while pattern.format(count) in tensors:
+        count += 1
+    return count
+
+
+def _widths(tensors: Mapping[str, Tensor], pattern: str, where: str) -> list[int]:
+    """Returns the output channels of the tensors `pattern.format(i)`, i from 0 on."""
+    widths = [tensors[pattern.format(i)].shape[0] for i in range(_count(tensors, pattern))]
+    if not widths:
+        raise FormatError(
+            f"{where}: no {pattern.format(0)}; expected Open-Sora's autoencoder under its published names."
+        )
+    return widths
+
+
+def _filled(
+    build: Callable[[], nn.Module],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    where: str,
+    absent: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """Returns the model that `build` makes, with the tensors in place; FormatError where names or shapes do not fit.
+
+    absent: what stands for tensors that need not be stored.
+    """
+    with torch.device("meta"):
+        model: nn.Module = checked(build, where)
+    own = model.state_dict()
+    tensors = dict(absent or {}) | dict(tensors)
+    check_names(tensors, own, where)
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise FormatError(f"{where}: {name} has the shape {list(tensor.shape)}, expected {list(own[name].shape)}.")
+        if not tensor.is_floating_point():
+            raise FormatError(f"{where}: {name} is of {tensor.dtype}, expected floating-point numbers.")
+    dtype = dtype or next(tensor.dtype for name, tensor in tensors.items() if name not in (absent or {}))
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+Weights = str | Path | Mapping[str, Tensor]
+
+NESTED = ("ema", "state_dict", "model")  # where training checkpoints hold the weights, the first one found
+
+
+def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
+    """Returns the tensors by name, and what to call their source in messages."""
+    if isinstance(weights, Mapping):
+        found: Any = weights
+        where = "the given weights"
+    else:
+        path = Path(weights)
+        where = str(path)
+        if not path.is_file():
+            raise FormatError(f"{where}: no such file; expected a .pt or .safetensors checkpoint. Check the path.")
+        try:
+            if path.suffix == ".safetensors":
+                found = safetensors.torch.load_file(path)
+            else:
+                # training checkpoints of DiT hold their arguments, which are plain values
+                with torch.serialization.safe_globals([argparse.Namespace]):
+                    found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the readers raise whatever their parts raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise FormatError(
+                f"{where}: not readable as weights ({reason[:200]}). Fetch the file anew, or save its tensors alone."
+            ) from None
+    if isinstance(found, Mapping):
+        nested = next((name for name in NESTED if isinstance(found.get(name), Mapping)), None)
+        found = found if nested is None else found[nested]
+    if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
+        raise FormatError(f"{where}: expected tensors by name, alone or under {', '.join(NESTED)}.")
+    return dict(found), where
+
+
+def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: str) -> None:
+    """Raises FormatError unless the tensors have exactly the expected names."""
+    wanted = set(expected)
+    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    if missing or unknown:
+        lists = [f"{word} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                 for word, names in (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
+        raise FormatError(
+            f"{where}: {'; '.join(lists)}. Expected {len(wanted)} tensors under the original names, such as "
+            f"{', '.join(sorted(wanted)[:2])}. Is this a checkpoint of that network?"
+        )
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> tuple[int, ...]:
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes or 0 in shape:
+        raise FormatError(f"{where}: {name} has the shape {list(shape)}, expected {axes} axes.")
+    return shape

@@ -1,0 +1,218 @@
+"""Finds the sites of a pipeline: by structure, and by recording what one sampling step does. No list of models."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedModelError
+from ..formats.sites import Model, Sampler, Site, Transformer
+from .load import OwnCall, default_prompts
+from .probe import as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
+from .recording import Step, is_halved, latents_of, record_step, tapped
+from .structure import Modules, find_modules
+
+CONFIG_KEYS = {  # fingerprint -> the config keys that hold it, first one found
+    "layers": ("num_layers", "depth"),
+    "heads": ("num_attention_heads", "num_heads"),
+    "head_width": ("attention_head_dim",),
+    "patch": ("patch_size",),
+    "channels": ("in_channels",),
+}
+
+
+def inspect_pipeline(
+    pipe: Any,
+    name: str,
+    steps: int,
+    guidance_scale: float | None = None,
+    entry: int | str | None = None,
+    own: OwnCall | None = None,
+) -> tuple[Model, Sampler, Step]:
+    """Returns the model's sites, the sampler, and the recorded step they come from (batch 1, no gradient).
+
+    Raises UnsupportedModelError for a model without attention blocks or whose sites cannot be told apart.
+    """
+    if entry is None:
+        entry = default_prompts(pipe)[0] if own is None else 0
+    with torch.no_grad():
+        step = record_step(pipe, [entry], steps, guidance_scale, own)
+        names = dict.fromkeys(name for name, *_ in step.calls)
+        transformers = {n: replace(find_sites(pipe, n, step), called=step.called.get(n, ())) for n in names}
+    first = next(iter(transformers))
+    parameter = next(pipe.components[first].parameters())
+    shape = {
+        "latent": list(step.latents[1:]),
+        "tokens": max(s.tokens for s in transformers[first].sites),
+        "batch_profiled": 1,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+    }
+    form = guidance_form(pipe, step)
+    model = Model(name, type(pipe).__name__, transformers, shape)
+    sampler = Sampler(type(pipe.scheduler).__name__, config_of(pipe.scheduler), step.timesteps, form, guidance_scale)
+    return model, sampler, step
+
+
+def guidance_form(pipe: Any, step: Step) -> str:
+    """Returns how a step calls the network: "halves" (both branches in one batch), "passes" or "none".
+
+    Raises UnsupportedModelError where networks that take turns are not called alike.
+    """
+    forms = {}
+    for name, args, kwargs in step.calls:
+        halved = is_halved(latents_of(pipe.components[name], args, kwargs))
+        forms[name] = "passes" if name in forms else "halves" if halved else "none"
+    if step.called and len(set(forms.values())) > 1:
+        found = ", ".join(f"{name} with {form}" for name, form in forms.items())
+        raise UnsupportedModelError(
+            f"The pipeline's transformers take turns and are guided differently ({found}); this release takes one guidance "
+            "form. Call the pipeline with guidance on, or off, for all of them."
+        )
+    return next(iter(forms.values()))
+
+
+def config_of(scheduler: Any) -> dict[str, Any]:
+    """Returns the scheduler's configuration, without diffusers' private keys; inf as text, for JSON has none."""
+    return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in sorted(scheduler.config.items()) if k[0] != "_"}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one call of a candidate site showed."""
+
+    stack: str
+    layer: int
+    module: str
+    kind: str
+    shape: tuple[int, ...]  # of its output, or of the first tensor in it
+    prunable: bool
+    call: int
+
+    @property
+    def name(self) -> str:
+        """Which site of a block it is, whatever the layer."""
+        return f"{self.stack}.{self.module}" + (f"#{self.call}" if self.call else "")
+
+
+def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
+    """Returns the sites of the pipeline's transformer `name`, as its first call of the recorded step runs them."""
+    module = pipe.components[name]
+    found = find_modules(module)
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no stack of blocks with attention, so there is nothing to schedule. "
+            "Give a pipeline with a diffusion transformer."
+        )
+    args, kwargs = next((a, k) for n, a, k in step.calls if n == name)
+    latents = latents_of(module, args, kwargs)
+    seen: list[_Seen] = []
+    calls: Counter[str] = Counter()
+
+    def see(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        stack, layer, part, kind, _ = found[path]
+        exact, prunable = kind_of(kind, forward, args, kwargs, out), is_prunable(kind, forward, args, kwargs, out)
+        seen.append(_Seen(stack, layer, part, exact, tuple(main_part(out).shape), prunable, calls[path]))
+        calls[path] += 1
+
+    _run_watched(module, found, see, args, kwargs)
+    batch = len(latents)  # both guidance halves counted
+    text = _holding_text(module, found, (args, kwargs), seen)
+    sites, layouts = _sites_of(name, seen, batch, text)
+    for site, s in zip(sites, seen, strict=True):
+        step.folds[name, site.key] = max(1, math.prod(s.shape) // (site.tokens * site.width * batch))
+    return Transformer(type(module).__name__, fingerprint(module, sites, layouts, list(text)), sites)
+
+
+def _run_watched(
+    module: nn.Module, found: Modules, see: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Calls the network; see(path, forward, args, kwargs, out) hears each call of a candidate site, which has just run."""
+
+    def tap(path: str) -> Callable[..., Any]:
+        def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            out = forward(*args, **kwargs)
+            see(path, forward, args, kwargs, out)
+            return out
+
+        return run
+
+    with ExitStack() as stack:
+        for path, (*_, part) in found.items():
+            stack.enter_context(tapped(part, tap(path), "sodaprof.inspect"))
+        module(*args, **kwargs)
+
+
+def _holding_text(module: nn.Module, found: Modules, step: tuple[Any, Any], seen: list[_Seen]) -> dict[str, bool]:
+    """Returns the modules, by stack, module and call, whose outputs are smaller with less text; True: all text."""
+    text: dict[str, bool] = {}
+    for length, args, kwargs in with_shorter_text(*step, latents_of(module, *step)):
+        shapes: list[tuple[str, tuple[int, ...]]] = []
+
+        def see(path: str, forward: Any, args: Any, kwargs: Any, out: Any, to: list[Any] = shapes) -> None:
+            to.append((path, tuple(main_part(out).shape)))
+
+        try:
+            _run_watched(module, found, see, args, kwargs)
+        except Exception:  # each network has an error of its own for text that it cannot take shorter
+            continue
+        for s, (path, shape) in zip(seen, shapes, strict=False):
+            if path == f"{s.stack}.{s.layer}.{s.module}" and shape != s.shape:
+                own = tuple(length // 2 if n == length else n for n in s.shape) == shape
+                text[s.name] = text.get(s.name, True) and own
+    return text
+
+
+def _sites_of(
+    name: str, seen: list[_Seen], batch: int, text: dict[str, bool]
+) -> tuple[tuple[Site, ...], dict[str, str]]:
+    """Returns the sites, and the layouts of those modules that do not return [B, N, D], by stack and module.
+
+    What is all text is not pruned: a schedule then holds for prompts of any length.
+    """
+    sites, layouts = [], {}
+    for s in seen:
+        widths = {o.shape[2] for o in seen if o.stack == s.stack and len(o.shape) == 3}
+        beside = [o for o in seen if (o.stack, o.layer) == (s.stack, s.layer) and o.kind.endswith("attn")]
+        attended = {o.shape[:2] for o in beside if len(o.shape) == 3} if s.kind == "mlp" else set()
+        layout = layout_of(s.shape, batch, widths, attended)
+        if layout is None:
+            raise UnsupportedModelError(
+                f"{name}.{s.stack}.{s.layer}.{s.module} returns a tensor of shape {s.shape}; this release schedules modules "
+                f"that return [B, N, D], B a multiple of {batch}, or a layout that shows which axis holds channels."
+            )
+        module = f"{s.stack}.{s.module}"
+        if layout:
+            layouts[module] = layout
+        prunable = s.prunable and not layout and not text.get(s.name, False)
+        _, tokens, width = as_tokens(torch.empty(s.shape, device="meta"), layout).shape
+        sites.append(Site(s.stack, s.layer, s.module, s.kind, tokens, width, prunable, s.call))
+    return tuple(sites), layouts
+
+
+def fingerprint(
+    module: Any, sites: Any, layouts: dict[str, str] | None = None, text: list[str] | None = None
+) -> dict[str, Any]:
+    """Returns the readable fingerprint: what of the config decides shapes, and of each module of a block what was seen.
+
+    tokens and kinds; layouts, where not [B, N, D]; text, the modules whose tokens are as many as the prompt is long.
+    """
+    config = dict(module.config)
+    values = {key: next((config[n] for n in names if n in config), None) for key, names in CONFIG_KEYS.items()}
+    if values["heads"] and values["head_width"]:
+        values["width"] = values["heads"] * values["head_width"]
+    plain = {k: list(v) if isinstance(v, list | tuple) else v for k, v in values.items() if v is not None}
+    sites = tuple(sites)
+    tokens: dict[str, int] = {}
+    for site in sites:  # by module, and by site where a layer or a call has another number
+        if tokens.setdefault(f"{site.stack}.{site.module}", site.tokens) != site.tokens:
+            tokens[site.key] = site.tokens
+    recorded: dict[str, Any] = {"tokens": tokens, "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites}}
+    recorded |= {key: value for key, value in (("layouts", layouts), ("text", text)) if value}
+    return plain | recorded

@@ -1,0 +1,288 @@
+"""Loads a pipeline by folder, reference name or hub id, and calls it: labels or prompts, a seed for each generation."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import FormatError, SodaprofError, UnsupportedModelError
+from ..formats.files import read_json
+
+REFERENCE = Path(__file__).parents[1] / "reference"
+# inside an installed package, and at the top of the repository
+PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
+HUB_TIMEOUT_S = 10
+SMALLEST_BIN = 256  # pixels a side of the smallest square that a pipeline of diffusers rounds picture sizes to
+# a call of a pipeline by its user, who passes prompt embeddings, say: entries, a generator for each -> what it returns
+OwnCall = Callable[[list[int | str], list[torch.Generator]], Any]
+
+
+def reference_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(p.parent.name for p in REFERENCE.glob("*/model_index.json"))
+
+
+def find_model(model: str) -> Path | str:
+    """Returns the folder of a pipeline, or the hub id; SodaprofError where `model` is neither.
+
+    A folder of a pipeline has a model_index.json, or what `opensora.published` reads.
+    """
+    folder = Path(model)
+    if (folder / "model_index.json").is_file():
+        return folder
+    if model in reference_models():
+        return REFERENCE / model
+    if folder.exists():
+        from ..opensora.weights import AUTOENCODER, NETWORK, TEXT, is_published
+
+        if is_published(folder):
+            return folder
+        raise SodaprofError(
+            f"{model}: a folder without model_index.json, so no diffusers pipeline. Save one there, or what the authors "
+            f"of Open-Sora published: {NETWORK}/, {AUTOENCODER}/ and {TEXT}/."
+        )
+    if model.count("/") == 1 and not model.startswith((".", "/")):
+        return model
+    names = ", ".join(reference_models())
+    raise SodaprofError(f"{model}: no such folder and no reference model ({names}). Give a folder, a name or a hub id.")
+
+
+def load_pipeline(model: str, dtype: str | None = None, device: str | None = None, scheduler: str | None = None) -> Any:
+    """Returns the diffusers pipeline of `model`, on `device`, ready to call.
+
+    dtype: float32, bfloat16 or float16; by default float32 on a CPU (where half precision is slow) and bfloat16 on a
+    GPU. scheduler: a class of diffusers to sample with in place of the pipeline's own, by its settings. Raises SodaprofError
+    where the model cannot be found or read (within 30 s where the hub is out of reach), or the scheduler is none for it.
+    """
+    where = find_model(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise SodaprofError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
+    _check_device(device)
+    import diffusers
+    import transformers
+    from huggingface_hub import constants
+
+    constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = HUB_TIMEOUT_S
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        pipe = _read_pipeline(where, getattr(torch, dtype)).to(device)
+    except Exception as error:  # the loaders below raise whatever their parts raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(where, str):
+            raise SodaprofError(
+                f"{model}: not in this machine's cache and not fetched from the hub ({reason[:120]}). "
+                "Check the name and the network, or give a local folder."
+            ) from None
+        raise FormatError(
+            f"{where}: not loadable as a diffusers pipeline ({reason[:300]}). Save or fetch it anew."
+        ) from None
+    pipe.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    return pipe
+
+
+def _check_device(device: str) -> None:
+    """Raises SodaprofError unless torch can use the device here."""
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # each backend raises what it likes
+        reason = str(error).strip().splitlines()[0][:120]
+        raise SodaprofError(
+            f"--device is {device!r}; expected one that torch can use here ({reason}). Give cpu, or leave --device out."
+        ) from None
+
+
+def set_scheduler(pipe: Any, name: str) -> None:
+    """Puts the scheduler of this class of diffusers in place of the pipeline's, with the settings that both know.
+
+    SodaprofError where diffusers has none of this name, or it is for discrete diffusions and the pipeline's for flows.
+    """
+    import diffusers
+
+    cls: Any = getattr(diffusers, name, None)
+    own, known = pipe.scheduler, isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
+    if not known:
+        raise SodaprofError(
+            f"--scheduler {name}: no scheduler of diffusers. Give a class, as DPMSolverMultistepScheduler"
+        )
+    discrete = "beta_schedule" in inspect.signature(cls).parameters, "beta_schedule" in own.config
+    kinds = ["a discrete diffusion" if found else "a flow" for found in discrete]
+    if kinds[0] != kinds[1]:
+        raise SodaprofError(
+            f"--scheduler {name} samples {kinds[0]}; the pipeline has {type(own).__name__}, for {kinds[1]}. Give one of its kind."
+        )
+    pipe.scheduler = cls.from_config(own.config)
+
+
+def _read_pipeline(where: Path | str, dtype: torch.dtype) -> Any:
+    """Returns the pipeline in `dtype`, on the CPU; whatever diffusers, transformers and safetensors raise."""
+    import diffusers
+
+    if isinstance(where, Path):
+        from ..opensora.pipeline import OpenSoraPipeline
+        from ..opensora.weights import load_published
+
+        index = where / "model_index.json"
+        if not index.is_file():
+            return load_published(where, dtype)
+        if read_json(index).get("_class_name") == OpenSoraPipeline.__name__:
+            # its text encoder runs in float32 in the published script, whatever the network runs in
+            parts = {"default": dtype, "text_encoder": torch.float32}
+            return OpenSoraPipeline.from_pretrained(where, dtype=parts)
+    return diffusers.DiffusionPipeline.from_pretrained(where, dtype=dtype)
+
+
+def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """Returns the pipeline's denoising networks by component name; UnsupportedModelError where there is none."""
+    found = {
+        name: part
+        for name, part in pipe.components.items()
+        if "transformer" in name and isinstance(part, torch.nn.Module)
+    }
+    if not found:
+        parts = ", ".join(n for n, p in pipe.components.items() if isinstance(p, torch.nn.Module))
+        raise UnsupportedModelError(
+            f"{type(pipe).__name__} has no transformer (its networks: {parts}). Give one that has."
+        )
+    return found
+
+
+def pictures_of(out: Any) -> np.ndarray:
+    """Returns the pictures [n, H, W, 3] or clips [n, F, H, W, 3] in [0, 1] of a pipeline's output.
+
+    Raises UnsupportedModelError where it made neither.
+    """
+    found = next((getattr(out, name) for name in ("images", "frames") if hasattr(out, name)), None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"The pipeline returned {type(out).__name__} without images or frames; this release takes these."
+        )
+    return np.asarray(found, dtype=np.float32)
+
+
+def takes_labels(pipe: Any) -> bool:
+    """Whether the pipeline is called with class labels rather than prompts."""
+    return "class_labels" in inspect.signature(pipe.__call__).parameters
+
+
+def default_guidance(pipe: Any) -> float | None:
+    """The guidance scale that the pipeline uses when none is given."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return None if parameter is None or parameter.default is None else float(parameter.default)
+
+
+def default_steps(pipe: Any) -> int:
+    """How many steps the pipeline takes when no number is given; 50 where it does not say."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else 50
+
+
+def read_prompts(path: str | Path) -> list[int | str]:
+    """Returns the entries of a prompt file, or of a shipped one by its name (`text-to-image`).
+
+    One entry a line, # comments, integers are labels. Raises FormatError where there is none.
+    """
+    shipped = [folder / f"{path}.txt" for folder in PROMPT_FOLDERS]
+    path = next((p for p in shipped if p.is_file()), Path(path))
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(
+            f"{path}: not readable ({error}). Give a text file with one prompt or label a line."
+        ) from None
+    entries = [line for line in lines if line and not line.startswith("#")]
+    if not entries:
+        raise FormatError(f"{path}: no prompts. Write one prompt (or one integer label) a line.")
+    return [int(e) if e.removeprefix("-").isdecimal() else e for e in entries]
+
+
+def check_entries(pipe: Any, entries: Sequence[int | str]) -> None:
+    """Raises SodaprofError unless the pipeline takes all of these: prompts, or labels that it knows."""
+    labels = takes_labels(pipe)
+    if wrong := [e for e in entries if isinstance(e, int) != labels]:
+        want = "integer labels" if labels else "text prompts"
+        raise SodaprofError(
+            f"{type(pipe).__name__} takes {want}; found {wrong[0]!r}. Use --prompts FILE to give others."
+        )
+    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0) if labels else 0
+    if unknown := [e for e in entries if classes and not 0 <= int(e) < classes]:
+        raise SodaprofError(f"Found the label {unknown[0]}; this model knows 0 to {classes - 1}. Give one of these.")
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises SodaprofError for seeds that torch's generators do not take."""
+    if wrong := [seed for seed in (min(seeds), max(seeds)) if not 0 <= seed < 2**64]:
+        raise SodaprofError(f"Found the seed {wrong[0]}; expected 0 to 2^64 - 1. Give another --seed.")
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether the pipeline is called with a number of frames."""
+    return bool({"num_frames", "video_length"} & set(inspect.signature(pipe.__call__).parameters))
+
+
+def default_prompts(pipe: Any) -> list[int | str]:
+    """Returns the pipeline's own labels where it names a few, or shipped entries: under the model's name, or for its kind."""
+    own_list = Path(str(pipe.config.get("_name_or_path", ""))).name
+    if any((folder / f"{own_list}.txt").is_file() for folder in PROMPT_FOLDERS):
+        return read_prompts(own_list)
+    if not takes_labels(pipe):
+        return read_prompts("text-to-video" if makes_video(pipe) else "text-to-image")
+    own: list[int | str] = sorted(set((getattr(pipe, "labels", None) or {}).values()))
+    return own if 0 < len(own) <= 100 else read_prompts("imagenet-labels")
+
+
+def _is_below_bins(pipe: Any) -> bool:
+    """Whether the pipeline would round its own picture size to one of a list, all of which are larger."""
+    if "use_resolution_binning" not in inspect.signature(pipe.__call__).parameters:
+        return False
+    size, factor = pipe.transformer.config.get("sample_size"), getattr(pipe, "vae_scale_factor", None)
+    return isinstance(size, int) and isinstance(factor, int) and size * factor < SMALLEST_BIN
+
+
+def call(
+    pipe: Any,
+    entries: Sequence[int | str],
+    seeds: Sequence[int],
+    steps: int,
+    guidance_scale: float | None = None,
+    output_type: str = "np",
+    own: OwnCall | None = None,
+    size: tuple[int, int] | None = None,
+) -> Any:
+    """Returns the pipeline's own output for one entry and one seed a generation.
+
+    Each generation draws from its own generator, so that a picture does not depend on what else is in the batch.
+    size: height and width in pixels, by default the pipeline's.
+    own: called in place of the pipeline, with the entries and the generators; it sets everything else itself.
+    Raises SodaprofError for entries, seeds, a guidance scale or a size that the pipeline cannot take.
+    """
+    check_seeds(seeds)
+    if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+        raise SodaprofError(
+            f"The guidance scale is {guidance_scale}; expected a number of at least 0, as in --guidance-scale 4"
+        )
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if own is not None:
+        return own(list(entries), generators)
+    check_entries(pipe, entries)
+    arguments: dict[str, Any] = {"class_labels" if takes_labels(pipe) else "prompt": list(entries)}
+    if guidance_scale is not None:
+        arguments["guidance_scale"] = float(guidance_scale)
+    if size is not None:
+        if "height" not in inspect.signature(pipe.__call__).parameters:
+            raise SodaprofError(f"{type(pipe).__name__} makes pictures of one size. Leave --height and --width out.")
+        arguments |= {"height": size[0], "width": size[1]}
+    if _is_below_bins(pipe):
+        arguments["use_resolution_binning"] = False
+    return pipe(**arguments, generator=generators, num_inference_steps=steps, output_type=output_type)

@@ -1,0 +1,115 @@
+"""What reuse and pruning would cost a site at one step: errors of its past outputs against the present one (SODA, OFS)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .budget import Grid
+
+TINY = 1e-20
+
+
+@dataclass
+class StaleErrors:
+    """Errors of one site at one step on one branch, for the ages 1…A in order; float32."""
+
+    whole: torch.Tensor  # [B, A, 3]: 1 − cosine (mean over tokens), relative L1, relative L2 of the whole output
+    tokens: torch.Tensor  # [N, A]: 1 − cosine a token, summed over B; [M, A] once `pooled`
+    pruned: torch.Tensor  # [B, A, rates]: E_p with the kept tokens ranked by the stale output's feature mean
+
+
+class Ring:
+    """The last A outputs of one site, [B, N, A, D], with what their errors need; B may hold several branches.
+
+    `scratch` holds the differences, by shape; rings that share it take the memory for them once.
+    """
+
+    def __init__(self, ages: int, rates: torch.Tensor, scratch: dict[torch.Size, torch.Tensor] | None = None) -> None:
+        self.ages, self.rates = ages, rates
+        self.scratch = {} if scratch is None else scratch
+        self.outputs: torch.Tensor | None = None
+        self.norms: torch.Tensor  # [B, N, A]
+        self.order: torch.Tensor  # [B, N, A]: tokens by falling feature mean
+        self.step = 0
+
+    def push(self, x: torch.Tensor) -> StaleErrors | None:
+        """Returns the errors of all past outputs against x [B, N, D], and remembers x; None at the first step."""
+        if self.outputs is None:
+            b, n, d = x.shape
+            self.outputs = x.new_empty(b, n, self.ages, d)
+            self.norms = x.new_empty(b, n, self.ages, dtype=torch.float32)
+            self.order = torch.empty(b, n, self.ages, dtype=torch.int64, device=x.device)
+            self.kept = kept_tokens(self.rates, n)
+            if self.outputs.shape not in self.scratch:
+                self.scratch[self.outputs.shape] = torch.empty_like(self.outputs, dtype=torch.float32)
+        full = x.float()
+        norm = torch.linalg.vector_norm(full, dim=-1)
+        errors = None
+        if self.step:
+            known = min(self.step, self.ages)
+            slots = [(self.step - age) % self.ages for age in range(1, known + 1)]
+            parts = (self.outputs, self.norms, self.order, self.scratch[self.outputs.shape])
+            past, past_norm, order, scratch = (part[:, :, :known] for part in parts)
+            errors = stale_errors(full, norm, past, past_norm, order, scratch, slots, self.kept)
+        slot = self.step % self.ages
+        self.outputs[:, :, slot] = x
+        self.norms[:, :, slot] = norm
+        self.order[:, :, slot] = full.abs().mean(-1).argsort(dim=1, descending=True)
+        self.step += 1
+        return errors
+
+
+def stale_errors(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    past: torch.Tensor,
+    past_norm: torch.Tensor,
+    order: torch.Tensor,
+    scratch: torch.Tensor,
+    slots: list[int],
+    kept: torch.Tensor,
+) -> StaleErrors:
+    """Returns the errors of `past` [B, N, A, D] against x [B, N, D]; `slots` says which slot holds age 1, 2, ….
+
+    norm [B, N] and past_norm [B, N, A] are the lengths of the tokens, order [B, N, A] ranks the past ones, kept [rates]
+    is how many of them each prune rate recomputes; scratch [B, N, A, D] float32 is overwritten.
+
+    1 − cos = (|a − b|² − (|a| − |b|)²) / (2 |a| |b|), which does not cancel for nearly equal vectors.
+    E_p by the row-exact identity: a pruned module returns the kept tokens exactly, so
+    E_p(rate) = (1/N) Σ over the dropped tokens of 1 − cos.
+    """
+    tokens = x.shape[1]
+    difference = torch.sub(past, x[:, :, None], out=scratch)
+    l2 = torch.linalg.vector_norm(difference, dim=-1)  # [B, N, A]
+    l1 = difference.abs_().sum(-1)  # in place: vector_norm(ord=1) takes ten times as long on a CPU
+    both = norm[:, :, None] * past_norm
+    cosine = ((l2.square() - (norm[:, :, None] - past_norm).square()) / (2 * both).clamp_min(TINY)).clamp_min(0)
+    whole = torch.stack(
+        [
+            cosine.mean(1),
+            l1.sum(1) / x.abs().sum((1, 2))[:, None].clamp_min(TINY),
+            l2.square().sum(1).sqrt() / norm.square().sum(1).sqrt()[:, None].clamp_min(TINY),
+        ],
+        dim=-1,
+    )
+    ranked = cosine.gather(1, order)
+    served = torch.cat([torch.zeros_like(ranked[:, :1]), ranked.cumsum(1)], dim=1)  # [B, N + 1, A]
+    pruned = ((served[:, -1:] - served[:, kept]) / tokens).clamp_min(0).transpose(1, 2)
+    return StaleErrors(whole[:, slots], cosine.sum(0)[:, slots], pruned[:, slots])
+
+
+def kept_tokens(rates: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Returns how many of N tokens each prune rate recomputes, int64."""
+    return ((1 - rates.double()) * tokens).round().long()
+
+
+def pooled(tokens: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Returns errors [N, A] of a raster's tokens as their means [M, A] on the grid."""
+    if grid.side == 1:
+        return tokens
+    raster = tokens.T.reshape(-1, 1, grid.rows, grid.columns)  # [A · frames, 1, rows, columns]
+    side = (min(grid.side, grid.rows), grid.side)
+    return F.avg_pool2d(raster, side, ceil_mode=True).reshape(tokens.shape[1], -1).T

@@ -1,0 +1,180 @@
+"""A schedule as people and scripts look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..formats.schedule import Plan, Schedule, Update
+
+STYLES = {
+    "C": "bold black on green",
+    "R": "bright_black",
+    "F": "black on cyan",
+    "P": "black on yellow",
+    "-": "dim",
+    "_": "dim",
+}
+LEGEND = {
+    "C": "computes", "R": "reuses", "P": "recomputes k tokens", "F": "forecasts", "S": "stack forecast", "-": "no network",
+    "_": "another transformer's step",
+}  # fmt: skip
+BARS = " ▁▂▃▄▅▆▇█"
+BASES = {"output": "outputs", "data": "data predictions"}
+
+
+def schedule_data(schedule: Schedule) -> dict[str, Any]:
+    """Returns anchors, intervals, and for each site its row, reuse ages and prune rates, as plain data."""
+    transformers = {}
+    for name, plan in schedule.transformers.items():
+        anchors = plan.anchors()
+        sites = {}
+        for site, row in plan.rows.items():
+            ages = list(_ages(row))
+            rates = {str(t): round(1 - k / plan.tokens(site), 4) for t, k in _pruned(plan, site)}
+            reused = {str(t): age for t, (age, action) in enumerate(zip(ages, row, strict=True)) if action in "RP"}
+            sites[site] = {"row": row, "reuse_ages": reused, "prune_rates": rates}
+        transformers[name] = {"anchors": anchors, "intervals": _intervals(plan), "stack": plan.stack, "sites": sites}
+    return {
+        "policy": schedule.policy,
+        "steps": schedule.steps,
+        "predicted": schedule.predicted,
+        "update": None if schedule.update is None else asdict(schedule.update),
+        "measured": list(schedule.measured),
+        "counts": dict(schedule.counts()),
+        "digest": schedule.digest(),
+        "transformers": transformers,
+    }
+
+
+def schedule_view(schedule: Schedule, width: int = 80) -> RenderableType:
+    """Returns the picture, the cache intervals and the prune rates by step, layer and module."""
+    parts: list[RenderableType] = [_headline(schedule)]
+    for name, plan in schedule.transformers.items():
+        told = f"{len(plan.anchors())} anchors at {_list(plan.anchors())}\ncache intervals {_list(_intervals(plan))}"
+        parts += [Text(), _picture(name, plan, width), Text(), Text(told)]
+        if plan.k:
+            parts += [Text(), _prune_table(plan)]
+    return Group(*parts)
+
+
+def _headline(schedule: Schedule) -> Text:
+    knobs = ", ".join(f"{k}={v}" for k, v in schedule.policy["knobs"].items())
+    text = Text.assemble((schedule.policy["name"], "bold"), f"  {knobs}\n")
+    sampler = schedule.sampler
+    text.append(
+        f"{schedule.steps} steps of {sampler.class_name}, guidance {sampler.guidance_scale} in {sampler.guidance_form}"
+    )
+    if schedule.predicted:
+        p = schedule.predicted
+        error = "" if p["error"] is None else f", error {p['error']:.4g}"
+        text.append(f"\npredicted {p['speedup']:.2f}x {p['unit']}{error}, {p['cache_bytes'] / 2**20:.2f} MiB of cache")
+    if schedule.update is not None:
+        text.append("\n" + _update_told(schedule.update))
+    for record in schedule.measured:
+        quality = record["psnr_db"]
+        text.append(
+            f"\nmeasured {record['wall_speedup']:.2f}x wall-clock, {quality['mean']:.1f} dB PSNR "
+            f"({record['samples']} seeds, {record['device']})"
+        )
+    return text
+
+
+def _update_told(update: Update) -> str:
+    told, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
+    if fitted.get("loop") not in ("open", "closed"):
+        return f"{told}, not fitted yet"
+    told += f", fitted {fitted['loop']} loop"
+    told += f" on {fitted['samples']} generations" if "samples" in fitted else ""
+    scale = fitted.get("guidance_scale")
+    return told if scale is None else f"{told} at guidance {scale}"
+
+
+def _picture(name: str, plan: Plan, width: int) -> Text:
+    """Rows of coloured characters, in as many bands as the terminal's width needs; under them the mean prune rate.
+
+    Where all sites do the same, as of whole steps, one row stands for them.
+    """
+    rows, labels = plan.rows, {site: _label(plan, site) for site in plan.rows}
+    if len(set(rows.values())) == 1 and len(rows) > 1:
+        first = next(iter(rows))
+        rows, labels = {first: rows[first]}, {first: f"all {len(rows)} sites"}
+    if "S" in plan.stack:
+        rows, labels = rows | {"stack": plan.stack}, labels | {"stack": "stack"}
+    margin = max(len(label) for label in [*labels.values(), "not computed"]) + 1
+    band = max(10, width - margin)
+    text = Text(no_wrap=True)
+    for start in range(0, len(plan.stack), band):
+        columns = range(start, min(start + band, len(plan.stack)))
+        ruler = "".join(f"{t:<10}" for t in columns if t % 10 == 0)[: len(columns)]
+        text.append(f"{name if not start else '':<{margin}.{margin}}{' ' * (-start % 10)}{ruler}\n", "dim")
+        for site, row in rows.items():
+            text.append(f"{labels[site]:<{margin}}")
+            for t in columns:
+                text.append(row[t], STYLES.get(row[t], ""))
+            text.append("\n")
+        shares = [_not_computed(plan, t) for t in columns]
+        text.append(
+            f"{'not computed':<{margin}}" + "".join(BARS[round(s * (len(BARS) - 1))] for s in shares) + "\n", "dim"
+        )
+    met = set(plan.stack).union(*plan.rows.values())
+    text.append("  ".join(f"{letter} {told}" for letter, told in LEGEND.items() if letter in met), "dim")
+    return text
+
+
+def _label(plan: Plan, site: str) -> str:
+    stacks = {s.split(".")[0] for s in plan.rows}
+    return site if len(stacks) > 1 else site.split(".", 1)[1]
+
+
+def _intervals(plan: Plan) -> list[int]:
+    """Returns the steps from each anchor to the next, or to the end of its turn."""
+    ends = {*plan.anchors(), *(t for t, action in enumerate(plan.stack) if action == "_"), len(plan.stack)}
+    return [min(end for end in ends if end > anchor) - anchor for anchor in plan.anchors()]
+
+
+def _prune_table(plan: Plan) -> Table:
+    """Mean prune rate over the P cells, by layer and module."""
+    modules = list(dict.fromkeys(site.split(".", 2)[2] for site in plan.rows))
+    table = Table("layer", *modules, title="mean prune rate of pruned cells (number of cells)", box=None)
+    layers: dict[str, dict[str, list[float]]] = {}
+    for site in plan.rows:
+        stack, layer, module = site.split(".", 2)
+        rates = [1 - k / plan.tokens(site) for _, k in _pruned(plan, site)]
+        layers.setdefault(f"{stack}.{layer}", {})[module] = rates
+        layers.setdefault("all", {}).setdefault(module, []).extend(rates)
+    layers["all"] = layers.pop("all")
+    for layer, cells in layers.items():
+        shown = [cells.get(m) for m in modules]
+        table.add_row(layer, *(f"{sum(r) / len(r):.2f} ({len(r)})" if r else "–" for r in shown))
+    return table
+
+
+def _ages(row: str) -> Iterator[int]:
+    age = 0
+    for action in row:
+        age = 0 if action == "C" else age + 1
+        yield age
+
+
+def _pruned(plan: Plan, site: str) -> Iterator[tuple[int, int]]:
+    steps = (t for t, action in enumerate(plan.rows[site]) if action == "P")
+    return zip(steps, plan.k.get(site, ()), strict=True)
+
+
+def _not_computed(plan: Plan, step: int) -> float:
+    """Share of the tokens of all sites that are not computed at this step."""
+    shares = []
+    for site, row in plan.rows.items():
+        k = plan.k[site][plan.cell(site, step, "P")] if row[step] == "P" else 0
+        shares.append(0.0 if row[step] in "C_" else 1 - k / plan.tokens(site))
+    return sum(shares) / len(shares)
+
+
+def _list(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))

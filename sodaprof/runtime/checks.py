@@ -1,0 +1,162 @@
+"""Whether a schedule fits a pipeline, and the rows of a schedule by the modules that they drive."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import suppress
+from typing import Any
+
+import diffusers
+import torch
+
+from ..errors import MismatchError
+from ..formats.rules import OBSERVED, observed_steps, source_of
+from ..formats.schedule import Plan, Schedule
+from ..pipelines.discover import config_of, fingerprint
+from ..pipelines.load import transformers_of
+from ..pipelines.structure import find_modules
+from .hooks.registry import refuse_group_offload
+from .hooks.sites import SiteRow
+from .sampler.update import check_linear
+
+HOOK = "sodaprof"  # the name of our hooks in diffusers' registries
+
+
+def check_fits(pipe: Any, schedule: Schedule) -> None:
+    """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do.
+
+    UnsupportedModelError where the schedule updates the latents and the scheduler's steps are no weighted sums.
+    """
+    parts = transformers_of(pipe)
+    for name, plan in schedule.transformers.items():
+        if name not in parts:
+            raise MismatchError(
+                f"The schedule is for {name!r}, the pipeline has {', '.join(parts)}. Compile for this one."
+            )
+        _check_transformer(name, parts[name], plan)
+        refuse_group_offload(name, parts[name])
+        registry = getattr(parts[name], "_diffusers_hook", None)
+        if registry is not None and registry.get_hook(HOOK) is not None:
+            raise MismatchError(f"{name} carries a schedule already. Take it off first: handle.remove()")
+    sampler, scheduler = schedule.sampler, pipe.scheduler
+    if type(scheduler).__name__ != sampler.class_name:
+        raise MismatchError(
+            f"The schedule is for {sampler.class_name}, the pipeline has {type(scheduler).__name__}. "
+            f"{_take_scheduler(sampler.class_name)}"
+        )
+    if "_sodaprof" in vars(scheduler):
+        raise MismatchError("The scheduler carries a schedule already. Take it off first: handle.remove()")
+    config = config_of(scheduler)
+    if _other(config, sampler.config):
+        config = _config_started(scheduler, sampler.steps)
+    if key := _other(config, sampler.config):
+        raise MismatchError(
+            f"The scheduler's {key} is {config.get(key)!r}, {sampler.config[key]!r} in the schedule. Set it back, or profile and "
+            "compile anew."
+        )
+    _check_boundary(pipe, schedule)
+    if schedule.update is not None:
+        check_linear(scheduler, schedule.update.basis)
+
+
+def _other(config: dict[str, Any], wanted: dict[str, Any]) -> str | None:
+    """Returns the first setting that is not as wanted."""
+    return next((key for key, value in wanted.items() if _plain(config.get(key)) != _plain(value)), None)
+
+
+def _config_started(scheduler: Any, steps: int) -> dict[str, Any]:
+    """Returns the settings as a run leaves them: DPMSolverSinglestepScheduler changes some of its own when it is started."""
+    started = copy.deepcopy(scheduler)
+    with suppress(TypeError, ValueError):  # what takes more than a number of steps to be started changes nothing
+        started.set_timesteps(steps)
+    return config_of(started)
+
+
+def _take_scheduler(name: str) -> str:
+    """Returns what to type for a pipeline to sample by this scheduler."""
+    if not hasattr(diffusers, name):
+        return f"diffusers {diffusers.__version__} has no {name}: take the pipeline that was profiled."
+    return (
+        f"Type: pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config); on the command line, where the command "
+        f"has it: --scheduler {name}"
+    )
+
+
+def _check_boundary(pipe: Any, schedule: Schedule) -> None:
+    """Raises MismatchError where diffusers' `boundary_ratio` gives steps to another transformer than the schedule does.
+
+    What other pipelines change transformers by is seen while they run.
+    """
+    config, trained = getattr(pipe, "config", {}), schedule.sampler.config.get("num_train_timesteps")
+    if set(schedule.transformers) != {"transformer", "transformer_2"} or "boundary_ratio" not in config or not trained:
+        return
+    ratio = config["boundary_ratio"]
+    # by a tensor, as the pipeline compares: a timestep at the boundary must fall to the same side
+    found = (torch.tensor(schedule.sampler.timesteps) >= (0 if ratio is None else ratio * trained)).tolist()
+    wanted = [past >= 0 for past in schedule.transformers["transformer"].past()]
+    if found != wanted:
+        count = sum(wanted)
+        above, below = (t / trained for t in schedule.sampler.timesteps[count - 1 : count + 1])
+        raise MismatchError(
+            f"With boundary_ratio={ratio} the pipeline calls transformer at {sum(found)} of {len(found)} steps, then "
+            f"transformer_2; in the schedule it is {count}. Set the boundary above {below:.4g} and at most {above:.4g}, say "
+            f"pipe.register_to_config(boundary_ratio={(above + below) / 2:.4g}), or profile and compile for this one."
+        )
+
+
+def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
+    if type(transformer).__name__ != plan.class_name:
+        raise MismatchError(
+            f"{name} is a {type(transformer).__name__}, the schedule is for {plan.class_name}. Compile for this model."
+        )
+    found = fingerprint(transformer, ())
+    for key, wanted in plan.fingerprint.items():
+        if key not in ("tokens", "kinds", "layouts", "text") and found.get(key) != wanted:
+            raise MismatchError(
+                f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
+            )
+    known = find_modules(transformer)
+    if missing := [site for site in plan.rows if site.split("#")[0] not in known]:
+        raise MismatchError(f"{name} has no module {missing[0]}, which the schedule drives. Compile for this model.")
+    if missing := sorted(set(known) - {site.split("#")[0] for site in plan.rows}):
+        raise MismatchError(
+            f"{name} has the site {missing[0]}, the schedule has no row for it. Compile for this model."
+        )
+
+
+def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:
+    """Returns the rows by module path, each knowing whose attention it is scored by and what it must observe."""
+    known, rule = find_modules(transformer), schedule.token_rule
+    rows = {}
+    for site in plan.rows:
+        kind, module = known[site.split("#")[0]][3:]
+        rows[site] = SiteRow(plan, site, module, kind == "attn", rule)
+    if rule is not None:
+        for source, steps in observed_steps(plan, rule.base).items():
+            rows[source].observed = steps
+        for site, row in rows.items():
+            if "P" in row.row and rule.base in OBSERVED:
+                row.source = rows[source_of(plan, site, rule.base) or site]
+            if "P" in row.row and rule.bonus:
+                row.raster = row.planned_raster = raster(schedule, plan, site, rule.bonus_grid)
+    modules: dict[str, list[SiteRow]] = {}
+    for site, row in rows.items():
+        modules.setdefault(site.split("#")[0], []).append(row)
+    return modules
+
+
+def raster(schedule: Schedule, plan: Plan, site: str, grid: int) -> tuple[int, int]:
+    """Returns rows and columns of the site's tokens; MismatchError where blocks of grid x grid do not fill them."""
+    tokens, patch = plan.tokens(site), plan.fingerprint.get("patch", 1)
+    patches = patch[-2:] if isinstance(patch, list) else [patch, patch]
+    sides = [size // p for size, p in zip(schedule.shape["latent"][-2:], patches, strict=True)]
+    if sides[0] * sides[1] != tokens or sides[0] % grid or sides[1] % grid:
+        raise MismatchError(
+            f"{site} has {tokens} tokens, of {sides[0]} x {sides[1]} patches; the schedule's local bonus wants blocks of "
+            f"{grid} x {grid} that fill them. Choose another size, or --policy soda."
+        )
+    return sides[0], sides[1]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

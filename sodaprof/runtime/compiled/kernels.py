@@ -1,0 +1,147 @@
+"""A collapsed run in one launch: start + sum of gate * weighted sum of what was kept, all read from one arena.
+
+The sums of `collapse` for a GPU: each element of the stream is read once, the loop over the kept tensors runs inside the
+kernel. What to add is a table on the device, so one kernel serves all runs, and a CUDA graph can hold the launch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+from ...errors import UnsupportedModelError
+
+tl: Any = None  # triton.language, once _compiled() has run: Triton looks the names of a kernel up among its module's
+
+TILE = 1024  # elements of the stream that a program adds up: 8 a thread
+
+
+class Plan(NamedTuple):
+    """The terms of a sum as the kernel reads them: a row for every source, in the order of addition."""
+
+    sources: torch.Tensor  # int32 [sources, 4]: slot of the arena, begins a term?, ends it?, row of its gate or -1
+    weights: torch.Tensor  # fp32 [sources]; 1 where a source is taken as it is, which changes no bit
+    slots: int  # the arena has at least as many
+    terms: int
+    plain: bool  # each term is one source as it is: such a sum needs fewer roundings
+
+
+def available() -> bool:
+    """Returns whether Triton is installed. Without a GPU it runs under TRITON_INTERPRET=1 alone, for tests."""
+    return find_spec("triton") is not None
+
+
+def plan_of(terms: Sequence[tuple[Sequence[tuple[int, float | None]], bool]], device: torch.device | str) -> Plan:
+    """Returns the plan of a sum, on `device`.
+
+    terms: (sources, gated?) of each, in order; a source is (slot of the arena, weight or None: as it is).
+    """
+    rows, weights = list[tuple[int, int, int, int]](), list[float]()
+    for number, (sources, gated) in enumerate(terms):
+        for i, (slot, weight) in enumerate(sources):
+            rows.append((slot, i == 0, i == len(sources) - 1, number if gated else -1))
+            weights.append(1.0 if weight is None else weight)
+    plain = all(len(sources) == 1 and sources[0][1] is None for sources, _ in terms)
+    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+    slots = max((row[0] for row in rows), default=-1) + 1
+    return Plan(table.to(device), torch.tensor(weights, dtype=torch.float32).to(device), slots, len(terms), plain)
+
+
+def sum_kept(
+    start: torch.Tensor,
+    arena: torch.Tensor,
+    plan: Plan,
+    gates: torch.Tensor,
+    ordered: bool,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns start + sum of gate * weighted sum of slots, as `collapse` sums: ordered, bit for bit what torch's own
+    operators give one by one; else fused, in fp32 and rounded once.
+
+    start: [B, N, D]; arena: [slots, B, N, D]; gates: [terms, B, D], rows of terms without a gate are not read; all
+    contiguous, on one GPU, of one dtype: fp32, bf16 or fp16. out: as start, which it may be; None: a new tensor.
+    Nothing waits for the device. The first call for a dtype, an order and a plan that is plain or not compiles: make it
+    before a graph is captured.
+    """
+    kernel, (batch, tokens, width) = _compiled(), start.shape
+    out = torch.empty_like(start) if out is None else out
+    tensors = (start, arena, gates, out)
+    if (
+        start.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        or any(t.dtype != start.dtype or t.device != start.device or not t.is_contiguous() for t in tensors)
+        or plan.sources.device != start.device
+        or out.shape != start.shape
+        or arena.shape[1:] != start.shape
+        or arena.shape[0] < plan.slots
+        or gates.shape != (plan.terms, batch, width)
+    ):
+        shapes = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors)
+        raise ValueError(
+            f"start, arena, gates and out are {shapes}, for {plan.terms} terms from {plan.slots} slots on "
+            f"{plan.sources.device}; wanted: [B, N, D], [slots, B, N, D], [terms, B, D] and [B, N, D], contiguous, of "
+            "one dtype (fp32, bf16 or fp16), on one device with the plan."
+        )
+    cols = min(128, 1 << (width - 1).bit_length())
+    rows = TILE // cols
+    grid = (-(-width // cols), -(-tokens // rows), batch)
+    rounding = str(start.dtype if ordered else torch.float32).removeprefix("torch.")
+    with torch.cuda.device_of(start):  # Triton launches on the current device
+        # Ordered: a multiplication and the addition that takes its result must not become one FMA, which rounds once where
+        # torch's kernels round twice. A cast between the two is no safeguard: LLVM computes in bf16 or fp16 where that gives
+        # the same bits, and fuses there. enable_fp_fusion is Triton's launch option for it: it goes to LLVM and to ptxas
+        # (--fmad=false), before what TRITON_DEFAULT_FP_FUSION says; Inductor passes it where it is to give eager's bits.
+        # libdevice.mul_rn and inline PTX are NVIDIA's alone, and the interpreter runs neither.
+        kernel[grid](
+            start, arena, gates, plan.sources, plan.weights, out, len(plan.sources), tokens, width, start.numel(),
+            PLAIN=plan.plain, ROWS=rows, COLS=cols, ROUNDING=getattr(tl, rounding), num_warps=4, enable_fp_fusion=not ordered,
+        )  # fmt: skip
+    return out
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    global tl
+    if not available():
+        raise UnsupportedModelError(
+            "No Triton here, which the kernel for collapsed blocks is written in; it comes with torch for CUDA on Linux. "
+            "Install it (pip install triton), or run without this kernel."
+        )
+    tl = importlib.import_module("triton.language")
+    # numbers that vary from run to run: a kernel for each kind of them would compile within a picture, or a capture
+    return importlib.import_module("triton").jit(_sum, do_not_specialize=["sources", "tokens"])
+
+
+def _sum(  # type: ignore[no-untyped-def]
+    start, arena, gates, table, weights, out, sources, tokens, width, size,
+    PLAIN: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, ROUNDING: tl.constexpr,
+):  # fmt: skip
+    batch = tl.program_id(2)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    inside = (row < tokens)[:, None] & (col < width)
+    at = (batch.to(tl.int64) * tokens + row)[:, None] * width + col  # an arena may have more than 2^31 elements
+    across = tl.broadcast_to(col, [ROWS, COLS])  # read once a row, from the L1 cache: no exchange between threads
+    total = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
+    part = tl.zeros([ROWS, COLS], dtype=tl.float32)
+    # no branches, and turns unrolled: the loads of one need not wait for the sum of another
+    for i in tl.range(0, sources, loop_unroll_factor=4):
+        slot = tl.load(table + 4 * i).to(tl.int64)
+        row_of_gate = tl.load(table + 4 * i + 3).to(tl.int64)
+        kept = tl.load(arena + slot * size + at, mask=inside, other=0.0).to(tl.float32)
+        if PLAIN:
+            part = kept
+        else:
+            weighted = (kept * tl.load(weights + i)).to(ROUNDING).to(tl.float32)
+            sum_so_far = (part + weighted).to(ROUNDING).to(tl.float32)
+            part = tl.where(tl.load(table + 4 * i + 1) != 0, weighted, sum_so_far)
+        gate_at = gates + (row_of_gate * tl.num_programs(2) + batch) * width + across
+        gate = tl.load(gate_at, mask=across < tl.where(row_of_gate < 0, 0, width), other=1.0).to(tl.float32)
+        term = (gate * part).to(ROUNDING).to(tl.float32)
+        added = (total + term).to(ROUNDING).to(tl.float32)
+        total = added if PLAIN else tl.where(tl.load(table + 4 * i + 2) != 0, added, total)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)

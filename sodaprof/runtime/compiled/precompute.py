@@ -1,0 +1,245 @@
+"""What a run's conditioning tables hold: each program split by what it depends on, its early parts computed ahead.
+
+A part that depends on the step is computed for all its steps in one go where that gives the same bits, which is tried
+at the first fill: matrix products of all steps are one batch of the step's own products, not one larger product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import getitem
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec
+
+from .quick import quick
+from .trace import BlockCall, LoweredBlock, Program, Ready, kind_of
+
+
+def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Returns (early, rest): early maps the inputs to values, rest takes the inputs and these values.
+
+    late: numbers of the inputs that are not there yet when `early` runs. The first inputs are parameters: what depends
+    on them alone stays where it is used. What draws random numbers is late.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    plain, not_yet = set(inputs[:parameters]), {inputs[i] for i in late}
+    early: set[fx.Node] = set()
+    work = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
+    for node in work:
+        above = node.all_input_nodes
+        if any(n in not_yet for n in above) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            not_yet.add(node)
+        else:
+            (plain if all(n in plain for n in above) else early).add(node)
+    handed = [node for node in work if node in early and any(u in not_yet or u.op == "output" for u in node.users)]
+
+    first, rest = fx.Graph(), fx.Graph()
+    for new, values, mine in ((first, [], early), (rest, handed, not_yet)):
+        copies = {node: new.placeholder(node.name) for node in inputs}
+        copies |= {node: new.placeholder(f"{node.name}_early") for node in values}
+        for node, copy in copies.items():
+            copy.meta = dict(node.meta)
+        for node in work:
+            if node in plain or node in mine:
+                copies[node] = new.node_copy(node, copies.__getitem__)
+        out = next(node for node in graph.graph.nodes if node.op == "output")
+        new.output([copies[node] for node in handed] if new is first else fx.map_arg(out.args[0], copies.__getitem__))
+        new.eliminate_dead_code()
+    return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
+
+
+ATEN = torch.ops.aten
+ADDMM, SPLIT, SLICE, T = ATEN.addmm.default, ATEN.split.Tensor, ATEN.slice.Tensor, ATEN.t.default
+
+
+def narrowed(graph: fx.GraphModule) -> fx.GraphModule:
+    """Returns the graph with linear layers cut to the parts of their output that are used: a block's gates without the
+    shifts and scales that only norms would take."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        parts = _parts_of_linear(node)
+        if parts is not None:
+            bias, x, weight = (copies[n] for n in parts)
+            number, size = node.args[1], node.args[0].args[1]
+            ends = (0, number * size, (number + 1) * size)
+            rows, offset = (new.call_function(SLICE, (tensor, *ends)) for tensor in (weight, bias))
+            copies[node] = new.call_function(ADDMM, (offset, x, new.call_function(T, (rows,))))
+        elif node.op == "output":
+            new.output(fx.map_arg(node.args[0], copies.__getitem__))
+        else:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    new.eliminate_dead_code()
+    return fx.GraphModule(graph, new)
+
+
+class Filled(NamedTuple):
+    """The values of the steps that share a program."""
+
+    program: Program
+    rest: fx.GraphModule  # what is left of it
+    run: Callable[..., Any]  # the same, quickly
+    steps: list[int]
+    of_run: list[Any]  # values that hold for the run
+    of_steps: list[list[Any]]  # values of each step
+
+    def steps_of(self) -> Filled:
+        """Returns the same structure with the step of each value, None where it holds for the run."""
+        steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
+        none: Any = None
+        return Filled(none, none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
+
+    def hold(self, block: LoweredBlock, branch: int) -> None:
+        """Lets the block take the values."""
+        for step, values in zip(self.steps, self.of_steps, strict=True):
+            block.ready[step, branch] = Ready(self.program, self.rest, self.run, [*self.of_run, *values])
+
+
+class Parts(NamedTuple):
+    """A program in three parts: for a run, for each step, and what is left; quickly, too, with the values they hand on."""
+
+    of_run: fx.GraphModule
+    of_step: fx.GraphModule
+    rest: fx.GraphModule
+    run_once: Callable[..., Any]
+    run_each: Callable[..., Any]
+    run_rest: Callable[..., Any]
+
+
+def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int], made: TreeSpec | None) -> Parts:
+    """Returns the graph in parts; late and moving: numbers of inputs that depend on the latents, and on the step alone."""
+    of_run, rest = split(graph, parameters, late | moving)
+    of_step, rest = split(rest, parameters, late)
+    return Parts(of_run, of_step, rest, quick(of_run), quick(of_step), quick(rest, made))
+
+
+class Filler:
+    """Fills the tables of blocks, one after the other, so that a block's weights stay near."""
+
+    def __init__(self) -> None:
+        self.parts: dict[Any, Parts] = {}  # of programs, by what is late and what moves
+        self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # parts of a step: what does all steps at once
+        self.batches: dict[Any, Callable[..., Any]] = {}  # that, traced: by the number of steps, and what moves
+
+    def fill(self, call: BlockCall, steps: Sequence[int], branch: int) -> list[Filled]:
+        """Returns the block's values at these steps, as `hold` takes them."""
+        block, by_program, fits = call.block, dict[Program, list[int]](), dict[Program, bool]()
+        parameters, found = block.parameters(), list[Filled]()
+        for step in steps:
+            for program in block.by_step.get((step, branch), ()):
+                if program not in fits:
+                    fits[program] = block.fits(program, call.leaves)
+                if fits[program]:
+                    by_program.setdefault(program, []).append(step)
+                    break
+        for program, its_steps in by_program.items():
+            parts = self._parts(program, call)
+            leaves = [call.at(step) for step in its_steps]
+            inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
+            of_run = parts.run_once(*parameters, *inputs[0])
+            values = self.of_steps(parts, parameters, inputs, of_run)
+            found.append(Filled(program, parts.rest, parts.run_rest, its_steps, of_run, values))
+        return found
+
+    def of_steps(
+        self, parts: Parts, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
+    ) -> list[list[Any]]:
+        """Returns the values of each step, of the inputs of each."""
+        each = parts.of_step
+
+        def one_by_one() -> list[list[Any]]:
+            return [parts.run_each(*parameters, *at_step, *of_run) for at_step in inputs]
+
+        if len(inputs) == 1 or not each.graph.output_node().args[0]:
+            return one_by_one()
+        if each in self.at_once:
+            whole = self.at_once[each]
+            return one_by_one() if whole is None else self._batched(whole, parameters, inputs, of_run)
+        values = one_by_one()
+        self.at_once[each] = None
+        for whole, laid_out in ((narrowed(each), not _only_scales(parts.rest)), (each, True)):
+            try:
+                tried = self._batched(whole, parameters, inputs, of_run)
+            except RuntimeError:  # an operator that knows no batches
+                continue
+            pairs = [(a, b) for xs, ys in zip(values, tried, strict=True) for a, b in zip(xs, ys, strict=True)]
+            if all(same(a, b) and (not laid_out or a.stride() == b.stride()) for a, b in pairs):
+                self.at_once[each] = whole
+                break
+        return values
+
+    def _parts(self, program: Program, call: BlockCall) -> Parts:
+        late, moving, arguments = call.late, call.moving, len(call.leaves)
+        mark = program, frozenset(late), frozenset(moving)
+        if mark not in self.parts:
+            count = program.parameters
+            not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
+            moved = {count + n for n, i in enumerate(program.places) if i in moving}
+            self.parts[mark] = parts_of(program.graph, count, not_yet, moved, program.made)
+        return self.parts[mark]
+
+    def _batched(
+        self, each: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
+    ) -> list[list[Any]]:
+        """Returns the values of all steps, computed at once."""
+        steps, columns = len(inputs), list(zip(*inputs, strict=True))
+        moves = [any(x is not column[0] for x in column) for column in columns]
+        used = [bool(node.users) for node in each.graph.nodes if node.op == "placeholder"]
+        if not any(move and use for move, use in zip(moves, used[len(parameters) :], strict=False)):
+            first = [column[0] for column in columns]
+            return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]  # nothing that differs is used here
+        # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
+        fixed = [p.expand(steps, *p.shape) if use else p for p, use in zip(parameters, used, strict=False)]
+        rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
+        flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
+        places = [*(0 for _ in parameters), *(0 if move else None for move in moves), *(None for _ in of_run)]
+        key = each, steps, tuple(moves), tuple(None if x is None else kind_of(x) for x in flat)
+        if key not in self.batches:
+            dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
+            self.batches[key] = traced(torch.func.vmap(each, in_dims=dims), flat)
+        return [list(values) for values in zip(*(v.unbind() for v in self.batches[key](flat)), strict=True)]
+
+
+def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[Any]], Any]:
+    """Returns a quick function of inputs that look like these, tensors or None, which it takes as a list."""
+    places = [i for i, x in enumerate(inputs) if x is not None]
+
+    def of_tensors(*tensors: torch.Tensor) -> list[Any]:
+        flat: list[Any] = [None] * len(inputs)
+        for place, tensor in zip(places, tensors, strict=True):
+            flat[place] = tensor
+        return list(function(*flat))
+
+    run = quick(make_fx(of_tensors)(*[inputs[i] for i in places]))
+    return lambda flat: run(*[flat[i] for i in places])
+
+
+def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """Returns bias, input and weight where the node takes one part of a linear layer's output that is used in part."""
+    if node.op != "call_function" or node.target is not getitem or node.args[0].target is not SPLIT:  # type: ignore[union-attr]
+        return None
+    split: Any = node.args[0]
+    linear, size, *dim = split.args
+    whole = linear.target is ADDMM and linear.args[2].target is T and linear.args[2].args[0].op == "placeholder"
+    if not whole or dim != [1] or linear.args[0].op != "placeholder" or list(linear.users) != [split] or linear.kwargs:
+        return None
+    if len(split.users) * size >= linear.meta["val"].shape[1]:
+        return None
+    return linear.args[0], linear.args[1], linear.args[2].args[0]
+
+
+def _only_scales(rest: fx.GraphModule) -> bool:
+    """Whether what is left of a program only multiplies and adds the values, whose layout then changes no bit."""
+    values = [node for node in rest.graph.nodes if node.op == "placeholder" and node.name.endswith("_early")]
+    return all(user.target in (ATEN.add.Tensor, ATEN.mul.Tensor) for value in values for user in value.users)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values are equal, tensors in all their elements."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
+    return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and bool(a == b))

@@ -1,0 +1,188 @@
+"""The schedule's state update at work: x ← c0 · x + Σ c_j · V_j + the scheduler's own noise, in place of its own step."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ...errors import MismatchError, UnsupportedModelError
+from ...formats.sampler import OwnUpdate
+from ...formats.schedule import Schedule
+from ...pipelines.sampler_steps import WIDENING, basis_of, own_update, refuse_settings
+
+PASSED_ON = ("generator", "return_dict")  # arguments of a scheduler's step that an update knows
+
+
+@dataclass(frozen=True)
+class Jump:
+    """What the updates make of the latents from one call of the network to the next, as one update."""
+
+    start: int  # the step that calls the network
+    end: int  # the next one that does, or T
+    coefficients: tuple[float, ...]  # c0, then of the V, newest (that of `start`) first
+    noise: tuple[float, ...]  # weights of the draws, one a step that draws, in their order
+
+
+def called_steps(schedule: Schedule) -> list[bool]:
+    """Returns for each step whether a network is called at it."""
+    stacks = [plan.stack for plan in schedule.transformers.values()]
+    return [any(action in ".S" for action in column) for column in zip(*stacks, strict=True)]
+
+
+def jumps(coefficients: Sequence[Sequence[float]], noise: Sequence[float], called: Sequence[bool]) -> list[Jump]:
+    """Returns the updates [T][1 + K] composed from one called step to the next; exact, in float64."""
+    starts = [step for step, calls in enumerate(called) if calls]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(called)], strict=True):
+        whole, draws = [1.0] + [0.0] * (len(coefficients[start]) - 1), list[float]()
+        for step in range(start, end):
+            own, *others = coefficients[step]
+            whole = [own * whole[0], *(own * c + other for c, other in zip(whole[1:], others, strict=True))]
+            draws = [own * weight for weight in draws] + ([noise[step]] if noise[step] else [])
+        found.append(Jump(start, end, tuple(whole), tuple(draws)))
+    return found
+
+
+def drawn(weights: Sequence[float], output: Tensor, generator: Any) -> Tensor | None:
+    """Returns the weighted sum of as many draws, each as a scheduler draws noise for this output; None of no draws."""
+    total = None
+    for weight in weights:
+        noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
+        noise = noise.to(wide(output)) * weight
+        total = noise if total is None else total + noise
+    return total
+
+
+def answered(scheduler_class: str, sample: Tensor) -> torch.dtype:
+    """Returns the dtype of the next latents."""
+    return wide(sample) if scheduler_class in WIDENING else sample.dtype
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """Returns the dtype in which updates are computed: fp32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the tensor in this dtype: itself where it is, which costs a step without network less than to ask `to`."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class Ring:
+    """The newest V, and the sum that makes the next latents of them."""
+
+    def __init__(self, history: int) -> None:
+        self.history = history
+        self.newest: list[Tensor] = []  # first the newest
+
+    def add(self, pair: tuple[float, float], sample: Tensor, output: Tensor) -> None:
+        """Takes the network's guided output at a step, as pair[0] · sample + pair[1] · output."""
+        of_sample, of_output = pair
+        value = output.to(wide(output), copy=True) if of_output == 1 else output.to(wide(output)) * of_output
+        if of_sample:
+            value = value.add_(sample.to(value.dtype), alpha=of_sample)
+        self.newest = [value, *self.newest[: self.history - 1]]
+
+    def moved(self, coefficients: Sequence[float], sample: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Returns the next latents in this dtype: one sum in fp32 or wider, rounded once."""
+        own, *weights = coefficients
+        total = as_dtype(sample, wide(sample)) * own
+        for weight, value in zip(weights, self.newest, strict=False):
+            if weight:
+                total.add_(value, alpha=weight)
+        if noise is not None:
+            total.add_(noise)
+        return as_dtype(total, dtype)
+
+
+class StateUpdate:
+    """The update of a schedule, called by the clock at every step of a run."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        assert schedule.update is not None
+        self.update, self.called = schedule.update, called_steps(schedule)
+        self.ring = Ring(self.update.history)
+        self.own: OwnUpdate | None = None  # the scheduler's own, whose data predictions and noise are kept
+        self.sigmas: Any = None  # for which that holds
+        self.defaults: dict[str, Any] = {}  # of the arguments behind output, timestep and sample
+
+    def begin(self, scheduler: Any) -> None:
+        """Begins a run with the scheduler as `set_timesteps` left it. UnsupportedModelError where it is not linear."""
+        self.reset()
+        sigmas = getattr(scheduler, "sigmas", None)
+        sigmas = sigmas.tolist() if torch.is_tensor(sigmas) else None
+        if self.own is None or sigmas != self.sigmas:
+            self.own, self.sigmas = own_update(scheduler, scheduler.timesteps), sigmas
+            self.defaults = defaults_of(scheduler)
+
+    def reset(self) -> None:
+        self.ring.newest = []
+
+    def step(self, scheduler: Any, step: int, given: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Returns what the scheduler's step would: the next latents in its own kind of answer; its index moves on."""
+        assert self.own is not None
+        output, timestep, sample, *others = given
+        options = dict(zip(self.defaults, others, strict=False)) | kwargs
+        refuse_options(scheduler, self.defaults, options)
+        if output.shape != sample.shape:
+            raise MismatchError(
+                f"The scheduler is given an output {list(output.shape)} for latents {list(sample.shape)}; a fitted update "
+                "weighs outputs of their shape. Compile without an update for this pipeline."
+            )
+        if "_step_index" in vars(scheduler):
+            if scheduler._step_index is None:
+                scheduler._init_step_index(timestep)
+            scheduler._step_index += 1
+        if self.called[step]:
+            self.ring.add(self.own.data[step], sample, output)
+        draws = [self.own.noise[step]] if self.own.noise[step] else []
+        noise = drawn(draws, output, options.get("generator"))
+        dtype = answered(type(scheduler).__name__, sample)
+        moved = self.ring.moved(self.update.coefficients[step], sample, noise, dtype)
+        return answer(scheduler, moved, options.get("return_dict", True))
+
+
+def check_linear(scheduler: Any, basis: str) -> None:
+    """Raises UnsupportedModelError where no update goes with this scheduler, MismatchError where none of this basis does."""
+    refuse_settings(scheduler)
+    if basis_of(scheduler) != basis:
+        raise MismatchError(
+            f"The schedule's update is of basis {basis!r}, the steps of {type(scheduler).__name__} are of basis "
+            f"{basis_of(scheduler)!r}. Compile again, from a profile of this scheduler."
+        )
+
+
+def defaults_of(scheduler: Any) -> dict[str, Any]:
+    """Returns the arguments of the scheduler's step behind output, timestep and sample, with their defaults, in order."""
+    return {name: p.default for name, p in list(inspect.signature(type(scheduler).step).parameters.items())[4:]}
+
+
+def refuse_options(scheduler: Any, defaults: dict[str, Any], options: dict[str, Any]) -> None:
+    """Raises UnsupportedModelError for arguments of a step that change what it does, by name."""
+    for name, value in options.items():
+        default = defaults.get(name)
+        if name in PASSED_ON or value is default or (not torch.is_tensor(value) and value == default):
+            continue
+        shown = "a tensor" if torch.is_tensor(value) else repr(value)
+        raise UnsupportedModelError(
+            f"The pipeline calls the step of {type(scheduler).__name__} with {name}={shown}, which a fitted update does not "
+            f"know. Leave {name} at {default!r}, or compile without an update."
+        )
+
+
+def answer(scheduler: Any, moved: Tensor, return_dict: bool) -> Any:
+    """Returns the latents as this scheduler's step returns them; other fields (`pred_original_sample`) are None."""
+    cls = type(scheduler)
+    kind = getattr(sys.modules.get(cls.__module__), f"{cls.__name__}Output", SchedulerOutput)
+    if return_dict:
+        return kind(prev_sample=moved)
+    return (moved, *(None for field in dataclasses.fields(kind) if field.name != "prev_sample"))

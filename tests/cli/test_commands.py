@@ -1,0 +1,280 @@
+"""The command line, run in this process: what it writes, what it says, its exit codes; never a traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+
+import sodaprof.measure.bench
+from sodaprof import cli
+from sodaprof.compiler import POLICIES
+from sodaprof.formats.schedule import load_schedule
+from tests.conftest import invoke
+
+STEPS = "8"
+
+
+@pytest.fixture(scope="module")
+def profiled(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "profile"
+    with pytest.MonkeyPatch.context() as patch:
+        code = invoke(patch, "profile", model, "-o", folder, "--steps", STEPS, "--samples", 3, "--max-interval", 4)
+    assert code == 0
+    return folder
+
+
+def test_from_profile_to_table(command, model, profiled, tmp_path):
+    schedule, picture, sheet = tmp_path / "s.json", tmp_path / "p.png", tmp_path / "sheet.png"
+    code, out, _ = command("compile", profiled, "--budget", "1.6x", "-o", schedule)
+    assert code == 0
+    assert f"Next: sodaprof show {schedule}" in out.replace("\n", "")
+    predicted = load_schedule(schedule).predicted["speedup"]
+    assert 1.6 <= predicted < 1.8
+
+    code, out, _ = command("show", schedule)
+    assert code == 0
+    rows = load_schedule(schedule).transformers["transformer"].rows
+    assert all(row in out for row in rows.values())
+    code, out, _ = command("show", schedule, "--json")
+    data = json.loads(out)["transformers"]["transformer"]
+    assert sum(data["intervals"]) == int(STEPS)
+    assert data["anchors"][0] == 0
+    site, shown = next(iter(data["sites"].items()))
+    assert {int(t) for t in shown["reuse_ages"]} == {t for t, a in enumerate(rows[site]) if a in "RP"}
+
+    code, out, _ = command("run", model, schedule, "--label", 3, "--label", 4, "-o", picture)
+    assert code == 0
+    assert "executed/planned" in out
+    assert Image.open(picture).size[0] > 2 * 90
+
+    before = load_schedule(schedule).digest()
+    code, out, _ = command(
+        "eval", model, schedule, "--samples", 4, "--picture", sheet, "--json", "--record", "-o", tmp_path / "e.json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    names = [row["name"] for row in result["rows"]]
+    assert names == ["solver", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M", "fewer steps, UniPC"]
+    assert result["rows"][0]["executed"] == result["rows"][0]["planned"]
+    assert "fora" in result["rows"][0]["over"]
+    assert json.loads((tmp_path / "e.json").read_text()) == result
+    assert sheet.exists()
+    (record,) = load_schedule(schedule).measured
+    assert record["psnr_db"] == result["rows"][0]["psnr_db"]
+    assert load_schedule(schedule).digest() == before
+
+    code, out, _ = command("eval", model, schedule, "--samples", 3, "--no-controls")
+    assert code == 0
+    assert "solver" in out
+
+
+def test_inspect_and_a_policy_that_needs_no_tables(command, model, tmp_path):
+    code, out, _ = command("inspect", model, "--steps", STEPS, "-o", tmp_path / "i")
+    assert code == 0
+    assert re.search(r"transformer_blocks\.\*\.attn1\s+attn\s+2\s+16\s+16", out)
+    code, out, _ = command("inspect", model, "--steps", STEPS, "--json")
+    assert len(json.loads(out)["model"]["transformers"]["transformer"]["sites"]) == 4
+    assert command("compile", tmp_path / "i", "--policy", "fora", "-o", tmp_path / "f.json")[0] == 0
+    code, _, err = command("compile", tmp_path / "i", "-o", tmp_path / "s.json")
+    assert code == 1
+    assert "sodaprof profile" in err
+
+
+def test_one_picture_is_written_as_it_is(command, model, profiled, tmp_path):
+    command("compile", profiled, "-o", tmp_path / "s.json")
+    assert command("run", model, tmp_path / "s.json", "--label", 3, "-o", tmp_path / "one.png")[0] == 0
+    assert np.asarray(Image.open(tmp_path / "one.png")).shape == (8, 8, 3)
+
+
+def test_nothing_is_overwritten_without_force(command, model, profiled, tmp_path):
+    path = tmp_path / "s.json"
+    assert command("compile", profiled, "-o", path)[0] == 0
+    text = path.read_text()
+    for arguments in (
+        ("compile", profiled, "-o", path),
+        ("run", model, path, "--label", 1, "-o", path),
+        ("eval", model, path, "-o", path),
+        ("profile", model, "-o", profiled),
+        ("inspect", model, "-o", profiled),
+    ):
+        code, _, err = command(*arguments)
+        assert code == 1
+        assert "--force" in err
+    assert path.read_text() == text
+    assert command("compile", profiled, "-o", path, "--force", "--policy", "fora")[0] == 0
+    assert load_schedule(path).policy["name"] == "fora"
+
+
+@pytest.mark.parametrize("budget", ["0", "-1x", "abc", "nan", "inf", "1000x"])
+def test_senseless_budgets(command, profiled, tmp_path, budget):
+    code, _, err = command("compile", profiled, f"--budget={budget}", "-o", tmp_path / "s.json")
+    assert code == 1
+    assert "budget" in err
+    assert not list(tmp_path.iterdir())
+    if budget == "1000x":
+        most = float(re.search(r"--budget ([\d.]+)x", err).group(1))
+        assert command("compile", profiled, f"--budget={most}x", "-o", tmp_path / "s.json")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "missing.json"),
+        ("compile", "missing", "-o", "s.json"),
+        ("eval", "no-such-model", "missing.json"),
+        ("inspect", "no-such-model"),
+        ("run", "no-such-model", "missing.json", "-o", "p.png"),
+        ("profile", "no-such-model", "-o", "p"),
+    ],
+)
+def test_missing_files_and_models(command, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments)
+    assert code == 1
+    assert err.startswith("sodaprof: ")
+    assert len(err.splitlines()) < 8
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("show",), ("compile", "x", "--nonsense"), ("nonsense",), ("profile", "m", "-o", "p", "--steps", "many")],
+)
+def test_wrong_usage(command, arguments):
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert "--help" in err
+
+
+def test_broken_files_in_one_screen(command, profiled, tmp_path):
+    path = tmp_path / "s.json"
+    command("compile", profiled, "-o", path)
+    text = path.read_text()
+    for broken in (
+        text[: len(text) // 2],
+        text.replace('"version": 1', '"version": 2'),
+        text.replace('"update"', '"updates"'),
+    ):
+        path.write_text(broken)
+        code, _, err = command("show", path)
+        assert code == 1
+        assert "s.json" in err
+        assert len(err.splitlines()) < 8
+
+
+def test_a_full_disk_leaves_nothing_behind(command, profiled, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err = command("compile", profiled, "-o", tmp_path / "s.json")
+    assert code == 1
+    assert "disk is full" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c(command, profiled, tmp_path, monkeypatch):
+    import sodaprof.compiler as compiler
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compiler, "compile_schedule", interrupted)
+    code, _, err = command("compile", profiled, "-o", tmp_path / "s.json")
+    assert code == 130
+    assert "Interrupted" in err
+
+
+def test_evaluation_seeds_keep_away_from_calibration(command, model, profiled, tmp_path):
+    command("compile", profiled, "-o", tmp_path / "s.json")
+    code, _, err = command("eval", model, tmp_path / "s.json", "--seed", 2, "--samples", 4)
+    assert code == 1
+    assert "--seed 3" in err
+
+
+def test_every_verb_has_an_example(command):
+    _, out, _ = command("--help")
+    for verb, _, example in cli.COMMANDS:
+        assert verb in out
+        assert f"Example: {example}\n" in command(verb, "--help")[1]  # in one line, to be copied
+
+
+def test_documented_commands_have_these_options():
+    """Every `sodaprof verb --option` of the documentation, the Makefile, the examples and the messages."""
+    options = {
+        verb: {name for parameter in known.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        for verb, known in typer.main.get_command(cli.app).commands.items()
+    }
+    root = Path(__file__).parents[2]
+    pages = [root / "README.md", root / "Makefile", *root.glob("docs/*.md"), *root.glob("sodaprof/**/*.py")]
+    found = set()
+    for page in pages:
+        text = page.read_text().replace("\\\n", " ")
+        for verb, rest in re.findall(r"\bsodaprof (\w+)\b([^\n`;|)]*)", text):
+            if verb in options:
+                found |= {(verb, option, page.name) for option in re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest)}
+    assert len(found) > 50
+    assert not [entry for entry in found if entry[1] not in options[entry[0]] | {"--help"}]
+    policies = re.findall(r"--policy (\w+)", "".join(page.read_text() for page in pages))
+    assert len(policies) > 20
+    assert set(policies) <= {*POLICIES, "mix", "NAME", "out"}  # as in: leave --policy out
+
+
+def test_a_disk_that_fills_during_a_profile(command, model, tmp_path, monkeypatch):
+    import errno
+
+    from sodaprof.profiler.statistics import Statistics
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ("profile", model, "-o", tmp_path / "p", "--steps", STEPS, "--samples", 2, "--max-interval", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Statistics, "save", full)
+        code, _, err = command(*arguments)
+    assert code == 1
+    assert "disk is full" in err
+    assert not (tmp_path / "p").exists()
+    assert command(*arguments)[0] == 0  # and the same command goes on
+    assert (tmp_path / "p" / "manifest.json").exists()
+
+
+def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tmp_path, monkeypatch):
+    other, path = "UniPCMultistepScheduler", tmp_path / "s.json"
+    assert command("inspect", model, "--steps", 4, "--scheduler", other, "-o", tmp_path / "i")[0] == 0
+    assert command("compile", tmp_path / "i", "--policy", "fora", "-o", path)[0] == 0
+    drawn = ("run", model, path, "--label", 3, "-o", tmp_path / "p.png")
+    for arguments in (drawn, ("bench", model, path, "--rounds", 1)):
+        code, _, err = command(*arguments)
+        assert code == 1
+        assert f"The schedule is for {other}, the pipeline has DDIMScheduler" in err
+        assert f"--scheduler {other}" in err
+    code, out, _ = command(*drawn, "--scheduler", other)
+    assert code == 0
+    assert f"Next: sodaprof eval {model} {path} --scheduler {other}\n" in out
+    samplers = []
+
+    def noted(pipe, *_, **__):
+        samplers.append(type(pipe.scheduler).__name__)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sodaprof.bench, "benchmark", noted)
+    assert command("bench", model, path, "--scheduler", other)[0] == 130
+    assert samplers == [other]
+
+
+def test_bench_takes_the_steps_of_its_schedules(command, profiled, tmp_path):
+    path = tmp_path / "s.json"
+    assert command("compile", profiled, "-o", path)[0] == 0
+    code, _, err = command("bench", "no-such-model", path, "--steps", 5)
+    assert code == 1
+    assert "are for 8 steps, --steps is 5. Leave --steps out" in err

@@ -1,0 +1,266 @@
+"""What the command line refuses: each in one message, exit code 1, with nothing written or lost."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+
+import pytest
+
+from sodaprof import cli
+from tests.conftest import build_relay, invoke
+
+STEPS = ("--steps", 8)
+SMALL = (*STEPS, "--samples", 2, "--max-interval", 3)
+
+
+@pytest.fixture(scope="module")
+def profiled(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused") / "profile"
+    with pytest.MonkeyPatch.context() as patch:
+        assert invoke(patch, "profile", model, "-o", folder, *SMALL) == 0
+        assert invoke(patch, "compile", folder, "--budget", "1.6x", "-o", folder.parent / "s.json") == 0
+    return folder
+
+
+def test_a_schedule_of_another_model(refused, tmp_path):
+    schedule = build_relay()  # of two transformers
+    schedule.save(tmp_path / "s.json")
+    said = refused("eval", "tiny-dit", tmp_path / "s.json", "--samples", 2, output=tmp_path / "e.json")
+    assert "The schedule is for " in said
+    assert "Compile for this one" in said
+
+
+@pytest.fixture
+def schedule(profiled):
+    return profiled.parent / "s.json"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--samples", 0), "--samples is 0; expected at least 1"),
+        (("--steps", 0), "--steps is 0; expected at least 2"),
+        (("--steps", 5000), "DDIMScheduler does not take 5000 steps: "),
+        (("--max-interval", 1), "--max-interval is 1; expected 2 to 8"),
+        (("--batch-size", 0), "--batch-size is 0; expected at least 1"),
+        (("--seed", -1), "--seed is -1; expected at least 0"),
+        (("--seed", 2**64 - 1), f"Found the seed {2**64}; expected 0 to 2^64 - 1"),
+        (("--guidance-scale", "nan"), "The guidance scale is nan; expected a number of at least 0"),
+        (("--guidance-scale", "inf"), "The guidance scale is inf"),
+        (("--guidance-scale", -2), "The guidance scale is -2.0"),
+        (("--dtype", "float8"), "--dtype is 'float8'; expected float32, bfloat16 or float16"),
+        (("--device", "cuda:99"), "--device is 'cuda:99'; expected one that torch can use here"),
+        (("--device", "meta"), "--device is 'meta'"),
+        (
+            ("--scheduler", "HeunDiscreteScheduler"),
+            "some of them twice; this release takes samplers that call the network once",
+        ),
+    ],
+)
+def test_profile(refused, model, tmp_path, options, said):
+    assert said in refused("profile", model, *SMALL, *options, output=tmp_path / "p")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--samples", 1), "--samples is 1; expected at least 2"),
+        (("--batch-size", 0), "--batch-size is 0; expected at least 1"),
+        (("--batch-size", -1), "--batch-size is -1; expected at least 1"),
+        (("--seed", -7), "Found the seed -7; expected 0 to 2^64 - 1"),
+        (("--seed", 10**30), "expected 0 to 2^64 - 1"),
+        (("--guidance-scale", "inf"), "The guidance scale is inf"),
+        (("--picture", "sheet.foo"), "pictures are written as .png, .jpg or .webp. Type: sheet.png"),
+    ],
+)
+def test_eval(refused, model, schedule, tmp_path, options, said):
+    assert said in refused("eval", model, schedule, "--samples", 2, *options, output=tmp_path / "e.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--rounds", 0), "--rounds is 0; expected at least 1"),
+        (("--batch-size", -1), "--batch-size is -1; expected at least 1"),
+        (("--steps", 0), "--steps is 0; costs are measured over at least 6"),
+        (("--guidance-scale", "nan"), "The guidance scale is nan"),
+    ],
+)
+def test_bench(refused, model, tmp_path, options, said):
+    cost = tmp_path / "cost.json"
+    assert said in refused("bench", model, *STEPS, "--cost", cost, *options, output=tmp_path / "b.json")
+    assert not cost.exists()
+
+
+@pytest.mark.parametrize("steps", [0, -2, 5000])
+def test_steps_that_nothing_can_take(command, refused, model, tmp_path, steps):
+    said = "does not take 5000 steps" if steps > 0 else f"--steps is {steps}; expected at least 1"
+    assert said in refused("inspect", model, "--steps", steps, output=tmp_path / "i")
+    code, _, err = command("doctor", model, "--steps", steps)
+    assert code == 1
+    assert said in err
+    code, _, err = command("bench", model, "--steps", steps, "--rounds", 1)
+    assert code == 1
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "said"),
+    [
+        (("--seed", -1), "p.png", "Found the seed -1; expected 0 to 2^64 - 1"),
+        (("--label", -1), "p.png", "Found the label -1; this model knows 0 to "),
+        ((), "p.foo", "p.foo: pictures are written as .png, .jpg or .webp. Type: "),
+        ((), "p", "pictures are written as .png"),
+        ((), "p.mp4", "an mp4 holds one clip"),
+    ],
+)
+def test_run(refused, model, schedule, tmp_path, options, name, said):
+    assert said in refused("run", model, schedule, "--label", 1, *options, output=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00b", "not readable ('utf-8' codec"),
+        (b"# a comment\n\n", "no prompts"),
+        (b"1\n99999\n", "Found the label 99999"),
+        ("²\n".encode(), "takes integer labels; found '²'"),
+        (b"--5\n", "takes integer labels; found '--5'"),
+    ],
+)
+def test_prompt_files(refused, model, schedule, tmp_path, content, said):
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_bytes(content)
+    assert said in refused("profile", model, *SMALL, "--prompts", prompts, output=output)
+    assert said in refused("eval", model, schedule, "--samples", 2, "--prompts", prompts, output=output)
+
+
+def test_two_results_do_not_go_to_one_file(command, model, schedule, tmp_path):
+    one = tmp_path / "one.png"
+    for arguments in (("eval", model, schedule, "--picture", one), ("bench", model, "--cost", one)):
+        code, _, err = command(*arguments, "-o", one)
+        assert code == 1
+        assert f"--output are both {one}. Give each a file of its own." in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_force_replaces_files_by_files_and_profiles_by_profiles(command, model, profiled, schedule, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    kept = tmp_path / "home"
+    kept.mkdir()
+    (kept / "letter.txt").write_text("dear")
+    for arguments, said in (
+        (("compile", profiled, "-o", kept), "something else than a file is there"),
+        (("compile", profiled, "-o", tmp_path / "pipe"), "something else than a file is there"),
+        (("profile", model, *SMALL, "-o", schedule), "something else than a folder is there"),
+        (("inspect", model, "-o", schedule), "something else than a folder is there"),
+        (("compile", profiled, "-o", schedule / "s.json"), f"{schedule} is a file; expected a folder to write into"),
+        (("profile", model, *SMALL, "-o", kept), "holds letter.txt, which is no part of a profile and would be lost"),
+    ):
+        code, _, err = command(*arguments, "--force")
+        assert (code, err.count("\n")) == (1, 1)
+        assert said in err
+    assert (kept / "letter.txt").read_text() == "dear"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "pipe"]
+
+
+def test_a_folder_that_may_not_be_written(command, model, schedule, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: path != tmp_path
+    )  # tests may run as root, who may write anywhere
+    code, _, err = command("eval", model, schedule, "-o", tmp_path / "new" / "e.json")
+    assert code == 1
+    assert f"the folder {tmp_path} may not be written" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_profile_had_not_finished_writing_goes(command, model, tmp_path, monkeypatch):
+    from sodaprof.profiler import run
+
+    def killed(*_):
+        (tmp_path / "p.partial" / ".state.npz.abc.npz").write_text("half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "measure_response", killed)
+        assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 130
+    assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 0
+    assert {path.name for path in (tmp_path / "p").iterdir()} == run.PARTS
+    assert command("profile", model, *SMALL, "-o", tmp_path / "p", "--force")[0] == 0
+
+
+def test_a_disk_that_is_full_before_the_first_sample(command, model, tmp_path, monkeypatch):
+    from sodaprof.profiler import run
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_solver", full)
+        assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 1
+    assert {path.name for path in (tmp_path / "p.partial").iterdir()} < run.FIRST
+    assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 0  # the same command goes on
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_an_output_that_takes_ascii_alone(schedule, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["sodaprof", "show", str(schedule)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "Set PYTHONIOENCODING=utf-8" in capsys.readouterr().err
+
+
+def test_costs_of_a_larger_model(refused, profiled, tmp_path):
+    table = json.loads((profiled / "cost.flops.json").read_text())
+    sites = table["transformers"]["transformer"]["sites"]
+    sites["transformer_blocks.0.attn2"] = next(iter(sites.values()))
+    (tmp_path / "cost.json").write_text(json.dumps(table))
+    said = refused("compile", profiled, "--cost", tmp_path / "cost.json", output=tmp_path / "s.json")
+    assert "has costs for transformer/transformer_blocks.0.attn2, which this model has not" in said
+    (tmp_path / "cost.json").write_text(json.dumps(table | {"transformers": {}}))
+    for policy in ("solver", "soda", "fora", "drift"):
+        said = refused(
+            "compile", profiled, "--policy", policy, "--cost", tmp_path / "cost.json", output=tmp_path / "s.json"
+        )
+        assert "has no costs for transformer/transformer_blocks.0.attn1" in said
+
+
+def test_costs_of_nothing(refused, profiled, tmp_path):
+    table = json.loads((profiled / "cost.flops.json").read_text())
+    free = {"C": 0, "R": 0, "F": [0, 0, 0, 0], "P": [[0, 0]], "map": 0}
+    known = table["transformers"]["transformer"]
+    known |= {
+        "sites": dict.fromkeys(known["sites"], free),
+        "step": {"fixed": 0, "all_cached": 0, "stack": [0, 0, 0, 0]},
+    }
+    (tmp_path / "cost.json").write_text(json.dumps(table))
+    said = refused("compile", profiled, "--cost", tmp_path / "cost.json", output=tmp_path / "s.json")
+    assert "transformer: a full step costs nothing; expected more than 0" in said
+
+
+@pytest.mark.parametrize("prompts", [None, [], "abc", [None], [1.5]])
+def test_broken_prompts_of_a_profile(refused, profiled, tmp_path, prompts):
+    folder = tmp_path / "profile"
+    folder.mkdir()
+    for path in profiled.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"prompts": prompts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = refused("compile", folder, output=tmp_path / "s.json")
+    assert "prompts must be a list" in said
+    assert f"sodaprof profile MODEL -o {folder} --force" in said
+
+
+@pytest.mark.parametrize("policy", ["fit", "drift", "soda", "smoothcache"])
+def test_a_budget_that_the_recorded_intervals_bound(refused, command, profiled, tmp_path, policy):
+    said = refused("compile", profiled, "--policy", policy, "--budget", "7x", output=tmp_path / "s.json")
+    assert "Full steps stand at most 3 apart, as far as the profile measured" in said
+    assert "sodaprof profile MODEL --max-interval 4 (or more) -o DIR" in said
+    _, _, err = command("compile", profiled, "--policy", "fora", "--budget", "99x", "-o", tmp_path / "s.json")
+    assert "--max-interval" not in err  # nothing but its cost bounds it

@@ -1,0 +1,252 @@
+"""Published policies that forecast or reuse by thresholds: TaylorSeer, DPCache, MagCache, SmoothCache."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from sodaprof.compiler import compile_schedule
+from sodaprof.compiler.forecasts import forecasts_at, sources_of, taylor
+from sodaprof.compiler.policies.magcache import computed, smallest
+from sodaprof.compiler.policies.smoothcache import row_of
+from sodaprof.errors import BudgetError
+from sodaprof.formats.cost import load_cost
+from sodaprof.formats.tables import TABLES
+from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
+
+STEPS, SITES, LONGEST = 12, 4, 5  # of `random_profile`
+
+
+@pytest.fixture
+def values(monkeypatch) -> np.ndarray:
+    """Outputs of the sites [G, S, T, D], whose inner products every profile now holds; the stack's are those of sites 0 and 1."""
+    made = wandering(SITES, STEPS, seed=3)
+    table = products(made, STEPS)
+    known_products(monkeypatch, {"t": table}, {"t": {"output": table[0], "drift": table[1]}})
+    return made
+
+
+def speedup(folder, schedule) -> float:
+    return load_cost(folder / "cost.flops.json").speedup(schedule)
+
+
+# ---- TaylorSeer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("order", "knobs", "anchors"),
+    [
+        (1, {"N": 3}, [0, 1, 4, 7, 10]),
+        (2, {"N": 3}, [0, 1, 2, 5, 8, 11]),
+        (1, {"N": 5, "first": 1}, [0, 5, 10]),
+        (1, {"N": 2.5, "first": 4}, [0, 1, 2, 3, 5, 8, 11]),
+    ],
+)
+def test_taylor_computes_the_first_steps_and_then_every_nth(random_profile, order, knobs, anchors):
+    schedule = compile_schedule(random_profile, 1.0, "taylor", knobs=knobs | {"order": order})
+    plan = schedule.transformers["t"]
+    assert plan.anchors() == anchors
+    assert set(plan.rows.values()) == {"".join("C" if t in anchors else "F" for t in range(STEPS))}
+    assert schedule.predicted["error"] is None
+
+
+def test_taylor_extrapolates_from_the_last_anchors(random_profile):
+    schedule = compile_schedule(random_profile, 1.0, "taylor", knobs={"order": 2, "N": 4, "first": 1})
+    cells = next(iter(schedule.transformers["t"].forecasts.values()))  # anchors 0, 4, 8
+    steps = [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    by_step = dict(zip(steps, cells, strict=True))
+    assert (by_step[3].sources, by_step[3].weights) == ((0,), (1.0,))
+    assert (by_step[5].sources, by_step[5].weights) == ((4, 0), (1.25, -0.25))
+    # x = 2, d = 4: 1 + x/d + x²/2d² = 1.625, −x/d − x²/d² = −0.75, x²/2d² = 0.125
+    assert (by_step[10].sources, by_step[10].weights) == ((8, 4, 0), (1.625, -0.75, 0.125))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 2.5])
+def test_taylor_takes_the_smallest_interval_that_meets_the_budget(random_profile, budget, order):
+    schedule = compile_schedule(random_profile, budget, "taylor", knobs={"order": order})
+    knobs = schedule.policy["knobs"]
+    assert speedup(random_profile, schedule) >= budget
+    again = compile_schedule(random_profile, budget, "taylor", knobs=knobs)
+    assert again == schedule
+    if knobs["N"] > 1.001:
+        with pytest.raises(BudgetError, match="Leave out --knob N"):
+            compile_schedule(random_profile, budget, "taylor", knobs=knobs | {"N": knobs["N"] - 0.002})
+
+
+def test_taylor_needs_no_tables(make_profile, random_errors):
+    folder = make_profile(random_errors)
+    for table in TABLES:
+        (folder / f"{table}.parquet").unlink()
+    (folder / "manifest.json").unlink()
+    assert speedup(folder, compile_schedule(folder, 2, "taylor")) >= 2
+    with pytest.raises(BudgetError, match="taylor with placement=dp needs a profile"):
+        compile_schedule(folder, 2, "taylor", knobs={"placement": "dp"})
+
+
+@pytest.mark.parametrize("formula", ["published", "lagrange"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_taylor_placed_by_its_own_errors(random_profile, values, order, formula):
+    knobs = {"order": order, "placement": "dp", "formula": formula}
+    schedule = compile_schedule(random_profile, 1.7, "taylor", knobs=knobs)
+    error = schedule.predicted["error"]
+    assert error == pytest.approx(error_in(schedule, "t", values), rel=1e-6)
+    weigh, count = taylor(formula), len(schedule.anchors())
+    for others in combinations(range(order + 1, STEPS), count - order - 1):
+        anchors = [*range(order + 1), *others]
+        if np.diff([*anchors, STEPS]).max() <= LONGEST:
+            sources = sources_of(anchors, range(STEPS), order + 1, np.ones((STEPS, STEPS), dtype=bool))
+            cells = forecasts_at(products(values), sources, weigh)
+            other = sum(
+                error_of(values[:, i], t, c.sources, c.weights) for t, row in cells.items() for i, c in enumerate(row)
+            )
+            assert other >= error * (1 - 1e-6)
+
+
+@pytest.mark.parametrize(("order", "formula"), [(1, "published"), (2, "lagrange")])
+def test_taylor_is_exact_on_polynomials_of_its_order(random_profile, monkeypatch, order, formula):
+    made = polynomial(order, SITES, STEPS)
+    known_products(monkeypatch, {"t": products(made)})
+    even = compile_schedule(random_profile, 2.0, "taylor", knobs={"order": order, "formula": formula})
+    assert error_in(even, "t", made) < 1e-4
+    placed = compile_schedule(
+        random_profile, 2.0, "taylor", knobs={"order": order, "formula": formula, "placement": "dp"}
+    )
+    assert placed.predicted["error"] < 1e-4
+    if order == 2:
+        published = compile_schedule(random_profile, 2.0, "taylor", knobs={"order": 2})
+        assert error_in(published, "t", made) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"order": 3}, "Knob order is 3; expected one of 1, 2"),
+        ({"placement": "random"}, "expected one of even, dp"),
+        ({"formula": "hermite"}, "expected one of published, lagrange"),
+        ({"N": 0.5}, "Knob N is 0.5; expected at least 1"),
+        ({"N": -1}, "Knob N is -1"),
+        ({"N": 3, "placement": "dp"}, "read by placement=even alone"),
+        ({"N": 2}, "N=2 gives 1.[0-9]+x, the budget is 2x"),
+    ],
+)
+def test_knobs_of_taylor_that_make_no_sense(random_profile, knobs, message):
+    with pytest.raises(BudgetError, match=message):
+        compile_schedule(random_profile, 2.0, "taylor", knobs=knobs)
+
+
+# ---- DPCache ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [1, 3])
+def test_dpcache_extrapolates_the_last_block_from_two_anchors(random_profile, values, first):
+    schedule = compile_schedule(random_profile, 2.0, "dpcache", knobs={"first": first})
+    plan, stack = schedule.transformers["t"], values[:, [0]]
+    anchors = plan.anchors()
+    assert speedup(random_profile, schedule) >= 2
+    assert anchors[:first] == list(range(first))
+    skipped = [t for t in range(STEPS) if t not in anchors]
+    for step, cell in zip(skipped, plan.stack_forecasts, strict=True):
+        before = [a for a in anchors if a < step][-2:]
+        assert cell.form == "output"
+        assert cell.sources == tuple(before[::-1])
+        if len(before) == 2:
+            ahead = (step - before[1]) / (before[1] - before[0])
+            assert cell.weights == pytest.approx([1 + ahead, -ahead], rel=1e-5)
+    assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", stack), rel=1e-6)
+    for others in combinations(range(first, STEPS), len(anchors) - first):
+        other = [*range(first), *others]
+        if np.diff([*other, STEPS]).max() <= LONGEST:
+            sources = sources_of(other, range(STEPS), 2, np.ones((STEPS, STEPS), dtype=bool))
+            cells = forecasts_at(products(stack), sources, taylor("published"))
+            total = sum(error_of(stack[:, 0], t, row[0].sources, row[0].weights) for t, row in cells.items())
+            assert total >= schedule.predicted["error"] * (1 - 1e-6)
+
+
+# ---- MagCache ---------------------------------------------------------------------------------------------------------
+
+
+def test_magcache_accumulates_the_change_of_size_since_the_last_computed_step():
+    """From size 1: |1 − 0.9| + |1 − 0.8| reaches 0.3 at step 2; from there |1 − 0.7/0.8| stays below."""
+    sizes = np.array([1.0, 0.9, 0.8, 0.7, 0.7, 0.7])
+    assert computed(sizes, 0.29, 9, 0.0) == [0, 2, 5]  # 1/8 + 1/8, and the third reaches it
+    assert computed(sizes, 0.31, 9, 0.0) == [0, 3]
+    assert computed(sizes, 0.05, 9, 0.0) == [0, 1, 2, 3]
+    assert computed(sizes, 0.0, 9, 0.0) == [0, 1, 2, 3, 4, 5]
+    assert computed(sizes, 9.0, 2, 0.0) == [0, 3]
+    assert computed(sizes, 9.0, 9, 0.5) == [0, 1, 2]
+
+
+def test_the_smallest_threshold():
+    assert smallest(lambda threshold: threshold >= 0.1234567) == pytest.approx(0.1234567, rel=2e-6)
+    assert smallest(lambda threshold: True) == 0.0
+
+
+@pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 2.6])
+def test_magcache_reuses_the_newest_drift(random_profile, values, budget):
+    schedule = compile_schedule(random_profile, budget, "magcache")
+    plan, knobs = schedule.transformers["t"], schedule.policy["knobs"]
+    sizes = np.sqrt((values[:, 1] ** 2).sum(-1).mean(0))
+    anchors = computed(sizes, knobs["threshold"], knobs["skips"], knobs["retain"])
+    assert plan.anchors() == anchors
+    assert speedup(random_profile, schedule) >= budget
+    for step, cell in zip([t for t in range(STEPS) if t not in anchors], plan.stack_forecasts, strict=True):
+        assert (cell.sources, cell.weights, cell.form) == ((max(a for a in anchors if a < step),), (1.0,), "drift")
+    if budget > 1:
+        with pytest.raises(BudgetError, match="Leave it out"):
+            compile_schedule(random_profile, budget, "magcache", knobs=knobs | {"threshold": knobs["threshold"] * 0.99})
+
+
+def test_magcache_keeps_its_released_settings_where_the_budget_allows(random_profile, values):
+    modest = compile_schedule(random_profile, 1.5, "magcache").policy["knobs"]
+    assert (modest["skips"], modest["retain"]) == (4, 0.2)
+    tight = compile_schedule(random_profile, 5.0, "magcache").policy["knobs"]
+    assert (tight["skips"], tight["retain"]) == (10, 0.1)
+    with pytest.raises(BudgetError, match=r"cannot be met with skips=1 and retain=0.2: at most 1\.\d+x \(flops\)"):
+        compile_schedule(random_profile, 2.0, "magcache", knobs={"skips": 1})
+
+
+# ---- SmoothCache ------------------------------------------------------------------------------------------------------
+
+
+def test_smoothcache_reuses_until_the_error_reaches_the_threshold():
+    """error[t, age]: growing by 0.1 a step of age, twice that from step 4 on."""
+    error = np.where(np.arange(8)[:, None] < 4, 0.1, 0.2) * np.arange(5)
+    assert row_of(error, list(range(8)), 0.25) == "CRRCRCRC"
+    assert row_of(error, list(range(8)), 0.0) == "CCCCCCCC"
+    assert row_of(error, list(range(8)), 9.0) == "CRRRRCRR"  # ages up to 4 are known
+    assert row_of(error, [-1, 0, 1, 2, -1, -1, 0, 1], 9.0) == "_CRR__CR"
+
+
+def test_smoothcache_decides_a_kind_at_a_time(make_profile, random_errors):
+    errors = random_errors.copy()
+    errors[:, 1::2] *= 3  # feed-forwards change faster
+    errors[:, 0] *= 0.5  # layers of a kind count by their mean
+    folder = make_profile(errors)
+    for budget in (1.0, 1.5, 2.0, 2.5):
+        schedule = compile_schedule(folder, budget, "smoothcache")
+        threshold = schedule.policy["knobs"]["threshold"]
+        rows = schedule.transformers["t"].rows
+        for module, columns in (("attn1", [0, 2]), ("ff", [1, 3])):
+            mean = errors[:, columns].mean(axis=1).astype(np.float32).astype(float)
+            expected = row_of(mean, list(range(STEPS)), threshold)
+            assert [row for site, row in rows.items() if site.endswith(module)] == [expected] * 2
+        assert speedup(folder, schedule) >= budget
+        if budget > 1:
+            assert rows["blocks.0.attn1"].count("C") < rows["blocks.0.ff"].count("C")
+            with pytest.raises(BudgetError, match="Leave it out"):
+                compile_schedule(folder, budget, "smoothcache", knobs={"threshold": threshold * 0.99})
+
+
+def test_smoothcache_reads_the_relative_l1_error(make_profile, random_errors):
+    errors = {"cos": random_errors[:, ::-1] ** 2, "l1": random_errors, "l2": random_errors[::-1]}
+    mixed = compile_schedule(make_profile(errors, name="mixed"), 2.0, "smoothcache")
+    alone = compile_schedule(make_profile(random_errors, name="alone"), 2.0, "smoothcache")
+    assert mixed.transformers == alone.transformers
+
+
+def test_budgets_out_of_reach_of_smoothcache(random_profile):
+    with pytest.raises(BudgetError, match=r"A budget of 9x cannot be met: at most 3\.\d+x"):
+        compile_schedule(random_profile, 9.0, "smoothcache")

@@ -1,0 +1,450 @@
+"""Forecasts: weights and errors from inner products, anchors for them, the policies fit and drift, what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from sodaprof.compiler import compile_schedule
+from sodaprof.compiler.forecasts import (
+    forecast_error,
+    forecasts_at,
+    ridge,
+    round_weights,
+    segment_costs,
+    sources_of,
+    taylor,
+)
+from sodaprof.compiler.placement import place_with_history
+from sodaprof.compiler.problem import cache_bytes
+from sodaprof.errors import BudgetError, FormatError, UnsupportedModelError
+from sodaprof.formats.cost import load_cost
+from sodaprof.formats.profile import load_profile
+from sodaprof.formats.rules import verify
+from sodaprof.formats.schedule import Schedule, Update, load_schedule
+from sodaprof.runtime.hooks.sites import last_uses
+from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
+
+STEPS, SITES, LONGEST = 12, 4, 5  # of `random_profile`
+EXACT = ridge(1e-12)
+
+
+# ---- weights and errors -----------------------------------------------------------------------------------------------
+
+
+def test_weights_have_six_significant_digits():
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=2000) * 10.0 ** rng.uniform(-9, 4, 2000)
+    weights[:4] = 0.0, 1.0, -1 / 3, 0.9999999
+    rounded = round_weights(weights)
+    assert rounded.tolist() == [float(f"{w:.6g}") for w in weights]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_fitted_weights_are_those_of_least_squares_with_a_pull_towards_reuse(count):
+    values, strength = wandering(2, 10), 1e-2
+    sources = np.array([6, 5, 3, 0])[:count]
+    weights = ridge(strength)(products(values), sources, np.array([8]))
+    for site in range(2):
+        known = values[:, site, sources].transpose(0, 2, 1).reshape(-1, count)  # [G · D, K]
+        energy = (known**2).sum(0).mean() / len(values)
+        pull = np.sqrt(strength * energy * len(values))
+        stacked = np.concatenate([known, pull * np.eye(count)])
+        wanted = np.concatenate([values[:, site, 8].ravel(), pull * np.eye(count)[0]])
+        expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
+        assert weights[site, :, 0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pull_leads_to_reuse():
+    weights = ridge(1e9)(products(wandering(3, 8)), np.array([5, 4, 2]), np.array([6, 7]))
+    assert weights == pytest.approx(np.broadcast_to(np.array([1.0, 0, 0])[:, None], (3, 3, 2)), abs=1e-6)
+
+
+def test_an_output_that_is_all_zeros_is_reused_without_error():
+    table, sources, targets = products(np.zeros((1, 1, 6, 4))), np.array([3, 1]), np.array([4, 5])
+    weights = ridge(1e-4)(table, sources, targets)
+    assert weights[0].tolist() == [[1, 1], [0, 0]]
+    assert forecast_error(table, sources, targets, weights).tolist() == [[0, 0]]
+
+
+def test_two_sources_are_exact_on_what_is_linear_in_time():
+    """From steps 7 and 4, two steps ahead: Y + 2/3 of the last difference."""
+    table = products(polynomial(1, 3, 12))
+    for weigh in (EXACT, taylor("published"), taylor("lagrange")):
+        weights = np.broadcast_to(weigh(table, np.array([7, 4]), np.array([8, 9])), (3, 2, 2))
+        assert weights[0, :, 1] == pytest.approx([1 + 2 / 3, -2 / 3], abs=1e-5)
+        assert weights[0, :, 0] == pytest.approx([1 + 1 / 3, -1 / 3], abs=1e-5)
+        assert forecast_error(table, np.array([7, 4]), np.array([8, 9]), weights).max() < 1e-5
+
+
+def test_three_sources_are_exact_on_what_is_quadratic_in_time():
+    """From steps 7, 5 and 2, three steps ahead: the parabola through them."""
+    table, sources, targets = products(polynomial(2, 3, 12)), np.array([7, 5, 2]), np.array([10])
+    expected = [(10 - 5) * (10 - 2) / ((7 - 5) * (7 - 2)), (10 - 7) * (10 - 2) / ((5 - 7) * (5 - 2))]
+    expected.append((10 - 7) * (10 - 5) / ((2 - 7) * (2 - 5)))
+    assert expected[0] > 1 > 0 > expected[1]
+    for weigh, tolerance in ((EXACT, 1e-3), (taylor("lagrange"), 1e-5)):
+        weights = np.broadcast_to(weigh(table, sources, targets), (3, 3, 1))
+        assert weights[0, :, 0] == pytest.approx(expected, abs=tolerance)
+        assert forecast_error(table, sources, targets, weights).max() < 1e-4
+    two = EXACT(table, sources[:2], targets)
+    assert forecast_error(table, sources[:2], targets, two).min() > 1e-2
+
+
+def test_the_published_second_order_lags_behind_a_quadratic():
+    """On t² with anchors d apart, x steps ahead: (a + x)² − x · d, for a backward difference is the slope half a gap ago."""
+    apart, newest = 3, 7
+    sources = np.array([newest, newest - apart, newest - 2 * apart])
+    for ahead in (1, 2, 4):
+        weights = taylor("published")(np.zeros((1, 0, 0)), sources, np.array([newest + ahead]))[0, :, 0]
+        assert weights @ sources.astype(float) ** 2 == pytest.approx((newest + ahead) ** 2 - ahead * apart, abs=1e-3)
+        assert weights @ sources.astype(float) == pytest.approx(newest + ahead, abs=1e-3)
+
+
+def test_differences_are_over_the_distance_of_the_anchors():
+    """Steps 9, 8 and 4: Δ¹ = Y9 − Y8, Δ² = (Δ¹ − (Y8 − Y4) / 4) / 1, published; two steps ahead Y + 2 Δ¹ + 2 Δ²."""
+    weights = taylor("published")(np.zeros((1, 0, 0)), np.array([9, 8, 4]), np.array([11]))[0, :, 0]
+    assert weights.tolist() == [1 + 2 + 2, -2 - 2 - 0.5, 0.5]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_errors_equal_those_of_the_vectors(count):
+    values = wandering(3, 10)
+    sources, targets = np.array([6, 4, 3, 0])[:count], np.array([7, 9])
+    weights = ridge(1e-4)(products(values), sources, targets)
+    relative = forecast_error(products(values), sources, targets, weights)
+    absolute = forecast_error(products(values), sources, targets, weights, "absolute")
+    for site in range(3):
+        for i, target in enumerate(targets):
+            expected = error_of(values[:, site], int(target), tuple(sources), tuple(weights[site, :, i]))
+            assert relative[site, i] == pytest.approx(expected, rel=1e-6)
+            size = np.sqrt((values[:, site, target] ** 2).sum(-1).mean())
+            assert absolute[site, i] == pytest.approx(expected * size, rel=1e-6)
+
+
+# ---- anchors ----------------------------------------------------------------------------------------------------------
+
+
+def placements(steps: int, count: int, longest: int) -> Iterator[list[int]]:
+    for others in combinations(range(1, steps), count - 1):
+        anchors = [0, *others]
+        if np.diff([*anchors, steps]).max() <= longest:
+            yield anchors
+
+
+class Prices:
+    """Σ error^power over all cells between anchors, each from the vectors."""
+
+    def __init__(self, values: np.ndarray, history: int, weigh: Callable, band: int, power: float = 1.0) -> None:
+        self.values, self.history, self.weigh, self.power = values, history, weigh, power
+        self.table = products(values, band)
+        self.known = ~np.isnan(self.table[0])
+        self.cells: dict[tuple[int, tuple[int, ...]], float] = {}
+
+    def sources(self, anchors: list[int]) -> dict[int, tuple[int, ...]]:
+        return sources_of(anchors, range(self.values.shape[2]), self.history, self.known)
+
+    def __call__(self, anchors: list[int]) -> float:
+        return sum(self.cell(step, sources) for step, sources in self.sources(anchors).items())
+
+    def cell(self, step: int, sources: tuple[int, ...]) -> float:
+        if (step, sources) not in self.cells:
+            column = forecasts_at(self.table, {step: sources}, self.weigh)[step]
+            errors = [error_of(self.values[:, i], step, c.sources, c.weights) for i, c in enumerate(column)]
+            self.cells[step, sources] = sum(error**self.power for error in errors)
+        return self.cells[step, sources]
+
+
+@pytest.mark.parametrize("power", [1.0, 2.5])
+@pytest.mark.parametrize("band", [4, 9])
+@pytest.mark.parametrize("history", [1, 2, 3, 4])
+def test_anchors_are_the_best_of_all(history, band, power):
+    """Against every placement, each priced from the vectors; with a band, old sources drop out of the far forecasts."""
+    steps, longest = 10, 5
+    values = wandering(2, steps, seed=history)
+    weigh = ridge(1e-3)
+    price = Prices(values, history, weigh, band, power)
+    found = place_with_history(segment_costs(products(values, band), history, longest, weigh, power))
+    assert set(found) == set(range(2, steps + 1))
+    for count in (2, 3, 4, 5, 8):
+        priced = {tuple(a): price(a) for a in placements(steps, count, longest)}
+        best = min(priced, key=lambda anchors: priced[anchors])
+        anchors, error = found[count]
+        assert error == pytest.approx(priced[best], rel=1e-6)
+        assert priced[tuple(anchors)] == pytest.approx(priced[best], rel=1e-6)
+    assert found[steps] == (list(range(steps)), 0.0)
+
+
+def test_at_most_so_many_anchors():
+    segment = segment_costs(products(wandering(1, 10)), 2, 4, ridge(1e-4))
+    few, all_ = place_with_history(segment, 4), place_with_history(segment)
+    assert set(few) == {3, 4}
+    assert few == {count: all_[count] for count in few}
+
+
+def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
+    table, asked = products(wandering(5, 12), 9), []
+
+    def weigh(some, sources, targets):
+        asked.append(len(some))
+        return ridge(1e-3)(some, sources, targets)
+
+    whole = segment_costs(table, 3, 5, weigh)
+    assert set(asked) == {5}
+    asked.clear()
+    monkeypatch.setattr("sodaprof.compiler.forecasts.AT_ONCE", 40)
+    assert segment_costs(table, 3, 5, weigh) == pytest.approx(whole, rel=1e-12)
+    assert {1, 2} < set(asked)
+
+
+def test_the_pair_of_anchors_matters():
+    """Knowing the weights moves the anchors: those placed for reuse forecast worse."""
+    values = wandering(3, 14, seed=4)
+    table, weigh = products(values), ridge(1e-4)
+    price = Prices(values, 2, weigh, 13)
+    for_reuse = place_with_history(segment_costs(table, 1, 8, weigh))
+    known = place_with_history(segment_costs(table, 2, 8, weigh))
+    assert all(price(known[n][0]) <= price(for_reuse[n][0]) * (1 + 1e-6) for n in range(3, 12))
+    assert sum(price(known[n][0]) for n in range(3, 12)) < 0.9 * sum(price(for_reuse[n][0]) for n in range(3, 12))
+
+
+# ---- policies ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def values(monkeypatch) -> np.ndarray:
+    """Outputs of the sites [G, S, T, D], whose inner products every profile now holds; the stack's are those of site 0."""
+    made = wandering(SITES, STEPS, seed=3)
+    table = products(made, STEPS)
+    known_products(monkeypatch, {"t": table}, {"t": {"output": table[0], "drift": table[1]}})
+    return made
+
+
+@pytest.mark.parametrize("history", [1, 2, 3, 4])
+@pytest.mark.parametrize("budget", [1.0, 1.3, 2.0, 3.0])
+def test_fit_meets_the_budget_with_the_least_error(random_profile, values, tmp_path, budget, history):
+    schedule = compile_schedule(random_profile, budget, "fit", knobs={"K": history})
+    cost = load_cost(random_profile / "cost.flops.json")
+    plan = schedule.transformers["t"]
+    anchors = plan.anchors()
+    assert cost.speedup(schedule) >= budget * (1 - 1e-9)
+    assert schedule.predicted["cost"] == pytest.approx(cost.schedule(schedule))
+    assert list(plan.rows.values()) == ["".join("C" if t in anchors else "F" for t in range(STEPS))] * SITES
+    assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", values), rel=1e-6)
+    # of each number of anchors the best: an anchor costs 340, a forecast step 20 + 4 · (1 + sources), the loop 2
+    price = Prices(values, history, ridge(1e-4), STEPS, 2.0)
+    bests = [min(placements(STEPS, count, LONGEST), key=price) for count in range(3, STEPS + 1)]
+    idle = lambda a: sum(20 + 4 * (1 + len(sources)) for sources in price.sources(a).values())  # noqa: E731
+    best = min(price(a) for a in bests if 24 + 340 * len(a) + idle(a) <= 4104 / budget)
+    assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
+    schedule.save(tmp_path / "s.json")
+    assert load_schedule(tmp_path / "s.json").transformers == schedule.transformers
+
+
+@pytest.mark.parametrize("form", ["drift", "output"])
+@pytest.mark.parametrize("budget", [1.5, 2.5, 3.5])
+def test_drift_meets_the_budget_with_the_least_error(random_profile, values, form, budget):
+    """A skipped step costs 6 + sources."""
+    schedule = compile_schedule(random_profile, budget, "drift", knobs={"K": 2, "form": form})
+    cost, plan = load_cost(random_profile / "cost.flops.json"), schedule.transformers["t"]
+    stack = values[:, [0 if form == "output" else 1]]
+    anchors = plan.anchors()
+    assert cost.speedup(schedule) >= budget
+    assert plan.stack == "".join("." if t in anchors else "S" for t in range(STEPS))
+    assert set(plan.rows.values()) == {plan.stack.replace(".", "C").replace("S", "-")}
+    assert {cell.form for cell in plan.stack_forecasts} == {form}
+    assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", stack), rel=1e-6)
+    price = Prices(stack, 2, ridge(1e-4), STEPS, 2.0)
+    bests = [min(placements(STEPS, count, LONGEST), key=price) for count in range(3, STEPS)]
+    idle = lambda a: sum(6 + len(sources) for sources in price.sources(a).values())  # noqa: E731
+    best = min(price(a) for a in bests if 24 + 340 * len(a) + idle(a) <= 4104 / budget)
+    assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize(("policy", "budget"), [("fit", 1.5), ("drift", 2.0)])
+def test_first_steps_may_be_computed_in_any_case(random_profile, values, policy, budget):
+    free = compile_schedule(random_profile, budget, policy)
+    bound = compile_schedule(random_profile, budget, policy, knobs={"first": 4})
+    assert bound.anchors()[:4] == (0, 1, 2, 3)
+    assert free.anchors()[:4] != (0, 1, 2, 3)
+    assert bound.predicted["error"] > free.predicted["error"]
+
+
+def test_more_sources_predict_less_error(random_profile, values):
+    errors = [
+        compile_schedule(random_profile, 2, "fit", knobs={"K": k, "anchors": 5}).predicted["error"] for k in (1, 2, 3)
+    ]
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, degree):
+    """But for the first steps, which have fewer anchors behind them."""
+    made = polynomial(degree, SITES, STEPS)
+    known_products(monkeypatch, {"t": products(made)})
+    schedule = compile_schedule(random_profile, 2.0, "fit", knobs={"K": degree + 1, "ridge": 1e-12})
+    assert schedule.anchors()[: degree + 1] == tuple(range(degree + 1))
+    assert len(schedule.anchors()) < STEPS - 4
+    assert schedule.predicted["error"] < 1e-6
+    fewer = compile_schedule(random_profile, 2.0, "fit", knobs={"K": degree, "ridge": 1e-12})
+    assert fewer.predicted["error"] > 1e3 * schedule.predicted["error"]
+
+
+def test_the_number_of_anchors_may_be_chosen(random_profile, values):
+    schedule = compile_schedule(random_profile, 2.0, "fit", knobs={"anchors": 4})
+    assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
+    with pytest.raises(BudgetError, match="9 anchors do not fit 2x with anchors at most 5 steps apart; 3 to 5 do"):
+        compile_schedule(random_profile, 2.0, "fit", knobs={"anchors": 9})
+
+
+@pytest.mark.parametrize(
+    ("policy", "knobs", "message"),
+    [
+        ("fit", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
+        ("fit", {"K": 0}, "Knob K is 0"),
+        ("fit", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
+        ("fit", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
+        ("fit", {"power": -1}, "Knob power is -1"),
+        ("drift", {"form": "velocity"}, "expected one of drift, output"),
+        ("drift", {"N": 3}, "no knob 'N'"),
+    ],
+)
+def test_knobs_that_make_no_sense(random_profile, values, policy, knobs, message):
+    with pytest.raises(BudgetError, match=message):
+        compile_schedule(random_profile, 2.0, policy, knobs=knobs)
+
+
+@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache"])
+def test_budgets_out_of_reach(random_profile, values, policy):
+    """Anchors are at most 5 steps apart, so there are at least 3 of 12."""
+    with pytest.raises(BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can"):
+        compile_schedule(random_profile, 4.0, policy, knobs={"first": 1} if policy == "dpcache" else {})
+
+
+@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache"])
+def test_a_profile_without_inner_products(random_profile, policy):
+    with pytest.raises(FormatError, match=r"Profile again|--no-gram"):
+        compile_schedule(random_profile, 2.0, policy)
+
+
+@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache", "smoothcache"])
+def test_an_inspection_without_tables(make_profile, random_errors, policy):
+    folder = make_profile(random_errors)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(BudgetError, match=f"Policy {policy} needs a profile"):
+        compile_schedule(folder, 2.0, policy)
+
+
+@pytest.mark.parametrize("policy", ["drift", "dpcache", "magcache"])
+def test_stacks_that_hand_on_several_tensors(random_profile, monkeypatch, policy):
+    known_products(monkeypatch, stacks={})
+    with pytest.raises(UnsupportedModelError, match="no products of the stack of t"):
+        compile_schedule(random_profile, 2.0, policy)
+
+
+def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
+    """A band of 12 steps: where the oldest source is further away the forecast does without it."""
+    errors = np.full((250, 2, 10), 0.1)
+    made = wandering(2, 250)
+    known_products(monkeypatch, {"t": products(made, 12)}, {"t": {"drift": products(made, 12)[0]}})
+    folder = make_profile(errors)
+    for policy, knobs in (("fit", {"K": 2}), ("fit", {"K": 3}), ("drift", {"K": 3})):
+        schedule = compile_schedule(folder, 3.0, policy, knobs=knobs)
+        assert schedule.predicted["speedup"] >= 3
+        assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", made), rel=1e-5)
+        assert np.diff([*schedule.anchors(), 250]).max() <= 10
+
+
+# ---- transformers that take turns -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache", "taylor", "smoothcache"])
+def test_each_turn_begins_anew(make_profile, make_model, random_errors, monkeypatch, policy):
+    model = make_model(names=("high", "low"))
+    calls = {"high": tuple(range(5)), "low": tuple(range(5, STEPS))}
+    model = replace(model, transformers={n: replace(t, called=calls[n]) for n, t in model.transformers.items()})
+    folder = make_profile(random_errors, model=model)
+    tables = {}
+    for i, (name, steps) in enumerate(calls.items()):
+        tables[name] = np.full((SITES, STEPS, STEPS), np.nan)
+        inside = slice(steps[0], steps[-1] + 1)
+        tables[name][:, inside, inside] = products(wandering(SITES, len(steps), seed=i))
+    known_products(monkeypatch, tables, {n: {"output": t[0], "drift": t[1]} for n, t in tables.items()})
+    for budget in (1.3, 2.0):
+        schedule = compile_schedule(folder, budget, policy, knobs={"first": 1} if policy == "dpcache" else {})
+        verify(schedule)
+        cost = load_cost(folder / "cost.flops.json")
+        assert cost.speedup(schedule) >= budget
+        assert schedule.predicted["cost"] == pytest.approx(cost.schedule(schedule))
+        for name, steps in calls.items():
+            plan = schedule.transformers[name]
+            assert steps[0] in plan.anchors()
+            assert [t for t, action in enumerate(plan.stack) if action != "_"] == list(steps)
+
+
+# ---- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def most_kept(schedule: Schedule) -> int:
+    """Returns the bytes kept at most, by running the rows as the runtime keeps its stores; every output is 16 x 8 fp32."""
+    plan, most = schedule.transformers["t"], 0
+    rows = [(row, "F", plan.forecasts.get(site, ())) for site, row in plan.rows.items()]
+    for row, action, cells in [*rows, (plan.stack, "S", plan.stack_forecasts)]:
+        steps = [t for t, a in enumerate(row) if a == action]
+        last, drop_at = last_uses({t: cell.sources for t, cell in zip(steps, cells, strict=True)})
+        kept: set[int] = set()
+        largest = 0
+        for step in range(len(row)):
+            kept |= {step} & set(last)
+            largest = max(largest, len(kept))
+            kept -= set(drop_at.get(step, ()))
+        most += largest + bool(set(row) & set("RP"))
+    return most * 16 * 8 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("policy", "knobs"), [("fit", {"K": 1}), ("fit", {"K": 2}), ("fit", {"K": 4}), ("drift", {"K": 3}), ("dpcache", {})]
+)
+def test_cache_bytes_count_the_outputs_that_are_alive(random_profile, values, policy, knobs):
+    schedule = compile_schedule(random_profile, 2.0, policy, knobs=knobs)
+    assert schedule.predicted["cache_bytes"] == most_kept(schedule)
+    if policy == "fit":
+        assert most_kept(schedule) == SITES * knobs["K"] * 1024
+
+
+def test_cache_bytes_count_reuse_and_forecasts_of_one_site(schedule, make_model):
+    """Rows CRPCFR: one cache, and two sources of one forecast."""
+    plan = schedule.transformers["transformer"]
+    sites = make_model().transformers["t"].sites
+    sites = tuple(replace(s, stack="transformer_blocks") for s in sites)
+    model = make_model(names=("transformer",))
+    model = replace(model, transformers={"transformer": replace(model.transformers["transformer"], sites=sites)})
+    assert cache_bytes(schedule, model) == len(plan.rows) * 3 * 1024
+    updated = replace(schedule, update=Update("output", 3, ((1.0, 0, 0, 0),) * 6, {}))
+    assert cache_bytes(updated, model) == len(plan.rows) * 3 * 1024 + 3 * 4 * 8 * 8 * 4
+
+
+def test_a_bound_on_what_is_kept(random_profile, values):
+    three = compile_schedule(random_profile, 2.0, "fit", knobs={"K": 3}, max_cache=SITES * 3 * 1024)
+    assert three.policy["knobs"]["K"] == 3
+    free = compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 2 * 1024)
+    assert free == compile_schedule(random_profile, 2.0, "fit")
+    one = compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 2 * 1024 - 1)
+    assert one.policy["knobs"]["K"] == 1
+    assert one.predicted["cache_bytes"] == SITES * 1024
+    with pytest.raises(BudgetError, match=r"take 4,096 bytes, at most 4,095 are allowed \(--max-cache\)"):
+        compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 1024 - 1)
+    with pytest.raises(BudgetError, match="take 8,192 bytes"):
+        compile_schedule(random_profile, 2.0, "fit", knobs={"K": 2}, max_cache=SITES * 2 * 1024 - 1)
+    order = compile_schedule(random_profile, 2.0, "taylor", knobs={}, max_cache=SITES * 2 * 1024)
+    assert order.policy["knobs"]["order"] == 1
+    with pytest.raises(BudgetError, match="--max-cache"):
+        compile_schedule(random_profile, 2.0, "soda", max_cache=1)
+
+
+def test_the_reference_of_a_profile_is_kept(random_profile, values):
+    assert compile_schedule(random_profile, 2.0, "fit").profile == load_profile(random_profile).reference()

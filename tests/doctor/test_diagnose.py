@@ -1,0 +1,289 @@
+"""The doctor: what it finds in networks and around them, and that it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import diffusers
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+import sodaprof
+from sodaprof import cli
+from sodaprof.doctor.diagnose import audit, diagnose
+from sodaprof.doctor.hazards import follow
+from sodaprof.errors import MismatchError
+from tests.tiny_pipelines import TwoPassPipeline, draw, schedule_for, tiny_pipe
+from tests.zoo.zoo import ZOO
+
+
+def kinds(findings):
+    return {(f["kind"], f.get("operator")) for f in findings}
+
+
+def examined(name):
+    network, call = ZOO[name]()
+    return audit("transformer", network, [((), call)])
+
+
+def test_a_clean_network_captures():
+    pipe = tiny_pipe()
+    result = diagnose(pipe, "tiny", 8)
+    assert result["format"] == "sodaprof.doctor"
+    assert result["verdict"] == {"transformer": "captures"}
+    assert result["transformers"]["transformer"] == {"class": "DiTTransformer2DModel", "blocks": 2, "lowered": 2}
+    assert result["scheduler"] == {"class": "DDIMScheduler", "in_loop": True}
+    assert result["guidance"] == {"form": "halves", "scale": 4.0}
+    (finding,) = result["findings"]  # DiT's pipeline: set_timesteps(n)
+    assert (finding["where"], finding["kind"]) == ("scheduler", "timesteps")
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_nothing_is_left_behind():
+    pipe = tiny_pipe()
+    before = draw(pipe)
+    weights = list(pipe.transformer.parameters())
+    diagnose(pipe, "tiny", 8)
+    assert not {"set_timesteps", "step"} & set(vars(pipe.scheduler))
+    assert all("forward" not in vars(m) or not m._diffusers_hook.hooks for m in pipe.transformer.modules())
+    assert all(a is b for a, b in zip(weights, pipe.transformer.parameters(), strict=True))
+    assert (draw(pipe) == before).all()
+    assert torch.autocast("cpu").device == "cpu"
+
+
+def test_mochi_looks_at_its_text_mask_in_every_block():
+    about, verdict, findings = examined("MochiTransformer3DModel")
+    assert verdict == "falls back"
+    assert about == {"class": "MochiTransformer3DModel", "blocks": 2, "lowered": 0}
+    found = next(f for f in findings if f["operator"] == "nonzero")
+    assert found["where"] == "transformer.transformer_blocks.*.attn1"
+    assert found["modules"] == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    assert found["source"].startswith("diffusers.models.attention_processor:")
+    assert "torch.nonzero" in found["code"]
+    (refusal,) = (f for f in findings if f["kind"] == "lowering")
+    assert refusal["modules"] == ["transformer_blocks.0", "transformer_blocks.1"]
+
+
+def test_experts_are_named_and_the_blocks_without_them_are_free():
+    about, verdict, findings = examined("NucleusMoEImageTransformer2DModel")
+    assert verdict == "captures in part"
+    assert about["lowered"] == about["blocks"] - 1
+    found = next(f for f in findings if f["kind"] == "read")
+    assert found["where"] == "transformer.transformer_blocks.3.img_mlp.experts"
+    assert "tolist()" in found["code"]
+    assert ("copy", "tensor") in kinds(findings)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "operator", "where"),
+    [
+        ("ChromaTransformer2DModel", "copy", "to_copy", "transformer.time_text_embed"),
+        ("Lumina2Transformer2DModel", "read", "tolist", "transformer.rope_embedder"),
+        ("GlmImageTransformer2DModel", "read", "index", "transformer"),
+        ("HiDreamImageTransformer2DModel", "read", "bincount", "transformer.double_stream_blocks.*.block.ff_i"),
+        ("LTX2VideoTransformer3DModel", "copy", "tensor", "transformer"),
+    ],
+)
+def test_hazards_of_the_zoo(name, kind, operator, where):
+    _, verdict, findings = examined(name)
+    assert verdict != "captures"
+    assert any((f["kind"], f["operator"], f["where"]) == (kind, operator, where) for f in findings if "operator" in f)
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_the_clean_ones_of_the_zoo(name):
+    about, verdict, findings = examined(name)
+    assert (verdict, findings) == ("captures", [])
+    assert about["lowered"] == about["blocks"] > 0
+
+
+def test_open_soras_network_captures():
+    _, verdict, findings = examined("STDiT3")
+    assert (verdict, {f["kind"] for f in findings}) == ("captures", {"mask"})
+
+
+class Odd(nn.Module):
+    """A feed-forward that does one thing which a graph cannot hold, and none of them twice."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.linear, self.table = what, nn.Linear(8, 8), torch.arange(8.0)  # no buffer
+        self.uploaded = None
+
+    def forward(self, x):  # [B, N, 8]
+        y = self.linear(x)
+        if self.what == "tensor":
+            return y + torch.tensor([1.0] * 8, device=y.device)
+        if self.what == "new_tensor":
+            return y * y.new_tensor([2.0])
+        if self.what == "to":
+            return y + self.table.to(y.device)
+        if self.what == "item":
+            return y * y.max().item()
+        if self.what == "branch":
+            return y if y.mean() > 0 else -y
+        if self.what == "mask":
+            return y + y[y > 0].sum()
+        if self.what == "cpu":
+            return y + float(y.cpu().numpy().mean())
+        if self.what == "noise":
+            return y + torch.randn_like(y)
+        if self.what == "scalar":
+            return y * torch.tensor(2.0)
+        if self.what == "upload once":
+            if self.uploaded is None:
+                self.uploaded = self.table.to(y.device)
+            return y + self.uploaded
+        y = y.clone()  # nothing is wrong with any of these
+        y[y < 0] = 0.0
+        y = torch.where(y > 1, y, 0.5) + torch.arange(8, device=y.device) + y.new_zeros(1)
+        with torch.autocast(y.device.type, enabled=False):
+            return nn.functional.dropout(y.double(), 0.1, self.training).to(x.dtype).repeat_interleave(1, 0)
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    {
+        "tensor": ("copy", "tensor"), "new_tensor": ("copy", "new_tensor"), "to": ("copy", "to_copy"),
+        "item": ("read", "item"), "branch": ("read", "item"), "mask": ("read", "index"), "cpu": ("read", "to_copy"),
+        "noise": ("random", "randn_like"), "scalar": ("frozen", "mul"), "upload once": None, "nothing": None,
+    }.items(),
+)  # fmt: skip
+def test_each_hazard_is_found_where_it_happens(what, expected):
+    network = nn.Sequential(nn.Linear(8, 8), Odd(what)).eval()
+    hazards, inputs = follow(network, [((torch.randn(2, 3, 8),), {})], ["1"])
+    assert [(h.kind, h.operator) for h in hazards] == ([expected] if expected else [])
+    assert type(inputs["1"][0][0]) is torch.Tensor
+    for hazard in hazards:
+        assert hazard.module == "1"
+        assert hazard.source.startswith("tests.test_doctor:")
+        assert hazard.code.startswith("return")
+    assert network[1].uploaded is None
+
+
+def test_values_are_those_of_the_network():
+    network, call = ZOO["HiDreamImageTransformer2DModel"]()  # goes where its data sends it
+    wanted = network(**call, return_dict=False)[0].detach()
+    seen = []
+    network.register_forward_hook(lambda m, args, out: seen.append(out))
+    follow(network, [((), {**call, "return_dict": False})], [])
+    assert torch.allclose(seen[-1][0].host, wanted)
+
+
+class OddDiT(DiTTransformer2DModel):
+    """DiT whose second block reads a value and builds a tensor, in its feed-forward."""
+
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.transformer_blocks[1].ff.net[1] = Reader()
+
+
+class Reader(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([1.0], device=x.device) if x.abs().max().item() < 1e6 else x
+
+
+def test_a_pipeline_with_one_odd_block_captures_in_part():
+    pipe = tiny_pipe()
+    odd = OddDiT(**{k: v for k, v in pipe.transformer.config.items() if k[0] != "_"}).eval()
+    pipe.transformer = odd
+    result = diagnose(pipe, "tiny", 8)
+    assert result["verdict"] == {"transformer": "captures in part"}
+    assert result["transformers"]["transformer"]["lowered"] == 1
+    found = {f["kind"]: f for f in result["findings"]}
+    assert found["read"]["where"] == found["copy"]["where"] == "transformer.transformer_blocks.1.ff.net.1"
+    assert found["read"]["operator"] == "item"
+    assert found["lowering"]["where"] == "transformer.transformer_blocks.1"
+
+
+def test_schedulers():
+    pipe = tiny_pipe(layers=1, cls=TwoPassPipeline)
+    result = diagnose(pipe, "tiny", 8)
+    assert result["guidance"]["form"] == "passes"
+    assert result["verdict"] == {"transformer": "captures"}
+
+    pipe.scheduler = diffusers.HeunDiscreteScheduler()
+    result = diagnose(pipe, "tiny", 8)
+    assert result["scheduler"] == {"class": "HeunDiscreteScheduler", "in_loop": False}
+    assert {"scheduler", "timesteps"} <= {f["kind"] for f in result["findings"]}
+
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    found = next(f for f in diagnose(pipe, "tiny", 8)["findings"] if f["kind"] == "scheduler")
+    assert "algorithm_type='sde-dpmsolver++'" in found["what"]
+
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert "begin_index" in {f["kind"] for f in diagnose(pipe, "tiny", 8)["findings"]}
+
+
+def test_what_was_put_into_a_transformer():
+    from diffusers.hooks import apply_layerwise_casting
+
+    pipe = tiny_pipe(layers=1)
+    apply_layerwise_casting(pipe.transformer, storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    result = diagnose(pipe, "tiny", 8)
+    found = next(f for f in result["findings"] if f["kind"] == "casting")
+    assert "layerwise_casting" in found["what"]
+    assert len(found["modules"]) > 1
+    assert result["verdict"] == {"transformer": "falls back"}
+
+    pipe = tiny_pipe(layers=1)
+    pipe.transformer = torch.compile(pipe.transformer)
+    result = diagnose(pipe, "tiny", 8)
+    assert "compiled" in {f["kind"] for f in result["findings"]}
+    assert result["transformers"]["transformer"]["lowered"] == 1
+
+
+class Adapter(nn.Linear):
+    """As peft puts it around a Linear, as far as the doctor sees."""
+
+    __module__ = "peft.tuners.lora.layer"
+
+
+def test_adapters_are_allowed():
+    pipe = tiny_pipe()
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.to_q = Adapter(16, 16)
+    result = diagnose(pipe, "tiny", 8)
+    found = next(f for f in result["findings"] if f["kind"] == "adapter")
+    assert found["modules"] == [f"transformer_blocks.{i}.attn1.to_q" for i in (0, 1)]
+    assert result["verdict"] == {"transformer": "captures"}
+
+
+def test_a_model_that_no_schedule_drives_is_examined_too(monkeypatch):
+    monkeypatch.setattr("sodaprof.pipelines.discover.layout_of", lambda *of_output: None)
+    about, verdict, findings = examined("ErnieImageTransformer2DModel")
+    assert verdict == "falls back"
+    assert about["blocks"] == 0
+    assert "[B, N, D]" in next(f["what"] for f in findings if f["kind"] == "sites")
+
+
+def test_a_scheduled_pipeline_is_refused():
+    pipe = tiny_pipe()
+    with sodaprof.apply(pipe, schedule_for(pipe)), pytest.raises(MismatchError, match="remove"):
+        diagnose(pipe, "tiny", 8)
+
+
+def test_on_the_command_line(tmp_path, monkeypatch, capsys):
+    tiny_pipe().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sodaprof", "doctor", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    code, out, err = run(tmp_path / "tiny", "--steps", 8)
+    assert (code, err) == (0, "")
+    assert "transformer (DiTTransformer2DModel): captures, 2 of 2 blocks lower" in out
+    assert out.splitlines()[-1] == f"Next: sodaprof profile {tmp_path / 'tiny'} --steps 8 -o profile"
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    code, out, err = run(tmp_path / "tiny", "--json")
+    assert code == 0
+    assert json.loads(out)["verdict"] == {"transformer": "captures"}
+    code, out, err = run("no-such-model")
+    assert (code, out) == (1, "")
+    assert err.startswith("sodaprof: ")

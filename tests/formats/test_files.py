@@ -1,0 +1,118 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from sodaprof.errors import FormatError
+from sodaprof.formats.files import layout, read_json, replacing, write_json, write_text
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    path = tmp_path / "old.json"
+    path.write_text("old")
+    return path
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+def test_a_failure_inside_leaves_the_old_file_and_nothing_else(old, error):
+    def fail() -> None:
+        with replacing(old, force=True) as temporary:
+            temporary.write_text("half of the n")
+            assert temporary.parent == old.parent  # or the rename could not be atomic
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert old.read_text() == "old"
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", ["write", "chmod", "rename"])
+def test_a_failure_of_the_file_system(old, monkeypatch, error, at):
+    """The disk fills up (or Ctrl-C comes) after some bytes, or at the very end."""
+
+    def write(self: Path, text: str, **options: object) -> int:
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise error
+
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    if at == "write":
+        monkeypatch.setattr(Path, "write_text", write)
+    elif at == "chmod":
+        monkeypatch.setattr(Path, "chmod", fail)
+    else:
+        monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(type(error)):
+        write_json(old, {"a": 1}, force=True)
+    with pytest.raises(type(error)):
+        write_json(old.parent / "new.json", {"a": 1})
+    assert old.read_bytes() == b"old"
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_success_replaces_the_file_and_leaves_nothing_else(old):
+    write_text(old, "new", force=True)
+    assert old.read_text() == "new"
+    assert list(old.parent.iterdir()) == [old]
+    assert stat.S_IMODE(old.stat().st_mode) == 0o644
+
+
+def test_the_old_file_stands_until_the_new_one_is_whole(old):
+    with replacing(old, force=True) as temporary:
+        temporary.write_text("new")
+        assert old.read_text() == "old"
+    assert old.read_text() == "new"
+
+
+def test_without_force_nothing_is_replaced(old):
+    with pytest.raises(FormatError, match="--force"), replacing(old):
+        raise AssertionError("not reached")
+    assert old.read_text() == "old"
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_folders_are_made(tmp_path):
+    write_json(tmp_path / "a" / "b" / "c.json", [1, 2])
+    assert read_json(tmp_path / "a" / "b" / "c.json") == [1, 2]
+
+
+def test_nan_is_not_written(old):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(old, {"a": float("nan")}, force=True)
+    assert old.read_text() == "old"
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1e400", "[1, -2e308]", "{", "", "1 2"])
+def test_broken_numbers_and_json_are_refused(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FormatError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+
+
+def test_layout_is_json_with_an_entry_a_line():
+    data = {
+        "rows": {"a": "CRR", "b": "CCR"},
+        "list": [1, [2, 3]],
+        "records": [{"x": 1}, {"y": []}],
+        "none": {},
+        "s": "é",
+    }
+    text = layout(data)
+    assert json.loads(text) == data
+    lines = [line.strip() for line in text.splitlines()]
+    assert '"a": "CRR",' in lines
+    assert '"list": [1, [2, 3]],' in lines
+    assert '"x": 1' in lines

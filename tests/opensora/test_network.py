@@ -1,0 +1,340 @@
+"""Open-Sora's network and scheduler, against numbers recorded with the authors' code."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sodaprof.errors import SodaprofError
+from sodaprof.opensora.layers import positions
+from sodaprof.opensora.network import STDiT3
+from sodaprof.opensora.scheduler import RectifiedFlowScheduler
+from sodaprof.pipelines.discover import Step, find_sites, tapped
+from sodaprof.pipelines.probe import with_rows
+from sodaprof.pipelines.structure import find_modules
+
+FILE = Path(__file__).parents[1] / "data" / "opensora_rflow.safetensors"
+DATA = load_file(FILE)
+with safe_open(FILE, "pt") as opened:
+    META = json.loads(opened.metadata()["meta"])
+WEIGHTS = {k.removeprefix("weights/"): v for k, v in DATA.items() if k.startswith("weights/")}
+CONFIG = {k: v for k, v in META["stdit"].items() if k not in ("input_size", "class_dropout_prob", "drop_path")}
+# All of the network but these passes a softmax in single precision, whose last bit depends on the processor's vectors.
+EXACT = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder")
+GUIDANCE = META["cfg_scale"]
+
+
+def under(prefix: str) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(prefix): v for k, v in DATA.items() if k.startswith(prefix)}
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference, relative to the largest number."""
+    assert a.shape == b.shape
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+def network(dtype: torch.dtype = torch.float64) -> STDiT3:
+    model = STDiT3(**CONFIG)
+    model.load_state_dict(WEIGHTS)
+    return model.to(dtype).eval()
+
+
+def inputs(**changes) -> dict:
+    given = under("in/stdit/")
+    named = {
+        "hidden_states": given["x"].double(), "timestep": given["timestep"].double(),
+        "encoder_hidden_states": given["y"].double(), "encoder_attention_mask": given["mask"], "fps": given["fps"],
+        "height": given["height"], "width": given["width"],
+    }  # fmt: skip
+    return named | changes
+
+
+def cases() -> dict[str, dict]:
+    x = DATA["in/stdit/x"].double()
+    return {
+        "stdit": inputs(),
+        "stdit_xmask": inputs(x_mask=DATA["in/stdit/x_mask"]),
+        "stdit_nomask": inputs(hidden_states=x[..., :4, :6], encoder_attention_mask=None),
+    }
+
+
+@torch.no_grad()
+def outputs(model: STDiT3, **kwargs) -> dict[str, torch.Tensor]:
+    """The outputs of the recorded submodules, of the network, and of the network before its cast to fp32."""
+    found = {}
+    named = {
+        "x_embedder": model.x_embedder, "t_embedder": model.t_embedder, "fps_embedder": model.fps_embedder,
+        "y_embedder": model.y_embedder, "spatial_block_0": model.spatial_blocks[0], "final_layer": model.final_layer,
+        "temporal_block_0": model.temporal_blocks[0], "temporal_block_1": model.temporal_blocks[1],
+    }  # fmt: skip
+    with ExitStack() as stack:
+        for name, module in named.items():
+            keep = partial(lambda name, m, args, out: found.update({name: out}), name)
+            stack.enter_context(module.register_forward_hook(keep))
+        found["out"] = model(**kwargs).sample
+    found["out64"] = model.unpatchify(found["final_layer"], *found["out"].shape[2:])
+    return found
+
+
+@pytest.mark.parametrize("case", ["stdit", "stdit_xmask", "stdit_nomask"])
+def test_network_in_double_precision(case):
+    found = outputs(network(), **cases()[case])
+    assert found["out"].dtype == torch.float32
+    for name, wanted in under(f"out/{case}/").items():
+        if name != "pos_embed":
+            assert error(found[name], wanted) < (1e-13 if name in EXACT else 5e-7), name
+
+
+@pytest.mark.parametrize("case", ["stdit", "stdit_xmask", "stdit_nomask"])
+def test_network_in_single_precision(case):
+    found = outputs(network(torch.float32), **cases()[case])["out"]
+    assert found.dtype == torch.float32
+    assert error(found, DATA[f"out/{case}/out64"]) < 1e-5
+
+
+def test_network_in_half_precision():
+    model = network(torch.bfloat16)
+    with torch.no_grad():
+        out = model(**inputs(), return_dict=False)
+    assert isinstance(out, tuple)
+    assert out[0].dtype == torch.float32
+    assert error(out[0], DATA["out/stdit/out64"]) < 0.05
+
+
+def test_positions():
+    given = under("in/stdit/")
+    unit = (given["height"][0].item() * given["width"][0].item()) ** 0.5 / CONFIG["input_sq_size"]
+    found = positions((3, 4), CONFIG["hidden_size"], unit, torch.float64, torch.device("cpu"))
+    assert error(found, DATA["out/stdit/pos_embed"]) < 1e-13
+
+
+def test_all_frames_generated_is_no_mask():
+    model = network()
+    x_mask = torch.ones_like(DATA["in/stdit/x_mask"])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(x_mask=x_mask)).sample, model(**inputs()).sample)
+
+
+def test_sizes_may_be_plain_numbers():
+    model = network()
+    numbers = {k: DATA[f"in/stdit/{k}"][0].item() for k in ("fps", "height", "width")}
+    tensors = {k: torch.full((2,), v) for k, v in numbers.items()}
+    with torch.no_grad():
+        assert torch.equal(model(**inputs(**numbers)).sample, model(**inputs(**tensors)).sample)
+
+
+def test_modules_of_a_block_run_once_and_return_tokens():
+    model = network(torch.float32)
+    found = find_modules(model)
+    kinds = {"attn": "attn", "cross_attn": "attn", "mlp": "mlp"}
+    assert {p: v[3] for p, v in found.items()} == {
+        f"{stack}_blocks.{i}.{name}": kind
+        for stack in ("spatial", "temporal") for i in range(2) for name, kind in kinds.items()
+    }  # fmt: skip
+    shapes: dict[str, list[tuple[int, ...]]] = {path: [] for path in found}
+    for path, (*_, module) in found.items():
+        module.register_forward_hook(lambda m, a, out, path=path: shapes[path].append(tuple(out.shape)))
+    with torch.no_grad():
+        model(**inputs())
+    for path, seen in shapes.items():  # 4 samples, 3 frames of 12 tokens
+        own = (4 * 3, 12, 32) if path.startswith("spatial") else (4 * 12, 3, 32)
+        assert seen == [own if path.endswith(".attn") else (4, 36, 32)]
+
+
+@pytest.mark.parametrize("name", ["attn", "cross_attn", "mlp"])
+def test_some_tokens_alone(name):
+    """A module called for some of its tokens returns their rows of the full output."""
+    model = network()
+    module = getattr(model.spatial_blocks[0], name)
+    done = []
+
+    def tap(forward, args, kwargs):
+        out = forward(*args, **kwargs)
+        index = torch.arange(1, out.shape[1], 2).expand(out.shape[0], -1)
+        some_args, some_kwargs = with_rows("attn" in name, args, kwargs, index)
+        done.append(error(forward(*some_args, **some_kwargs), out[:, 1::2]))
+        return out
+
+    with torch.no_grad(), tapped(module, tap, "test"):
+        model(**inputs())
+    assert len(done) == 1
+    assert done[0] < 1e-13
+
+
+def test_sites():
+    """The modules are found, told apart and tried as those of any pipeline are."""
+    model = network(torch.float32)
+    pipe = SimpleNamespace(components={"transformer": model})
+    with torch.no_grad():
+        found = find_sites(pipe, "transformer", Step([("transformer", (), inputs())])).sites
+    assert {(s.stack, s.module, s.kind, s.tokens, s.prunable) for s in found} == {
+        ("spatial_blocks", "attn", "attn", 12, True), ("temporal_blocks", "attn", "attn", 3, False),
+        ("spatial_blocks", "cross_attn", "cross_attn", 36, True), ("spatial_blocks", "mlp", "mlp", 36, True),
+        ("temporal_blocks", "cross_attn", "cross_attn", 36, True), ("temporal_blocks", "mlp", "mlp", 36, True),
+    }  # fmt: skip
+    assert [s.key for s in found[:4]] == [
+        "spatial_blocks.0.attn", "spatial_blocks.0.cross_attn", "spatial_blocks.0.mlp", "temporal_blocks.0.attn",
+    ]  # fmt: skip
+
+
+def test_runs_without_weights():
+    """On the meta device, where FLOPs are counted, sizes are numbers."""
+    model = network().to("meta")
+    given = inputs(fps=24, height=40, width=56, x_mask=DATA["in/stdit/x_mask"])
+    out = model(**{k: v.to("meta") if torch.is_tensor(v) else v for k, v in given.items()}).sample
+    assert (out.shape, out.dtype) == ((4, 8, 3, 5, 7), torch.float32)
+
+
+def test_some_frames_alone_are_refused():
+    attn = network().temporal_blocks[0].attn
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    rope = network().rope(3, torch.float64)
+    with pytest.raises(ValueError, match="all frames"):
+        attn(x[:, :2], encoder_hidden_states=x, rope=rope)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_save_and_load(tmp_path, stored):
+    model = network(torch.float32)
+    model.save_pretrained(tmp_path)
+    if not stored:  # published weights may come without the rotary frequencies
+        path = tmp_path / "diffusion_pytorch_model.safetensors"
+        weights = load_file(path)
+        del weights["rope.freqs"]
+        save_file(weights, path, metadata={"format": "pt"})
+    loaded = STDiT3.from_pretrained(tmp_path)
+    assert loaded.config.hidden_size == 32
+    assert not loaded.training
+    assert set(loaded.state_dict()) == set(WEIGHTS)
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs()).sample, model(**inputs()).sample)
+
+
+def test_weights_without_rotary_frequencies():
+    model = STDiT3(**CONFIG)
+    model.load_state_dict({k: v for k, v in WEIGHTS.items() if k != "rope.freqs"})
+    assert torch.equal(model.rope.freqs, WEIGHTS["rope.freqs"])
+
+
+def test_size_of_the_published_network():
+    with torch.device("meta"):
+        model = STDiT3()
+    state = model.state_dict()
+    assert len(state) == 973
+    assert sum(p.numel() for p in model.parameters()) == 1_207_643_936  # neither rope.freqs nor y_embedding is one
+
+
+def test_a_patch_is_one_frame():
+    with pytest.raises(ValueError, match="one frame"):
+        STDiT3(**CONFIG | {"patch_size": (2, 2, 2)})
+
+
+SIZES = [key.split("/")[-1] for key in DATA if key.startswith("out/timesteps/fp32/")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_timesteps(dtype, size):
+    height, width, frames = map(int, size.split("x"))
+    scheduler = RectifiedFlowScheduler(size_dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype])
+    scheduler.set_timesteps(30, height=height, width=width, num_frames=frames)
+    assert torch.equal(scheduler.timesteps, DATA[f"out/timesteps/{dtype}/{size}"])
+
+
+def test_ten_timesteps():
+    scheduler = RectifiedFlowScheduler()
+    scheduler.set_timesteps(10, "cpu", height=240, width=426, num_frames=51)
+    assert torch.equal(scheduler.timesteps, DATA["out/timesteps/fp32_10/240x426x51"])
+
+
+def test_linear_timesteps():
+    scheduler = RectifiedFlowScheduler(use_timestep_transform=False)
+    scheduler.set_timesteps(30)
+    assert torch.equal(scheduler.timesteps, DATA["out/timesteps/linear"])
+
+
+def test_a_size_is_needed_and_few_frames_have_no_timesteps():
+    scheduler = RectifiedFlowScheduler()
+    with pytest.raises(SodaprofError, match="needs height"):
+        scheduler.set_timesteps(30)
+    for frames in (0, 2, 16):
+        with pytest.raises(SodaprofError, match="undefined"):
+            scheduler.set_timesteps(30, height=240, width=426, num_frames=frames)
+
+
+def toy_velocity(z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The guided velocity of the recording's model: both halves in one batch, channels beyond the first 4 dropped."""
+    z, mean = torch.cat([z, z]), y.mean((1, 2, 3))[:, None, None, None, None]
+    v = 0.5 * torch.sin(3 * z) + (t / 1000 * mean).double() - 0.25 * z
+    with_text, without = v.chunk(2)
+    return without + GUIDANCE * (with_text - without)
+
+
+def trajectory_scheduler(size_dtype: str = "float32") -> RectifiedFlowScheduler:
+    scheduler = RectifiedFlowScheduler(size_dtype=size_dtype)
+    sizes = {k: META["traj"][k] for k in ("height", "width", "num_frames")}
+    scheduler.set_timesteps(META["num_sampling_steps"], **sizes)
+    return scheduler
+
+
+# The recording took the text's mean in single precision, whose last bit depends on the processor's vectors.
+TRAJECTORY = 1e-8
+TEXT = torch.cat([DATA["in/traj/y"], DATA["in/traj/y_null"]])
+
+
+@pytest.mark.parametrize(("case", "size_dtype"), [("fp64", "float32"), ("bf16args", "bfloat16")])
+def test_trajectory(case, size_dtype):
+    scheduler = trajectory_scheduler(size_dtype)
+    z = DATA["in/traj/z"].double()
+    for i, t in enumerate(scheduler.timesteps):
+        assert error(z, DATA[f"out/traj/{case}/z_steps"][i]) < TRAJECTORY
+        z = scheduler.step(toy_velocity(z, t, TEXT), t, z).prev_sample
+    assert error(z, DATA[f"out/traj/{case}/final"]) < TRAJECTORY
+
+
+def test_trajectory_with_frames_kept():
+    scheduler = trajectory_scheduler()
+    mask, noise, wanted = DATA["in/traj_mask/mask"], DATA["in/traj_mask/noise"].double(), under("out/traj_mask/")
+    z = DATA["in/traj/z"].double()
+    seen = mask == 1
+    for i, t in enumerate(scheduler.timesteps):
+        upper = mask * 1000 >= t
+        assert torch.equal(torch.cat([upper, upper]), wanted["x_mask"][i])
+        renewed = (upper & ~seen)[:, None, :, None, None]
+        z = torch.where(renewed, scheduler.add_noise(z, noise[i], t), z)
+        assert error(z, wanted["z_in"][i]) < TRAJECTORY
+        moved = scheduler.step(toy_velocity(z, t, TEXT), t, z, return_dict=False)[0]
+        z = torch.where(upper[:, None, :, None, None], moved, z)
+        seen = upper
+    assert error(z, wanted["final"]) < TRAJECTORY
+
+
+def test_a_step_from_half_precision_is_single_precision():
+    scheduler = trajectory_scheduler()
+    z = DATA["in/traj/z"].bfloat16()
+    out = scheduler.step(z.float(), scheduler.timesteps[0].item(), scheduler.scale_model_input(z)).prev_sample
+    assert out.dtype == torch.float32
+
+
+def test_noise_of_a_batch_of_timesteps():
+    scheduler = RectifiedFlowScheduler()
+    x, noise = torch.ones(2, 4, 3, 3, 4), torch.full((2, 4, 3, 3, 4), 3.0)
+    found = scheduler.add_noise(x, noise, torch.tensor([0.0, 500.0]))
+    assert torch.equal(found[0], x[0])
+    assert torch.equal(found[1], 2 * x[1])
+
+
+def test_scheduler_round_trip(tmp_path):
+    RectifiedFlowScheduler(size_dtype="bfloat16").save_pretrained(tmp_path)
+    loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
+    assert loaded.config.size_dtype == "bfloat16"
+    assert len(loaded) == 1000

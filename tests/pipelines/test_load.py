@@ -1,0 +1,121 @@
+"""Discovery and FLOPs, against what is known of the blocks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DModel
+
+from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.pipelines.discover import Step as RecordedStep
+from sodaprof.pipelines.discover import find_sites, inspect_pipeline
+from sodaprof.pipelines.flops import count_flops
+from sodaprof.pipelines.load import call, find_model, load_pipeline, read_prompts, transformers_of
+from tests.tiny_pipelines import STEPS, tiny_pipe
+
+
+def test_sites_of_dit():
+    model, sampler, _ = inspect_pipeline(tiny_pipe(), "m", STEPS, 4.0, 0)
+    sites = model.transformers["transformer"].sites
+    assert [(s.key, s.kind) for s in sites] == [
+        ("transformer_blocks.0.attn1", "attn"),
+        ("transformer_blocks.0.ff", "mlp"),
+        ("transformer_blocks.1.attn1", "attn"),
+        ("transformer_blocks.1.ff", "mlp"),
+    ]
+    assert all((s.tokens, s.width, s.prunable) == (16, 16, True) for s in sites)
+    assert sampler.guidance_form == "halves"
+    assert sampler.timesteps == (875, 750, 625, 500, 375, 250, 125, 0)
+    assert model.shape == {"latent": [4, 8, 8], "tokens": 16, "batch_profiled": 1, "dtype": "float32"}
+
+
+def test_sites_of_pixart_are_told_apart():
+    torch.manual_seed(0)
+    part = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        cross_attention_dim=16, caption_channels=12, use_additional_conditions=False,
+    ).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([5, 5]),
+        "encoder_hidden_states": torch.randn(2, 7, 12), "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }  # fmt: skip
+    pipe = type("P", (), {"components": {"transformer": part}})()
+    with torch.no_grad():
+        found = find_sites(pipe, "transformer", RecordedStep([("transformer", (), inputs)]))
+    assert [(s.module, s.kind, s.prunable) for s in found.sites[:3]] == [
+        ("attn1", "attn", True), ("attn2", "cross_attn", True), ("ff", "mlp", True),
+    ]  # fmt: skip
+
+
+def test_flops_are_the_closed_form_of_a_dit_block():
+    pipe = tiny_pipe()
+    model, _, step = inspect_pipeline(pipe, "m", STEPS, 4.0, 0)
+    cost = count_flops(pipe, model, step).transformers["transformer"]
+    b, n, d = 2, 16, 16  # both halves, tokens, width
+    attn, mlp = cost.sites["transformer_blocks.0.attn1"], cost.sites["transformer_blocks.0.ff"]
+    assert 4 * 2 * b * n * d * d + 2 * 2 * b * n * n * d == attn.C
+    assert 2 * 2 * b * n * d * 4 * d == mlp.C
+    for k in (1, 5, 16):  # keys and values of all tokens; queries, products and projection of k
+        assert attn.prune(k) == 2 * 2 * b * n * d * d + 2 * 2 * b * k * d * d + 2 * 2 * b * k * n * d
+        assert mlp.prune(k) == mlp.C * k / n
+    assert attn.prune(0) == mlp.prune(0) == 0
+    assert tuple(2.0 * k * b * n * d for k in (1, 2, 3, 4)) == mlp.F
+    blocks = 2 * 2 * b * (6 * d * d + 256 * d + d * d)  # two layers' adaLN and timestep embedder
+    head = 2 * b * (256 * d + d * d) + 2 * b * 2 * d * d  # the final embedder and modulation
+    patches = 2 * b * n * d * (4 * 4) * 2  # patch embedding and output projection, 4 channels x 2 x 2
+    assert cost.step.fixed == blocks + head + patches
+
+
+def test_a_model_without_attention_blocks_is_refused():
+    unet = UNet2DModel(
+        8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=1
+    )
+    pipe = type("P", (), {"components": {"transformer": unet, "unet": unet}})()
+    with pytest.raises(UnsupportedModelError, match="no stack of blocks with attention"):
+        find_sites(pipe, "transformer", RecordedStep([("transformer", (), {})]))
+    with pytest.raises(UnsupportedModelError, match="no transformer"):
+        transformers_of(type("P", (), {"components": {"unet": unet}})())
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "./missing", "/missing/folder"])
+def test_a_missing_model_is_named(name):
+    with pytest.raises(SodaprofError, match="no such folder and no reference model"):
+        find_model(name)
+
+
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    with pytest.raises(SodaprofError, match=r"without model_index\.json"):
+        find_model(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(SodaprofError, match="not loadable"):
+        load_pipeline(str(tmp_path))
+
+
+def test_an_unreachable_hub_is_a_clear_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SodaprofError, match="not in this machine's cache"):
+        load_pipeline("nobody/nothing")
+
+
+def test_prompt_files(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("# comment\n3\n a red ball \n\n-1\n", encoding="utf-8")
+    assert read_prompts(path) == [3, "a red ball", -1]
+    path.write_text("# nothing\n")
+    with pytest.raises(SodaprofError, match="no prompts"):
+        read_prompts(path)
+    with pytest.raises(SodaprofError, match="not readable"):
+        read_prompts(tmp_path / "missing.txt")
+
+
+def test_prompts_of_the_wrong_kind_are_refused():
+    from sodaprof.pipelines.load import call
+
+    with pytest.raises(SodaprofError, match="integer labels"):
+        call(tiny_pipe(), ["a ball"], [0], STEPS)
+
+
+@pytest.mark.parametrize("label", [-1, 1000, 99999])
+def test_labels_that_the_model_does_not_know(label):
+    with pytest.raises(SodaprofError, match=f"Found the label {label}; this model knows 0 to 999"):
+        call(tiny_pipe(), [1, label], [0, 1], STEPS)

@@ -1,0 +1,297 @@
+"""Conditioning computed ahead: the same bits; found by probing; set aside where a run is not what was noted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import sodaprof
+from sodaprof.formats.schedule import Forecast
+from sodaprof.measure.bench import all_compute
+from sodaprof.pipelines.discover import inspect_pipeline
+from sodaprof.pipelines.load import call, load_pipeline
+from sodaprof.runtime.compiled import precompute as fill
+from sodaprof.runtime.compiled.precompute import split
+from tests.tiny_pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
+
+SHORT, BLOCKS = 5, 2
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipe()
+
+
+def short_schedule(pipe):
+    """All four actions in as few programs as can be: the blocks share them, and so do two steps."""
+    attn, ff = SITES[::2], SITES[1::2]
+    rows, k = dict.fromkeys(attn, "CRRPF") | dict.fromkeys(ff, "CRRFC"), dict.fromkeys(attn, (5,))
+    return schedule_for(pipe, rows, k, dict.fromkeys(SITES, (Forecast((0,), (0.9,)),)), steps=SHORT)
+
+
+def operators(graph):
+    return [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def served(handle):
+    """Notes each call of a block that took values from a table: [(step, branch)]."""
+    noted = []
+    for block in handle.blocks:
+
+        class Noting(dict):
+            def __getitem__(self, at):
+                noted.append(at)
+                return super().__getitem__(at)
+
+        block.ready = Noting(block.ready)
+    return noted
+
+
+def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
+    schedule = mixed_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
+        counts = served(handle)
+        assert np.array_equal(draw(pipe), wanted)
+        assert not counts
+        assert np.array_equal(draw(pipe), wanted)
+        assert len(counts) == 7 * 2  # all steps but the first, both blocks
+        counts.clear()
+        assert np.array_equal(draw(pipe), wanted)
+        assert len(counts) == 8 * 2  # from the third run on the first step, too
+        assert handle.report().executed == handle.report().planned
+
+
+def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
+    rows = dict.fromkeys(SITES, "CRR")
+    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), lower=True) as handle:
+        draw(pipe, steps=3), draw(pipe, steps=3)
+        parts = list(handle.tables[0].filler.parts.values())
+    assert parts
+    for of_run, of_step, rest, *_ in parts:
+        assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
+        assert any("addmm" in o for o in operators(of_step))
+        assert any("embedding" in o for o in operators(of_run))  # labels hold for the whole run
+        assert not any("addmm" in o for o in operators(rest))
+
+
+def test_other_labels_batches_and_weights_get_their_own_values(pipe):
+    schedule, other = short_schedule(pipe), tiny_pipe(seed=5)
+    wanted = []
+    for p, labels in ((pipe, (1, 2)), (pipe, (4, 5)), (pipe, (3,)), (other, (4, 5))):
+        with sodaprof.apply(p, schedule):
+            wanted.append(draw(p, labels, SHORT))
+    with sodaprof.apply(pipe, schedule, lower=True):
+        draw(pipe, steps=SHORT)
+        for labels, pictures in zip(((1, 2), (4, 5), (3,)), wanted, strict=False):
+            assert np.array_equal(draw(pipe, labels, SHORT), pictures)
+        pipe.transformer.load_state_dict(other.transformer.state_dict())
+        assert np.array_equal(draw(pipe, (4, 5), SHORT), wanted[3])
+
+
+class Switching(TwoPassPipeline):
+    """Takes other labels half-way through a run, as a step callback may."""
+
+    switch = False
+
+    def __call__(self, class_labels, **kwargs):
+        self.calls = 0
+        return super().__call__(class_labels=class_labels, **kwargs)
+
+
+def test_labels_changed_within_a_run_are_not_served_the_old_ones():
+    pipe = tiny_pipe(cls=Switching)
+    schedule = schedule_for(pipe, {SITES[1]: "CRCR"}, steps=4)
+    with sodaprof.apply(pipe, schedule):
+        inner = pipe.transformer.forward
+        pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
+        pipe.switch = True
+        wanted = draw(pipe, steps=4)
+        pipe.transformer.forward = inner
+    with sodaprof.apply(pipe, schedule, lower=True):
+        pipe.switch = False
+        draw(pipe, steps=4), draw(pipe, steps=4)
+        inner = pipe.transformer.forward
+        pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
+        pipe.switch = True
+        assert np.array_equal(draw(pipe, steps=4), wanted)
+        pipe.transformer.forward = inner
+
+
+def _switched(pipe, inner, *args, class_labels, **kwargs):
+    pipe.calls += 1
+    if pipe.switch and pipe.calls > 4:
+        class_labels = torch.full_like(class_labels, 7)
+    return inner(*args, class_labels=class_labels, **kwargs)
+
+
+def test_two_pass_guidance():
+    pipe = tiny_pipe(cls=TwoPassPipeline)
+    schedule = schedule_for(pipe, {SITES[1]: "CRCR", SITES[2]: "CRRR"}, steps=4)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe, steps=4)
+    with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
+        counts = served(handle)
+        for _ in range(3):
+            assert np.array_equal(draw(pipe, steps=4), wanted)
+        assert len(counts) == (3 + 4) * 2 * BLOCKS  # steps of two runs, branches
+
+
+def test_values_are_forgotten_after_a_run(pipe):
+    with sodaprof.apply(pipe, short_schedule(pipe), lower=True) as handle:
+        for _ in range(2):
+            draw(pipe, steps=SHORT)
+            assert not any(block.ready for block in handle.blocks)
+            assert not handle.tables[0].first
+
+
+def test_tables_can_be_left_out(pipe):
+    schedule = short_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe, steps=SHORT)
+    with sodaprof.apply(pipe, schedule, lower=True, tables=False) as handle:
+        draw(pipe, steps=SHORT)
+        assert np.array_equal(draw(pipe, steps=SHORT), wanted)
+        assert not handle.tables
+
+
+def test_split_keeps_random_numbers_where_they_were():
+    def f(weight, early, late):
+        noise = torch.rand_like(early)
+        return (early @ weight.t()) * late + noise + early.sin().sum()
+
+    values = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4, 4)
+    first, rest = split(make_fx(f)(*values), 1, {2})
+    assert not any("rand" in o for o in operators(first))
+    assert any("rand" in o for o in operators(rest))
+    assert not any("sin" in o for o in operators(rest))
+    torch.manual_seed(0)
+    wanted = f(*values)
+    torch.manual_seed(0)
+    assert torch.equal(rest(*values, *first(*values)), wanted)
+
+
+@pytest.mark.parametrize("error", [0.0, 1e-6])
+def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
+    schedule = short_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe, steps=SHORT)
+    batches = []
+
+    def batched(self, each, parameters, inputs, of_run):
+        batches.append(len(inputs))
+        return [[v + error if error else v for v in each(*parameters, *at_step, *of_run)] for at_step in inputs]
+
+    monkeypatch.setattr(fill.Filler, "_batched", batched)
+    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+        draw(pipe, steps=SHORT), draw(pipe, steps=SHORT)
+        tried, count = handle.tables[0].filler.at_once, len(batches)
+        assert {whole is not None for whole in tried.values()} == {error == 0}
+        assert np.array_equal(draw(pipe, steps=SHORT), wanted)
+        assert (len(batches) > count) == (error == 0)
+
+
+def test_a_batch_is_tried_against_the_steps():
+    def lossy(weight, x):
+        return [x @ weight, torch.sort(x @ weight)[0] * 0.1]
+
+    each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
+    weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
+    wanted = [each(weight, x) for x in xs]
+    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1}, None)
+    for _ in range(2):
+        found = filler.of_steps(parts, [weight], [[x] for x in xs], [])
+        assert all(
+            torch.equal(a, b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)
+        )
+    assert parts.of_step in filler.at_once
+
+
+def test_linear_layers_are_cut_to_what_is_used():
+    def gates(weight, bias, x):
+        parts = torch.nn.functional.linear(x, weight, bias).chunk(6, dim=1)
+        return [parts[2], parts[5][:, None]]
+
+    weight, bias, x = torch.randn(24, 8), torch.randn(24), torch.randn(2, 8)
+    graph = make_fx(gates, tracing_mode="fake")(weight, bias, x)
+    graph.graph.eliminate_dead_code()
+    cut = fill.narrowed(graph)
+    assert sum("addmm" in o for o in operators(cut)) == 2
+    assert "aten.split.Tensor" not in operators(cut)
+    for a, b in zip(gates(weight, bias, x), cut(weight, bias, x), strict=True):
+        assert torch.allclose(a, b)
+    whole = make_fx(lambda w, b, x: list(torch.nn.functional.linear(x, w, b).chunk(6, dim=1)), tracing_mode="fake")
+    same = fill.narrowed(whole(weight, bias, x))
+    assert operators(same).count("aten.addmm.default") == 1
+
+
+def scaled(module, args, out):
+    return (out[0] * 1.1, *out[1:])
+
+
+def two_blocks():
+    """The shipped text-to-image model, cut to two of its blocks."""
+    pipe = load_pipeline("tiny-pixart")
+    pipe.transformer.transformer_blocks = pipe.transformer.transformer_blocks[:BLOCKS]
+    return pipe
+
+
+def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_between_runs_counts():
+    pipe, prompts = two_blocks(), ["two red circles", "a blue square left of a green star"]
+    embedding = pipe.transformer.adaln_single
+
+    def made(prompt=0, scale=4.5):
+        return call(pipe, [prompts[prompt]], [0], 3, scale, output_type="latent").images
+
+    def changed(module, name):  # in place, behind torch's count of versions, as merged adapters are
+        getattr(module, name).data.mul_(1.05)
+
+    model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, prompts[0])
+    handle = sodaprof.apply(pipe, all_compute(model, sampler), lower=True)
+    counts = served(handle)
+    made(), made(), made()
+    (program,) = handle.tables[0].programs.values()
+    assert program is not None
+    assert not any(
+        "conv" in o for part in program.parts[:3] for o in operators(part)
+    )  # what leads to the latents is gone
+    handle.remove()
+    changes = [
+        lambda: None,
+        lambda: changed(embedding.linear, "weight"),
+        lambda: changed(pipe.transformer.transformer_blocks[1], "scale_shift_table"),
+        lambda: changed(pipe.transformer.caption_projection.linear_1, "bias"),
+        lambda: setattr(embedding.linear, "bias", torch.nn.Parameter(embedding.linear.bias.detach() + 0.1)),
+        lambda: setattr(embedding, "silu", torch.nn.GELU()),
+        lambda: embedding.register_forward_hook(scaled),
+    ]
+    before = None
+    for change in changes:
+        change()
+        wanted = [made(), made(1), made(0, 2.0)]
+        assert before is None or not np.array_equal(before, wanted[0])
+        before = wanted[0]
+        with handle:
+            counts.clear()
+            for pictures, arguments in zip(wanted, ((), (1,), (0, 2.0)), strict=True):
+                assert np.array_equal(made(*arguments), pictures)
+            assert len(counts) == 3 * 3 * BLOCKS  # runs, steps
+
+
+def test_arguments_that_cannot_be_traced_are_asked_for_at_every_step(monkeypatch):
+    pipe = two_blocks()
+    embedding = pipe.transformer.adaln_single.emb
+    plain = embedding.forward
+    monkeypatch.setattr(type(embedding), "forward", lambda self, t, **kw: plain(t + 0 * float(t.sum()), **kw))
+    made = lambda: call(pipe, ["two red circles"], [0], 3, 4.5, output_type="latent").images  # noqa: E731
+    wanted = made()
+    model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, "two red circles")
+    with sodaprof.apply(pipe, all_compute(model, sampler), lower=True) as handle:
+        counts = served(handle)
+        for _ in range(4):
+            assert np.array_equal(made(), wanted)
+        assert set(handle.tables[0].programs.values()) == {None}
+        assert len(counts) == (2 + 3 + 3) * BLOCKS

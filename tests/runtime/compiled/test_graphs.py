@@ -1,0 +1,261 @@
+"""Captured steps: the same bits from fixed places, whatever changes between runs. A tape stands in for CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import sodaprof
+from sodaprof.errors import MismatchError, SodaprofError
+from sodaprof.formats.schedule import Forecast, TokenRule
+from sodaprof.runtime.compiled import kernels
+from sodaprof.runtime.compiled import sums as collapse
+from sodaprof.runtime.hooks.sites import places_of
+from tests.tape import Tapes
+from tests.tiny_pipelines import (
+    FEW,
+    SITES,
+    STEPS,
+    TwoPassPipeline,
+    draw,
+    few,
+    few_schedule,
+    mixed_schedule,
+    schedule_for,
+    tiny_pipe,
+    with_known_programs,
+)
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipe()
+
+
+def eager(pipe, schedule, *args, **kwargs):
+    with sodaprof.apply(pipe, schedule):
+        return draw(pipe, *args, **kwargs)
+
+
+def captured(pipe, schedule, tapes, **kwargs):
+    return with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=tapes, **kwargs))
+
+
+def taylor_schedule(pipe):
+    rows = dict.fromkeys(SITES, "CRCFFCRF")
+    one, other = Forecast((2, 0), (1.5, -0.5)), Forecast((5, 2), (1.75, -0.75))
+    return schedule_for(pipe, rows, forecasts=dict.fromkeys(SITES, (one, one, other)))
+
+
+FLOAT, HALF = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "graphs", "mode", "dtype"),
+    [
+        (mixed_schedule, STEPS, 8, "ordered", FLOAT), (mixed_schedule, STEPS, 8, None, FLOAT),
+        (taylor_schedule, STEPS, 5, "ordered", FLOAT), (taylor_schedule, STEPS, 5, None, FLOAT),
+        (schedule_for, STEPS, 1, "ordered", FLOAT), (few_schedule, FEW, 4, "ordered", HALF),
+    ],
+)  # fmt: skip
+def test_replays_are_bit_identical(make, steps, graphs, mode, dtype):
+    pipe, tapes = tiny_pipe().to(dtype), Tapes()
+    schedule = make(pipe)
+    wanted = eager(pipe, schedule, steps=steps)
+    others = eager(pipe, schedule, (7, 3), steps=steps, seed=5)
+    with captured(pipe, schedule, tapes, collapse=mode) as handle:
+        for run in range(3):
+            assert np.array_equal(draw(pipe, steps=steps), wanted), run
+            assert handle.report().executed == handle.report().planned
+        assert np.array_equal(draw(pipe, (7, 3), steps, seed=5), others)  # other labels and noise, the same graphs
+        assert handle.report().executed == handle.report().planned
+        assert np.array_equal(draw(pipe, steps=steps), wanted)
+        assert len(handle.captures[0].graphs) == graphs  # equal steps share one
+        assert tapes.made == graphs + 1  # and one fills the tables
+        # in the third run, a graph's first step is not replayed
+        assert tapes.played == 2 * (steps + 1) + steps - graphs
+        assert handle.report().path == f"captured: {graphs} graphs"
+
+
+def test_two_pass_guidance():
+    pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
+    schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)
+    wanted = eager(pipe, schedule, steps=FEW)
+    with captured(pipe, schedule, tapes):
+        for _ in range(4):
+            assert np.array_equal(few(pipe), wanted)
+        graphs = tapes.made - 2  # a branch has its own filling
+        assert tapes.played == 2 * FEW - graphs + 2 * (FEW + 1)
+
+
+def test_another_batch_and_back(pipe):
+    schedule, tapes = few_schedule(pipe), Tapes()
+    two, one = eager(pipe, schedule, steps=FEW), eager(pipe, schedule, (4,), FEW)
+    with captured(pipe, schedule, tapes):
+        for run in range(4):
+            for labels, wanted in (((1, 2), two), ((4,), one)):  # in turn, as requests come
+                played = tapes.played
+                assert np.array_equal(few(pipe, labels), wanted)
+            assert (tapes.played - played == FEW + 1) == (run == 3)
+
+
+def test_new_weights_in_place_and_elsewhere(pipe):
+    schedule, tapes, other = few_schedule(pipe), Tapes(), tiny_pipe(seed=5)
+    wanted = eager(other, schedule, steps=FEW)
+    with captured(pipe, schedule, tapes) as handle:
+        for _ in range(4):
+            few(pipe)
+        made = tapes.made
+        pipe.transformer.load_state_dict(other.transformer.state_dict())
+        assert np.array_equal(few(pipe), wanted)
+        assert tapes.made == made  # the same places
+        pipe.transformer.load_state_dict(tiny_pipe().transformer.state_dict(), assign=True)
+        few(pipe)
+        assert tapes.made == 2 * made  # nothing has to be learned again
+        pipe.transformer.load_state_dict(other.transformer.state_dict(), assign=True)
+        assert np.array_equal(few(pipe), wanted)
+        assert handle.report().path.startswith("captured")
+
+
+def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
+    schedule, tapes = few_schedule(pipe), Tapes()
+    wanted = eager(pipe, schedule, steps=FEW)
+    with captured(pipe, schedule, tapes) as handle:
+        few(pipe), few(pipe), few(pipe)
+        step = pipe.scheduler.step
+
+        def fails(*args, **kwargs):
+            if handle.moment.step == 2:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        pipe.scheduler.step = fails
+        with pytest.raises(KeyboardInterrupt):
+            few(pipe)
+        pipe.scheduler.step = step
+        assert np.array_equal(few(pipe), wanted)
+    second = schedule_for(pipe, {SITES[0]: "CRRR"}, steps=FEW)
+    expected = eager(pipe, second, steps=FEW)
+    with captured(pipe, second, Tapes()):
+        few(pipe), few(pipe), few(pipe)
+        assert np.array_equal(few(pipe), expected)
+    with handle:
+        assert np.array_equal(few(pipe), wanted)
+
+
+def test_two_pipelines_at_once(pipe):
+    other = tiny_pipe(seed=9)
+    schedules = few_schedule(pipe), taylor_schedule(other)
+    wanted = eager(pipe, schedules[0], steps=FEW), eager(other, schedules[1])
+    tapes = Tapes()
+    with captured(pipe, schedules[0], tapes), captured(other, schedules[1], tapes):
+        for _ in range(4):
+            assert np.array_equal(few(pipe), wanted[0])
+            assert np.array_equal(draw(other), wanted[1])
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("not permitted")])
+def test_a_failed_capture_runs_the_blocks_and_says_so(pipe, error):
+    schedule = few_schedule(pipe)
+    wanted = eager(pipe, schedule, steps=FEW)
+    with captured(pipe, schedule, Tapes(error)) as handle:
+        for _ in range(4):
+            assert np.array_equal(few(pipe), wanted)
+            assert handle.report().executed == handle.report().planned
+        assert handle.report().path == f"lowered: the capture failed ({error})"
+
+
+def test_a_pipeline_that_keeps_outputs_keeps_its_own(pipe):
+    schedule, kept = schedule_for(pipe, steps=FEW), []  # one graph, replayed at every step
+    with captured(pipe, schedule, Tapes()):
+        few(pipe), few(pipe), few(pipe)
+        hook = pipe.transformer.register_forward_hook(lambda m, a, out: kept.append(out[0]))
+        few(pipe)
+        hook.remove()
+    assert len({t.data_ptr() for t in kept}) == FEW
+
+
+def test_without_a_gpu_the_blocks_run_and_the_report_says_so(pipe):
+    schedule = few_schedule(pipe)
+    wanted = eager(pipe, schedule, steps=FEW)
+    with captured(pipe, schedule, True) as handle:
+        few(pipe)
+        assert np.array_equal(few(pipe), wanted)
+        assert handle.report().path == "lowered: CUDA graphs need a GPU, the transformer is on cpu"
+    with pytest.raises(SodaprofError, match="lower=True, capture=True"):
+        sodaprof.apply(pipe, schedule, capture=True)
+
+
+def test_random_token_scores_are_not_captured(pipe):
+    rule = TokenRule("random", seed=3)
+    schedule = schedule_for(pipe, {SITES[3]: "CPRR"}, {SITES[3]: (3,)}, rule=rule, steps=FEW)
+    wanted = eager(pipe, schedule, steps=FEW)
+    with captured(pipe, schedule, Tapes()) as handle:
+        for _ in range(3):
+            assert np.array_equal(few(pipe), wanted)
+        assert "drawn on the host" in handle.report().path
+
+
+@pytest.mark.skipif(
+    not (kernels.available() and os.environ.get("TRITON_INTERPRET")),
+    reason="needs triton and TRITON_INTERPRET=1, or a GPU",
+)
+@pytest.mark.parametrize("mode", ["ordered", "fused"])
+def test_sums_by_kernel_from_the_arena(monkeypatch, mode):
+    pipe, launched = tiny_pipe(layers=4), []
+    schedule = schedule_for(
+        pipe, {f"transformer_blocks.{i}.{m}": "CRRCRRRC" for i in range(4) for m in ("attn1", "ff")}
+    )
+    wanted = eager(pipe, schedule)
+    monkeypatch.setattr(collapse, "on_gpu", lambda tensor: True)
+    real = kernels.sum_kept
+    monkeypatch.setattr(kernels, "sum_kept", lambda *a, **kw: launched.append(a) or real(*a, **kw))
+    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), collapse=mode):
+        draw(pipe), draw(pipe)
+        launched.clear()
+        pictures = draw(pipe)
+    assert len(launched) == 5  # one launch a cached step, 8 kept outputs each
+    assert {len(args[2].sources) for args in launched} == {8}
+    assert np.array_equal(pictures, wanted) if mode == "ordered" else np.allclose(pictures, wanted, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [mixed_schedule, taylor_schedule, schedule_for])
+def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
+    pipe = tiny_pipe().to("cuda", dtype)
+    schedule = make(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True):
+        draw(pipe)
+        wanted, others = draw(pipe), draw(pipe, (7, 3), seed=5)
+    with sodaprof.apply(pipe, schedule, lower=True, capture=True) as handle:
+        for _ in range(4):
+            assert np.array_equal(draw(pipe), wanted)
+        assert np.array_equal(draw(pipe, (7, 3), seed=5), others)
+        assert np.array_equal(draw(pipe), wanted)
+        assert handle.report().path.startswith("captured")
+
+
+def test_as_few_buffers_as_sources_at_once():
+    assert places_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
+
+
+@pytest.mark.parametrize("extra", [{}, {"loop": True}])
+def test_another_resolution_is_refused_and_the_profiled_one_still_runs(extra):
+    pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
+    schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)
+    wanted = eager(pipe, schedule, steps=FEW)
+    with captured(pipe, schedule, tapes, **extra) as handle:
+        few(pipe), few(pipe), few(pipe)
+        larger = pipe.transformer.register_forward_pre_hook(
+            lambda m, args, kwargs: ((args[0].repeat(1, 1, 2, 2), *args[1:]), kwargs), with_kwargs=True
+        )
+        with pytest.raises(MismatchError, match="64 tokens here, 16 in the schedule"):
+            few(pipe)
+        larger.remove()
+        assert np.allclose(few(pipe), wanted, atol=2e-5)
+        assert handle.report().executed == handle.report().planned

@@ -1,0 +1,134 @@
+"""Whole steps: the pipeline's pictures without its Python, from graphs that hold guidance and solver."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+import sodaprof
+from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.opensora.scheduler import RectifiedFlowScheduler
+from sodaprof.pipelines.guidance import guidance_of
+from tests.tape import Tapes
+from tests.tiny_pipelines import FEW, TwoPassPipeline, few, few_schedule, schedule_for, tiny_pipe, with_known_programs
+
+
+def looped(pipe, schedule, recorder):
+    return with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=recorder, loop=True))
+
+
+def set_scheduler(pipe, name):
+    config = dict(pipe.scheduler.config)
+    if name == "dpm":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(config)
+    elif name == "ddpm":
+        pipe.scheduler = DDPMScheduler.from_config(config, clip_sample=False)
+    elif name == "flow":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    elif name == "rectified":
+        pipe.scheduler = RectifiedFlowScheduler(use_timestep_transform=False)
+
+
+def sample(pipe, *args, **kwargs):
+    torch.manual_seed(11)  # DDPM draws from it: these pipelines hand their generator to nobody
+    return few(pipe, *args, **kwargs)
+
+
+BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in ("ddim", "dpm", "ddpm")]
+
+
+@pytest.mark.parametrize(("cls", "scheduler"), [*BOTH, (TwoPassPipeline, "flow"), (TwoPassPipeline, "rectified")])
+def test_pictures_are_the_pipelines(cls, scheduler):
+    pipe, tapes = tiny_pipe(cls=cls), Tapes()
+    set_scheduler(pipe, scheduler)
+    schedule, plain = few_schedule(pipe), sample(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted, others = sample(pipe), sample(pipe, (7, 3), seed=5)
+        weaker = sample(pipe, guidance_scale=1.5)
+    with looped(pipe, schedule, tapes) as handle:
+        for _ in range(4):
+            assert np.allclose(sample(pipe), wanted, atol=2e-5)
+            assert handle.report().executed == handle.report().planned
+        assert np.allclose(sample(pipe, (7, 3), seed=5), others, atol=2e-5)
+        graphs = FEW - 1 + (2 if cls is TwoPassPipeline else 1)  # of whole steps, and of the first, a branch each
+        assert handle.report().path == f"captured: {graphs} graphs, whole steps"
+        assert np.allclose(sample(pipe, guidance_scale=1.5), weaker, atol=2e-5)
+        assert np.allclose(sample(pipe), wanted, atol=2e-5)
+        assert tapes.played > 3 * FEW
+    assert np.array_equal(sample(pipe), plain)  # taken off, nothing is left
+
+
+def test_without_a_gpu_the_loop_runs_uncaptured():
+    pipe = tiny_pipe()
+    schedule = schedule_for(pipe, steps=FEW)
+    wanted = few(pipe)
+    with looped(pipe, schedule, True) as handle:
+        for _ in range(3):
+            assert np.allclose(few(pipe), wanted, atol=2e-5)
+        assert handle.report().path.startswith("lowered: CUDA graphs need a GPU")
+    assert np.array_equal(few(pipe), wanted)
+
+
+def test_an_aborted_run_harms_nothing():
+    pipe = tiny_pipe()
+    schedule = few_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = few(pipe)
+    with looped(pipe, schedule, Tapes()):
+        few(pipe), few(pipe), few(pipe)
+        step = pipe.scheduler.step
+
+        def fails(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        pipe.scheduler.step = fails
+        with pytest.raises(KeyboardInterrupt):
+            few(pipe)
+        pipe.scheduler.step = step
+        assert np.allclose(few(pipe), wanted, atol=2e-5)
+
+
+def test_a_pipeline_that_changes_latents_between_steps_takes_its_own():
+    class Scaled(TwoPassPipeline):
+        pass
+
+    pipe = tiny_pipe(cls=Scaled)
+    schedule = few_schedule(pipe)
+    scaled = lambda m, args, kwargs: ((args[0] * 1.01, *args[1:]), kwargs)  # noqa: E731
+    hook = pipe.transformer.register_forward_pre_hook(scaled, with_kwargs=True)
+    with sodaprof.apply(pipe, schedule):
+        wanted = few(pipe)
+    with looped(pipe, schedule, Tapes()) as handle:
+        for _ in range(3):
+            assert np.array_equal(few(pipe), wanted)
+        assert "more to the latents" in handle.report().path
+    hook.remove()
+
+
+def test_it_is_for_captured_transformers():
+    pipe = tiny_pipe()
+    with pytest.raises(SodaprofError, match="capture=True, loop=True"):
+        sodaprof.apply(pipe, schedule_for(pipe), lower=True, loop=True)
+
+
+def test_guidance_is_read_off_a_step():
+    one, other = torch.randn(2, 2, 8, 4, 4)
+    guided = other[:, :4] + 4.0 * (one[:, :4] - other[:, :4])
+    assert guidance_of(guided, [torch.cat([one, other])], "halves") == ([4.0, -3.0], False)
+    assert guidance_of(torch.cat([guided, guided]), [torch.cat([one, other])], "halves") == ([4.0, -3.0], True)
+    assert guidance_of(guided, [other, one], "passes") == ([-3.0, 4.0], False)
+    assert guidance_of(one, [one], "none") == ([1.0], False)
+    with pytest.raises(
+        UnsupportedModelError, match=r"is no weighted sum .*; expected plain guidance: switch off .*--fit"
+    ):
+        guidance_of(guided * guided.std(), [one, other], "passes")
+    with pytest.raises(
+        UnsupportedModelError, match="on 3 branches; expected one or two: leave out guidance beyond that"
+    ):
+        guidance_of(guided, [one, other, one], "passes")
+    with pytest.raises(
+        UnsupportedModelError, match=r"given \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
+    ):
+        guidance_of(guided[:1], [one, other], "passes")

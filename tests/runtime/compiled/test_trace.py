@@ -1,0 +1,218 @@
+"""Lowered blocks: the same bits as through the hooks, for every action; shared programs; refused where data decides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sodaprof
+from sodaprof.errors import UnsupportedModelError
+from sodaprof.runtime.compiled.trace import Program
+from tests.runtime.hooks.test_toca import CASES, MAKE, Scheduler, calls_of, compiled, sharpened
+from tests.tiny_pipelines import (
+    FEW,
+    SITES,
+    STEPS,
+    TwoPassPipeline,
+    draw,
+    few,
+    few_schedule,
+    mixed_schedule,
+    schedule_for,
+    tiny_pipe,
+    with_known_programs,
+)
+
+
+def nodes(program: Program) -> int:
+    """Operators that are run."""
+    return sum(node.op == "call_function" for node in program.graph.graph.nodes)
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipe()
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "dtype"), [(mixed_schedule, STEPS, torch.float32), (few_schedule, FEW, torch.bfloat16)]
+)
+def test_every_action_is_bit_identical(make, steps, dtype):
+    pipe = tiny_pipe().to(dtype)
+    schedule = make(pipe)
+    with sodaprof.apply(pipe, schedule):
+        eager = draw(pipe, steps=steps)
+    with sodaprof.apply(pipe, schedule, lower=True, tables=False) as handle:
+        first, second = draw(pipe, steps=steps), draw(pipe, steps=steps)
+        assert handle.report().executed == handle.report().planned
+        assert handle.programs
+    assert np.array_equal(first, eager)
+    assert np.array_equal(second, eager)
+
+
+def test_all_compute_is_bit_identical_to_the_plain_pipeline(pipe):
+    plain = few(pipe)
+    with sodaprof.apply(pipe, schedule_for(pipe, steps=FEW), lower=True):
+        assert np.array_equal(few(pipe), plain)
+    assert np.array_equal(few(pipe), plain)  # and after it
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "actions"),  # what stands in the rows and, of the stack, in its own
+    [
+        ("dit-duca-50", 12, "CPRS"), ("dit-toca-values", 12, "CPR"), ("pixart-duca-few", 6, "CPRS"),
+        ("opensora-toca-little-age", 9, "CPR"), ("opensora-duca-entropy", 8, "CPRS"),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_token_rules_and_skipped_stacks_are_bit_identical(name, steps, actions, tmp_path, make_cost):
+    case = replace(CASES[name], steps=steps)
+    torch.manual_seed(1)
+    network = sharpened(MAKE[case.family](2))
+    calls = calls_of(case.family, torch.linspace(999, 1, case.steps).long())
+    schedule = compiled(case, network, calls[0], tmp_path, make_cost)
+    plan = schedule.transformers["transformer"]
+    assert set("".join([*plan.rows.values(), plan.stack])) >= set(actions)
+    outputs = []
+    for lower in (False, True):
+        pipe = SimpleNamespace(components={"transformer": network}, scheduler=Scheduler())
+        outputs.append([])
+        with sodaprof.apply(pipe, schedule, lower=lower) as handle:
+            pipe.scheduler.set_timesteps(case.steps)
+            for t, call in zip(pipe.scheduler.timesteps, calls, strict=True):
+                out = network(**call, return_dict=False)[0]
+                outputs[-1].append((out, [row.selected for row in handle.rows]))
+                pipe.scheduler.step(out, t, call["hidden_states"])
+            assert handle.report().executed == handle.report().planned
+    for (eager, chosen), (lowered, also) in zip(*outputs, strict=True):
+        assert torch.equal(eager, lowered)
+        assert all(torch.equal(a, b) for a, b in zip(chosen, also, strict=True) if a is not None)
+
+
+def test_layers_share_programs_and_what_only_fed_a_reused_module_is_gone():
+    pipe = tiny_pipe(layers=6)
+    rows = {f"transformer_blocks.{i}.{m}": "CRCR" for i in range(6) for m in ("attn1", "ff")}
+    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=FEW), lower=True) as handle:
+        few(pipe)
+        programs = list(handle.programs.values())
+    assert (
+        len(programs) <= 4
+    )  # C and R, each for the first layer, whose input lies otherwise in memory, and for the rest
+    full, reuse = max(map(nodes, programs)), min(map(nodes, programs))
+    assert reuse < full / 2
+    fewest = min(programs, key=nodes)
+    assert not any(
+        "native_layer_norm" in str(n.target) or "attention" in str(n.target) for n in fewest.graph.graph.nodes
+    )
+
+
+def test_new_weights_count_at_once(pipe):
+    schedule = few_schedule(pipe)
+    other = tiny_pipe(seed=5)
+    with sodaprof.apply(other, schedule):
+        wanted = few(other)
+    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+        few(pipe)
+        known = len(handle.programs)
+        pipe.transformer.load_state_dict(other.transformer.state_dict())
+        assert np.array_equal(few(pipe), wanted)
+        assert len(handle.programs) == known
+        for name, parameter in list(pipe.transformer.transformer_blocks[0].ff.named_parameters()):
+            module = pipe.transformer.transformer_blocks[0].ff.get_submodule(name.rpartition(".")[0])
+            setattr(
+                module, name.rpartition(".")[2], nn.Parameter(parameter.detach().clone())
+            )  # replaced, not copied into
+        assert np.array_equal(few(pipe), wanted)
+
+
+def test_what_is_built_into_a_block_afterwards_is_traced_anew(pipe):
+    """As an adapter is: a module in a module's place."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return self.base(x) * 1.5
+
+    schedule = few_schedule(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True):
+        before = few(pipe)
+        ff = pipe.transformer.transformer_blocks[1].ff
+        ff.net[2] = Adapter(ff.net[2])
+        after = few(pipe)
+    with sodaprof.apply(pipe, schedule):
+        assert np.array_equal(few(pipe), after)
+    assert not np.array_equal(before, after)
+
+
+def test_other_batch_sizes_get_programs_of_their_own(pipe):
+    schedule = few_schedule(pipe)
+    with sodaprof.apply(pipe, schedule):
+        wanted = [few(pipe, labels) for labels in ((1, 2), (3,), (1, 2))]
+    with sodaprof.apply(pipe, schedule, lower=True):
+        for labels, pictures in zip(((1, 2), (3,), (1, 2)), wanted, strict=True):
+            assert np.array_equal(few(pipe, labels), pictures)
+
+
+def test_a_block_that_branches_on_data_is_refused_by_name(pipe):
+    class Branching(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > 0 else self.inner(-x)
+
+    schedule = schedule_for(pipe, steps=FEW)
+    block = pipe.transformer.transformer_blocks[1]
+    block.ff.net[0] = Branching(block.ff.net[0])
+    with (
+        sodaprof.apply(pipe, schedule, lower=True),
+        pytest.raises(
+            UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be lowered"
+        ),
+    ):
+        few(pipe)
+    assert few(pipe) is not None
+
+
+def test_an_exception_in_a_step_harms_nothing(pipe):
+    schedule = few_schedule(pipe)
+    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True)):
+        wanted, calls = few(pipe), []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        trip = pipe.transformer.transformer_blocks[1].register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            few(pipe)
+        trip.remove()
+        assert np.array_equal(few(pipe), wanted)
+
+
+def test_nothing_is_left_on_the_modules(pipe):
+    before = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
+    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), lower=True)):
+        few(pipe)
+    for name, module in pipe.transformer.named_modules():
+        assert set(vars(module)) - before[name] <= {"_diffusers_hook", "forward"}
+        assert not getattr(module, "_diffusers_hook", None) or not module._diffusers_hook.hooks
+
+
+def test_two_pass_guidance_keeps_the_branches_apart():
+    pipe = tiny_pipe(cls=TwoPassPipeline)
+    schedule = schedule_for(pipe, {SITES[1]: "CRCC", SITES[2]: "CRRC"}, steps=FEW)
+    with sodaprof.apply(pipe, schedule):
+        wanted = few(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True):
+        assert np.array_equal(few(pipe), wanted)

@@ -1,0 +1,237 @@
+"""`sodaprof.scheduler`: a schedule of whole steps as a diffusers scheduler makes the pictures that `apply` makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiTPipeline, SchedulerMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sodaprof
+from sodaprof.errors import MismatchError, SodaprofError, UnsupportedModelError
+from sodaprof.formats.schedule import Plan, Schedule
+from sodaprof.opensora.scheduler import RectifiedFlowScheduler
+from sodaprof.pipelines.discover import config_of, inspect_pipeline
+from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, schedule_for, tiny_pipe
+from tests.updated import CALLED, RESTING, sample, set_sampler, updated, with_update
+from tests.video_pipelines import draw as draw_video
+from tests.video_pipelines import tiny_video_pipe
+from tests.zoo import zoo_pipelines
+
+BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in ("ddim", "ddpm", "dpm", "unipc", "rectified")]
+BOTH += [(TwoPassPipeline, "flow"), (TwoPassPipeline, "euler")]
+
+
+def pipe_of(cls=DiTPipeline, sampler="ddim"):
+    pipe = tiny_pipe(cls=cls)
+    set_sampler(pipe, sampler)
+    return pipe
+
+
+def apart(found, wanted):
+    return float(abs(found - wanted).max() / abs(wanted).max())
+
+
+@pytest.mark.parametrize(("cls", "sampler"), BOTH)
+def test_pictures_are_those_of_apply(cls, sampler):
+    pipe = pipe_of(cls, sampler)
+    own, schedule = pipe.scheduler, updated(pipe, RESTING, stir=0.1)
+    with sodaprof.apply(pipe, schedule):
+        wanted, others = sample(pipe), sample(pipe, (7, 3), seed=5, guidance_scale=1.5)
+    pipe.scheduler = sodaprof.scheduler(schedule)
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = sample(pipe, steps=CALLED)
+    assert len(calls) == CALLED * (1 if cls is DiTPipeline else 2)
+    hook.remove()
+    assert apart(found, wanted) < 2e-6
+    assert apart(sample(pipe, (7, 3), seed=5, steps=CALLED, guidance_scale=1.5), others) < 2e-6
+    assert np.array_equal(sample(pipe, steps=CALLED), found)  # nothing leaks from one picture to the next
+    assert isinstance(pipe.scheduler, SchedulerMixin)
+    assert pipe.scheduler.config.get("num_train_timesteps") == own.config.num_train_timesteps
+    assert config_of(type(own).from_config(pipe.scheduler.config)) == config_of(own)  # the way back
+
+
+def test_whole_steps_alone_are_the_plain_pipeline():
+    for sampler in ("ddim", "ddpm", "unipc"):
+        pipe = pipe_of(TwoPassPipeline, sampler)
+        plain, schedule = sample(pipe), updated(pipe)
+        pipe.scheduler = sodaprof.scheduler(schedule)
+        assert apart(sample(pipe), plain) < 1e-5
+
+
+def zoo_schedule(case, stack):
+    model, sampler, _ = inspect_pipeline(case.pipe, "tiny", zoo_pipelines.STEPS, own=case.call)
+    plans = {
+        name: Plan(
+            t.class_name, t.fingerprint, dict.fromkeys((s.key for s in t.sites), "C" * len(stack)), "." * len(stack)
+        )
+        for name, t in model.transformers.items()
+    }
+    return with_update(case.pipe, Schedule(plans, sampler, model.shape, {"name": "test", "knobs": {}}), stack, stir=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["DiTPipeline", "PixArtAlphaPipeline", "FluxPipeline", "WanPipeline", "HunyuanDiTPipeline"]
+)
+def test_real_pipelines_run_it(name, monkeypatch):
+    """Pipelines that pass eta and generators, sigmas and mu, read sigmas and config, draw noise from generators in a list."""
+    case = zoo_pipelines.PIPELINES[name]()
+    scheduler = case.pipe.scheduler
+    if scheduler.config.get("clip_sample"):
+        case.pipe.scheduler = type(scheduler).from_config(scheduler.config, clip_sample=False)
+    schedule = zoo_schedule(case, "..-.-.")
+    with sodaprof.apply(case.pipe, schedule):
+        wanted = case.draw()
+    case.pipe.scheduler = sodaprof.scheduler(schedule)
+    monkeypatch.setattr(zoo_pipelines, "STEPS", 4)
+    assert apart(case.draw(), wanted) < 2e-6
+
+
+def test_open_sora_runs_it():
+    pipe = tiny_video_pipe()
+    steps, stack = 6, "..-.-."
+    kept = []
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda x, *args, **kwargs: (kept.append(x.clone()), decode(x, *args, **kwargs))[1]
+    model, sampler, _ = inspect_pipeline(pipe, "tiny", steps, 7.0, "a red disk moves left")
+    (name,) = model.transformers
+    t = model.transformers[name]
+    plan = Plan(t.class_name, t.fingerprint, dict.fromkeys((s.key for s in t.sites), "C" * steps), "." * steps)
+    schedule = Schedule({name: plan}, sampler, model.shape, {"name": "test", "knobs": {}})
+    kept.clear()
+    draw_video(pipe, steps=steps)
+    schedule = with_update(pipe, schedule, stack, stir=0.1)
+    with sodaprof.apply(pipe, schedule):
+        draw_video(pipe, steps=steps)
+    pipe.scheduler = sodaprof.scheduler(schedule)
+    draw_video(pipe, steps=4)
+    plain, wanted, found = kept[0], kept[len(kept) // 3], kept[2 * len(kept) // 3]
+    assert apart(found, wanted) < 2e-6
+    assert apart(plain, wanted) > 1e-3
+    assert isinstance(RectifiedFlowScheduler.from_config(pipe.scheduler.config), RectifiedFlowScheduler)
+
+
+def test_an_aborted_run_harms_nothing():
+    pipe = pipe_of(DiTPipeline, "unipc")
+    pipe.scheduler = scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))
+    wanted, step, count = sample(pipe, steps=CALLED), scheduler.step, iter(range(STEPS))
+
+    def fails(*args, **kwargs):
+        if next(count) == 2:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    scheduler.step = fails
+    with pytest.raises(KeyboardInterrupt):
+        sample(pipe, (7, 3), seed=5, steps=CALLED)
+    del scheduler.step
+    assert np.array_equal(sample(pipe, steps=CALLED), wanted)
+
+
+def test_half_precision_and_both_kinds_of_answer():
+    pipe = pipe_of(DiTPipeline, "dpm")
+    scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))
+    x = torch.randn(2, 4, 8, 8).bfloat16()
+    scheduler.set_timesteps(CALLED)
+    one = scheduler.step(x, scheduler.timesteps[0], x)
+    scheduler.set_timesteps(CALLED)
+    assert scheduler._ring.newest == []
+    other = scheduler.step(x, scheduler.timesteps[0], x, return_dict=False)
+    assert (one.prev_sample.dtype, scheduler._ring.newest[0].dtype) == (torch.bfloat16, torch.float32)
+    assert isinstance(other, tuple)
+    assert torch.equal(one.prev_sample, other[0])
+
+
+class Watched(TorchDispatchMode):
+    """Refuses what waits for a device: tensors are on `meta`, where nothing can be read."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert torch.Tag.data_dependent_output not in func.tags, func
+        out = func(*args, **(kwargs or {}))
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, out)) if torch.is_tensor(leaf)}
+        assert devices <= {"meta"}, (func, devices)
+        return out
+
+
+def test_a_step_does_not_wait_for_the_device():
+    pipe = pipe_of(DiTPipeline, "unipc")
+    scheduler = sodaprof.scheduler(updated(pipe, RESTING))
+    scheduler.set_timesteps(CALLED, device="meta")
+    x, v = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, 4, 8, 8, device="meta")
+    times = list(scheduler.timesteps)
+    with Watched():
+        for t in times:
+            x = scheduler.step(v, t, scheduler.scale_model_input(x, t)).prev_sample
+    assert x.shape == v.shape
+
+
+def test_timesteps_are_the_schedules_whatever_is_given():
+    pipe = pipe_of(TwoPassPipeline, "flow")
+    schedule = updated(pipe, RESTING)
+    scheduler = sodaprof.scheduler(schedule)
+    wanted = [t for t, action in zip(schedule.sampler.timesteps, RESTING, strict=True) if action == "."]
+    for given in (
+        {"num_inference_steps": CALLED, "device": "cpu", "mu": 1.15},
+        {"sigmas": np.linspace(1, 0.1, CALLED), "mu": 0.3},
+        {"timesteps": list(range(CALLED, 0, -1))},
+        {"num_inference_steps": CALLED, "height": 480, "width": 640, "num_frames": 51},
+    ):
+        scheduler.set_timesteps(**given)
+        scheduler.set_begin_index(0)
+        assert scheduler.timesteps.tolist() == wanted
+        assert len(scheduler.timesteps) == scheduler.num_inference_steps == CALLED
+    whole = updated(pipe_of(TwoPassPipeline, "ddim"), RESTING)
+    assert sodaprof.scheduler(whole).timesteps.dtype == torch.int64  # as DDIM's own
+    for given in ({"num_inference_steps": STEPS}, {"sigmas": [1.0, 0.5]}, {"timesteps": [3, 2, 1]}, {}):
+        with pytest.raises(MismatchError, match=f"Call it with num_inference_steps={CALLED}"):
+            scheduler.set_timesteps(**given)
+    with pytest.raises(MismatchError, match="begins at step 2"):
+        scheduler.set_begin_index(2)
+
+
+def test_steps_out_of_turn_are_refused():
+    scheduler = sodaprof.scheduler(updated(pipe_of(), RESTING))
+    x = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(SodaprofError, match="call set_timesteps first"):
+        scheduler.step(x, scheduler.timesteps[0], x)
+    scheduler.set_timesteps(CALLED)
+    with pytest.raises(MismatchError, match="Run the whole trajectory"):
+        scheduler.step(x, scheduler.timesteps[1], x)
+    with pytest.raises(UnsupportedModelError, match=r"eta=0\.5"):
+        scheduler.step(x, scheduler.timesteps[0], x, eta=0.5)
+    with pytest.raises(UnsupportedModelError, match=r"an output \[1, 8, 8, 8\]"):
+        scheduler.step(torch.zeros(1, 8, 8, 8), scheduler.timesteps[0], x)
+    for t in scheduler.timesteps:
+        scheduler.step(x, t, x)
+    with pytest.raises(SodaprofError, match="no step to take"):
+        scheduler.step(x, t, x)
+    with pytest.raises(UnsupportedModelError, match="sodaprof ship"):
+        scheduler.save_pretrained("folder")
+
+
+def test_what_a_plain_scheduler_cannot_run_is_refused(tmp_path):
+    pipe = pipe_of()
+    with pytest.raises(UnsupportedModelError, match="F cells, which work inside the network"):
+        sodaprof.scheduler(mixed_schedule(pipe))
+    with pytest.raises(UnsupportedModelError, match="no update"):
+        sodaprof.scheduler(schedule_for(pipe))
+    schedule = updated(pipe, RESTING)
+    clipping = replace(schedule.sampler, config=schedule.sampler.config | {"clip_sample": True})
+    with pytest.raises(UnsupportedModelError, match="clip_sample=True"):
+        sodaprof.scheduler(replace(schedule, sampler=clipping))
+    with pytest.raises(UnsupportedModelError, match="has no NoScheduler"):
+        sodaprof.scheduler(replace(schedule, sampler=replace(schedule.sampler, class_name="NoScheduler")))
+    dpm = updated(pipe_of(DiTPipeline, "dpm"), RESTING)
+    shifted = replace(dpm.sampler, timesteps=tuple(t - 1 for t in dpm.sampler.timesteps))
+    with pytest.raises(UnsupportedModelError, match=r"not those that DPMSolver.*sodaprof\.apply"):
+        sodaprof.scheduler(replace(dpm, sampler=shifted))
+    with pytest.raises(MismatchError, match="basis"):
+        sodaprof.scheduler(replace(dpm, update=replace(dpm.update, basis="output")))
+    schedule.save(tmp_path / "s.json")
+    assert len(sodaprof.scheduler(tmp_path / "s.json").timesteps) == CALLED
+    assert isinstance(DDIMScheduler.from_config(sodaprof.scheduler(schedule).config), DDIMScheduler)

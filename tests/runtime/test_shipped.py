@@ -1,0 +1,134 @@
+"""Schedules beside the weights: put there after a check, found by what fits, listed where that is unclear."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+from diffusers import DDIMScheduler, DiTPipeline
+
+import sodaprof
+from sodaprof import cli
+from sodaprof.errors import FormatError, MismatchError, SodaprofError
+from sodaprof.runtime.shipped import find_shipped, ship
+from tests.tiny_pipelines import SITES, STEPS, draw, schedule_for, tiny_pipe
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    pipe = tiny_pipe()
+    pipe.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pipe(model) -> DiTPipeline:
+    pipe = DiTPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def saved(pipe, path, row="CRRRRRRR", **changes) -> Path:
+    schedule = schedule_for(pipe, {SITES[0]: row}, steps=len(row))
+    replace(schedule, **changes).save(path, force=True)
+    return path
+
+
+def test_what_is_shipped_is_applied_without_naming_it(model, pipe, tmp_path):
+    file = saved(pipe, tmp_path / "soda-2x.json")
+    with sodaprof.apply(pipe, file):
+        wanted = draw(pipe)
+    assert ship(file, model) == model / "sodaprof" / "soda-2x.json"
+    assert (model / "sodaprof" / "soda-2x.json").read_bytes() == file.read_bytes()
+    with sodaprof.apply(pipe) as handle:
+        assert np.array_equal(draw(pipe), wanted)
+        assert handle.report().executed["R"] == STEPS - 1
+
+
+def test_steps_tell_several_apart(model, pipe, tmp_path):
+    ship(saved(pipe, tmp_path / "eight.json"), model)
+    ship(saved(pipe, tmp_path / "four.json", "CRRR"), model)
+    assert find_shipped(pipe, 4).name == "four.json"
+    assert find_shipped(pipe, 8).name == "eight.json"
+    with pytest.raises(
+        SodaprofError, match=r"2 schedules that fit(.|\n)*eight.json: test, 8 steps\n.*four.json: test, 4 steps"
+    ):
+        sodaprof.apply(pipe)
+    with pytest.raises(MismatchError, match=r"eight.json: it is for 8 steps, not 5\n"):
+        sodaprof.apply(pipe, steps=5)
+
+
+def test_another_scheduler_fits_none(model, pipe, tmp_path):
+    ship(saved(pipe, tmp_path / "s.json"), model)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    with pytest.raises(MismatchError, match=r"s.json: The scheduler's prediction_type is 'v_prediction'"):
+        sodaprof.apply(pipe)
+
+
+def test_nothing_shipped(model, pipe):
+    with pytest.raises(SodaprofError, match=f"ships no schedules.*sodaprof ship schedule.json {model}"):
+        sodaprof.apply(pipe)
+    with pytest.raises(SodaprofError, match="not loaded from a folder or the hub"):
+        sodaprof.apply(tiny_pipe())
+
+
+def test_only_what_fits_is_shipped_and_nothing_is_overwritten(model, pipe, tmp_path):
+    file = saved(pipe, tmp_path / "s.json")
+    other = saved(tiny_pipe(layers=3), tmp_path / "other.json")
+    with pytest.raises(MismatchError, match="layers 2, the schedule is for 3"):
+        ship(other, model)
+    assert not (model / "sodaprof").exists()
+    ship(file, model)
+    with pytest.raises(FormatError, match="exists already"):
+        ship(file, model)
+    ship(file, model, force=True)
+    with pytest.raises(SodaprofError, match="is a hub id"):
+        ship(file, "someone/model")
+
+
+def test_a_hub_repository_is_asked_for_its_schedules_alone(model, pipe, tmp_path, monkeypatch):
+    ship(saved(pipe, tmp_path / "s.json"), model)
+    asked = []
+
+    def snapshot(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    pipe.register_to_config(_name_or_path="someone/model")
+    assert find_shipped(pipe) == model / "sodaprof" / "s.json"
+    assert asked == [("someone/model", ["sodaprof/*.json"])]
+
+    def unreachable(repo, allow_patterns):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(SodaprofError, match=r"nor fetched from the hub \(no route\)"):
+        find_shipped(pipe)
+
+
+def test_the_command_line(model, pipe, tmp_path, monkeypatch, capsys):
+    def typed(*words):
+        monkeypatch.setattr(sys, "argv", ["sodaprof", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, capsys.readouterr()
+
+    file = saved(pipe, tmp_path / "s.json")
+    picture = tmp_path / "p.png"
+    code, out = typed("run", model, "--label", 1, "-o", picture)
+    assert (code, picture.exists()) == (1, False)
+    assert "ships no schedules" in out.err
+    code, out = typed("ship", file, model)
+    assert code == 0
+    assert "sodaprof run" in out.out
+    code, out = typed("run", model, "--label", 1, "-o", picture)
+    assert (code, picture.exists()) == (0, True)
+    assert "R 7/7" in out.out
+    code, out = typed("run", model, file, "--steps", 9, "--label", 1, "-o", picture, "--force")
+    assert code == 1
+    assert "is for 8 steps, not 9" in out.err

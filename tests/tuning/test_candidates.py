@@ -1,0 +1,179 @@
+"""Policy `mix`: candidates of every action under one budget, measured on the model; budgets and memory beside an update."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sodaprof
+from sodaprof.cli.options import parse_size, parse_span
+from sodaprof.compiler import compile_schedule
+from sodaprof.compiler.problem import cache_bytes
+from sodaprof.errors import BudgetError, MismatchError, SodaprofError
+from sodaprof.formats.cost import cost_of
+from sodaprof.formats.schedule import load_schedule
+from sodaprof.pipelines.replay import Replay
+from sodaprof.tuning.candidates import CANDIDATES, mix
+from sodaprof.tuning.closed_loop import calibration_replay, fit_update, joint, play, priced
+from sodaprof.tuning.fit import fit_schedule
+from tests.tiny_pipelines import mixed_schedule, schedule_for, tiny_pipe
+from tests.updated import sample, set_sampler
+
+STEPS, SAMPLES = 12, 6
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipe()
+
+
+@pytest.fixture(scope="module")
+def profile(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mix") / "profile"
+    return sodaprof.profile(pipe, folder, name="tiny", steps=STEPS, samples=SAMPLES, max_interval=4, prompts=[1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def weighed(pipe, profile):
+    return mix(pipe, profile.folder, "2.0x")
+
+
+def test_every_candidate_keeps_to_the_budget_and_the_nearest_is_taken(weighed):
+    best, candidates, left_out = weighed
+    assert not left_out
+    assert len(candidates) == len(CANDIDATES)
+    for one in candidates:
+        assert one.schedule.predicted["speedup"] >= 2.0 - 1e-9, one.name
+        assert one.name.endswith("update") == (one.schedule.update is not None)
+        assert (one.schedule.update is None) or one.schedule.update.fitted["loop"] == "closed"
+    scores = [joint(one.distances) for one in candidates]
+    assert scores == sorted(scores, reverse=True)
+    assert len(set(scores)) == len(scores)
+    assert best.transformers == candidates[0].schedule.transformers
+
+
+def test_candidates_are_judged_by_mean_and_worst_decile_alike():
+    assert joint(np.arange(20.0)) == (9.5 + 0.5) / 2
+
+
+def test_the_file_tells_what_was_held_against_it(weighed, tmp_path):
+    best, candidates, _ = weighed
+    best.save(tmp_path / "best.json")
+    policy = load_schedule(tmp_path / "best.json").policy
+    assert policy["name"] == "mix"
+    assert policy["knobs"]["best"] == candidates[0].name
+    told = policy["knobs"]["candidates"][candidates[-1].name]
+    assert told["mean_db"] == pytest.approx(candidates[-1].distances.mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", [f"{p} + update" if updated else p for p, updated in CANDIDATES])
+def test_what_a_candidate_measures_is_what_the_pipeline_does(pipe, weighed, name):
+    one = next(c for c in weighed[1] if c.name == name)
+    assert one.distances == pytest.approx(sampled_db(pipe, one.schedule, (1, 2, 3, 1, 2, 3)), abs=0.02)
+
+
+def test_cells_that_prune_reuse_and_forecast_play_as_the_pipeline_runs_them(pipe):
+    schedule = mixed_schedule(pipe)
+    replay = Replay(pipe, schedule.sampler, [1, 2], [0, 1])
+    assert play(replay, schedule) == pytest.approx(sampled_db(pipe, schedule, (1, 2)), abs=0.02)
+
+
+def sampled_db(pipe, schedule, labels):
+    """Distances of the pipeline's own latents with and without the schedule, seeds 0, 1, …"""
+    full = sample(pipe, labels, schedule.steps)
+    with sodaprof.apply(pipe, schedule):
+        found = sample(pipe, labels, schedule.steps)
+    error = np.square((found - full).reshape(len(labels), -1)).mean(1)
+    return 10 * np.log10(np.square(full).mean() / error)
+
+
+def test_a_schedule_that_computes_everything_plays_the_full_run(pipe, profile):
+    replay = calibration_replay(pipe, profile, 2)
+    assert play(replay, schedule_for(pipe, steps=STEPS)).min() > 90
+    soda = compile_schedule(profile.folder, 2.0, "soda")
+    assert play(replay, soda).max() < 90
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_what_cannot_be_met_is_left_out_with_its_reason(pipe, profile):
+    small = compile_schedule(profile.folder, 2.0, "solver").predicted["cache_bytes"] // 4  # one latent of four
+    best, candidates, left_out = mix(pipe, profile.folder, 2.0, max_cache=small, samples=2)
+    assert [one.name for one in candidates] == ["solver + update"]
+    assert best.update.history == 1
+    assert set(left_out) == {"drift + update", "drift", "fit + update", "fit", "soda + update", "soda"}
+    assert all("--max-cache" in reason for reason in left_out.values())
+    _, candidates, left_out = mix(pipe, profile.folder, 6.0, samples=2)  # intervals above 4: only steps without network
+    assert [one.name for one in candidates] == ["solver + update"]
+    assert "cannot be met" in left_out["soda"]
+    with pytest.raises(BudgetError, match=r"No action keeps to the budget. solver \+ update: .*cannot be met"):
+        mix(pipe, profile.folder, 1000, samples=2)
+
+
+def test_another_sampler_than_the_profiles_is_refused(profile):
+    other = tiny_pipe()
+    set_sampler(other, "unipc")
+    with pytest.raises(MismatchError, match="is for DDIMScheduler, the pipeline has UniPCMultistepScheduler"):
+        mix(other, profile.folder, 2.0, samples=2)
+
+
+def test_without_a_model_there_is_no_mix(profile):
+    with pytest.raises(BudgetError, match=r"--policy mix --fit MODEL.*solver is taken"):
+        compile_schedule(profile.folder, 2.0, "mix")
+
+
+def test_a_budget_leaves_room_for_the_update(pipe, profile, tmp_path):
+    data = json.loads((profile.folder / "cost.flops.json").read_text())
+    step = cost_of(profile.folder, "flops").transformers["transformer"].full
+    data["loop"] |= {"scheduler": 0.0, "update": 0.1 * step}
+    (tmp_path / "cost.json").write_text(json.dumps(data))
+    table = cost_of(profile.folder, tmp_path / "cost.json")
+    replay = calibration_replay(pipe, profile, 2)
+    reached = []
+    for updated in (False, True):
+        schedule = compile_schedule(profile.folder, 2.0, "soda", tmp_path / "cost.json", updated=updated)
+        fitted, _ = fit_update(replay, schedule, 4)
+        reached.append(priced(fitted, table).predicted["speedup"])
+    assert reached[0] < 1.95
+    assert 2.0 - 1e-9 <= reached[1] < 2.4
+    with pytest.raises(BudgetError, match=r"cannot be met.*leaves room for the update at 2.4x"):
+        compile_schedule(profile.folder, 2.4, "soda", tmp_path / "cost.json", updated=True)
+
+
+def test_an_update_to_come_is_counted_in_the_memory(pipe, profile):
+    plain = compile_schedule(profile.folder, 2.0, "drift")
+    latents = 4 * 4 * 8 * 8  # bytes of one
+    kept = plain.predicted["cache_bytes"]
+    wide = compile_schedule(profile.folder, 2.0, "drift", max_cache=kept + 4 * latents, updated=True)
+    cut = compile_schedule(profile.folder, 2.0, "drift", max_cache=kept + 4 * latents - 1, updated=True)
+    assert (wide.update.history, cut.update.history) == (4, 3)
+    assert cut.predicted["cache_bytes"] == cache_bytes(cut, profile.model) == kept + 3 * latents
+    fewer = compile_schedule(profile.folder, 2.0, "drift", max_cache=kept, updated=True)
+    assert fewer.policy["knobs"]["K"] < plain.policy["knobs"]["K"]
+    with sodaprof.apply(pipe, replace(cut, update=None)):
+        without = sample(pipe, (1,), STEPS)
+    with sodaprof.apply(pipe, cut):  # until it is fitted the update is the sampler's own steps
+        np.testing.assert_allclose(sample(pipe, (1,), STEPS), without, rtol=1e-4, atol=1e-4)
+
+
+def test_sizes_and_spans_need_their_unit():
+    assert parse_size("2GB") == 2 * 10**9
+    assert parse_size(" 1.5kb") == 1500
+    assert parse_span("5m") == 300
+    for wrong in ("5", "GB", "-1MB", "twoGB", "infGB", "nanMB", ""):
+        with pytest.raises(SodaprofError, match=r"--max-cache is .* as in --max-cache 2GB"):
+            parse_size(wrong)
+    with pytest.raises(SodaprofError, match="--time is"):
+        parse_span("5MB")
+
+
+def test_n_of_toca_is_chosen_within_the_memory_bound_too(pipe, profile):
+    schedule, _ = fit_schedule(pipe, profile.folder, 1.5, "toca", updated=True)
+    kept = schedule.predicted["cache_bytes"]
+    assert schedule.predicted["speedup"] >= 1.5 - 1e-9
+    cut, _ = fit_schedule(pipe, profile.folder, 1.5, "toca", updated=True, max_cache=kept - 1)
+    assert cut.update.history == 3
+    with pytest.raises(BudgetError, match="--max-cache"):
+        fit_schedule(pipe, profile.folder, 1.5, "toca", max_cache=100)

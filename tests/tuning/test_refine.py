@@ -1,0 +1,473 @@
+"""Searching full steps and what stands between them on the final error: columns, candidates, the search and its file."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import sodaprof
+from sodaprof.compiler import compile_schedule
+from sodaprof.compiler.problem import cache_bytes
+from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
+from sodaprof.formats.cost import cost_of
+from sodaprof.formats.schedule import Forecast, load_schedule
+from sodaprof.pipelines import replay as replaying
+from sodaprof.pipelines.recording import tapped
+from sodaprof.pipelines.replay import Replay
+from sodaprof.tuning import refine as refining
+from sodaprof.tuning.closed_loop import Fit, fit_to_model, forecast_weights, joint, play
+from sodaprof.tuning.columns import columns_of, drawn, proposed
+from sodaprof.tuning.refine import Bench, refine, surely_gained
+from tests.conftest import build_relay
+from tests.tiny_pipelines import TwoPassPipeline, schedule_for, tiny_pipe
+
+STEPS = 12
+SEARCH = {"evaluations": 6, "samples": 8}
+MIXED = "CCSC-SRSCS-S"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refine") / "tiny"
+    tiny_pipe().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipe()
+
+
+@pytest.fixture(scope="module")
+def profile(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refine") / "profile"
+    return sodaprof.profile(pipe, folder, name="tiny", steps=STEPS, samples=8, max_interval=4, prompts=[1, 2, 3])
+
+
+@pytest.fixture(scope="module")
+def costs(profile):
+    """What a search would count itself."""
+    return cost_of(profile.folder, "flops")
+
+
+@pytest.fixture(scope="module")
+def solver(profile):
+    return compile_schedule(profile.folder, "3.0x")
+
+
+@pytest.fixture(scope="module")
+def drift(profile):
+    return compile_schedule(profile.folder, "2.0x", "drift")
+
+
+@pytest.fixture(scope="module")
+def forecasts(profile):
+    return compile_schedule(profile.folder, "2.0x", "fit")
+
+
+def replay_of(pipe, profile, seeds):
+    return Replay(pipe, profile.sampler, [1 + seed % 3 for seed in seeds], seeds)
+
+
+# ---- columns ----------------------------------------------------------------------------------------------------------
+
+
+def test_columns_are_read_and_drawn_again(solver, drift):
+    columns = columns_of(solver)
+    assert columns.count("C") == 4
+    assert columns_of(drawn(solver, columns)) == columns
+    assert set(columns_of(drift)) == {"C", "S"}
+    for start in (solver, drift):
+        assert columns_of(drawn(start, MIXED)) == MIXED
+    (plan,) = drawn(drift, MIXED).transformers.values()
+    assert [cell.sources for cell in plan.stack_forecasts] == [(1, 0), (3, 1, 0), (3, 1, 0), (8, 3, 1), (8, 3, 1)]
+    assert plan.stack == "..S.-S.S.S-S"
+    (plan,) = drawn(replace(drift, transformers=one_source(drift)), "CCS").transformers.values()
+    assert plan.stack_forecasts == (Forecast((1,), (1.0,), "output"),)
+
+
+def one_source(schedule):
+    """The schedule's transformers with S cells that reuse the newest output."""
+    ((name, plan),) = schedule.transformers.items()
+    cells = tuple(Forecast(cell.sources[:1], (1.0,), "output") for cell in plan.stack_forecasts)
+    return {name: replace(plan, stack_forecasts=cells)}
+
+
+def test_forecasts_of_sites_are_drawn_from_the_newest_full_steps(forecasts):
+    columns = columns_of(forecasts)
+    assert set(columns) == {"C", "F"}
+    again = drawn(forecasts, columns)
+    assert columns_of(again) == columns
+    (plan,), (before,) = again.transformers.values(), forecasts.transformers.values()
+    assert plan.forecasts.keys() == plan.rows.keys()
+    for site, cells in plan.forecasts.items():
+        assert [cell.sources for cell in cells] == [cell.sources for cell in before.forecasts[site]]
+        assert all(cell.weights == (1.0, *[0.0] * (len(cell.sources) - 1)) for cell in cells)
+    assert not next(iter(drawn(forecasts, "C--C").transformers.values())).forecasts
+
+
+def test_steps_that_mix_actions_and_forms_are_refused(pipe, drift):
+    mixed = schedule_for(pipe, steps=STEPS)
+    ((name, plan),) = mixed.transformers.items()
+    key = next(iter(plan.rows))
+    plan = replace(plan, rows=plan.rows | {key: "CR" + "C" * (STEPS - 2)})
+    with pytest.raises(UnsupportedModelError, match="step 1 holds CR"):
+        columns_of(replace(mixed, transformers={name: plan}))
+    ((name, plan),) = drift.transformers.items()
+    first, *others = plan.stack_forecasts
+    plan = replace(plan, stack_forecasts=(replace(first, form="output"), *others))
+    with pytest.raises(UnsupportedModelError, match="in the forms drift, output"):
+        columns_of(replace(drift, transformers={name: plan}))
+
+
+def test_proposals_keep_the_first_step_and_the_number_of_full_ones():
+    generator, known, found = random.Random(0), {"C--C--C-"}, []
+    for _ in range(18):
+        found.append(proposed("C--C--C-", generator, known, "-RS"))
+        assert found[-1] is not None
+        assert found[-1] not in known
+        assert found[-1][0] == "C"
+        assert found[-1].count("C") == 3
+        known.add(found[-1])
+    assert set("".join(found)) == set("C-RS")
+    assert proposed("CCC", generator, set()) is None
+
+
+def test_proposals_keep_to_what_is_allowed():
+    asked, known, wanted = [], {"CSCS"}, {"C-CS", "CSC-", "C-C-"}
+
+    def allowed(columns):
+        asked.append(columns)
+        return columns in wanted
+
+    found = [proposed("CSCS", random.Random(seed), known, "-RS", allowed) for seed in range(40)]
+    assert set(found) == {"C-CS", "CSC-"}  # one step is varied at a time
+    assert set(asked) - wanted
+    known |= wanted
+    assert proposed("CSCS", random.Random(0), known, "-RS", allowed) is None
+
+
+# ---- weights of skipped stacks ----------------------------------------------------------------------------------------
+
+
+def test_forecast_weights_are_a_least_squares():
+    draws = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    found = forecast_weights(list(draws[:3]), draws[3], 0.01)
+    x, y = draws[:3].flatten(1).double(), draws[3].flatten().double()
+    pull = (0.01 * x.square().sum(1).mean()).sqrt()
+    left, right = torch.cat([x.T, pull * torch.eye(3)]), torch.cat([y, pull * torch.eye(3)[0]])
+    direct = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
+    np.testing.assert_allclose(found, direct.numpy(), rtol=1e-5)
+    assert all(float(f"{weight:.6g}") == weight for weight in found)
+    still = torch.zeros(2, 3, 4)
+    assert forecast_weights([still, still], still) == (1.0, 0.0)
+
+
+def at_site(replay, site, step, x):
+    """What a site gives at a step for other latents, on both branches; no schedule in the way."""
+    found = []
+
+    def hear(forward, args, kwargs):
+        found.append(forward(*args, **kwargs))
+        return found[-1]
+
+    with tapped(replay.module.get_submodule(site), hear, "test.site"):
+        replay.output(step, x)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("kind", [None, TwoPassPipeline])
+def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(kind, forecasts):
+    pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
+    sampler = schedule_for(pipe, steps=STEPS).sampler
+    replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
+    start = replace(drawn(forecasts, "CCFCFFRCF-CF"), sampler=sampler)
+    fit = Fit(replay, start, 3)
+    distances = fit.run()
+    (plan,) = fit.fitted().transformers.values()
+    ats = {step: fit.ats[step].x for step in range(STEPS)}
+    for site in list(plan.rows)[:3]:
+        for cell, step in zip(plan.forecasts[site], (2, 4, 5, 8, 11), strict=True):
+            sources = [at_site(replay, site, source, ats[source]) for source in cell.sources]
+            target = at_site(replay, site, step, replay.states[step])
+            np.testing.assert_allclose(
+                cell.weights, forecast_weights(sources, target, fit.strength), rtol=1e-3, atol=2e-5
+            )
+    np.testing.assert_allclose(play(replay, fit.fitted()), distances, atol=1e-3)
+
+
+def test_site_weights_of_a_sample_of_coordinates_are_near(pipe, profile, forecasts, monkeypatch):
+    def weights():
+        fit = Fit(replay_of(pipe, profile, range(6)), forecasts, 3)
+        fit.run()
+        (plan,) = fit.fitted().transformers.values()
+        return np.array([weight for cells in plan.forecasts.values() for cell in cells for weight in cell.weights])
+
+    whole = weights()
+    monkeypatch.setattr(replaying, "COORDINATES", 200)  # of 256
+    some = weights()
+    assert 0 < np.abs(some - whole).max() < 0.3
+    assert np.abs(some - whole).mean() < 0.03
+
+
+def drift_at(replay, step, x):
+    """What the stack adds to its input at a step for other latents, guided at scale 4; no schedule in the way."""
+    found = []
+
+    def enter(forward, args, kwargs):
+        found.append(-args[0])
+        return forward(*args, **kwargs)
+
+    def leave(forward, args, kwargs):
+        out = forward(*args, **kwargs)
+        found[-1] = found[-1] + out
+        return out
+
+    blocks = replay.module.transformer_blocks
+    with tapped(blocks[0], enter, "test.entry"), tapped(blocks[-1], leave, "test.exit"):
+        replay.output(step, x)
+    conditional, other = found if len(found) == 2 else found[0].chunk(2)
+    return other + 4 * (conditional - other)
+
+
+@pytest.mark.parametrize("kind", [None, TwoPassPipeline])
+def test_weights_are_fitted_from_the_accelerated_drifts_to_the_full_runs(kind, drift):
+    pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
+    sampler = schedule_for(pipe, steps=STEPS).sampler
+    replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
+    fit = Fit(replay, replace(drawn(drift, "CCSCS-SCSSSS"), sampler=sampler), 3)
+    fit.run()
+    fitted = fit.fitted()
+    (plan,) = fitted.transformers.values()
+    cells = dict(zip((t for t, action in enumerate(plan.stack) if action == "S"), plan.stack_forecasts, strict=True))
+    assert list(cells) == [2, 4, 6, 8, 9, 10, 11]
+    for step, cell in cells.items():
+        sources = [drift_at(replay, source, fit.ats[source].x) for source in cell.sources]
+        direct = forecast_weights(sources, drift_at(replay, step, replay.states[step]))
+        np.testing.assert_allclose(cell.weights, direct, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(play(replay, fitted), fit.run(), atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["drift", "dpcache"])
+def test_a_fit_changes_the_weights_of_skipped_stacks_alone(pipe, profile, policy):
+    compiled = compile_schedule(profile.folder, "2.0x", policy, updated=True)
+    fitted, distances = fit_to_model(pipe, profile, compiled, cost_of(profile.folder, "flops"), samples=6)
+    (before,), (after,) = compiled.transformers.values(), fitted.transformers.values()
+    assert (after.rows, after.stack) == (before.rows, before.stack)
+    for old, new in zip(before.stack_forecasts, after.stack_forecasts, strict=True):
+        assert (new.sources, new.form) == (old.sources, old.form)
+    assert [cell.weights for cell in before.stack_forecasts] != [cell.weights for cell in after.stack_forecasts]
+    assert fitted.predicted["speedup"] == compiled.predicted["speedup"]
+    np.testing.assert_allclose(play(replay_of(pipe, profile, range(6)), fitted), distances, atol=1e-3)
+
+
+# ---- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_what_candidates_share_at_their_beginning_is_run_once(pipe, profile, drift, monkeypatch):
+    replay = replay_of(pipe, profile, range(4))
+    taken = []
+    output = Replay.output
+    monkeypatch.setattr(Replay, "output", lambda self, step, *rest: taken.append(step) or output(self, step, *rest))
+    start = "CCSCS-SCSSSS"
+    bench = Bench(replay, drift)
+    bench.evaluate(start)
+    for columns, run in (
+        ("CCSCS-SSCSSS", [7, 8, 9, 10, 11]),  # sources that the run before kept
+        ("CCSCS-SC-SSS", [9, 10, 11]),  # beside the one settled on, not the last one
+        ("CCSCSSSCSSSS", [5, 6, 7, 8, 9, 10, 11]),
+        ("CCSCS-SCRSSS", [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]),  # caches: from the start
+        ("CC-C---C----", [3, 7]),
+    ):
+        taken.clear()
+        schedule, distances = bench.evaluate(columns)
+        assert taken == run
+        alone, same = Bench(replay, drift).evaluate(columns)
+        assert schedule.digest() == alone.digest()
+        np.testing.assert_array_equal(distances, same)
+    bench.settle("CC-C---C----")
+    taken.clear()
+    schedule, _ = bench.evaluate("CC-C---CS---")  # nothing of the stack was kept
+    assert taken == [0, 1, 3, 7, 8]
+    assert schedule.digest() == Bench(replay, drift).evaluate("CC-C---CS---")[0].digest()
+
+
+@pytest.mark.parametrize("start", ["solver", "drift", "forecasts"])
+def test_a_search_is_reproducible_resumable_and_never_worse(pipe, costs, tmp_path, start, request):
+    schedule = request.getfixturevalue(start)
+    whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
+    seen = []
+    best = refine(pipe, schedule, whole, **SEARCH, on_progress=lambda *now: seen.append(now))  # which counts the cost
+    assert [done for done, *_ in seen] == list(range(SEARCH["evaluations"] + 1))
+    assert columns_of(best).count("C") == columns_of(schedule).count("C")
+    assert load_schedule(whole).digest() == best.digest()
+    refine(pipe, schedule, parts, evaluations=2, samples=8, cost=costs)
+    seen = []
+    refine(pipe, schedule, parts, **SEARCH, cost=costs, on_progress=lambda *now: seen.append(now))
+    assert parts.read_bytes() == whole.read_bytes()
+    assert seen[0][0] == 2
+    assert [search for _, search, _ in seen] == sorted(search for _, search, _ in seen)
+    assert [held for *_, held in seen] == sorted(held for *_, held in seen)
+
+
+def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs, tmp_path, monkeypatch):
+    settings = {"evaluations": 4, "samples": 4, "cost": costs}
+    whole = refine(pipe, drift, tmp_path / "whole.json", **settings)
+    real = refining.write_json
+
+    def interrupted(number, after):
+        def write(path, data, *, force=False):
+            nonlocal left
+            left -= 1
+            if left or after:
+                real(path, data, force=force)
+            if not left:
+                raise KeyboardInterrupt
+
+        left = number
+        return write
+
+    for number, after in ((1, False), (1, True), (2, True), (5, False)):  # before a file is written, or right after
+        output = tmp_path / f"{number}{after}.json"
+        with monkeypatch.context() as patch:
+            for module in ("sodaprof.refine", "sodaprof.schedule"):
+                patch.setattr(f"{module}.write_json", interrupted(number, after))
+            with pytest.raises(KeyboardInterrupt):
+                refine(pipe, drift, output, **settings)
+        if number > 1:
+            assert load_schedule(output).update.fitted["loop"] == "closed"
+        assert refine(pipe, drift, output, **settings).digest() == whole.digest()
+        assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+@pytest.mark.parametrize("columns", [MIXED, "CCSCS-SCSSSS", "CCFCFRSCFS-F"])
+def test_what_is_written_gives_in_the_pipeline_what_the_search_saw(pipe, drift, tmp_path, columns, monkeypatch):
+    start, seen = drawn(drift, columns), []
+    best = refine(
+        pipe, start, tmp_path / "a.json", evaluations=3, samples=8, prompts=[1, 2, 3],
+        on_progress=lambda *now: seen.append(now),
+    )  # fmt: skip
+    labels, latents = [1 + seed % 3 for seed in range(6, 8)], []
+    decode = pipe.vae.decode
+    monkeypatch.setattr(pipe.vae, "decode", lambda x: latents.append(x * pipe.vae.config.scaling_factor) or decode(x))
+
+    def sampled():
+        pipe(
+            class_labels=labels, num_inference_steps=STEPS, guidance_scale=4.0,
+            generator=[torch.Generator().manual_seed(seed) for seed in (6, 7)],
+        )  # fmt: skip
+        return latents[-1].double()
+
+    full = sampled()
+    with sodaprof.apply(pipe, tmp_path / "a.json") as handle:
+        found = sampled()
+    assert handle.report().planned == handle.report().executed
+    error = (found - full).flatten(1).square().mean(1)
+    distances = 10 * torch.log10(full.square().mean() / error).numpy()
+    assert joint(distances) == pytest.approx(seen[-1][2], abs=0.02)  # on the validation generations
+    assert columns_of(best).count("C") == columns.count("C")
+
+
+def test_columns_of_every_kind_are_searched_and_their_caches_counted(pipe, profile, drift, tmp_path):
+    tried, costs = [], cost_of(profile.folder, "flops")
+    for seed in range(2):
+        best = refine(pipe, drawn(drift, MIXED), tmp_path / f"{seed}.json", evaluations=6, samples=4, seed=seed)
+        tried += json.loads((tmp_path / f"{seed}.json.search").read_text())["search"]["tried"]
+        assert best.predicted["cache_bytes"] == cache_bytes(best, profile.model) > 0
+        assert best.predicted["cost"] == costs.schedule(best)
+    assert len(set(tried)) > 8
+    assert all(costs.schedule(drawn(drift, one)) <= costs.schedule(drawn(drift, MIXED)) for one in tried)
+
+
+def test_candidates_keep_to_the_cache(pipe, profile, costs, tmp_path):
+    reuse = compile_schedule(profile.folder, "2.0x", "fora")
+    kept = cache_bytes(drawn(reuse, columns_of(reuse)), profile.model)
+    with pytest.raises(BudgetError, match=rf"take {kept:,} bytes .* at most {kept - 1:,} are allowed") as refusal:
+        refine(pipe, reuse, tmp_path / "a.json", **SEARCH, max_cache=kept - 1)
+    assert "Allow as much" in str(refusal.value)
+    assert not list(tmp_path.iterdir())
+
+    def tried(name, most):
+        refine(pipe, reuse, tmp_path / name, evaluations=25, samples=4, cost=costs, max_cache=most)
+        found = json.loads((tmp_path / f"{name}.search").read_text())["search"]["tried"]
+        return [cache_bytes(drawn(reuse, columns), profile.model) for columns in found]
+
+    assert max(tried("b.json", None)) > kept  # reuse at some steps, skipped stacks at others
+    assert max(tried("c.json", kept)) <= kept
+    with pytest.raises(MismatchError, match="other settings"):
+        refine(pipe, reuse, tmp_path / "c.json", evaluations=26, samples=4, cost=costs, max_cache=kept + 1)
+
+
+def test_a_gain_is_sure_where_it_does_not_hang_on_a_few_generations():
+    incumbent = np.linspace(30.0, 50.0, 18)
+    assert surely_gained(incumbent, incumbent) == 0
+    assert surely_gained(incumbent + 0.3, incumbent) == pytest.approx(0.3)
+    lucky = incumbent + np.where(np.arange(18) == 0, 12.0, -0.2)  # the worst one far better, all others worse
+    assert joint(lucky) > joint(incumbent)
+    assert surely_gained(lucky, incumbent) < 0
+
+
+def test_the_incumbent_gives_way_to_sure_gains_alone(pipe, drift, tmp_path, monkeypatch):
+    monkeypatch.setattr(refining, "surely_gained", lambda candidate, incumbent: -0.1)
+    best = refine(pipe, drift, tmp_path / "a.json", **SEARCH)
+    assert best.policy["knobs"]["refined"] == 0
+    assert columns_of(best) == columns_of(drift)
+
+
+def test_a_search_of_other_settings_and_a_broken_state_are_refused(pipe, solver, tmp_path):
+    refine(pipe, solver, tmp_path / "a.json", evaluations=1, samples=8)
+    with pytest.raises(MismatchError, match="another schedule or with other settings"):
+        refine(pipe, solver, tmp_path / "a.json", evaluations=1, samples=8, seed=1)
+    state = tmp_path / "a.json.search"
+    state.write_text(json.dumps({"format": "sodaprof.refine", "version": 9}))
+    with pytest.raises(FormatError, match="Delete it"):
+        refine(pipe, solver, tmp_path / "a.json", evaluations=1, samples=8)
+    state.unlink()
+    with pytest.raises(FormatError, match="exists"):
+        refine(pipe, solver, tmp_path / "a.json", evaluations=1, samples=8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({}, "needs an end"), ({"evaluations": 1, "samples": 2}, "--samples")]
+)
+def test_settings_without_sense_are_refused(pipe, solver, tmp_path, settings, message):
+    with pytest.raises(BudgetError, match=message):
+        refine(pipe, solver, tmp_path / "a.json", **settings)
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_refine_from_the_command_line(command, model, drift, tmp_path):
+    start, output = tmp_path / "start.json", tmp_path / "better.json"
+    drift.save(start)
+    code, out, _ = command(
+        "refine", model, start, "--evaluations", 2, "--samples", 4, "--max-cache", "1MB", "-o", output
+    )
+    assert code == 0
+    assert "MiB of cache a generation" in out
+    assert load_schedule(output).predicted["cache_bytes"] <= 10**6
+
+
+@pytest.mark.parametrize(
+    ("policy", "arguments", "message"),
+    [
+        ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
+        ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
+        ("drift", ("--objective", "distribution", "--max-cache", "1MB"), "--max-cache and --scheduler out"),
+        ("soda", (), "(stack .). Give a schedule of --policy solver, fit, drift"),
+        ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
+        (None, (), "several transformers (high, low)"),
+    ],
+)
+def test_refine_refuses_in_one_message(refused, model, profile, tmp_path, policy, arguments, message):
+    schedule = build_relay() if policy is None else compile_schedule(profile.folder, "2.0x", policy)
+    schedule.save(tmp_path / "start.json")
+    assert message in refused(
+        "refine", model, tmp_path / "start.json", "--evaluations", 1, *arguments, output=tmp_path / "better.json"
+    )
