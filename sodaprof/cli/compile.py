@@ -8,15 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SodaprofError
-from .options import Force, make_console, one_of, parse_size, progress, say_next, show_verdict, told, told_sampler
-
-OBJECTIVES = ("faithful", "distribution")
+from .options import Force, make_console, one_of, parse_size, progress, say_next, show_verdict, told
 
 
 def compile_(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="What `sodaprof profile` or `inspect` wrote.")
-    ],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `sodaprof profile` or `inspect` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Schedule to write.")],
     budget: Annotated[
         str | None,
@@ -29,13 +25,6 @@ def compile_(
             "and soda measured on the model.  [default: solver, soda where the profile cannot carry it]"
         ),
     ] = None,
-    objective: Annotated[
-        str,
-        typer.Option(
-            help="faithful: near to the full run; distribution: ranks several profiles, of other samplers or numbers of "
-            "steps, at the cost that the first and the budget set."
-        ),
-    ] = "faithful",
     cost: Annotated[str, typer.Option(help="flops, or a cost.json of measured milliseconds.")] = "flops",
     knob: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE, a setting of the policy; may be repeated.")
@@ -61,7 +50,6 @@ def compile_(
     from ..formats.files import refuse_existing
 
     refuse_existing(output, force)
-    one_of("--objective", objective, OBJECTIVES)
     if policy is not None:
         one_of("--policy", policy, (*POLICIES, "mix"))
     if budget is not None:
@@ -69,16 +57,6 @@ def compile_(
     knobs = dict(_knob(text) for text in knob or [])
     most = None if max_cache is None else parse_size(max_cache)
     console = make_console()
-    if objective == "distribution":
-        _refuse_for_distribution(policy, fit, update)
-        schedule = _rank(console, folders, budget or "2.0x", cost, knobs, most)
-        return _write(console, "solver, against its own full loop", schedule, output, force)
-    if len(folders) > 1:
-        raise SodaprofError(
-            f"Found {len(folders)} profiles; one schedule comes of one. Give one, or rank them: sodaprof compile --objective "
-            f"distribution {' '.join(map(str, folders))} -o {output}"
-        )
-    (folder,) = folders
     if update and fit is None:
         raise SodaprofError("--update is fitted on the model's own pictures. Add --fit MODEL")
     if policy is None:
@@ -128,31 +106,6 @@ def _write(console: Any, policy: str, schedule: Any, output: Path, force: bool) 
     )
     console.print(f"Wrote {output}")
     say_next(console, f"sodaprof show {output}")
-
-
-def _refuse_for_distribution(policy: str | None, fit: str | None, update: bool) -> None:
-    if policy not in (None, "solver") or fit is not None or update:
-        raise SodaprofError(
-            "--objective distribution ranks schedules of policy solver by prediction. Leave --policy, --fit and --update out; "
-            "with the model at hand samples decide: sodaprof refine --objective distribution MODEL DIR..."
-        )
-
-
-def _rank(console: Any, folders: list[Path], budget: str, cost: str, knobs: dict[str, Any], most: int | None) -> Any:
-    from ..compiler.ranking import rank_profiles
-
-    ranked, left_out = rank_profiles(folders, budget, cost, knobs, most)
-    rows = [
-        (Path(one.name).name, *told_sampler(one.schedule), f"{one.speedup:.2f}x", f"{one.error:.3g}") for one in ranked
-    ]  # fmt: skip
-    columns = ("profile", "sampler", "full steps", "against the first", "predicted error")
-    verdict = (
-        "Each predicted error is against the profile's own full run. How good that run is stands in no table: few steps are "
-        "easily followed. Only samples can decide between samplers: sodaprof refine --objective distribution MODEL "
-        f"{' '.join(map(str, folders))} --budget {budget} -o FILE"
-    )
-    show_verdict(console, columns, rows, left_out, verdict)
-    return ranked[0].schedule
 
 
 def _load(console: Any, model: str, folder: Path) -> Any:

@@ -122,12 +122,6 @@ def told(schedule: Any) -> str:
     return ", ".join(parts)
 
 
-def told_sampler(schedule: Any) -> tuple[str, str]:
-    """Returns a schedule's sampler and its full steps as two cells of a table."""
-    name = schedule.sampler.class_name.removesuffix("Scheduler").removesuffix("Multistep")
-    return name, f"{len(schedule.anchors())} of {schedule.steps}"
-
-
 def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
     """Raises SodaprofError unless all files that these options name can be written, and are different ones."""
     from ..formats.files import refuse_existing

@@ -8,7 +8,6 @@ import shutil
 import pytest
 
 import sodaprof
-from sodaprof.compiler.ranking import rank_profiles
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.profile import load_profile
@@ -127,8 +126,6 @@ def test_update_gives_a_caching_policy_one_and_leaves_the_default_as_it_is(comma
         (("--fit", "no-such-model"), "no-such-model: no such folder"),
         (("--max-cache", "2"), "--max-cache is '2'; expected a number above 0 with its unit"),
         (("--knob", "history"), "expected NAME=VALUE"),
-        (("--objective", "distribution", "--update"), "Leave --policy, --fit and --update out"),
-        (("--objective", "distribution"), "ranks several profiles"),
     ],
 )
 def test_options_that_do_not_go_together(refused, profiled, target, arguments, message):
@@ -293,21 +290,6 @@ def test_an_older_profile_without_the_samplers_own_update(command, refused, prof
     assert code == 0
     assert "Policy soda: " in out
     assert "--force" in out
-
-
-# ---- several profiles -------------------------------------------------------------------------------------------------
-
-
-def test_knobs_and_memory_hold_for_a_ranking_too(command, refused, profiled, states_alone, target):
-    arguments = ("compile", profiled, states_alone, "--objective", "distribution", "--budget", "2x")
-    assert command(*arguments, "--max-cache", "3KB", "--knob", "polish=0", "-o", target)[0] == 0
-    schedule = load_schedule(target)
-    assert schedule.update.history == 2
-    assert schedule.policy["knobs"]["polish"] == 0
-    ranked, _ = rank_profiles([profiled, states_alone], 2, knobs={"polish": 0}, max_cache=3000)
-    assert schedule.digest() == ranked[0].schedule.digest()
-    said = refused(*arguments, "--max-cache", "0.5KB", output=target.with_name("other.json"))
-    assert "No profile can be compiled at this cost" in said
 
 
 # ---- what is shown ----------------------------------------------------------------------------------------------------

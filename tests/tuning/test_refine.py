@@ -335,7 +335,7 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
     for number, after in ((1, False), (1, True), (2, True), (5, False)):  # before a file is written, or right after
         output = tmp_path / f"{number}{after}.json"
         with monkeypatch.context() as patch:
-            for module in ("sodaprof.refine", "sodaprof.schedule"):
+            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule"):
                 patch.setattr(f"{module}.write_json", interrupted(number, after))
             with pytest.raises(KeyboardInterrupt):
                 refine(pipe, drift, output, **settings)
@@ -459,7 +459,6 @@ def test_refine_from_the_command_line(command, model, drift, tmp_path):
     [
         ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
         ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
-        ("drift", ("--objective", "distribution", "--max-cache", "1MB"), "--max-cache and --scheduler out"),
         ("soda", (), "(stack .). Give a schedule of --policy solver, fit, drift"),
         ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
         (None, (), "several transformers (high, low)"),
