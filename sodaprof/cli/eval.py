@@ -51,7 +51,7 @@ def evaluate_(
     from dataclasses import replace
 
     from ..formats.files import write_json
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
     from ..report.pictures import check_picture, save_side_by_side
 
     check_outputs({"--picture": picture, "--output": output}, force)

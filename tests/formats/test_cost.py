@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from sodaprof.errors import FormatError, MismatchError
 from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, load_cost, save_cost

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sodaprof import load_schedule
 from sodaprof.errors import FormatError, IllegalScheduleError, SodaprofError

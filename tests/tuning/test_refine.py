@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
-from sodaprof.formats.schedule import Forecast, load_schedule
+from sodaprof.formats.schedule import Forecast
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines import replay as replaying
 from sodaprof.pipelines.recording import tapped
 from sodaprof.pipelines.replay import Replay
