@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from msgspec.structs import replace
 
 from sodaprof import cli
@@ -19,6 +20,9 @@ from sodaprof.formats.files import write_json
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
 from sodaprof.formats.sites import Guidance, Model, Sampler, Site, Transformer
 from sodaprof.formats.tables import MEAN, RANKING, TABLE_VERSIONS, schema
+
+settings.register_profile("sodaprof", derandomize=True, deadline=None, database=None)
+settings.load_profile("sodaprof")
 
 TOKENS = 16
 RATES = (0.25, 0.5, 0.75)

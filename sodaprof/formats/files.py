@@ -74,9 +74,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH):
-        inner = [v for outer in level for v in (outer.values() if isinstance(outer, dict) else outer)]
-        level = [v for v in inner if isinstance(v, dict | list)]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [v for v in level if isinstance(v, dict | list)]
+        level = [v for outer in containers for v in (outer.values() if isinstance(outer, dict) else outer)]
     if level:
         raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep")
 

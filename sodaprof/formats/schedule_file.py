@@ -148,8 +148,8 @@ def _plan(file: PlanFile, where: str) -> Plan:
 def _cells(
     sources: Sequence[Sources | None], weights: Sequence[Weights], forms: Sequence[str], where: str
 ) -> tuple[Forecast, ...]:
-    found = [Forecast(s, w, form) for s, w, form in zip(sources, weights, forms, strict=False) if s is not None]
+    found = [s for s in sources if s is not None]
     if not len(found) == len(sources) == len(weights) == len(forms):
         counts = f"{len(found)} lists of sources and {len(weights)} of weights"
         raise FormatError(f"{where}: found {counts}; expected one of each for each cell. {REWRITE}")
-    return tuple(found)
+    return tuple(Forecast(*cell) for cell in zip(found, weights, forms, strict=True))

@@ -67,7 +67,7 @@ def guidance_form(pipe: Any, step: Step) -> GuidanceForm:
 
     Raises UnsupportedModelError where networks that take turns are not called alike.
     """
-    forms = {}
+    forms: dict[str, GuidanceForm] = {}
     for name, args, kwargs in step.calls:
         halved = is_halved(latents_of(pipe.components[name], args, kwargs))
         forms[name] = "passes" if name in forms else "halves" if halved else "none"
