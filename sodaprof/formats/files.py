@@ -28,8 +28,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the values that files hold: immutable, and an unknown key is an error. `msgspec.structs.replace` copies one."""
 
 
-def read_json(path: Path) -> Any:
-    """Returns the JSON value in `path`.
+def read_json(path: Path, missing: str = "Check the path.") -> Any:
+    """Returns the JSON value in `path`; `missing` is what the message advises if there is no such file.
 
     Raises FormatError for a missing, broken, very large or deeply nested file, a key that occurs twice in an object, NaN,
     infinity, or a number that overflows a float.
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
         )
         _check_depth(value)
     except FileNotFoundError:
-        raise FormatError(f"{path}: no such file. Check the path.") from None
+        raise FormatError(f"{path}: no such file. {missing}") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not readable as JSON ({error}). Write the file again, or fetch it anew.") from None
     return value

@@ -37,6 +37,7 @@ from .tables import (
 
 FORMAT, VERSION = "sodaprof.profile", 1
 FORECAST_SOURCES = 4  # at most
+MAKE = "Make the profile: sodaprof profile MODEL -o DIR"
 
 
 class Manifest(Record, frozen=True):
@@ -78,12 +79,7 @@ class Inspection:
         folder), broken, or of another number of steps.
         """
         path = self.folder / "solver.json"
-        if not path.exists():
-            raise FormatError(
-                f"{path}: no such file; the folder was written before sodaprof recorded the sampler's own update. Profile "
-                f"again: sodaprof profile MODEL -o {self.folder} --force"
-            )
-        data = read_json(path)
+        data = read_json(path, profile_again(self.folder))
         if isinstance(data, dict) and "refused" in data:
             content = header(data, SOLVER, SOLVER_VERSION, str(path))
             raise UnsupportedModelError(decode(content, Refused, str(path), profile_again(self.folder)).refused)
@@ -197,14 +193,10 @@ def load_inspection(folder: str | Path) -> Inspection:
     """Returns what `sodaprof inspect -o` (or `profile`) wrote to `folder`; FormatError if it is broken."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder. Make it: sodaprof profile MODEL -o {folder}")
+        raise FormatError(f"{folder}: no such folder. {MAKE}")
     model_path, sampler_path = folder / "model.json", folder / "sampler.json"
-    if missing := [path for path in (model_path, sampler_path) if not path.exists()]:
-        raise FormatError(
-            f"{missing[0]}: no such file; expected a folder that profile or inspect wrote. Make it: sodaprof profile MODEL -o DIR"
-        )
-    model = model_from_json(read_json(model_path), str(model_path))
-    sampler = sampler_from_json(read_json(sampler_path), str(sampler_path))
+    model = model_from_json(read_json(model_path, MAKE), str(model_path))
+    sampler = sampler_from_json(read_json(sampler_path, MAKE), str(sampler_path))
     return Inspection(folder, model, sampler)
 
 
@@ -212,11 +204,7 @@ def load_profile(folder: str | Path) -> Profile:
     """Returns the profile in `folder`. Raises FormatError if a part is missing, broken, or newer than this release."""
     inspection = load_inspection(folder)
     path = inspection.folder / "manifest.json"
-    if not path.exists():
-        raise FormatError(
-            f"{path}: no such file; the folder holds no sensitivity tables. Measure them: sodaprof profile MODEL -o DIR"
-        )
-    data = read_json(path)
+    data = read_json(path, MAKE)
     again = profile_again(folder)
     tables = decode(header(data, FORMAT, VERSION, str(path)), Manifest, str(path), again).tables
     gram = {"gram"} & set(tables)

@@ -81,8 +81,7 @@ class Structure(Record, frozen=True):
     def tokens(self, site: str) -> int:
         """Returns N of the site: recorded by module, and by site if it has another number. KeyError if not recorded."""
         module, tokens = _module(site), self.fingerprint["tokens"]
-        found: int = tokens[site] if site in tokens else tokens[module]
-        return found
+        return tokens[site if site in tokens else module]
 
     def kind(self, site: str) -> str | None:
         """Returns the kind of the site, one of KINDS; None if the fingerprint does not record it."""
