@@ -199,6 +199,7 @@ def test_a_changed_file_loads_or_is_refused(folder, data):
         loaded = load_schedule(folder / "a.json")
     except (FormatError, IllegalScheduleError):
         return
+    verify(loaded)
     assert loaded == schedule_from_json(json.loads(json.dumps(schedule_to_json(loaded))), "")
     assert loaded.counts().total() + "".join(p.stack for p in loaded.transformers.values()).count("_") > 0
 
@@ -261,6 +262,12 @@ def test_a_missing_key_with_a_default_in_memory_is_refused(schedule, tmp_path):
         del at(data, path[:-1])[path[-1]]
         with pytest.raises(FormatError, match=rf"missing required field `\$\.{'.'.join(path)}`"):
             load_schedule(written(tmp_path / "a.json", data))
+
+
+def test_an_illegal_file_is_refused(schedule, tmp_path):
+    path = written(tmp_path / "a.json", changed(schedule, (*PLAN, "rows", ATTN0), "CRRCFR"))
+    with pytest.raises(IllegalScheduleError, match="0 P cells and 1 values of k"):
+        load_schedule(path)
 
 
 def test_a_newer_version_is_reported_before_its_unknown_keys(schedule, tmp_path):
