@@ -103,7 +103,8 @@ def encode(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Returns a value of a subclass (numpy.float64, TorchVersion) as the JSON type that it is."""
-    for kind in (str, int, float, list, dict):
+    kinds: tuple[Any, ...] = (str, int, float, list, dict)
+    for kind in kinds:
         if isinstance(value, kind):
             return kind(value)
     raise TypeError(f"{type(value).__name__} is not a JSON value")
