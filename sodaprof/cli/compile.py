@@ -89,7 +89,9 @@ def compile_(
             )
         schedule = _mix(console, fit, folder, budget or "2.0x", cost, most)
     else:
-        schedule = _fitted(console, fit, folder, budget, policy, cost, knobs, most, update or POLICIES[policy].fits_update)
+        schedule = _fitted(
+            console, fit, folder, budget, policy, cost, knobs, most, update or POLICIES[policy].fits_update
+        )
     _write(console, policy, schedule, output, force)
 
 

@@ -46,7 +46,7 @@ def compile_schedule(
     source = load_profile(folder) if (folder / "manifest.json").exists() else load_inspection(folder)
     name, chosen = _policy(policy, source)
     problem = _problem(source, chosen, budget, cost, updated)
-    settings = read_knobs(name, chosen.knobs, knobs or {})
+    settings: Any = read_knobs(name, chosen.knobs, knobs or {})
     schedule = chosen.compile(problem, settings)
     if max_cache is not None:
         depth = "" if chosen.depth in (knobs or {}) else chosen.depth

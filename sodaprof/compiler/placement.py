@@ -183,8 +183,8 @@ def place_forecasts(
     every = [dict(zip(options, some, strict=True)) for some in product(*options.values())]
     if not every:
         raise BudgetError(
-            f"No full steps at most {problem.longest} apart have forecasts that the tables have products for. Profile again with a "
-            "larger --max-interval: sodaprof profile MODEL -o DIR"
+            f"No full steps at most {problem.longest} apart have forecasts that the tables have products for. Profile again "
+            "with a larger --max-interval: sodaprof profile MODEL -o DIR"
         )
     affordable = [some for some in every if problem.meets(rule.whole_steps(some))]
     if not affordable:

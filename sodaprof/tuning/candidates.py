@@ -1,7 +1,7 @@
 """Policy `mix`: schedules of every action under one budget, measured on the model; the one nearest to the full run is taken.
 
-Steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda), with a fitted update and
-without: which of them a model and a budget favour is not in any table, so each candidate's own trajectory decides.
+Steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda), with a fitted
+update and without: which of them a model and a budget favour is not in any table, so each candidate's own trajectory decides.
 """
 
 from __future__ import annotations

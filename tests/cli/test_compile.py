@@ -8,12 +8,12 @@ import shutil
 import pytest
 
 import sodaprof
+from sodaprof.compiler.fit import Stepper
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.schedule import load_schedule
 from sodaprof.pipelines.load import load_pipeline
-from sodaprof.tuning.closed_loop import Stepper
 from tests.tiny_pipelines import tiny_pipe
 
 STEPS, SAMPLES = 8, 4

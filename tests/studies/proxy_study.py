@@ -108,11 +108,11 @@ def simulator(span: Span, family: str) -> Predict:
     """Returns the relative error of the last state with full steps somewhere, within the span of the profile's vectors.
 
     updates: the open-loop fit's own. reuse: the newest guided output held, forecasts: it and the one before weighed as
-    policy `fit` weighs sites, under the sampler's own coefficients.
+    policy `forecast` weighs sites, under the sampler's own coefficients.
     """
     if family == "updates":
         return lambda anchors: fit_open_loop(span, anchors, MAX_HISTORY)[1]
-    recorded = np.stack([span.output(step) for step in range(span.steps)])
+    recorded = np.stack([span.full_output(step) for step in range(span.steps)])
     products = (recorded @ span.products @ recorded.T)[None]
     history, weigh = (1 if family == "reuse" else 2), ridge(1e-4)
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import sodaprof
+from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import ridge, segment_costs
 from sodaprof.compiler.placement import place_with_history
 from sodaprof.compiler.problem import draw_jumps, draw_schedule
 from sodaprof.formats.sampler import MAX_HISTORY
-from sodaprof.pipelines.replay import Replay, Stepper
+from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.tuning.closed_loop import fidelity_db, fit_update, play, played
 from tests.studies import proxy_study, proxy_truth
 from tests.studies.proxy_page import BEGIN, END, fill, tables
@@ -122,11 +123,11 @@ def test_shared_beginnings_change_no_distance(profile, replays):
     assert list(found) == sorted(every)
     for columns in every:
         schedule = draw_schedule(profile.model, profile.sampler, anchors_of(columns), {})
-        stepper = Stepper(held_out, own.history)
         with played(held_out, schedule) as clock:
+            stepper = Stepper(ReplaySpace(held_out, clock), own.history)
             at = stepper.start()
             for step in range(STEPS):
-                at = stepper.moved(stepper.computed(at, step, clock), step, own.coefficients[step])
+                at = stepper.moved(stepper.computed(at, step), step, own.coefficients[step])
         np.testing.assert_allclose(found[columns], fidelity_db(at.x, held_out), atol=1e-4)
     for columns, distances in proxy_truth.refitted(calibration, held_out, every):
         jumps = draw_jumps(profile.model, profile.sampler, anchors_of(columns))
