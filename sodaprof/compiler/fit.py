@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -19,15 +19,7 @@ from ..formats.sampler import RIDGE, OwnUpdate, own_weights, ridge_solve, rounde
 Row = tuple[float, ...]  # coefficients of a step: of the state, then of the outputs, newest first
 
 
-class Vector(Protocol):
-    """An array or a tensor."""
-
-    def __add__(self, other: Any, /) -> Any: ...
-    def __sub__(self, other: Any, /) -> Any: ...
-    def __rmul__(self, other: Any, /) -> Any: ...
-
-
-V = TypeVar("V", bound=Vector)
+V = TypeVar("V", bound=Any)  # an array or a tensor
 
 
 class StateSpace(ABC, Generic[V]):
@@ -62,7 +54,7 @@ class StateSpace(ABC, Generic[V]):
     def noise(self, step: int) -> V:
         """Returns what the scheduler's own noise added to the full run at a step; zeros if it draws none."""
         if not self.own.noise[step]:
-            return 0.0 * self.state(step)
+            return 0.0 * self.state(step)  # type: ignore[return-value]
         row = self.own.coefficients[step]
         outputs = [self.full_output(step - j) for j in range(min(step + 1, self.own.history))]
         moved = row[0] * self.state(step) + sum(c * v for c, v in zip(row[1:], outputs, strict=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -14,24 +14,20 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Values:
-    """What a knob means and the values that it takes."""
+    """What a knob means, and the values that it takes: of a kind, and one of several or a number from `least` to `most`."""
 
     help: str
     kind: type
-    one_of: tuple[Any, ...] = ()
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
+    one_of: tuple[Any, ...]
+    least: float
+    most: float
 
-    def expected(self) -> str:
-        """Returns the values in words; "" if the kind alone restricts them."""
+    def __str__(self) -> str:
         if self.one_of:
             return f"one of {', '.join(map(str, self.one_of))}"
-        if self.above > -math.inf:
-            return f"a number above {self.above:g}"
-        if self.most < math.inf:
-            return f"{self.least:g} to {self.most:g}"
-        return f"at least {self.least:g}" if self.least > -math.inf else ""
+        if self.least == -math.inf:
+            return self.kind.__name__
+        return f"at least {self.least:g}" if self.most == math.inf else f"{self.least:g} to {self.most:g}"
 
     def read(self, name: str, given: Any) -> Any:
         """Returns the given text or value in the knob's kind; BudgetError if it is none of the knob's values."""
@@ -41,10 +37,8 @@ class Values:
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             raise BudgetError(f"Knob {name} is {given!r}; expected {self.kind.__name__}.") from None
-        allowed = value in self.one_of if self.one_of else True
-        if not allowed or (self.kind is not str and not (self.least <= value <= self.most and value > self.above)):
-            shown = repr(value) if self.kind is str else f"{value:g}"
-            raise BudgetError(f"Knob {name} is {shown}; expected {self.expected()}.")
+        if value not in self.one_of if self.one_of else self.kind is not str and not self.least <= value <= self.most:
+            raise BudgetError(f"Knob {name} is {value if self.kind is not str else repr(value)}; expected {self}.")
         return value
 
 
@@ -53,13 +47,12 @@ def knob(
     help: str,
     *,
     kind: type | None = None,
-    one_of: Sequence[Any] = (),
+    one_of: Iterable[Any] = (),
     least: float = -math.inf,
     most: float = math.inf,
-    above: float = -math.inf,
 ) -> Any:
     """Returns a field of a knobs dataclass. kind: of a knob whose default is None, which the policy fills in."""
-    values = Values(help, kind or type(default), tuple(one_of), least, most, above)
+    values = Values(help, kind or type(default), tuple(one_of), least, most)
     return field(default=default, metadata={"values": values})
 
 

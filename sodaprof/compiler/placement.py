@@ -18,35 +18,50 @@ from .problem import Problem, WholeSteps, draw_forecasts, draw_skips
 Placements = dict[int, tuple[list[int], float]]  # number of full steps -> the best placement and its error
 
 
-def place_anchors(segment: np.ndarray, most: int | None = None) -> Placements:
-    """Returns for every possible number of full steps the best placement and its error: {count: (anchors, error)}.
+def place_full_steps(segment: np.ndarray, most: int | None = None) -> Placements:
+    """Returns for every possible number of full steps the best placement and its error: {count: (full steps, error)}.
 
-    segment [T, n_max + 1]: error of a full step t whose outputs serve the n − 1 steps after it (n = 1: none); entries with
-    t + n > T are ignored. Step 0 is full, the last segment runs to the end. Exact, O(most · T · n_max):
+    segment [T, n_max + 1]: error of a full step t and the n − 1 steps after it, which its outputs serve (n = 1: none); with
+    further axes before the last one for the gaps to the full steps before t, as `forecasts.segment_costs` has them. Entries with
+    t + n > T are ignored. Step 0 is full, the last segment runs to the end. Exact: the state is the newest full step and the
+    gaps to those before it, O(most · T · n_max^history):
 
-        dp[t][i + 1] = min over n of segment[t, n] + dp[t + n][i]
+        dp[t + n, n, g_1, …][i + 1] = min over the oldest gap of segment[t, g_1, …, n] + dp[t, g_1, …][i]
     """
-    steps, longest = len(segment), segment.shape[1] - 1
-    most = steps if most is None else min(most, steps)
-    best = np.full((most + 1, steps + 1), np.inf)
-    best[0, steps] = 0.0
-    choice = np.zeros((most + 1, steps), dtype=int)
+    steps, longest = len(segment), segment.shape[-1] - 1
+    if segment.ndim == 2:  # the gap before makes no difference
+        segment = np.broadcast_to(segment[:, None], (steps, longest + 1, longest + 1))
+    most, inner = steps if most is None else min(most, steps), segment.shape[1:-1]
+    best = np.full((steps, *inner), np.inf)
+    best[(0, *[0] * len(inner))] = 0.0
+    found: Placements = {}
+    oldest = np.zeros((most + 1, steps, *inner), dtype=np.int16)  # the oldest gap of a state's best predecessor
+    costs = np.ascontiguousarray(np.moveaxis(segment, -1, 0))
     for count in range(1, most + 1):
-        for n in range(1, longest + 1):
-            starts = np.arange(steps - n + 1)
-            cost = segment[starts, n] + best[count - 1, starts + n]
-            better = cost < best[count, starts]
-            best[count, starts[better]] = cost[better]
-            choice[count, starts[better]] = n
-    found = {}
-    for count in range(1, most + 1):
-        if np.isfinite(best[count, 0]):
-            anchors, step = [], 0
-            for left in range(count, 0, -1):
-                anchors.append(step)
-                step += int(choice[left, step])
-            found[count] = (anchors, float(best[count, 0]))
+        lengths = [n for n in range(1, longest + 1) if n <= steps]
+        ends = [best[steps - n] + costs[n, steps - n] for n in lengths]
+        last = min(range(len(ends)), key=lambda i: float(ends[i].min()))
+        if np.isfinite(ends[last].min()):
+            state = (steps - lengths[last], *map(int, np.unravel_index(ends[last].argmin(), inner)))
+            found[count] = _path_to(state, oldest, count), float(ends[last].min())
+        following = np.full(best.shape, np.inf)
+        for n in lengths:
+            value = best[: steps - n] + costs[n, : steps - n]
+            dropped = value.argmin(axis=-1)
+            following[n:, n] = np.take_along_axis(value, dropped[..., None], axis=-1)[..., 0]
+            oldest[count + 1 : count + 2, n:, n] = dropped
+        best = following
     return found
+
+
+def _path_to(state: tuple[int, ...], oldest: np.ndarray, count: int) -> list[int]:
+    """Returns the full steps that lead to a state [a, g_1, …] of `count` full steps."""
+    anchors = [state[0]]
+    for number in range(count, 1, -1):
+        anchor, newest, *others = state
+        state = (anchor - newest, *others, int(oldest[(number, *state)]))
+        anchors.append(state[0])
+    return anchors[::-1]
 
 
 def place_in_turns(turns: Sequence[range], place: Callable[[range], Placements]) -> Placements:
@@ -83,48 +98,6 @@ def ages_since(anchors: list[int], steps: int) -> np.ndarray:
     is_anchor[anchors] = True
     last = np.maximum.accumulate(np.where(is_anchor, np.arange(steps), 0))
     return np.arange(steps) - last
-
-
-def place_with_history(segment: np.ndarray, most: int | None = None) -> Placements:
-    """Returns `place_anchors` if an interval's error also depends on the full steps before it.
-
-    segment: see `forecasts.segment_costs`. Exact: the state is the newest full step and the gaps to those before it,
-    O(most · T · longest^history).
-    """
-    steps, longest, inner = len(segment), segment.shape[-1] - 1, segment.shape[1:-1]
-    most = steps if most is None else min(most, steps)
-    if not inner:
-        return place_anchors(segment, most)
-    best = np.full((steps, *inner), np.inf)
-    best[(0, *[0] * len(inner))] = 0.0
-    found: Placements = {}
-    oldest = np.zeros((most + 1, steps, *inner), dtype=np.int16)  # the oldest gap of a state's best predecessor
-    costs = np.ascontiguousarray(np.moveaxis(segment, -1, 0))
-    for count in range(1, most + 1):
-        lengths = [n for n in range(1, longest + 1) if n <= steps]
-        ends = [best[steps - n] + costs[n, steps - n] for n in lengths]
-        last = min(range(len(ends)), key=lambda i: float(ends[i].min()))
-        if np.isfinite(ends[last].min()):
-            state = (steps - lengths[last], *map(int, np.unravel_index(ends[last].argmin(), inner)))
-            found[count] = _path_to(state, oldest, count), float(ends[last].min())
-        following = np.full(best.shape, np.inf)
-        for n in lengths:
-            value = best[: steps - n] + costs[n, : steps - n]
-            dropped = value.argmin(axis=-1)
-            following[n:, n] = np.take_along_axis(value, dropped[..., None], axis=-1)[..., 0]
-            oldest[count + 1 : count + 2, n:, n] = dropped
-        best = following
-    return found
-
-
-def _path_to(state: tuple[int, ...], oldest: np.ndarray, count: int) -> list[int]:
-    """Returns the full steps that lead to a state [a, g_1, …] of `count` full steps."""
-    anchors = [state[0]]
-    for number in range(count, 1, -1):
-        anchor, newest, *others = state
-        state = (anchor - newest, *others, int(oldest[(number, *state)]))
-        anchors.append(state[0])
-    return anchors[::-1]
 
 
 @dataclass(frozen=True)
@@ -203,7 +176,7 @@ def _options(problem: Problem, name: str, products: np.ndarray, rule: ForecastRu
 
     def place(turn: range) -> Placements:
         inside, least = slice(turn.start, turn.stop), rule.first + -(-len(turn) // problem.longest)
-        return place_with_history(rule.segments(products[:, inside, inside], problem.longest), max(affordable, least))
+        return place_full_steps(rule.segments(products[:, inside, inside], problem.longest), max(affordable, least))
 
     turns, known = problem.turns[name], ~np.isnan(products).any(axis=0)
     return [rule.placed(turns, anchors, known, error) for anchors, error in place_in_turns(turns, place).values()]

@@ -9,7 +9,7 @@ import pytest
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.forecasts import forecasts_at, sources_of, taylor
-from sodaprof.compiler.policies.magcache import computed, smallest
+from sodaprof.compiler.policies.magcache import full_steps
 from sodaprof.compiler.policies.smoothcache import row_of
 from sodaprof.errors import BudgetError
 from sodaprof.formats.cost import load_cost
@@ -171,17 +171,12 @@ def test_dpcache_extrapolates_the_last_block_from_two_anchors(random_profile, va
 def test_magcache_accumulates_the_change_of_size_since_the_last_computed_step():
     """From size 1: |1 − 0.9| + |1 − 0.8| reaches 0.3 at step 2; from there |1 − 0.7/0.8| stays below."""
     sizes = np.array([1.0, 0.9, 0.8, 0.7, 0.7, 0.7])
-    assert computed(sizes, 0.29, 9, 0.0) == [0, 2, 5]  # 1/8 + 1/8, and the third reaches it
-    assert computed(sizes, 0.31, 9, 0.0) == [0, 3]
-    assert computed(sizes, 0.05, 9, 0.0) == [0, 1, 2, 3]
-    assert computed(sizes, 0.0, 9, 0.0) == [0, 1, 2, 3, 4, 5]
-    assert computed(sizes, 9.0, 2, 0.0) == [0, 3]
-    assert computed(sizes, 9.0, 9, 0.5) == [0, 1, 2]
-
-
-def test_the_smallest_threshold():
-    assert smallest(lambda threshold: threshold >= 0.1234567) == pytest.approx(0.1234567, rel=2e-6)
-    assert smallest(lambda threshold: True) == 0.0
+    assert full_steps(sizes, 0.29, 9, 0.0) == [0, 2, 5]  # 1/8 + 1/8, and the third reaches it
+    assert full_steps(sizes, 0.31, 9, 0.0) == [0, 3]
+    assert full_steps(sizes, 0.05, 9, 0.0) == [0, 1, 2, 3]
+    assert full_steps(sizes, 0.0, 9, 0.0) == [0, 1, 2, 3, 4, 5]
+    assert full_steps(sizes, 9.0, 2, 0.0) == [0, 3]
+    assert full_steps(sizes, 9.0, 9, 0.5) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 2.6])
@@ -189,13 +184,13 @@ def test_magcache_reuses_the_newest_drift(random_profile, values, budget):
     schedule = compile_schedule(random_profile, budget, "magcache")
     plan, knobs = schedule.transformers["t"], schedule.policy["knobs"]
     sizes = np.sqrt((values[:, 1] ** 2).sum(-1).mean(0))
-    anchors = computed(sizes, knobs["threshold"], knobs["skips"], knobs["retain"])
+    anchors = full_steps(sizes, knobs["threshold"], knobs["skips"], knobs["retain"])
     assert plan.anchors() == anchors
     assert speedup(random_profile, schedule) >= budget
     for step, cell in zip([t for t in range(STEPS) if t not in anchors], plan.stack_forecasts, strict=True):
         assert (cell.sources, cell.weights, cell.form) == ((max(a for a in anchors if a < step),), (1.0,), "drift")
     if budget > 1:
-        with pytest.raises(BudgetError, match="Leave it out"):
+        with pytest.raises(BudgetError, match="Leave out --knob threshold"):
             compile_schedule(random_profile, budget, "magcache", knobs=knobs | {"threshold": knobs["threshold"] * 0.99})
 
 
@@ -236,7 +231,7 @@ def test_smoothcache_decides_a_kind_at_a_time(make_profile, random_errors):
         assert speedup(folder, schedule) >= budget
         if budget > 1:
             assert rows["blocks.0.attn1"].count("C") < rows["blocks.0.ff"].count("C")
-            with pytest.raises(BudgetError, match="Leave it out"):
+            with pytest.raises(BudgetError, match="Leave out --knob threshold"):
                 compile_schedule(folder, budget, "smoothcache", knobs={"threshold": threshold * 0.99})
 
 

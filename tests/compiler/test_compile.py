@@ -118,7 +118,7 @@ def test_fora_needs_no_tables(folder):
     schedule = compile_schedule(folder, "2x", "fora")
     assert len(anchors_of(schedule)) == 5
     assert schedule.profile is None
-    with pytest.raises(FormatError, match="sodaprof profile MODEL"):
+    with pytest.raises(BudgetError, match="sodaprof profile MODEL"):
         compile_schedule(folder, "2x", "soda")
 
 
@@ -422,8 +422,8 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(folder, policy, count):
         ("soda", {"scale": math.inf, "uas": "paper"}, "inf; expected"),
         ("soda", {"anchors": 2}, "3 to 5 do"),
         ("soda", {"anchors": 6}, "3 to 5 do"),
-        ("soda", {"anchors": -1}, "3 to 5 do"),
-        ("fora", {"anchors": 6}, "the budget is 2x"),
+        ("soda", {"anchors": -1}, "Knob anchors is -1; expected at least 0"),
+        ("fora", {"anchors": 6}, "6 full steps do not meet a budget of 2x; 1 to 5 do"),
         ("fora", {"anchors": -1}, "anchors"),
         ("fora", {"anchors": 13}, "anchors"),
     ],
@@ -592,7 +592,7 @@ def test_missing_parts(folder, name):
 
 def test_missing_manifest_and_folder(folder, tmp_path):
     (folder / "manifest.json").unlink()
-    with pytest.raises(FormatError, match=r"manifest\.json: no such file"):
+    with pytest.raises(BudgetError, match=r"no manifest\.json. Measure them: sodaprof profile"):
         compile_schedule(folder, 2.0)
     with pytest.raises(FormatError, match="no such folder"):
         compile_schedule(tmp_path / "none", 2.0)

@@ -1,4 +1,4 @@
-"""Forecasts: weights and errors from inner products, anchors for them, the policies fit and drift, what they keep."""
+"""Forecasts: weights and errors from inner products, anchors for them, the policies forecast and drift, what they keep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sodaprof.compiler.forecasts import (
     sources_of,
     taylor,
 )
-from sodaprof.compiler.placement import place_with_history
+from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, UnsupportedModelError
 from sodaprof.formats.cost import load_cost
@@ -168,7 +168,7 @@ def test_anchors_are_the_best_of_all(history, band, power):
     values = wandering(2, steps, seed=history)
     weigh = ridge(1e-3)
     price = Prices(values, history, weigh, band, power)
-    found = place_with_history(segment_costs(products(values, band), history, longest, weigh, power))
+    found = place_full_steps(segment_costs(products(values, band), history, longest, weigh, power))
     assert set(found) == set(range(2, steps + 1))
     for count in (2, 3, 4, 5, 8):
         priced = {tuple(a): price(a) for a in placements(steps, count, longest)}
@@ -181,7 +181,7 @@ def test_anchors_are_the_best_of_all(history, band, power):
 
 def test_at_most_so_many_anchors():
     segment = segment_costs(products(wandering(1, 10)), 2, 4, ridge(1e-4))
-    few, all_ = place_with_history(segment, 4), place_with_history(segment)
+    few, all_ = place_full_steps(segment, 4), place_full_steps(segment)
     assert set(few) == {3, 4}
     assert few == {count: all_[count] for count in few}
 
@@ -206,8 +206,8 @@ def test_the_pair_of_anchors_matters():
     values = wandering(3, 14, seed=4)
     table, weigh = products(values), ridge(1e-4)
     price = Prices(values, 2, weigh, 13)
-    for_reuse = place_with_history(segment_costs(table, 1, 8, weigh))
-    known = place_with_history(segment_costs(table, 2, 8, weigh))
+    for_reuse = place_full_steps(segment_costs(table, 1, 8, weigh))
+    known = place_full_steps(segment_costs(table, 2, 8, weigh))
     assert all(price(known[n][0]) <= price(for_reuse[n][0]) * (1 + 1e-6) for n in range(3, 12))
     assert sum(price(known[n][0]) for n in range(3, 12)) < 0.9 * sum(price(for_reuse[n][0]) for n in range(3, 12))
 
@@ -226,8 +226,8 @@ def values(monkeypatch) -> np.ndarray:
 
 @pytest.mark.parametrize("history", [1, 2, 3, 4])
 @pytest.mark.parametrize("budget", [1.0, 1.3, 2.0, 3.0])
-def test_fit_meets_the_budget_with_the_least_error(random_profile, values, tmp_path, budget, history):
-    schedule = compile_schedule(random_profile, budget, "fit", knobs={"K": history})
+def test_forecast_meets_the_budget_with_the_least_error(random_profile, values, tmp_path, budget, history):
+    schedule = compile_schedule(random_profile, budget, "forecast", knobs={"K": history})
     cost = load_cost(random_profile / "cost.flops.json")
     plan = schedule.transformers["t"]
     anchors = plan.anchors()
@@ -265,7 +265,7 @@ def test_drift_meets_the_budget_with_the_least_error(random_profile, values, for
     assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
 
 
-@pytest.mark.parametrize(("policy", "budget"), [("fit", 1.5), ("drift", 2.0)])
+@pytest.mark.parametrize(("policy", "budget"), [("forecast", 1.5), ("drift", 2.0)])
 def test_first_steps_may_be_computed_in_any_case(random_profile, values, policy, budget):
     free = compile_schedule(random_profile, budget, policy)
     bound = compile_schedule(random_profile, budget, policy, knobs={"first": 4})
@@ -276,7 +276,8 @@ def test_first_steps_may_be_computed_in_any_case(random_profile, values, policy,
 
 def test_more_sources_predict_less_error(random_profile, values):
     errors = [
-        compile_schedule(random_profile, 2, "fit", knobs={"K": k, "anchors": 5}).predicted["error"] for k in (1, 2, 3)
+        compile_schedule(random_profile, 2, "forecast", knobs={"K": k, "anchors": 5}).predicted["error"]
+        for k in (1, 2, 3)
     ]
     assert errors[0] > errors[1] > errors[2]
 
@@ -286,29 +287,29 @@ def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, deg
     """But for the first steps, which have fewer anchors behind them."""
     made = polynomial(degree, SITES, STEPS)
     known_products(monkeypatch, {"t": products(made)})
-    schedule = compile_schedule(random_profile, 2.0, "fit", knobs={"K": degree + 1, "ridge": 1e-12})
+    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree + 1, "ridge": 1e-12})
     assert schedule.anchors()[: degree + 1] == tuple(range(degree + 1))
     assert len(schedule.anchors()) < STEPS - 4
     assert schedule.predicted["error"] < 1e-6
-    fewer = compile_schedule(random_profile, 2.0, "fit", knobs={"K": degree, "ridge": 1e-12})
+    fewer = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree, "ridge": 1e-12})
     assert fewer.predicted["error"] > 1e3 * schedule.predicted["error"]
 
 
 def test_the_number_of_anchors_may_be_chosen(random_profile, values):
-    schedule = compile_schedule(random_profile, 2.0, "fit", knobs={"anchors": 4})
+    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 4})
     assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
-    with pytest.raises(BudgetError, match="9 anchors do not fit 2x with anchors at most 5 steps apart; 3 to 5 do"):
-        compile_schedule(random_profile, 2.0, "fit", knobs={"anchors": 9})
+    with pytest.raises(BudgetError, match=r"9 full steps do not meet a budget of 2x; 3 to 5 do\."):
+        compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 9})
 
 
 @pytest.mark.parametrize(
     ("policy", "knobs", "message"),
     [
-        ("fit", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
-        ("fit", {"K": 0}, "Knob K is 0"),
-        ("fit", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
-        ("fit", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
-        ("fit", {"power": -1}, "Knob power is -1"),
+        ("forecast", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
+        ("forecast", {"K": 0}, "Knob K is 0"),
+        ("forecast", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
+        ("forecast", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
+        ("forecast", {"power": -1}, "Knob power is -1"),
         ("drift", {"form": "velocity"}, "expected one of drift, output"),
         ("drift", {"N": 3}, "no knob 'N'"),
     ],
@@ -318,20 +319,20 @@ def test_knobs_that_make_no_sense(random_profile, values, policy, knobs, message
         compile_schedule(random_profile, 2.0, policy, knobs=knobs)
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache"])
 def test_budgets_out_of_reach(random_profile, values, policy):
     """Anchors are at most 5 steps apart, so there are at least 3 of 12."""
     with pytest.raises(BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can"):
         compile_schedule(random_profile, 4.0, policy, knobs={"first": 1} if policy == "dpcache" else {})
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache"])
 def test_a_profile_without_inner_products(random_profile, policy):
     with pytest.raises(FormatError, match=r"Profile again|--no-gram"):
         compile_schedule(random_profile, 2.0, policy)
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache", "smoothcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache", "smoothcache"])
 def test_an_inspection_without_tables(make_profile, random_errors, policy):
     folder = make_profile(random_errors)
     (folder / "manifest.json").unlink()
@@ -352,7 +353,7 @@ def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
     made = wandering(2, 250)
     known_products(monkeypatch, {"t": products(made, 12)}, {"t": {"drift": products(made, 12)[0]}})
     folder = make_profile(errors)
-    for policy, knobs in (("fit", {"K": 2}), ("fit", {"K": 3}), ("drift", {"K": 3})):
+    for policy, knobs in (("forecast", {"K": 2}), ("forecast", {"K": 3}), ("drift", {"K": 3})):
         schedule = compile_schedule(folder, 3.0, policy, knobs=knobs)
         assert schedule.predicted["speedup"] >= 3
         assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", made), rel=1e-5)
@@ -362,7 +363,7 @@ def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
 # ---- transformers that take turns -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache", "taylor", "smoothcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache", "taylor", "smoothcache"])
 def test_each_turn_begins_anew(make_profile, make_model, random_errors, monkeypatch, policy):
     model = make_model(names=("high", "low"))
     calls = {"high": tuple(range(5)), "low": tuple(range(5, STEPS))}
@@ -407,12 +408,13 @@ def most_kept(schedule: Schedule) -> int:
 
 
 @pytest.mark.parametrize(
-    ("policy", "knobs"), [("fit", {"K": 1}), ("fit", {"K": 2}), ("fit", {"K": 4}), ("drift", {"K": 3}), ("dpcache", {})]
+    ("policy", "knobs"),
+    [("forecast", {"K": 1}), ("forecast", {"K": 4}), ("drift", {"K": 3}), ("dpcache", {})],
 )
 def test_cache_bytes_count_the_outputs_that_are_alive(random_profile, values, policy, knobs):
     schedule = compile_schedule(random_profile, 2.0, policy, knobs=knobs)
     assert schedule.predicted["cache_bytes"] == most_kept(schedule)
-    if policy == "fit":
+    if policy == "forecast":
         assert most_kept(schedule) == SITES * knobs["K"] * 1024
 
 
@@ -429,17 +431,17 @@ def test_cache_bytes_count_reuse_and_forecasts_of_one_site(schedule, make_model)
 
 
 def test_a_bound_on_what_is_kept(random_profile, values):
-    three = compile_schedule(random_profile, 2.0, "fit", knobs={"K": 3}, max_cache=SITES * 3 * 1024)
+    three = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": 3}, max_cache=SITES * 3 * 1024)
     assert three.policy["knobs"]["K"] == 3
-    free = compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 2 * 1024)
-    assert free == compile_schedule(random_profile, 2.0, "fit")
-    one = compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 2 * 1024 - 1)
+    free = compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 2 * 1024)
+    assert free == compile_schedule(random_profile, 2.0, "forecast")
+    one = compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 2 * 1024 - 1)
     assert one.policy["knobs"]["K"] == 1
     assert one.predicted["cache_bytes"] == SITES * 1024
     with pytest.raises(BudgetError, match=r"take 4,096 bytes, at most 4,095 are allowed \(--max-cache\)"):
-        compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 1024 - 1)
+        compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 1024 - 1)
     with pytest.raises(BudgetError, match="take 8,192 bytes"):
-        compile_schedule(random_profile, 2.0, "fit", knobs={"K": 2}, max_cache=SITES * 2 * 1024 - 1)
+        compile_schedule(random_profile, 2.0, "forecast", knobs={"K": 2}, max_cache=SITES * 2 * 1024 - 1)
     order = compile_schedule(random_profile, 2.0, "taylor", knobs={}, max_cache=SITES * 2 * 1024)
     assert order.policy["knobs"]["order"] == 1
     with pytest.raises(BudgetError, match="--max-cache"):
@@ -447,4 +449,4 @@ def test_a_bound_on_what_is_kept(random_profile, values):
 
 
 def test_the_reference_of_a_profile_is_kept(random_profile, values):
-    assert compile_schedule(random_profile, 2.0, "fit").profile == load_profile(random_profile).reference()
+    assert compile_schedule(random_profile, 2.0, "forecast").profile == load_profile(random_profile).reference()

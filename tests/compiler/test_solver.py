@@ -9,7 +9,7 @@ import pytest
 
 from sodaprof.compiler import compile_schedule, default_policy
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
-from sodaprof.compiler.placement import place_with_history
+from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.policies import solver
 from sodaprof.compiler.policies.solver import polished
 from sodaprof.errors import FormatError
@@ -103,7 +103,7 @@ def test_anchors_are_those_of_brute_force():
         gaps = [0, *(b - a for a, b in pairwise(anchors))]
         return sum(missed[a, g, e - a] for a, g, e in zip(anchors, gaps, ends, strict=True))
 
-    placed = place_with_history(missed)
+    placed = place_full_steps(missed)
     for count in range(1, 10):
         wanted = min(cost((0, *rest)) for rest in combinations(range(1, 9), count - 1))
         assert placed[count][1] == pytest.approx(wanted, rel=1e-9, abs=1e-15)

@@ -12,15 +12,17 @@ from typing import Any
 import pytest
 
 from sodaprof import load_schedule
-from sodaprof.compiler.policies.toca import FAMILIES, compile_duca, compile_toca
-from sodaprof.compiler.policies.toca_steps import RATIOS
+from sodaprof.compiler.knobs import read_knobs
+from sodaprof.compiler.policies import POLICIES
+from sodaprof.compiler.policies.toca import FAMILIES, RATIOS, ToCaKnobs, compile_toca
+from sodaprof.compiler.problem import Problem
 from sodaprof.errors import BudgetError, MismatchError, UnsupportedModelError
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Plan, Schedule
 from sodaprof.formats.sites import Model, Site, Transformer
 
 LAYERS, WIDTH = 28, 1152
-COMPILE = {"toca": compile_toca, "duca": compile_duca}
+COMPILE = ("toca", "duca")
 STACKS = {"PixArtTransformer2DModel": ("transformer_blocks",), "STDiT3": ("spatial_blocks", "temporal_blocks")}
 MODULES = {
     "PixArtTransformer2DModel": (("attn1", "attn"), ("attn2", "cross_attn"), ("ff", "mlp")),
@@ -85,7 +87,8 @@ def draw(make_sampler, make_cost) -> Callable[..., Schedule]:
     """A function (policy, model, steps, budget, **knobs) -> a legal schedule."""
 
     def make(policy: str, model: Model, steps: int, budget: float = 0, **knobs: Any) -> Schedule:
-        schedule = COMPILE[policy](model, make_sampler(steps), None, make_cost(model), budget, knobs)
+        chosen, problem = POLICIES[policy], Problem(model, make_sampler(steps), make_cost(model), budget)
+        schedule = chosen.compile(problem, read_knobs(policy, chosen.knobs, knobs))
         verify(schedule)
         return schedule
 
@@ -382,7 +385,7 @@ def test_knobs_of_the_token_rule(dit, pixart, opensora, draw):
 @pytest.mark.parametrize("form", ["none", "passes"])
 def test_nothing_is_shared_where_no_batch_holds_both_halves(pixart, make_sampler, make_cost, form):
     sampler = replace(make_sampler(20), guidance_form=form)
-    schedule = compile_toca(pixart, sampler, None, make_cost(pixart), 0, {})
+    schedule = compile_toca(Problem(pixart, sampler, make_cost(pixart), 0), ToCaKnobs())
     assert not schedule.token_rule.share_halves
 
 
@@ -510,9 +513,8 @@ def test_a_budget_holds_the_given_ratio_to_it(dit, draw):
 
 
 def test_a_cost_table_of_another_model(dit, make_sampler, make_cost):
-    for budget in (0, 2.0):
-        with pytest.raises(MismatchError):
-            compile_toca(dit(), make_sampler(50), None, make_cost(dit(layers=4)), budget, {})
+    with pytest.raises(MismatchError):
+        Problem(dit(), make_sampler(50), make_cost(dit(layers=4)), 2.0)
 
 
 # ---- files and refusals -----------------------------------------------------------------------------------------------
@@ -557,7 +559,7 @@ def test_a_schedule_of_ratios_brings_its_own_period(dit, draw):
         ({"once_per_step": 2}, "once_per_step is 2; expected one of 0, 1"),
         ({"score": "loud"}, "'loud'; expected one of feature_mean"),
         ({"ratio": "fast"}, "'fast'; expected one of ddim50"),
-        ({"ratio": ""}, "expected one of ddim50"),
+        ({"ratio": ""}, "''; expected one of ddim50"),
         ({"k": 3}, "no knob 'k'; it has N, R, score"),
     ],
     ids=str,

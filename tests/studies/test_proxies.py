@@ -8,7 +8,7 @@ import pytest
 import sodaprof
 from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import ridge, segment_costs
-from sodaprof.compiler.placement import place_with_history
+from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.problem import draw_jumps, draw_schedule
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.pipelines.replay import Replay, ReplaySpace
@@ -165,7 +165,7 @@ def test_the_sum_over_intervals_is_what_the_dynamic_program_minimises(profile):
     products = next(iter(profile.site_products().values()))
     for history in (1, 2, 3):
         segment = segment_costs(products, history, LONGEST, ridge(1e-4), 2.0)
-        anchors, cost = place_with_history(segment, FULL)[FULL]
+        anchors, cost = place_full_steps(segment, FULL)[FULL]
         assert summed(segment, anchors) == pytest.approx(cost)
         others = [summed(segment, anchors_of(columns)) for columns in random_columns(STEPS, FULL, LONGEST, 30)]
         assert min(others) >= cost * (1 - 1e-9)

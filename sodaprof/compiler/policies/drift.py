@@ -21,7 +21,7 @@ class DriftKnobs:
     form: str = knob(
         "drift", "drift: what the stack adds to its input; output: of its last block", one_of=("drift", "output")
     )
-    ridge: float = knob(1e-4, "pull of the weights towards reuse, in units of the sources' energy", above=0)
+    ridge: float = knob(1e-4, "pull of the weights towards reuse, in units of the sources' energy; above 0")
     power: float = knob(2.0, "power of an error, summed over the steps", least=0)
     metric: str = knob("l2", "l2: relative to the size of what is forecast; absolute", one_of=METRICS)
     first: int = knob(1, "full steps at the beginning", least=1)

@@ -12,7 +12,7 @@ from ...formats.cost import TransformerCost
 from ...formats.schedule import Schedule
 from ...formats.sites import Site
 from ..knobs import knob
-from ..placement import Placements, ages_since, place_anchors, place_in_turns, reuse_segment_costs
+from ..placement import Placements, ages_since, place_full_steps, place_in_turns, reuse_segment_costs
 from ..problem import Problem, bisect, draw_schedule
 
 UAS = ("priced", "paper", "none")
@@ -68,7 +68,7 @@ def _placements(problem: Problem, knobs: SodaKnobs) -> dict[str, Placements]:
 
     def of_turns(name: str) -> Placements:
         segment = reuse_segment_costs(np.nansum(errors[name], axis=1), last_only=knobs.segment == "endpoint")
-        return place_in_turns(turns[name], lambda turn: place_anchors(segment[turn.start : turn.stop]))
+        return place_in_turns(turns[name], lambda turn: place_full_steps(segment[turn.start : turn.stop]))
 
     return {name: of_turns(name) for name in turns}
 

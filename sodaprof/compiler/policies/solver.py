@@ -13,7 +13,7 @@ from ...formats.sampler import MAX_HISTORY, RIDGE
 from ...formats.schedule import Schedule, Update
 from ..knobs import knob
 from ..open_loop import Span, fit_open_loop, jump_costs
-from ..placement import place_with_history
+from ..placement import place_full_steps
 from ..problem import Problem, draw_jumps
 
 POWERS = (0.75, 1.0, 2.0)  # of the missed lengths
@@ -58,12 +58,12 @@ def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
     """Returns so many full steps, by simulation if there is a response to simulate with."""
     missed = jump_costs(span, span.steps)
     if span.response is None:
-        return place_with_history(missed, count)[count][0]
+        return place_full_steps(missed, count)[count][0]
 
     def simulated(anchors: list[int]) -> float:
         return fit_open_loop(span, anchors, knobs.history, knobs.ridge)[1]
 
-    starts = [place_with_history(missed ** (power / 2), count)[count][0] for power in POWERS]
+    starts = [place_full_steps(missed ** (power / 2), count)[count][0] for power in POWERS]
     tries = int(knobs.polish * min(1, (LONG / span.steps) ** 3))
     return polished(min(starts, key=simulated), span.steps, simulated, tries)
 
