@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ..formats.cost import cost_of, load_cost
 from ..formats.profile import Inspection, Profile, load_inspection, load_profile
 from ..formats.rules import verify
 from ..formats.schedule import Schedule
-from .knobs import read_knobs
+from .knobs import read_knobs, values_of
 from .policies import POLICIES, Policy, current_name
 from .problem import Problem, cache_bytes
 
@@ -47,10 +48,8 @@ def compile_schedule(
     name, chosen = _policy(policy, source)
     problem = _problem(source, chosen, budget, cost, updated)
     settings: Any = read_knobs(name, chosen.knobs, knobs or {})
-    schedule = chosen.compile(problem, settings)
-    if max_cache is not None:
-        depth = "" if chosen.depth in (knobs or {}) else chosen.depth
-        schedule = _within_cache(schedule, max_cache, problem, replace(chosen, depth=depth), settings)
+    schedules = _ever_smaller(problem, chosen, settings, knobs or {})
+    schedule = next(schedules) if max_cache is None else _within_cache(schedules, max_cache, problem)
     verify(schedule)
     return schedule
 
@@ -120,33 +119,34 @@ def _default(source: Inspection) -> tuple[str, str]:
     return "solver", ""
 
 
-def _within_cache(schedule: Schedule, most: int, problem: Problem, policy: Policy, knobs: Any) -> Schedule:
-    """Returns the schedule, or one that keeps fewer outputs, whose caches take at most `most` bytes; BudgetError if none does.
+def _ever_smaller(problem: Problem, policy: Policy, knobs: Any, given: Mapping[str, Any]) -> Iterator[Schedule]:
+    """Yields the policy's schedule, then ones that keep ever fewer outputs.
 
-    An update that is still the sampler's own is first cut to as few outputs as the sampler itself weighs; then the policy's
-    depth is lowered.
+    An update that is still the sampler's own is first cut to as few outputs as the sampler itself weighs; then the knob that
+    says how many outputs are kept is lowered, unless it is given.
     """
+    depth = [name for name, values in values_of(policy.knobs).items() if values.depth and name not in given]
     while True:
-        for one in (schedule, *_shorter_updates(schedule, problem)):
-            if (kept := cache_bytes(one, problem.model)) <= most:
-                return replace(one, predicted=(one.predicted or {}) | {"cache_bytes": kept})
-        if not policy.depth or getattr(knobs, policy.depth) <= 1:
-            raise BudgetError(
-                f"The caches of one generation take {kept:,} bytes, at most {most:,} are allowed (--max-cache). Allow as much, "
-                "or take a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
-            )
-        knobs = replace(knobs, **{policy.depth: getattr(knobs, policy.depth) - 1})
         schedule = policy.compile(problem, knobs)
+        yield schedule
+        if (update := schedule.update) and (own := problem.own_update) and update.fitted["loop"] == "none":
+            for history in range(update.history - 1, own.history - 1, -1):
+                rows = tuple(row[: 1 + history] for row in update.coefficients)
+                yield replace(schedule, update=replace(update, history=history, coefficients=rows))
+        if not depth or getattr(knobs, depth[0]) <= 1:
+            return
+        knobs = replace(knobs, **{depth[0]: getattr(knobs, depth[0]) - 1})
 
 
-def _shorter_updates(schedule: Schedule, problem: Problem) -> list[Schedule]:
-    """Returns the schedule with ever fewer outputs in its update, down to the sampler's own; none if it is fitted already."""
-    update, own = schedule.update, problem.own_update
-    if update is None or own is None or update.fitted["loop"] != "none":
-        return []
-    lengths = range(update.history - 1, own.history - 1, -1)
-    cut = [replace(update, history=n, coefficients=tuple(row[: 1 + n] for row in update.coefficients)) for n in lengths]
-    return [replace(schedule, update=one) for one in cut]
+def _within_cache(schedules: Iterable[Schedule], most: int, problem: Problem) -> Schedule:
+    """Returns the first of the schedules whose caches take at most `most` bytes; BudgetError if none does."""
+    for schedule in schedules:
+        if (kept := cache_bytes(schedule, problem.model)) <= most:
+            return replace(schedule, predicted=(schedule.predicted or {}) | {"cache_bytes": kept})
+    raise BudgetError(
+        f"The caches of one generation take {kept:,} bytes, at most {most:,} are allowed (--max-cache). Allow as much, or take "
+        "a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
+    )
 
 
 def parse_budget(text: str | float) -> float:

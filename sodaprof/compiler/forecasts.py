@@ -169,7 +169,8 @@ def segment_costs(
         for count in range(1, history + 1):
             gaps = _gaps(count - 1, min(longest, anchor))
             sources = anchor - np.concatenate([np.zeros((len(gaps), 1), dtype=int), gaps.cumsum(axis=1)], axis=1)
-            possible = (sources[:, -1] >= 0) & known[anchor, sources[:, -1]]
+            possible = sources[:, -1] >= 0
+            possible[possible] = known[anchor, sources[possible, -1]]
             gaps, sources = gaps[possible], sources[possible]
             found = np.zeros((len(sources), len(targets)))
             for some in np.array_split(products, min(len(products), 1 + len(products) * found.size // AT_ONCE)):

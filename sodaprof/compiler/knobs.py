@@ -14,13 +14,17 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Values:
-    """What a knob means, and the values that it takes: of a kind, and one of several or a number from `least` to `most`."""
+    """What a knob means, and the values that it takes: of a kind, and one of several or a number from `least` to `most`.
+
+    depth: it says how many outputs are kept, down to 1.
+    """
 
     help: str
     kind: type
     one_of: tuple[Any, ...]
     least: float
     most: float
+    depth: bool
 
     def __str__(self) -> str:
         if self.one_of:
@@ -50,9 +54,10 @@ def knob(
     one_of: Iterable[Any] = (),
     least: float = -math.inf,
     most: float = math.inf,
+    depth: bool = False,
 ) -> Any:
     """Returns a field of a knobs dataclass. kind: of a knob whose default is None, which the policy fills in."""
-    values = Values(help, kind or type(default), tuple(one_of), least, most)
+    values = Values(help, kind or type(default), tuple(one_of), least, most, depth)
     return field(default=default, metadata={"values": values})
 
 

@@ -67,19 +67,18 @@ class Problem:
 
         Raises UnsupportedModelError unless exactly one transformer is called at each step.
         """
-        past = {name: transformer.past(self.sampler.steps) for name, transformer in self.model.transformers.items()}
+        steps = self.sampler.steps
+        past = {name: transformer.past(steps) for name, transformer in self.model.transformers.items()}
         if any(sum(p >= 0 for p in column) != 1 for column in zip(*past.values(), strict=True)):
             raise UnsupportedModelError(
                 f"{self.model.name} has several transformers ({', '.join(self.model.transformers)}) that do not take turns; "
                 "policies need one that is called at each step."
             )
-        turns: dict[str, list[range]] = {name: [] for name in past}
+        turns = {}
         for name, ages in past.items():
-            for step, age in enumerate(ages):
-                if age == 0:
-                    turns[name].append(range(step, step))
-                if age >= 0:
-                    turns[name][-1] = range(turns[name][-1].start, step + 1)
+            starts = [t for t, age in enumerate(ages) if age == 0]
+            stops = [t for t in range(1, steps + 1) if ages[t - 1] >= 0 and (t == steps or ages[t] <= 0)]
+            turns[name] = [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
         return turns
 
     @property
@@ -87,8 +86,6 @@ class Problem:
         """The longest interval between full steps that the profile measured."""
         assert self.profile is not None  # a policy without tables is not restricted by them
         return self.profile.max_age + 1
-
-    # ---- costs --------------------------------------------------------------------------------------------------------
 
     def whole_steps(self, full: Mapping[str, int], action: str, sources: int = 0) -> WholeSteps:
         """Returns so many full steps of each transformer and the action at all its other steps."""
@@ -100,11 +97,11 @@ class Problem:
         cost = cost or self.cost
         if isinstance(loop, Schedule):
             return cost.schedule(self._with_update(loop))
-        spent = self.sampler.steps * cost.loop_step(self.own_update is not None)
-        for name, steps in loop.items():
-            table = cost.transformers[name]
-            spent += sum(step_cost(table, *column) * count for column, count in steps.items())
-        return spent
+        return self.sampler.steps * cost.loop_step(self.own_update is not None) + sum(
+            step_cost(cost.transformers[name], *column) * count
+            for name, steps in loop.items()
+            for column, count in steps.items()
+        )
 
     def full_cost(self, cost: CostModel | None = None) -> float:
         """Returns the cost of the loop with every step full, under the scheduler's own step."""
@@ -122,8 +119,6 @@ class Problem:
 
     def meets(self, loop: Loop) -> bool:
         return within(self.cost_of(loop), self.allowed)
-
-    # ---- the budget search --------------------------------------------------------------------------------------------
 
     def cheapest_that_meets(
         self, draw: Callable[[float], Loop], low: float, high: float, absolute: float = 0.0, relative: float = 0.0
@@ -189,8 +184,6 @@ class Problem:
             f" FLOPs alone would allow it: on this device a step that reuses everything takes {' or '.join(shares)}, scheduler "
             "and guidance included."
         )
-
-    # ---- the schedule -------------------------------------------------------------------------------------------------
 
     def signed(self, schedule: Schedule, policy: str, knobs: Any, error: float | None) -> Schedule:
         """Returns the schedule with its policy, knobs, profile and predictions, and an update if one is to be fitted."""

@@ -199,10 +199,9 @@ def test_a_compiled_schedule_survives_its_file(folder, tmp_path, policy):
 # ---- soda: the anchors ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", [1.2, 2.0, 3.0])
-def test_anchors_are_the_best_of_all_subsets(make_profile, seed, budget):
-    errors = np.random.default_rng(seed).random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64)
+def test_full_steps_are_the_best_of_all_placements(make_profile, budget):
+    errors = np.random.default_rng(0).random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64)
     schedule = compile_schedule(make_profile(errors), budget, knobs={"uas": "none"})
     most = max(n for n in range(1, STEPS + 1) if spent(n) <= 4104 / budget)
     every = [a for n in range(1, most + 1) for a in subsets(n)]
@@ -380,10 +379,9 @@ def test_a_perfect_profile_needs_no_prunes(make_profile):
 
 
 @pytest.mark.parametrize("budget", ["0", "-1x", "abc", "nan", "inf", "", "x", "0.5x", "2.0y", "2,0x", 0, -1.0])
-@pytest.mark.parametrize("policy", ["soda", "fora"])
-def test_budgets_that_make_no_sense(folder, budget, policy):
+def test_wrong_budgets(budget):
     with pytest.raises(BudgetError, match=r"at least 1, as in --budget 2\.0x"):
-        compile_schedule(folder, budget, policy)
+        parse_budget(budget)
 
 
 @pytest.mark.parametrize("text", ["2", "2.0", "2x", " 2.0x ", "2X", 2, 2.0])
@@ -412,14 +410,6 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(folder, policy, count):
         ("soda", {"uas": "loud"}, "'loud'; expected one of priced, paper, none"),
         ("soda", {"segment": "mean"}, "'mean'; expected one of sum, endpoint"),
         ("soda", {"metric": "l3"}, "'l3'; expected one of cos, l1, l2"),
-        ("soda", {"anchors": "many"}, "'many'; expected int"),
-        ("soda", {"anchors": None}, "None; expected int"),
-        ("soda", {"anchors": math.inf}, "inf; expected int"),
-        ("soda", {"anchors": 2.5}, "2.5; expected int"),
-        ("soda", {"scale": "much"}, "'much'; expected float"),
-        ("soda", {"scale": []}, "expected float"),
-        ("soda", {"scale": "nan"}, "'nan'; expected"),
-        ("soda", {"scale": math.inf, "uas": "paper"}, "inf; expected"),
         ("soda", {"anchors": 2}, "3 to 5 do"),
         ("soda", {"anchors": 6}, "3 to 5 do"),
         ("soda", {"anchors": -1}, "Knob anchors is -1; expected at least 0"),

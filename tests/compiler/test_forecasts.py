@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.forecasts import (
@@ -27,7 +30,15 @@ from sodaprof.formats.profile import load_profile
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Schedule, Update, load_schedule
 from sodaprof.runtime.hooks.sites import last_uses
-from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
+from tests.compiler.trajectories import (
+    error_in,
+    error_of,
+    known_products,
+    polynomial,
+    products,
+    segment_error,
+    wandering,
+)
 
 STEPS, SITES, LONGEST = 12, 4, 5  # of `random_profile`
 EXACT = ridge(1e-12)
@@ -159,27 +170,26 @@ class Prices:
         return self.cells[step, sources]
 
 
-@pytest.mark.parametrize("power", [1.0, 2.5])
-@pytest.mark.parametrize("band", [4, 9])
-@pytest.mark.parametrize("history", [1, 2, 3, 4])
-def test_anchors_are_the_best_of_all(history, band, power):
-    """Against every placement, each priced from the vectors; with a band, old sources drop out of the far forecasts."""
-    steps, longest = 10, 5
-    values = wandering(2, steps, seed=history)
-    weigh = ridge(1e-3)
-    price = Prices(values, history, weigh, band, power)
-    found = place_full_steps(segment_costs(products(values, band), history, longest, weigh, power))
-    assert set(found) == set(range(2, steps + 1))
-    for count in (2, 3, 4, 5, 8):
-        priced = {tuple(a): price(a) for a in placements(steps, count, longest)}
-        best = min(priced, key=lambda anchors: priced[anchors])
-        anchors, error = found[count]
-        assert error == pytest.approx(priced[best], rel=1e-6)
-        assert priced[tuple(anchors)] == pytest.approx(priced[best], rel=1e-6)
-    assert found[steps] == (list(range(steps)), 0.0)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([4, 9]),
+    st.sampled_from([1.0, 2.5]),
+    st.sets(st.integers(1, 9)),
+    st.integers(0, 3),
+)
+@settings(derandomize=True, max_examples=60, deadline=None)
+def test_segments_are_the_errors_of_the_vectors(history, band, power, others, seed):
+    """Of any full steps; with a band, old sources drop out of the far forecasts. What is not known is refused."""
+    anchors, longest, values = [0, *sorted(others)], 6, wandering(2, 10, seed)
+    segment = segment_costs(products(values, band), history, longest, ridge(1e-3), power)
+    found = segment_error(segment, anchors)
+    if np.diff([*anchors, 10]).max() <= min(longest, band + 1):
+        assert found == pytest.approx(Prices(values, history, ridge(1e-3), band, power)(anchors), rel=1e-6)
+    else:
+        assert found == math.inf
 
 
-def test_at_most_so_many_anchors():
+def test_a_limit_on_full_steps_changes_no_placement():
     segment = segment_costs(products(wandering(1, 10)), 2, 4, ridge(1e-4))
     few, all_ = place_full_steps(segment, 4), place_full_steps(segment)
     assert set(few) == {3, 4}
@@ -201,8 +211,8 @@ def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
     assert {1, 2} < set(asked)
 
 
-def test_the_pair_of_anchors_matters():
-    """Knowing the weights moves the anchors: those placed for reuse forecast worse."""
+def test_full_steps_placed_for_reuse_forecast_worse():
+    """Than those placed for the weights that they have."""
     values = wandering(3, 14, seed=4)
     table, weigh = products(values), ridge(1e-4)
     price = Prices(values, 2, weigh, 13)

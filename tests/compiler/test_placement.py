@@ -12,18 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sodaprof.compiler.placement import ages_since, place_full_steps, reuse_segment_costs
-
-
-def price(segment: np.ndarray, anchors: list[int]) -> float:
-    """Sums the errors of the segments between full steps; inf if an interval is longer than there are entries."""
-    steps, longest, gaps = len(segment), segment.shape[-1] - 1, segment.ndim - 2
-    total = 0.0
-    for i, (anchor, end) in enumerate(pairwise([*anchors, steps])):
-        before = [b - a for a, b in pairwise(anchors[: i + 1])][::-1][:gaps]
-        if end - anchor > longest:
-            return math.inf
-        total += segment[(anchor, *before, *[0] * (gaps - len(before)), end - anchor)]
-    return total
+from tests.compiler.trajectories import segment_error
 
 
 @given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
@@ -34,12 +23,12 @@ def test_each_number_of_full_steps_has_the_best_of_all_placements(steps, longest
     segment = np.random.default_rng(seed).integers(-9, 10, shape).astype(float)
     found = place_full_steps(segment)
     for count in range(1, steps + 1):
-        best = min(price(segment, [0, *others]) for others in combinations(range(1, steps), count - 1))
+        best = min(segment_error(segment, [0, *others]) for others in combinations(range(1, steps), count - 1))
         assert (count in found) == (best < math.inf)
         if count in found:
             anchors, error = found[count]
             assert len(anchors) == count
-            assert error == best == price(segment, anchors)
+            assert error == best == segment_error(segment, anchors)
 
 
 def test_counts_run_from_the_longest_segments_to_every_step():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import combinations, pairwise
-
 import numpy as np
 import pytest
 
 from sodaprof.compiler import compile_schedule, default_policy
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
-from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.policies import solver
 from sodaprof.compiler.policies.solver import polished
 from sodaprof.errors import FormatError
@@ -92,22 +89,6 @@ def test_jump_costs_are_least_squares_residuals():
         assert missed[a, gap, n] == pytest.approx(wanted, rel=1e-2, abs=1e-10)
     assert np.isinf(missed[8, 1, 3])
     assert np.isinf(missed[3, 4, 1])
-
-
-def test_anchors_are_those_of_brute_force():
-    states, outputs, own = trajectory(steps=9, seed=3)
-    missed = jump_costs(span_of(states, outputs, own), 9)
-
-    def cost(anchors: tuple[int, ...]) -> float:
-        ends = [*anchors[1:], 9]
-        gaps = [0, *(b - a for a, b in pairwise(anchors))]
-        return sum(missed[a, g, e - a] for a, g, e in zip(anchors, gaps, ends, strict=True))
-
-    placed = place_full_steps(missed)
-    for count in range(1, 10):
-        wanted = min(cost((0, *rest)) for rest in combinations(range(1, 9), count - 1))
-        assert placed[count][1] == pytest.approx(wanted, rel=1e-9, abs=1e-15)
-        assert cost(tuple(placed[count][0])) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
 
 
 def test_the_weights_of_missing_outputs_go_to_the_newest_before_them():

@@ -19,51 +19,39 @@ from .solver import SolverKnobs, compile_solver
 from .taylor import TaylorKnobs, compile_taylor
 from .toca import ToCaKnobs, compile_duca, compile_toca
 
+STATES, SITES, STACK = (f"products of {what}" for what in ("states", "sites", "the stack"))
+
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy: a function from a problem and knobs to a signed schedule, and what others need to know of it."""
+    """A function from a problem and knobs to a signed schedule, and what is said of it."""
 
     compile: Callable[[Problem, Any], Schedule]
     knobs: type
     help: str  # one line: what happens between full steps
     reads: str = "none"  # tables of the profile
-    depth: str = ""  # the knob that says how many outputs are kept; less of it takes less memory
     released: bool = False  # it has released settings, which hold if no budget is given
     mixed: bool = False  # `mix` measures it
     fits_update: bool = False  # its schedules have a fitted update of their own
 
 
 POLICIES = {
-    "solver": Policy(
-        compile_solver, SolverKnobs, "the network is not called; the latents move by a fitted update", "products of states",
-        depth="history", mixed=True, fits_update=True,
-    ),
-    "soda": Policy(compile_soda, SodaKnobs, "sites reuse, or recompute some tokens", "errors of reuse and pruning", mixed=True),
+    "solver": Policy(compile_solver, SolverKnobs, "no network, a fitted update", STATES, mixed=True, fits_update=True),
+    "soda": Policy(compile_soda, SodaKnobs, "sites reuse or prune", "errors of reuse and pruning", mixed=True),
     "fora": Policy(compile_fora, ForaKnobs, "sites reuse; full steps at even intervals"),
-    "toca": Policy(compile_toca, ToCaKnobs, "attention reuses, other sites recompute some tokens", released=True),
+    "toca": Policy(compile_toca, ToCaKnobs, "attention reuses, other sites prune", released=True),
     "duca": Policy(compile_duca, ToCaKnobs, "as toca, or the stack is skipped", released=True),
-    "forecast": Policy(
-        compile_forecast, ForecastKnobs, "sites are forecast with fitted weights", "products of sites", depth="K", mixed=True
-    ),
+    "forecast": Policy(compile_forecast, ForecastKnobs, "sites are forecast, fitted weights", SITES, mixed=True),
     "drift": Policy(
-        compile_drift, DriftKnobs, "the stack is skipped, its drift forecast with fitted weights", "products of the stack",
-        depth="K", mixed=True,
+        compile_drift, DriftKnobs, "the stack is skipped, its drift forecast, fitted weights", STACK, mixed=True
     ),
-    "taylor": Policy(
-        compile_taylor, TaylorKnobs, "sites are forecast by finite differences", "none; with placement=dp products of sites",
-        depth="order",
-    ),
-    "dpcache": Policy(
-        compile_dpcache, DPCacheKnobs, "the stack is skipped, its output extrapolated to first order", "products of the stack"
-    ),
-    "magcache": Policy(
-        compile_magcache, MagCacheKnobs, "the stack is skipped, its newest drift reused", "products of the stack"
-    ),
+    "taylor": Policy(compile_taylor, TaylorKnobs, "sites are forecast by finite differences", f"none; or {SITES}"),
+    "dpcache": Policy(compile_dpcache, DPCacheKnobs, "the stack is skipped, its output extrapolated", STACK),
+    "magcache": Policy(compile_magcache, MagCacheKnobs, "the stack is skipped, its newest drift reused", STACK),
     "smoothcache": Policy(
-        compile_smoothcache, SmoothCacheKnobs, "sites reuse, each kind at its own steps", "errors of reuse (L1)"
+        compile_smoothcache, SmoothCacheKnobs, "kinds of sites reuse by a threshold", "errors of reuse"
     ),
-}  # fmt: skip
+}
 RELEASED = tuple(name for name, policy in POLICIES.items() if policy.released)
 RENAMED = {"fit": "forecast"}  # former names, which are still accepted
 

@@ -17,7 +17,7 @@ from ..problem import Problem
 
 @dataclass(frozen=True)
 class DriftKnobs:
-    K: int = knob(3, "sources of a forecast: the last so many full steps", one_of=range(1, MAX_SOURCES + 1))
+    K: int = knob(3, "sources of a forecast: the last so many full steps", one_of=range(1, MAX_SOURCES + 1), depth=True)
     form: str = knob(
         "drift", "drift: what the stack adds to its input; output: of its last block", one_of=("drift", "output")
     )

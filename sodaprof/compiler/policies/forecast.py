@@ -14,7 +14,7 @@ from ..problem import Problem
 
 @dataclass(frozen=True)
 class ForecastKnobs:
-    K: int = knob(2, "sources of a forecast: the last so many full steps", one_of=range(1, MAX_SOURCES + 1))
+    K: int = knob(2, "sources of a forecast: the last so many full steps", one_of=range(1, MAX_SOURCES + 1), depth=True)
     ridge: float = knob(1e-4, "pull of the weights towards reuse, in units of the sources' energy; above 0")
     power: float = knob(2.0, "power of an error, summed over the cells", least=0)
     metric: str = knob("l2", "l2: relative to the size of the output; absolute", one_of=METRICS)

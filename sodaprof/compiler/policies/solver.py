@@ -23,7 +23,7 @@ LONG = 100  # steps above which fewer placements are tried, for a simulation tak
 @dataclass(frozen=True)
 class SolverKnobs:
     anchors: int = knob(0, "full steps; 0: as many as the budget allows", least=0)
-    history: int = knob(MAX_HISTORY, "outputs that the update weighs", least=1, most=MAX_HISTORY)
+    history: int = knob(MAX_HISTORY, "outputs that the update weighs", least=1, most=MAX_HISTORY, depth=True)
     ridge: float = knob(RIDGE, "pull towards the sampler's own weights", least=0)
     polish: int = knob(300, "placements tried at most to lower the simulated final error; 0: none", least=0)
 

@@ -16,7 +16,7 @@ from ..problem import Problem, WholeSteps
 
 @dataclass(frozen=True)
 class TaylorKnobs:
-    order: int = knob(1, "of the expansion, from order + 1 full steps", one_of=(1, 2))
+    order: int = knob(1, "of the expansion, from order + 1 full steps", one_of=(1, 2), depth=True)
     placement: str = knob("even", "even: a full step every N steps; dp: least predicted error", one_of=("even", "dp"))
     N: float = knob(
         0.0, "interval of placement=even, at least 1, not only whole; 0: the smallest that meets the budget", least=0
