@@ -162,7 +162,7 @@ class Problem:
         return BudgetError(
             f"A budget of {self.budget:.4g}x cannot be met{given}: at most {reachable:.3g}x ({self.cost.unit}) can. "
             f"Ask for --budget {math.floor(reachable * 100) / 100:.2f}x or less{advice}."
-            f"{self._measured_intervals() if bounded else ''}{self._flops_hint(cheapest)}"
+            f"{self._flops_hint(cheapest)}{self._measured_intervals() if bounded else ''}"
         )
 
     def _measured_intervals(self) -> str:
