@@ -93,8 +93,8 @@ def _problem(
 def default_policy(folder: str | Path) -> tuple[str, str]:
     """Returns the policy for a profile if none is named, and why it is not `solver`, or "".
 
-    A fitted update is nearest to the full run at every budget that was measured (docs/results.md); it needs a profile with
-    inner products, one transformer, and a scheduler whose steps are linear. Raises FormatError if one of them is broken.
+    A fitted update is nearest to the full run at every budget that was measured (docs/studies/results.md); it needs a profile
+    with inner products, one transformer, and a scheduler whose steps are linear. Raises FormatError if one of them is broken.
     """
     folder = Path(folder)
     return _default(load_profile(folder)) if (folder / "manifest.json").exists() else ("soda", "")

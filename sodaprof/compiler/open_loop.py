@@ -71,7 +71,7 @@ def jump_costs(span: Span, longest: int) -> np.ndarray:
     """Returns the energy that a jump misses, [T, longest + 1, longest + 1], relative to the last state's.
 
     Entry [a, g, n]: the full run's x_{a + n} minus its best weighted sum of x_a, V_a and V_{a − g} (g = 0: no such output).
-    Inf where it runs beyond the end.
+    Inf beyond the last step.
     """
     steps, size = span.steps, len(span.products)
     missed = np.full((steps, longest + 1, longest + 1), np.inf)
@@ -101,7 +101,7 @@ def jump_costs(span: Span, longest: int) -> np.ndarray:
 
 
 def _noises(span: Span) -> np.ndarray | None:
-    """Returns the sum of the noise of n steps from a on, [T, T + 1, 2T + 1]; None where the sampler draws none."""
+    """Returns the sum of the noise of n steps from a on, [T, T + 1, 2T + 1]; None if the sampler draws none."""
     steps = span.steps
     if not any(span.own.noise):
         return None

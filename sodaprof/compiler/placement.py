@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import BudgetError
 from ..formats.schedule import Schedule
 from .forecasts import Weigh, forecasts_at, segment_costs, sources_of
-from .problem import Problem, WholeSteps, draw_forecasts, draw_skips
+from .problem import Problem, WholeSteps, draw_steps
 
 Placements = dict[int, tuple[list[int], float]]  # number of full steps -> the best placement and its error
 
@@ -188,10 +188,7 @@ def draw_placed(
     """Returns the schedule of these full steps, forecasts with the rule's weights between them."""
     anchors = {name: p.anchors for name, p in placed.items()}
     cells = {n: forecasts_at(products[n], p.sources, rule.weigh, rule.form) for n, p in placed.items()}
-    if rule.action == "F":
-        return draw_forecasts(problem.model, problem.sampler, anchors, cells)
-    skips = {name: {step: column[0] for step, column in own.items()} for name, own in cells.items()}
-    return draw_skips(problem.model, problem.sampler, anchors, skips)
+    return draw_steps(problem.model, problem.sampler, anchors, rule.action, cells)
 
 
 def forecast_schedule(

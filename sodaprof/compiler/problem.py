@@ -18,7 +18,7 @@ from ..formats.cost import CostModel, TransformerCost, check_covers
 from ..formats.profile import Profile
 from ..formats.sampler import MAX_HISTORY, OwnUpdate, rounded
 from ..formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
-from ..formats.sites import Model, Sampler, Transformer
+from ..formats.sites import Model, Sampler
 from ..version import __version__
 
 FEATURE_MEAN = TokenRule(base="feature_mean")
@@ -126,8 +126,16 @@ class Problem:
         """Returns the smallest value, to a tolerance, whose loop meets the budget; that of `high` does."""
         return bisect(lambda value: self.meets(draw(value)), low, high, absolute=absolute, relative=relative)
 
-    def smallest_threshold(self, draw: Callable[[float], Loop]) -> float:
-        """Returns the smallest threshold, to 1e-6 of it, whose loop meets the budget; that of some threshold does."""
+    def threshold(self, given: float, draw: Callable[[float], Loop], **unreachable: Any) -> float:
+        """Returns the given threshold, or for 0 the smallest, to 1e-6 of it, whose loop meets the budget.
+
+        unreachable: arguments of the error if not even an infinite one does.
+        """
+        if given:
+            self.check_given("threshold", given, draw(given))
+            return given
+        if not self.meets(draw(math.inf)):
+            raise self.unreachable(draw(math.inf), **unreachable)
         if self.meets(draw(0.0)):
             return 0.0
         low, high = 0.0, 1e-6
@@ -136,6 +144,14 @@ class Problem:
         found = self.cheapest_that_meets(draw, low, high, relative=1e-6)
         short = float(f"{found:.7g}")
         return short if self.meets(draw(short)) else found
+
+    def full_steps(self, given: int, draw: Callable[[int], Loop], fewest: int = 1) -> int:
+        """Returns the given number of full steps, or for 0 the largest, whose loop meets the budget."""
+        counts = [count for count in range(fewest, self.sampler.steps + 1) if self.meets(draw(count))]
+        if not counts:
+            raise self.unreachable(draw(fewest))
+        self.check_count(given or max(counts), counts)
+        return given or max(counts)
 
     def check_given(self, name: str, value: float, loop: Loop, others: str = "") -> None:
         """Raises BudgetError if the loop under a given knob does not meet the budget. others: knobs that have a part in it."""
@@ -150,17 +166,18 @@ class Problem:
         if count not in possible:
             more = self._measured_intervals() if bounded and count < min(possible) else ""
             raise BudgetError(
-                f"{count} full steps do not meet a budget of {self.budget:.3g}x; {min(possible)} to {max(possible)} do.{more}"
+                f"Knob anchors is {count}; {min(possible)} to {max(possible)} full steps meet a budget of "
+                f"{self.budget:.3g}x.{more}"
             )
 
-    def unreachable(self, cheapest: Loop, given: str = "", advice: str = "", bounded: bool = False) -> BudgetError:
+    def unreachable(self, cheapest: Loop, under: str = "", advice: str = "", bounded: bool = False) -> BudgetError:
         """Returns the error of a budget that not even the cheapest loop meets.
 
-        given: knobs that restrict it, in words. advice: what else to change. bounded: by the intervals that were measured.
+        under: knobs that restrict it, in words. advice: what else to change. bounded: by the intervals that were measured.
         """
         reachable = self.speedup(cheapest)
         return BudgetError(
-            f"A budget of {self.budget:.4g}x cannot be met{given}: at most {reachable:.3g}x ({self.cost.unit}) can. "
+            f"A budget of {self.budget:.4g}x cannot be met{under}: at most {reachable:.3g}x ({self.cost.unit}) can. "
             f"Ask for --budget {math.floor(reachable * 100) / 100:.2f}x or less{advice}."
             f"{self._flops_hint(cheapest)}{self._measured_intervals() if bounded else ''}"
         )
@@ -297,47 +314,30 @@ def draw_schedule(model: Model, sampler: Sampler, anchors: Sequence[int], prune:
     return Schedule(plans, sampler, model.shape, {}, token_rule=FEATURE_MEAN if pruned else None)
 
 
-def draw_forecasts(
-    model: Model, sampler: Sampler, anchors: Mapping[str, Sequence[int]], cells: Mapping[str, dict[int, list[Forecast]]]
+def draw_steps(
+    model: Model,
+    sampler: Sampler,
+    anchors: Mapping[str, Sequence[int]],
+    action: str,
+    cells: Mapping[str, Mapping[int, Sequence[Forecast]]] | None = None,
 ) -> Schedule:
-    """Returns the schedule in which every site is C at the full steps and F elsewhere.
+    """Returns the schedule of full steps at `anchors` and elsewhere F at every site, S or - (without an update).
 
-    cells: for each transformer {step: one forecast a site}.
+    cells: of each transformer {step: forecasts}, for F one a site, for S that of the last block's output or of the drift.
     """
     plans = {}
     for name, transformer in model.transformers.items():
-        plan = _whole_steps(transformer, sampler.steps, anchors[name], "F", ".")
-        columns = [cells[name][step] for step in sorted(cells[name])]
-        forecasts = {key: tuple(column[i] for column in columns) for i, key in enumerate(plan.rows)} if columns else {}
-        plans[name] = replace(plan, forecasts=forecasts)
+        past, keys = transformer.past(sampler.steps), [site.key for site in transformer.sites]
+        row = _row(past, anchors[name], "C", "F" if action == "F" else "-")
+        stack = _row(past, anchors[name], ".", "." if action == "F" else action)
+        columns = [column for _, column in sorted((cells or {}).get(name, {}).items())]
+        plan = Plan(transformer.class_name, transformer.fingerprint, dict.fromkeys(keys, row), stack)
+        if action == "S":
+            plan = replace(plan, stack_forecasts=tuple(column[0] for column in columns))
+        elif columns:
+            plan = replace(plan, forecasts={key: tuple(column[i] for column in columns) for i, key in enumerate(keys)})
+        plans[name] = plan
     return Schedule(plans, sampler, model.shape, {})
-
-
-def draw_skips(
-    model: Model, sampler: Sampler, anchors: Mapping[str, Sequence[int]], cells: Mapping[str, dict[int, Forecast]]
-) -> Schedule:
-    """Returns the schedule in which every site is C at the full steps and the stack is skipped elsewhere.
-
-    cells: for each transformer {step: the forecast of its last block's output or of its drift}.
-    """
-    plans = {}
-    for name, transformer in model.transformers.items():
-        plan = _whole_steps(transformer, sampler.steps, anchors[name], "-", "S")
-        plans[name] = replace(plan, stack_forecasts=tuple(cells[name][step] for step in sorted(cells[name])))
-    return Schedule(plans, sampler, model.shape, {})
-
-
-def draw_jumps(model: Model, sampler: Sampler, anchors: Sequence[int]) -> Schedule:
-    """Returns the schedule of full steps and steps at which the network is not called, without an update."""
-    plans = {n: _whole_steps(t, sampler.steps, anchors, "-", "-") for n, t in model.transformers.items()}
-    return Schedule(plans, sampler, model.shape, {})
-
-
-def _whole_steps(transformer: Transformer, steps: int, anchors: Sequence[int], cell: str, stack: str) -> Plan:
-    """Returns the plan of full steps at `anchors`, this cell at every site and this stack elsewhere."""
-    past = transformer.past(steps)
-    rows = dict.fromkeys([site.key for site in transformer.sites], _row(past, anchors, "C", cell))
-    return Plan(transformer.class_name, transformer.fingerprint, rows, _row(past, anchors, ".", stack))
 
 
 def _row(past: list[int], anchors: Sequence[int], full: str, other: str) -> str:

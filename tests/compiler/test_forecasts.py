@@ -308,7 +308,7 @@ def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, deg
 def test_the_number_of_anchors_may_be_chosen(random_profile, values):
     schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 4})
     assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
-    with pytest.raises(BudgetError, match=r"9 full steps do not meet a budget of 2x; 3 to 5 do\."):
+    with pytest.raises(BudgetError, match=r"Knob anchors is 9; 3 to 5 full steps meet a budget of 2x\."):
         compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 9})
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.knobs import knob, read_knobs, values_of
 from sodaprof.compiler.policies import POLICIES
-from sodaprof.compiler.problem import Problem, bisect, draw_forecasts, draw_jumps, draw_schedule, draw_skips
+from sodaprof.compiler.problem import Problem, bisect, draw_schedule, draw_steps
 from sodaprof.errors import BudgetError
 from sodaprof.formats.schedule import Forecast, load_schedule
 from tests.conftest import build_cost, build_model, build_sampler
@@ -34,15 +34,12 @@ def whole_step_schedules(draw):
     problem = Problem(model, sampler, build_cost(model), draw(st.floats(1, 5)))
     sources = {t: tuple(a for a in reversed(anchors) if a < t)[: draw(st.integers(1, 4))] for t in sorted(others)}
     cells = {t: Forecast(s, (1.0, *[0.0] * (len(s) - 1)), "output") for t, s in sources.items()}
-    of_sites = {t: [cell] * len(model.transformers["t"].sites) for t, cell in cells.items()}
-    schedule = {
-        "R": lambda: draw_schedule(model, sampler, anchors, {}),
-        "F": lambda: draw_forecasts(model, sampler, {"t": anchors}, {"t": of_sites}),
-        "S": lambda: draw_skips(model, sampler, {"t": anchors}, {"t": cells}),
-        "-": lambda: draw_jumps(model, sampler, anchors),
-    }[action]()
-    columns = [(action, len(s) if action in "FS" else 0) for s in sources.values()]
-    steps = {("C", 0): len(anchors)} | {column: columns.count(column) for column in columns}
+    columns = {t: [cell] * len(model.transformers["t"].sites) for t, cell in cells.items() if action != "-"}
+    schedule = draw_schedule(model, sampler, anchors, {})
+    if action != "R":
+        schedule = draw_steps(model, sampler, {"t": anchors}, action, {"t": columns})
+    others = [(action, len(s) if action in "FS" else 0) for s in sources.values()]
+    steps = {("C", 0): len(anchors)} | {column: others.count(column) for column in others}
     return problem, schedule, {"t": steps}
 
 
@@ -65,9 +62,15 @@ def test_the_bisection_finds_the_smallest_whole_number(low, more, beyond):
 def test_the_smallest_threshold(make_model, make_cost, make_sampler):
     model = make_model()
     problem = Problem(model, make_sampler(STEPS), make_cost(model), 2.0)
-    full = lambda least: lambda value: {"t": {("C", 0): STEPS if value < least else 1}}  # noqa: E731
-    assert problem.smallest_threshold(full(0.1234567)) == pytest.approx(0.1234567, rel=2e-6)
-    assert problem.smallest_threshold(full(0.0)) == 0.0
+
+    def full_below(least):
+        return lambda value: {"t": {("C", 0): STEPS if value < least else 1}}
+
+    assert problem.threshold(0, full_below(0.1234567)) == pytest.approx(0.1234567, rel=2e-6)
+    assert problem.threshold(0, full_below(0.0)) == 0.0
+    assert problem.threshold(0.2, full_below(0.1)) == 0.2
+    with pytest.raises(BudgetError, match=r"threshold=0.05 gives 1x, the budget is 2x. Leave out --knob threshold"):
+        problem.threshold(0.05, full_below(0.1))
 
 
 # ---- knobs ------------------------------------------------------------------------------------------------------------

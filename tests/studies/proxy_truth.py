@@ -16,7 +16,7 @@ from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import forecasts_at, ridge
 from sodaprof.compiler.open_loop import Span, fit_open_loop
 from sodaprof.compiler.placement import sources_of
-from sodaprof.compiler.problem import draw_forecasts, draw_schedule
+from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.files import read_json, write_json
 from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
@@ -161,7 +161,7 @@ def forecast_schedule(profile: Profile, name: str, products: np.ndarray, anchors
     """Returns the schedule of F cells between these full steps, weights as policy `forecast` with its own settings."""
     known = ~np.isnan(products).any(axis=0)
     cells = forecasts_at(products, sources_of(anchors, range(len(known)), 2, known), ridge(1e-4))
-    return draw_forecasts(profile.model, profile.sampler, {name: anchors}, {name: cells})
+    return draw_steps(profile.model, profile.sampler, {name: anchors}, "F", {name: cells})
 
 
 def updated(replay: Replay, span: Span, every: list[str]) -> Iterator[tuple[str, np.ndarray]]:

@@ -9,7 +9,7 @@ import sodaprof
 from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import ridge, segment_costs
 from sodaprof.compiler.placement import place_full_steps
-from sodaprof.compiler.problem import draw_jumps, draw_schedule
+from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.tuning.closed_loop import fidelity_db, fit_update, play, played
@@ -130,7 +130,8 @@ def test_shared_beginnings_change_no_distance(profile, replays):
                 at = stepper.moved(stepper.computed(at, step), step, own.coefficients[step])
         np.testing.assert_allclose(found[columns], fidelity_db(at.x, held_out), atol=1e-4)
     for columns, distances in proxy_truth.refitted(calibration, held_out, every):
-        jumps = draw_jumps(profile.model, profile.sampler, anchors_of(columns))
+        (name,) = profile.model.transformers
+        jumps = draw_steps(profile.model, profile.sampler, {name: anchors_of(columns)}, "-")
         fitted, on_calibration = fit_update(calibration, jumps, MAX_HISTORY)
         np.testing.assert_allclose(distances, [*play(held_out, fitted), *on_calibration], atol=1e-3)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ...errors import BudgetError
 from ...formats.schedule import Schedule
 from ..knobs import knob
 from ..problem import Problem, WholeSteps, draw_schedule
@@ -21,7 +20,7 @@ def compile_fora(problem: Problem, knobs: ForaKnobs) -> Schedule:
     Of transformers that take turns, each has its share of the full steps, spread over its own; see `_shares`.
     """
     turns = [(name, turn) for name, own in problem.turns.items() for turn in own]
-    steps, lengths = problem.sampler.steps, [len(turn) for _, turn in turns]
+    lengths = [len(turn) for _, turn in turns]
 
     def loop(count: int) -> WholeSteps:
         full = dict.fromkeys(problem.model.transformers, 0)
@@ -29,13 +28,7 @@ def compile_fora(problem: Problem, knobs: ForaKnobs) -> Schedule:
             full[name] += share
         return problem.whole_steps(full, "R")
 
-    counts = [k for k in range(len(turns), steps + 1) if problem.meets(loop(k))]
-    if not counts:
-        raise problem.unreachable(loop(len(turns)))
-    count = knobs.anchors or max(counts)
-    if not len(turns) <= count <= steps:
-        raise BudgetError(f"Knob anchors is {count}; expected {len(turns)} to {steps}.")
-    problem.check_count(count, counts)
+    count = problem.full_steps(knobs.anchors, loop, fewest=len(turns))
     shares = zip(turns, _shares(lengths, count), strict=True)
     anchors = sorted({turn.start + round(i * len(turn) / k) for (_, turn), k in shares for i in range(k)})
     schedule = draw_schedule(problem.model, problem.sampler, anchors, {})

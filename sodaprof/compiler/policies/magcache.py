@@ -8,7 +8,7 @@ import numpy as np
 
 from ...formats.schedule import Forecast, Schedule
 from ..knobs import knob
-from ..problem import Problem, WholeSteps, draw_skips
+from ..problem import Problem, WholeSteps, draw_steps
 from .drift import stack_products
 
 MOST_SKIPS, RETAIN = 4, 0.2  # as released
@@ -44,20 +44,15 @@ def compile_magcache(problem: Problem, knobs: MagCacheKnobs) -> Schedule:
     def loop(threshold: float) -> WholeSteps:
         return problem.whole_steps({name: len(steps) for name, steps in placed(threshold).items()}, "S", 1)
 
-    threshold = knobs.threshold
-    if threshold:
-        problem.check_given("threshold", threshold, loop(threshold))
-    elif not problem.meets(loop(np.inf)):
-        given = f" with skips={skips} and retain={retain:g}"
-        raise problem.unreachable(loop(np.inf), given, ", set more --knob skips, or a smaller --knob retain")
-    else:
-        threshold = problem.smallest_threshold(loop)
+    under = f" with skips={skips} and retain={retain:g}"
+    advice = ", set more --knob skips, or a smaller --knob retain"
+    threshold = problem.threshold(knobs.threshold, loop, under=under, advice=advice)
     anchors, cells = placed(threshold), {}
     for name, turns in problem.turns.items():
         skipped = [step for turn in turns for step in turn if step not in anchors[name]]
         newest = {step: max(a for a in anchors[name] if a < step) for step in skipped}
-        cells[name] = {step: Forecast((source,), (1.0,), "drift") for step, source in newest.items()}
-    schedule = draw_skips(problem.model, problem.sampler, anchors, cells)
+        cells[name] = {step: [Forecast((source,), (1.0,), "drift")] for step, source in newest.items()}
+    schedule = draw_steps(problem.model, problem.sampler, anchors, "S", cells)
     return problem.signed(schedule, "magcache", replace(knobs, skips=skips, retain=retain, threshold=threshold), None)
 
 

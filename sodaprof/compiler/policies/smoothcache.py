@@ -36,13 +36,7 @@ def compile_smoothcache(problem: Problem, knobs: SmoothCacheKnobs) -> Schedule:
             plans[name] = replace(any_rows.transformers[name], rows=of_sites)
         return replace(any_rows, transformers=plans)
 
-    threshold = knobs.threshold
-    if threshold:
-        problem.check_given("threshold", threshold, drawn(threshold))
-    elif not problem.meets(drawn(np.inf)):
-        raise problem.unreachable(drawn(np.inf), bounded=True)
-    else:
-        threshold = problem.smallest_threshold(drawn)
+    threshold = problem.threshold(knobs.threshold, drawn, bounded=True)
     return problem.signed(drawn(threshold), "smoothcache", replace(knobs, threshold=threshold), None)
 
 

@@ -120,7 +120,7 @@ class Cells:
         self.tokens = np.array([s.tokens for s in sites])
         tables = [cost.sites[s.key] for s in sites]
         self.columns = {table: [i for i, other in enumerate(tables) if other == table] for table in set(tables)}
-        # a step with a pruned site pays `fixed` and each R by itself, where a fully cached one pays `all_cached`
+        # a step with a pruned site costs `fixed` and each R by itself, a fully cached one `all_cached`
         self.surcharge = cost.step.fixed + sum(table.R for table in tables) - cost.step.all_cached
 
     @staticmethod
@@ -135,11 +135,11 @@ class Cells:
         return found
 
     def total(self, k: np.ndarray) -> float:
-        """Cost beyond reuse of the whole choice k [T, S], −1 where the cell is reused."""
+        """Cost beyond reuse of the whole choice k [T, S], −1 if the cell is reused."""
         return float((self.cost_of(np.maximum(k, 0)) * (k > 0)).sum() + self.surcharge * (k > 0).any(1).sum())
 
     def error_of(self, k: np.ndarray) -> float:
-        """Predicted error of the choice k [T, S]: E_p at the true age where pruned, E_c where reused."""
+        """Predicted error of the choice k [T, S]: E_p at the true age if pruned, E_c if reused."""
         rate = 1 - np.maximum(k, 0) / self.tokens
         pruned = self._at_rate(self.prune, rate)
         return float(np.where(k >= 0, pruned, self.reuse)[self.cached].sum())
@@ -149,8 +149,9 @@ class Cells:
         right = np.clip(np.searchsorted(self.rates, rate), 1, len(self.rates) - 1)
         low, high = self.rates[right - 1], self.rates[right]
         part = (rate - low) / (high - low)
-        take = lambda i: np.take_along_axis(table, i[..., None], 2)[..., 0]  # noqa: E731
-        return take(right - 1) * (1 - part) + take(right) * part
+        below, above = (np.take_along_axis(table, i[..., None], 2)[..., 0] for i in (right - 1, right))
+        interpolated: np.ndarray = below * (1 - part) + above * part
+        return interpolated
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def prune_none(cells: Cells, scale: float) -> Part:
 
 
 def prune_priced(cells: Cells, scale: float) -> Part:
-    """Each cell at the rate of largest (E_c − E_p) − price · cost: pruned where (E_c − E_p) / cost reaches the price."""
+    """Each cell at the rate of largest (E_c − E_p) − price · cost: pruned if (E_c − E_p) / cost reaches the price."""
     keep = np.rint((1 - cells.rates) * cells.tokens[:, None]).astype(int)  # [S, G]
     k = np.broadcast_to(keep, (*cells.reuse.shape, keep.shape[1]))
     gain = np.where(cells.prunable[..., None] & (k > 0), cells.reuse[..., None] - cells.prune, -np.inf)
@@ -188,7 +189,7 @@ def prune_priced(cells: Cells, scale: float) -> Part:
 
 
 def prune_paper(cells: Cells, scale: float) -> Part:
-    """By the published rule, prune where E_p(age 1, rate) < E_c(true age); the parameter is −beta.
+    """By the published rule, prune if E_p(age 1, rate) < E_c(true age); the parameter is −beta.
 
     keep = clamp(scale · E_c + beta, 0, 1), rate = 1 − keep.
     """

@@ -14,7 +14,7 @@ from ...formats.schedule import Schedule, Update
 from ..knobs import knob
 from ..open_loop import Span, fit_open_loop, jump_costs
 from ..placement import place_full_steps
-from ..problem import Problem, draw_jumps
+from ..problem import Problem, draw_steps
 
 POWERS = (0.75, 1.0, 2.0)  # of the missed lengths
 LONG = 100  # steps above which fewer placements are tried, for a simulation takes longer
@@ -33,24 +33,20 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
 
     Full steps are placed by the exact dynamic program over the energy that each jump misses, given the last two outputs. If
     the profile has measured the network's response, the whole accelerated run can be simulated, which orders schedules better
-    (docs/proxies.md): of programs that count errors by several powers the best by simulation is taken, and single full steps
-    are moved while that lowers its final error. Raises BudgetError if the budget leaves no full step, FormatError if the
-    profile has no inner products, UnsupportedModelError if the sampler is not linear.
+    (docs/studies/proxies.md): of programs that count errors by several powers the best by simulation is taken, and single full
+    steps are moved while that lowers its final error. Raises BudgetError if the budget leaves no full step, FormatError if
+    the profile has no inner products, UnsupportedModelError if the sampler is not linear.
     """
     name = problem.only_transformer("solver")
     profile, sampler = problem.tables("solver"), problem.sampler
     span = Span(profile.state_products(), profile.own_update(), profile.response())
     problem = replace(problem, own_update=span.own)  # the update is paid for in place of the scheduler's step
-    counts = [n for n in range(1, sampler.steps + 1) if problem.meets(problem.whole_steps({name: n}, "-"))]
-    if not counts:
-        raise problem.unreachable(problem.whole_steps({name: 1}, "-"))
-    count = knobs.anchors or max(counts)
-    problem.check_count(count, counts)
+    count = problem.full_steps(knobs.anchors, lambda count: problem.whole_steps({name: count}, "-"))
     anchors = _placed(span, count, knobs)
     coefficients, error = fit_open_loop(span, anchors, knobs.history, knobs.ridge)
     fitted = {"loop": "open", "guidance_scale": sampler.guidance_scale, "samples": profile.manifest["samples"]}
     update = Update(span.own.basis, knobs.history, coefficients, fitted)
-    schedule = replace(draw_jumps(problem.model, sampler, anchors), update=update)
+    schedule = replace(draw_steps(problem.model, sampler, {name: anchors}, "-"), update=update)
     return problem.signed(schedule, "solver", replace(knobs, anchors=count), error)
 
 
