@@ -66,7 +66,7 @@ def _policy(name: str | None, source: Inspection) -> tuple[str, Policy]:
     if name == "mix":
         raise BudgetError(
             "Policy mix measures its candidates on the model. Type: sodaprof compile DIR --policy mix --fit MODEL -o FILE; "
-            f"without a model, leave --policy out: the default for this profile is {_default(source)[0]}."
+            f"without a model, leave --policy out: {_default(source)[0]} is taken for this profile."
         )
     if name not in POLICIES:
         raise BudgetError(f"No policy {name!r}; there are {', '.join(POLICIES)}. Try --policy soda")

@@ -52,7 +52,7 @@ def test_taylor_computes_the_first_steps_and_then_every_nth(random_profile, orde
     assert schedule.predicted["error"] is None
 
 
-def test_taylor_extrapolates_from_the_last_anchors(random_profile):
+def test_taylor_extrapolates_from_the_last_full_steps(random_profile):
     schedule = compile_schedule(random_profile, 1.0, "taylor", knobs={"order": 2, "N": 4, "first": 1})
     cells = next(iter(schedule.transformers["t"].forecasts.values()))  # anchors 0, 4, 8
     steps = [1, 2, 3, 5, 6, 7, 9, 10, 11]
@@ -132,7 +132,7 @@ def test_taylor_is_exact_on_polynomials_of_its_order(random_profile, monkeypatch
         ({"N": 2}, "N=2 gives 1.[0-9]+x, the budget is 2x"),
     ],
 )
-def test_knobs_of_taylor_that_make_no_sense(random_profile, knobs, message):
+def test_wrong_knobs_of_taylor(random_profile, knobs, message):
     with pytest.raises(BudgetError, match=message):
         compile_schedule(random_profile, 2.0, "taylor", knobs=knobs)
 
@@ -141,7 +141,7 @@ def test_knobs_of_taylor_that_make_no_sense(random_profile, knobs, message):
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_dpcache_extrapolates_the_last_block_from_two_anchors(random_profile, values, first):
+def test_dpcache_extrapolates_the_last_block_from_two_full_steps(random_profile, values, first):
     schedule = compile_schedule(random_profile, 2.0, "dpcache", knobs={"first": first})
     plan, stack = schedule.transformers["t"], values[:, [0]]
     anchors = plan.anchors()
@@ -242,6 +242,6 @@ def test_smoothcache_reads_the_relative_l1_error(make_profile, random_errors):
     assert mixed.transformers == alone.transformers
 
 
-def test_budgets_out_of_reach_of_smoothcache(random_profile):
+def test_an_unreachable_budget_of_smoothcache(random_profile):
     with pytest.raises(BudgetError, match=r"A budget of 9x cannot be met: at most 3\.\d+x"):
         compile_schedule(random_profile, 9.0, "smoothcache")

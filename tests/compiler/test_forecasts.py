@@ -1,4 +1,4 @@
-"""Forecasts: weights and errors from inner products, anchors for them, the policies forecast and drift, what they keep."""
+"""Forecasts: weights and errors from inner products, full steps for them, the policies forecast and drift, their caches."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_three_sources_are_exact_on_what_is_quadratic_in_time():
     assert forecast_error(table, sources[:2], targets, two).min() > 1e-2
 
 
-def test_the_published_second_order_lags_behind_a_quadratic():
+def test_the_published_second_order_is_late_on_a_quadratic():
     """On t² with anchors d apart, x steps ahead: (a + x)² − x · d, for a backward difference is the slope half a gap ago."""
     apart, newest = 3, 7
     sources = np.array([newest, newest - apart, newest - 2 * apart])
@@ -117,7 +117,7 @@ def test_the_published_second_order_lags_behind_a_quadratic():
 
 
 def test_differences_are_over_the_distance_of_the_anchors():
-    """Steps 9, 8 and 4: Δ¹ = Y9 − Y8, Δ² = (Δ¹ − (Y8 − Y4) / 4) / 1, published; two steps ahead Y + 2 Δ¹ + 2 Δ²."""
+    """Of steps 9, 8 and 4: Δ¹ = Y9 − Y8, Δ² = (Δ¹ − (Y8 − Y4) / 4) / 1, published; two steps ahead Y + 2 Δ¹ + 2 Δ²."""
     weights = taylor("published")(np.zeros((1, 0, 0)), np.array([9, 8, 4]), np.array([11]))[0, :, 0]
     assert weights.tolist() == [1 + 2 + 2, -2 - 2 - 0.5, 0.5]
 
@@ -137,7 +137,7 @@ def test_errors_equal_those_of_the_vectors(count):
             assert absolute[site, i] == pytest.approx(expected * size, rel=1e-6)
 
 
-# ---- anchors ----------------------------------------------------------------------------------------------------------
+# ---- full steps ----------------------------------------------------------------------------------------------------------
 
 
 def placements(steps: int, count: int, longest: int) -> Iterator[list[int]]:
@@ -276,7 +276,7 @@ def test_drift_meets_the_budget_with_the_least_error(random_profile, values, for
 
 
 @pytest.mark.parametrize(("policy", "budget"), [("forecast", 1.5), ("drift", 2.0)])
-def test_first_steps_may_be_computed_in_any_case(random_profile, values, policy, budget):
+def test_first_steps_may_be_full_in_any_case(random_profile, values, policy, budget):
     free = compile_schedule(random_profile, budget, policy)
     bound = compile_schedule(random_profile, budget, policy, knobs={"first": 4})
     assert bound.anchors()[:4] == (0, 1, 2, 3)
@@ -294,7 +294,7 @@ def test_more_sources_predict_less_error(random_profile, values):
 
 @pytest.mark.parametrize("degree", [1, 2])
 def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, degree):
-    """But for the first steps, which have fewer anchors behind them."""
+    """Except at the first steps, which have fewer full steps before them."""
     made = polynomial(degree, SITES, STEPS)
     known_products(monkeypatch, {"t": products(made)})
     schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree + 1, "ridge": 1e-12})
@@ -305,7 +305,7 @@ def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, deg
     assert fewer.predicted["error"] > 1e3 * schedule.predicted["error"]
 
 
-def test_the_number_of_anchors_may_be_chosen(random_profile, values):
+def test_the_number_of_full_steps_may_be_given(random_profile, values):
     schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 4})
     assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
     with pytest.raises(BudgetError, match=r"Knob anchors is 9; 3 to 5 full steps meet a budget of 2x\."):
@@ -324,13 +324,13 @@ def test_the_number_of_anchors_may_be_chosen(random_profile, values):
         ("drift", {"N": 3}, "no knob 'N'"),
     ],
 )
-def test_knobs_that_make_no_sense(random_profile, values, policy, knobs, message):
+def test_wrong_knobs(random_profile, values, policy, knobs, message):
     with pytest.raises(BudgetError, match=message):
         compile_schedule(random_profile, 2.0, policy, knobs=knobs)
 
 
 @pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache"])
-def test_budgets_out_of_reach(random_profile, values, policy):
+def test_unreachable_budgets(random_profile, values, policy):
     """Anchors are at most 5 steps apart, so there are at least 3 of 12."""
     with pytest.raises(BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can"):
         compile_schedule(random_profile, 4.0, policy, knobs={"first": 1} if policy == "dpcache" else {})
@@ -351,14 +351,14 @@ def test_an_inspection_without_tables(make_profile, random_errors, policy):
 
 
 @pytest.mark.parametrize("policy", ["drift", "dpcache", "magcache"])
-def test_stacks_that_hand_on_several_tensors(random_profile, monkeypatch, policy):
+def test_stacks_that_return_several_tensors(random_profile, monkeypatch, policy):
     known_products(monkeypatch, stacks={})
     with pytest.raises(UnsupportedModelError, match="no products of the stack of t"):
         compile_schedule(random_profile, 2.0, policy)
 
 
 def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
-    """A band of 12 steps: where the oldest source is further away the forecast does without it."""
+    """A band of 12 steps: a source further away is left out of the forecast."""
     errors = np.full((250, 2, 10), 0.1)
     made = wandering(2, 250)
     known_products(monkeypatch, {"t": products(made, 12)}, {"t": {"drift": products(made, 12)[0]}})
@@ -374,7 +374,7 @@ def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache", "taylor", "smoothcache"])
-def test_each_turn_begins_anew(make_profile, make_model, random_errors, monkeypatch, policy):
+def test_each_turn_begins_with_a_full_step(make_profile, make_model, random_errors, monkeypatch, policy):
     model = make_model(names=("high", "low"))
     calls = {"high": tuple(range(5)), "low": tuple(range(5, STEPS))}
     model = replace(model, transformers={n: replace(t, called=calls[n]) for n, t in model.transformers.items()})
@@ -421,7 +421,7 @@ def most_kept(schedule: Schedule) -> int:
     ("policy", "knobs"),
     [("forecast", {"K": 1}), ("forecast", {"K": 4}), ("drift", {"K": 3}), ("dpcache", {})],
 )
-def test_cache_bytes_count_the_outputs_that_are_alive(random_profile, values, policy, knobs):
+def test_cache_bytes_count_the_outputs_that_later_forecasts_need(random_profile, values, policy, knobs):
     schedule = compile_schedule(random_profile, 2.0, policy, knobs=knobs)
     assert schedule.predicted["cache_bytes"] == most_kept(schedule)
     if policy == "forecast":
@@ -440,7 +440,7 @@ def test_cache_bytes_count_reuse_and_forecasts_of_one_site(schedule, make_model)
     assert cache_bytes(updated, model) == len(plan.rows) * 3 * 1024 + 3 * 4 * 8 * 8 * 4
 
 
-def test_a_bound_on_what_is_kept(random_profile, values):
+def test_a_limit_on_the_caches(random_profile, values):
     three = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": 3}, max_cache=SITES * 3 * 1024)
     assert three.policy["knobs"]["K"] == 3
     free = compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 2 * 1024)

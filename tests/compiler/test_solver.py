@@ -1,4 +1,4 @@
-"""The fitted update from inner products alone: jumps, anchors against brute force, weights against explicit vectors."""
+"""The update fitted from inner products alone: jumps and weights against explicit vectors, the polish, the response."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_the_response_is_interpolated_between_the_steps_that_measured_it(tmp_pat
     assert dense.response({name: column[some] for name, column in table.items()}, 6, tmp_path) is None
 
 
-def test_long_runs_are_polished_less(profile, monkeypatch):
+def test_fewer_placements_are_tried_for_long_runs(profile, monkeypatch):
     allowed = []
     monkeypatch.setattr(solver, "polished", lambda anchors, steps, error, tries: allowed.append(tries) or anchors)
     compile_schedule(profile, "2.0x")

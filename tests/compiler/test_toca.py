@@ -393,7 +393,7 @@ def test_nothing_is_shared_where_no_batch_holds_both_halves(pixart, make_sampler
 
 
 def dit_flops(schedule: Schedule) -> float:
-    """TFLOPs of the blocks by the published code's rules, both guidance halves; from the picture alone."""
+    """TFLOPs of the blocks by the published code's rules, both guidance halves; from the rows alone."""
     b, n, c, h = 2, 256, WIDTH, 16
     plan = plan_of(schedule)
     every = 2 * b * n * c + b * c + 6 * b * c**2
@@ -497,7 +497,7 @@ def test_a_budget_that_only_reuse_meets(dit, draw, make_cost):
     assert draw("toca", model, 50, (least + none) / 2).policy["knobs"]["R"] == 0.0
 
 
-def test_budgets_out_of_reach(dit, draw, make_cost):
+def test_unreachable_budgets(dit, draw, make_cost):
     model = dit(layers=4)
     most = make_cost(model).speedup(draw("toca", model, 50, R=0))
     with pytest.raises(BudgetError, match=rf"5x cannot be met with N=3: at most {most:.3g}x .* larger --knob N"):
@@ -522,7 +522,7 @@ def test_a_cost_table_of_another_model(dit, make_sampler, make_cost):
 
 @pytest.mark.parametrize("policy", COMPILE)
 @pytest.mark.parametrize("class_name", FAMILIES)
-def test_schedules_survive_the_file(dit, pixart, opensora, draw, tmp_path, policy, class_name):
+def test_schedules_are_read_back_equal(dit, pixart, opensora, draw, tmp_path, policy, class_name):
     model = {"D": dit(), "P": pixart, "S": opensora}[class_name[0]]
     schedule = draw(policy, model, 30)
     assert schedule.transformers["t"].class_name == class_name
@@ -566,7 +566,7 @@ def test_wrong_knobs(dit, draw, knobs, found):
 @pytest.mark.parametrize(
     "knobs", [{"ratio": "pixart"}, {"ratio": "opensora"}, {"score": "cross_attention_entropy"}], ids=str
 )
-def test_rules_for_cross_attention_need_it(dit, draw, knobs):
+def test_rules_for_cross_attention_need_such_sites(dit, draw, knobs):
     with pytest.raises(UnsupportedModelError, match="Leave out these knobs"):
         draw("toca", dit(), 50, **knobs)
 
