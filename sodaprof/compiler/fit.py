@@ -17,8 +17,6 @@ import numpy as np
 from ..formats.sampler import RIDGE, OwnUpdate, own_weights, ridge_solve, rounded
 
 Row = tuple[float, ...]  # coefficients of a step: of the state, then of the outputs, newest first
-
-
 V = TypeVar("V", bound=Any)  # an array or a tensor
 
 
