@@ -1,5 +1,7 @@
 """Makes the picture of README.md: the full run, the default policy at 3.5x and the best published method at its cost.
 
+Under the pictures of a method are their differences to the full run, enlarged tenfold.
+
 python -m tests.studies.readme_picture docs/studies/results/readme.png
 
 The figures under each row are those of `sodaprof.evaluate` on 64 held-out seeds, on the machine that runs this.
@@ -17,7 +19,7 @@ import sodaprof
 
 MODEL, SCHEDULE = "tiny-dit", "schedules/tiny-dit/solver-3.5x.json"
 PUBLISHED = "fewer steps, UniPC"  # the best published row of docs/studies/results.md at 3.5x
-TILE, GAP, PICTURES = 96, 6, 7
+TILE, GAP, PICTURES, ENLARGED = 80, 4, 8, 10
 
 
 def main() -> None:
@@ -38,24 +40,29 @@ def captions(result: dict[str, object]) -> list[str]:
     full_seconds = result["full"]["seconds_a_sample"]  # type: ignore[index]
     ours, published = result["rows"]  # type: ignore[misc]
     lines = [f"full run, 50 steps: {full_seconds:.2f} s a picture"]
-    for name, row in (("sodaprof, policy solver", ours), (f"best published: UniPC, {published['detail']}", published)):
+    spacing = published["detail"].replace("anchors", "placed as ours")
+    for name, row in (("sodaprof, policy solver", ours), (f"best published: UniPC, {spacing}", published)):
         seconds = full_seconds / row["wall_speedup"]
         quality = row["psnr_db"]["mean"]
         lines.append(f"{name}, {row['flops_speedup']:.1f}x: {seconds:.2f} s a picture, {quality:.1f} dB to the full run")
     return lines
 
 
-def sheet(lines: list[str], rows: list[np.ndarray]) -> Image.Image:
-    """Returns one row of pictures [n, H, W, 3] in [0, 1] a method, each with its line below."""
+def sheet(lines: list[str], methods: list[np.ndarray]) -> Image.Image:
+    """Returns the pictures [n, H, W, 3] in [0, 1] of each method, its line below, and the differences to the first method."""
     font = ImageFont.load_default(size=14)
-    height = TILE + 26
-    image = Image.new("RGB", (PICTURES * (TILE + GAP) - GAP, len(rows) * height), "white")
-    draw = ImageDraw.Draw(image)
-    for y, (line, pictures) in enumerate(zip(lines, rows, strict=True)):
+    rows: list[tuple[str, np.ndarray]] = [(lines[0], methods[0])]
+    for line, pictures in zip(lines[1:], methods[1:], strict=True):
+        rows += [("", pictures), (line, 1 - ENLARGED * np.abs(pictures - methods[0]))]
+    width = PICTURES * (TILE + GAP) - GAP
+    image = Image.new("RGB", (width, sum(TILE + (26 if line else GAP) for line, _ in rows)), "white")
+    draw, top = ImageDraw.Draw(image), 0
+    for line, pictures in rows:
         for x, picture in enumerate(pictures[:PICTURES]):
             pixels = Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
-            image.paste(pixels.resize((TILE, TILE), Image.Resampling.NEAREST), (x * (TILE + GAP), y * height))
-        draw.text((0, y * height + TILE + 2), line, fill="black", font=font)
+            image.paste(pixels.resize((TILE, TILE), Image.Resampling.NEAREST), (x * (TILE + GAP), top))
+        draw.text((0, top + TILE + 2), line, fill="black", font=font)
+        top += TILE + (26 if line else GAP)
     return image
 
 
