@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format docs schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -40,6 +40,10 @@ check: .venv/ready
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Makes docs/cli.md from the commands. `python -m tests.studies.tutorial_page` runs the commands of docs/tutorial.md again.
+docs: .venv/ready
+	$(BIN)/python -m tests.studies.cli_page docs/cli.md
 
 # Makes what schedules/tiny-dit holds, and its pictures, from the shipped model: the fitted update, SODA and FORA.
 RESULTS := docs/studies/results
