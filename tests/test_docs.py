@@ -48,7 +48,9 @@ def test_links_lead_somewhere(page):
 def test_a_dead_link_is_found(tmp_path):
     (tmp_path / "other.md").write_text("# Some heading, 2\n")
     page = tmp_path / "page.md"
-    page.write_text("[a](other.md) [b](gone.md) [c](other.md#some-heading-2) [d](other.md#gone) [e](#gone) `[f](code.md)`\n")
+    page.write_text(
+        "[a](other.md) [b](gone.md) [c](other.md#some-heading-2) [d](other.md#gone) [e](#gone) `[f](code.md)`\n"
+    )
     assert dead_links(page) == ["gone.md", "other.md#gone", "#gone"]
 
 
@@ -66,7 +68,9 @@ def test_the_readme_is_four_screens():
 
 def test_the_readmes_figures_are_in_the_results():
     results = (ROOT / "docs" / "studies" / "results.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| [^|]+ \| (\d+\.\d / .*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| [^|]+ \| (\d+\.\d / .*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert 1 <= len(rows) <= 6
     assert [row for row in rows if f"| {row} |" not in results] == []
 

@@ -44,7 +44,9 @@ def captions(result: dict[str, object]) -> list[str]:
     for name, row in (("sodaprof, policy solver", ours), (f"best published: UniPC, {spacing}", published)):
         seconds = full_seconds / row["wall_speedup"]
         quality = row["psnr_db"]["mean"]
-        lines.append(f"{name}, {row['flops_speedup']:.1f}x: {seconds:.2f} s a picture, {quality:.1f} dB to the full run")
+        lines.append(
+            f"{name}, {row['flops_speedup']:.1f}x: {seconds:.2f} s a picture, {quality:.1f} dB to the full run"
+        )
     return lines
 
 
