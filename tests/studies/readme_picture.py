@@ -41,7 +41,7 @@ def captions(result: dict[str, object]) -> list[str]:
     ours, published = result["rows"]  # type: ignore[misc]
     lines = [f"full run, 50 steps: {full_seconds:.2f} s a picture"]
     spacing = published["detail"].replace("anchors", "placed as ours")
-    for name, row in (("sodaprof, policy solver", ours), (f"best published: UniPC, {spacing}", published)):
+    for name, row in (("sodaprof, solver --fit", ours), (f"best published: UniPC, {spacing}", published)):
         seconds = full_seconds / row["wall_speedup"]
         quality = row["psnr_db"]["mean"]
         lines.append(
