@@ -10,6 +10,8 @@ import typer.main
 
 from sodaprof.cli import app
 
+from .studies.cli_page import page
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md"), *ROOT.glob("docs/**/*.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -40,9 +42,9 @@ def dead_links(page: Path) -> list[str]:
     return dead
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
-    assert dead_links(page) == []
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert dead_links(path) == []
 
 
 def test_a_dead_link_is_found(tmp_path):
@@ -75,10 +77,11 @@ def test_the_readmes_figures_are_in_the_results():
     assert [row for row in rows if f"| {row} |" not in results] == []
 
 
-def test_the_command_line_page_has_every_command_and_option():
-    sections = dict(
-        section.split("\n", 1) for section in (ROOT / "docs" / "cli.md").read_text(encoding="utf-8").split("\n## ")[1:]
-    )
+@pytest.mark.parametrize(
+    "text", [(ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), page()], ids=["committed", "made"]
+)
+def test_the_command_line_page_has_every_command_and_option(text):
+    sections = dict(section.split("\n", 1) for section in text.split("\n## ")[1:])
     commands = typer.main.get_command(app).commands
     assert set(sections) == set(commands)
     for name, command in commands.items():
