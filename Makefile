@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format docs schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -41,8 +41,12 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Makes docs/cli.md from the commands. `python -m tests.studies.tutorial_page` runs the commands of docs/tutorial.md again.
+docs: .venv/ready
+	$(BIN)/python -m tests.studies.cli_page docs/cli.md
+
 # Makes what schedules/tiny-dit holds, and its pictures, from the shipped model: the fitted update, SODA and FORA.
-RESULTS := docs/results
+RESULTS := docs/studies/results
 POLICIES = "solver --fit $(1)" soda fora
 compiled = set -e; for b in $(3); do for p in $(call POLICIES,$(1)); do $(BIN)/sodaprof compile $(2) --policy $$p --budget $$b \
 	  -o schedules/$(1)/$${p%% *}-$$b.json --force; done; done
@@ -64,7 +68,7 @@ schedules-opensora: .venv/ready
 	$(call compiled,tiny-opensora,build/tiny-opensora-profile,1.9x 2.5x)
 	$(call drawn,tiny-opensora,2.5x)
 
-# Asks which prediction orders schedules rightly, and how near each policy comes to the best of 3 060: docs/proxies.md.
+# Asks which prediction orders schedules rightly, and how near each policy comes to the best of 3 060: docs/studies/proxies.md.
 # What build/proxies holds is not played again; an hour and a half on one core.
 proxies: .venv/ready
 	test -e build/tiny-dit-profile/manifest.json || $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-profile --samples 100
@@ -83,9 +87,9 @@ test-zoo: .venv/ready
 	mkdir -p build
 	$(BIN)/python -m tests.zoo.zoo_check --markdown > build/zoo.md; classes=$$?; \
 	$(BIN)/python -m tests.zoo.zoo_pipelines --markdown > build/zoo-pipelines.md; pipelines=$$?; \
-	{ sed -n '1,/^<!-- classes -->/p' docs/zoo.md; echo; cat build/zoo.md; echo; \
-	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
-	cp build/zoo-page.md docs/zoo.md; exit $$((classes + pipelines))
+	{ sed -n '1,/^<!-- classes -->/p' docs/studies/zoo.md; echo; cat build/zoo.md; echo; \
+	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/studies/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
+	cp build/zoo-page.md docs/studies/zoo.md; exit $$((classes + pipelines))
 
 # Times the loop on this machine: DiT-S/2 with random weights, tiny-dit under budgets in milliseconds. Ten minutes on a CPU.
 BENCH := build/bench
@@ -105,7 +109,7 @@ bench: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(foreach b,1.25x 1.5x 1.75x 2.0x,$(BENCH)/soda-ms-$(b).json) \
 	  $(foreach b,2.0x 5.0x,$(BENCH)/solver-ms-$(b).json) --force -o $(RESULTS)/bench-tiny-dit.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.studies.light_steps tiny-dit $(BENCH)/dit-s-2 -o $(RESULTS)/light-steps.json
-	$(BIN)/python -m tests.studies.page $(RESULTS) docs/results.md
+	$(BIN)/python -m tests.studies.page $(RESULTS) docs/studies/results.md
 
 # Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.
 ON_GPU := --device cuda --dtype bfloat16 --force
@@ -120,9 +124,9 @@ bench-gpu: .venv/ready
 	  $(BIN)/python -m tests.studies.compiled $(BENCH)/$$1 $(RESULTS)/compiled-$$1-cuda.json --device cuda --dtype bfloat16; done
 	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 $(ON_GPU)
 	cp $(BENCH)/dit-xl-2-profile/manifest.json $(RESULTS)/profile-dit-xl-2-cuda.json
-	$(BIN)/python -m tests.studies.page $(RESULTS) docs/results.md
+	$(BIN)/python -m tests.studies.page $(RESULTS) docs/studies/results.md
 
-# Measures other caches beside this project's, and makes the tables in docs/peers.md. Most of an hour on two threads.
+# Measures other caches beside this project's, and makes the tables in docs/studies/peers.md. Most of an hour on two threads.
 bench-peers: .venv/ready
 	$(BIN)/pip install -q -e ".[peers]"
 	$(BIN)/python -m tests.studies.peers

@@ -1,6 +1,6 @@
-"""docs/results.md and its figures, from the JSON files of evaluations, comparisons and benchmarks.
+"""docs/studies/results.md and its figures, from the JSON files of evaluations, comparisons and benchmarks.
 
-python -m tests.studies.page docs/results docs/results.md
+python -m tests.studies.page docs/studies/results docs/studies/results.md
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tests.studies.comparison import evaluation_markdown, robustness_markdown, t
 
 HEAD = """# Results
 
-Made by `python -m tests.studies.page docs/results docs/results.md` from the JSON files in `docs/results`; each section names
-the command that measured it and the machine. What no file holds is not measured.
+Made by `python -m tests.studies.page docs/studies/results docs/studies/results.md` from the JSON files in that folder; each
+section names the command that measured it and the machine. What no file holds is not measured.
 """
 WANTED = {  # what this page is to show one day, and the file that would hold it
     "DiT-XL/2 at 256, batch 2 with guidance, bf16, 50 steps, on one GPU": "bench-dit-xl-2-cuda.json",
