@@ -202,7 +202,9 @@ class Handle:
             unit=predicted.get("unit"),
             path=self._path(),
             guidance_scale=self.schedule.sampler.guidance_scale,
-            resized={row.key: (row.planned, row.tokens) for row in self.rows if row.tokens != row.planned},
+            resized={
+                row.key: (row.profiled_tokens, row.tokens) for row in self.rows if row.tokens != row.profiled_tokens
+            },
         )
 
     def _path(self) -> str:

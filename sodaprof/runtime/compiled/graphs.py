@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from ...pipelines.clock import Moment
-from .arena import Arenas
+from .arena import Arenas, RowBuffers
 from .buffers import Packed, expanded_copy, once, pack
 from .trace import LoweredBlock, frozen_of
 
@@ -93,17 +93,17 @@ class Capture:
         self.bytes = 0  # of GPU memory that the graphs' pool took
         self.refused: str | None = None  # why steps run uncaptured
         self.rows = [row for block in blocks for row in block.rows]
-        self.buffers: dict[Any, tuple[Arenas, list[dict[Any, Any]]]] = {}  # by the looks of the calls: of each row
+        self.buffers: dict[Any, list[RowBuffers]] = {}  # by the looks of the calls: of each row
         if any(row.rule is not None and row.rule.base == "random" for row in self.rows):
             self.refused = "random token scores are drawn on the host"
 
     def begin(self, looks: Any) -> None:
         """Begins a run: graphs read weights where they were; elsewhere now, or a module changed: all are made anew."""
         if looks not in self.buffers:
-            self.buffers[looks] = Arenas(self.rows), [{} for _ in self.rows]
-        arenas, buffers = self.buffers[looks]
-        for row, mine in zip(self.rows, buffers, strict=True):
-            row.buffers, row.make_buffer = mine, arenas.make
+            arenas = Arenas(self.rows)
+            self.buffers[looks] = [RowBuffers(arenas, row) for row in self.rows]
+        for row, buffers in zip(self.rows, self.buffers[looks], strict=True):
+            row.buffers = buffers
         self.current.clear()
         self.owed.clear()
         frozen = frozen_of(self.transformer)
@@ -207,15 +207,15 @@ class Capture:
         result = body(arguments)
         after, counted = [row.snapshot() for row in self.rows], self.moment.executed.copy()
         for row, stores in zip(self.rows, before, strict=True):
-            row.stores = stores
+            row.memory = stores
         static = [a.clone() for a in arguments]
-        known = [list(row.buffers or ()) for row in self.rows]
+        known = self._kept_names()
 
         def run() -> Any:
             rows = {at: self.current[at[1]].packed.table.index_select(0, counter)[0] for at in ats}
             with self._reading(rows):
                 out = body(static)
-            if known != [list(row.buffers or ()) for row in self.rows]:  # they would lie in the graphs' own memory
+            if known != self._kept_names():  # they would lie in the graphs' own memory
                 raise RuntimeError("a site keeps what it did not keep in the first run")
             return out
 
@@ -223,8 +223,12 @@ class Capture:
             self.graphs[key] = Graph(made[0], static, made[1], counted - executed)
         self.moment.executed = counted
         for row, stores in zip(self.rows, after, strict=True):
-            row.stores = stores
+            row.memory = stores
         return result
+
+    def _kept_names(self) -> list[set[Any]]:
+        """Returns for each site the names under which its buffers hold something."""
+        return [set(row.buffers.places) if isinstance(row.buffers, RowBuffers) else set() for row in self.rows]
 
     def _record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
         """Returns (replay, result) of run() as a graph, None where it cannot be captured: then nothing is, and why is noted."""
@@ -250,7 +254,12 @@ class Capture:
         place = None if run is None else (len(run.members), run.place(block))
         held = block.ready[at].values if run is None else run.factors_of(block)
         values = tuple(known.get(id(value)) for value in held)
-        return block.ready[at].program, place, values, tuple(row.places(at[0]) for row in block.rows)
+        return (
+            block.ready[at].program,
+            place,
+            values,
+            tuple((row.cells[at[0]].arithmetic(), row.cells[at[0]].storage()) for row in block.rows),
+        )
 
     @contextmanager
     def _reading(self, rows: dict[tuple[int, int], torch.Tensor]) -> Iterator[None]:

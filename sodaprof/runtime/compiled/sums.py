@@ -18,12 +18,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import MismatchError
 from ...pipelines.clock import Moment
-from ..hooks.sites import Given, Made
+from ..hooks.cells import CellInputs, CellResult
 from . import kernels
 from .streams import Stream, Term, streams_of
 from .trace import BlockCall, LoweredBlock, leaves_of
 
-NOTHING, ONE = Made(None), torch.tensor(1.0, device="cpu")
+EMPTY_RESULT, ONE = CellResult(None), torch.tensor(1.0, device="cpu")
 Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
 
 
@@ -32,7 +32,7 @@ def kept_leaves(spec: TreeSpec) -> dict[int, tuple[int, int | None, int | None]]
 
     source: its place among a forecast's, None for the cache; part: of outputs that are tuples.
     """
-    given: list[Given] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
+    given: list[CellInputs] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
     found: dict[int, tuple[int, int | None, int | None]] = {}
     for row, one in enumerate(given):
         sources: Any = one.sources if isinstance(one.sources, tuple) else ()
@@ -133,7 +133,7 @@ class Run:
                     outputs = [_viewed(given, member.kept[kept.leaf], kept.views) for kept in term.kept]
                     mine.append((outputs, term, None if term.factor is None else member.factors[term.factor]))
             for row in member.block.rows:
-                row.write(moment, NOTHING)
+                row.write(moment, EMPTY_RESULT)
         first, last = self.members[0].streams, self.members[-1].streams
         return [
             None if begin is None or end is None else self._sum(leaves[begin.origin], terms, end)
@@ -236,7 +236,7 @@ def _fused(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch
             value.addcmul_(factor, output, value=weight)
 
 
-def _viewed(given: list[Given], place: tuple[int, int | None, int | None], views: Any) -> torch.Tensor:
+def _viewed(given: list[CellInputs], place: tuple[int, int | None, int | None], views: Any) -> torch.Tensor:
     row, source, part = place
     sources = given[row].sources
     found = given[row].cache if source is None or sources is None else sources[source]
@@ -273,7 +273,7 @@ class Collapse:
                 before = call
 
     def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
-        if at not in call.block.ready or not all(row.rests(at[0]) for row in call.block.rows):
+        if at not in call.block.ready or not all(row.cells[at[0]].reuses for row in call.block.rows):
             return None
         program, rest, _, values = call.block.ready[at]
         outputs, spec = tree_flatten(call.out)

@@ -20,12 +20,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ...errors import SodaprofError, UnsupportedModelError
 from ...pipelines.clock import Moment
-from ..hooks.sites import Given, Made, SiteRow
+from ..hooks.cells import CellInputs, CellResult
+from ..hooks.sites import SiteRow
 from .quick import quick
 
 PLAIN = (bool, int, float, str, type(None))
 LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
-CONTAINERS = {tuple, list, dict, Given}
+CONTAINERS = {tuple, list, dict, CellInputs}
 MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing of how it is built
 
 
@@ -38,7 +39,7 @@ class Program:
     parameters: int  # how many of the graph's inputs are parameters, the first ones
     key: Any  # what it was traced for
     places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
-    run: Callable[..., tuple[Any, list[Made]]]  # the graph, quickly, in the structure `made`
+    run: Callable[..., tuple[Any, list[CellResult]]]  # the graph, quickly, in the structure `made`
 
 
 class Ready(NamedTuple):
@@ -46,20 +47,20 @@ class Ready(NamedTuple):
 
     program: Program
     rest: fx.GraphModule
-    run: Callable[..., tuple[Any, list[Made]]]  # the same, quickly
+    run: Callable[..., tuple[Any, list[CellResult]]]  # the same, quickly
     values: list[Any]
 
 
 class Tracer:
     """Stands in for the rows' stores while a block is traced: what each site is given, and what it makes."""
 
-    def __init__(self, rows: list[SiteRow], given: list[Given], step: int) -> None:
+    def __init__(self, rows: list[SiteRow], given: list[CellInputs], step: int) -> None:
         self.given, self.step = {row.key: g for row, g in zip(rows, given, strict=True)}, step
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, CellResult] = {}
 
     def run(self, row: SiteRow, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self.given[row.key]
-        source = self.made.get(row.source.key) if row.source is not None else None
+        source = self.made.get(row.scored_by.key) if row.scored_by is not None else None
         if source is not None and source.statistic is not None:  # taken at this step, a moment ago
             given = given._replace(scored=source.statistic)
         made = self.made[row.key] = row.act(self.step, given, forward, args, kwargs)
@@ -126,7 +127,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
 
     def _program(self, call: tuple[Any, ...], leaves: list[Any], at: tuple[int, int]) -> Program:
         """Returns the program for these arguments at this step, traced where there is none yet."""
-        cells = tuple([row.cell(at[0]) for row in self.rows])
+        cells = tuple([row.cells[at[0]].arithmetic() for row in self.rows])
         kinds = tuple([kind_of(leaf) for leaf in leaves])
         settings = torch.is_autocast_enabled(), torch.get_default_dtype()
         mark = cells, form_of(call), kinds, *settings
@@ -165,7 +166,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         shapes = tuple(kind_of(found[name]) for found, name in self.tensors)
         sites = tuple(
             (row.key.split(".", 2)[2], row.tokens, row.raster, row.rule,
-             None if row.source is None else row.source.key.split(".", 2)[2])
+             None if row.scored_by is None else row.scored_by.key.split(".", 2)[2])
             for row in self.rows
         )  # fmt: skip
         built = (tuple(self.names), shapes, build_of(self.block), sites)
@@ -187,7 +188,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             args, kwargs, given = tree_unflatten(filled, spec)
             tracer = Tracer(self.rows, given, step)
             for row in self.rows:
-                row.tracer = tracer
+                row.runner = tracer
             parameters = {f"block.{name}": value for name, value in zip(self.names, flat, strict=False)}
             out = functional_call(Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
             missing = [row.key for row in self.rows if row.key not in tracer.made]
@@ -215,7 +216,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             ) from error
         finally:
             for row in self.rows:
-                row.tracer = None
+                row.runner = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
         return Program(graph, made_spec[-1], len(self.names), key, places, quick(graph, made_spec[-1]))

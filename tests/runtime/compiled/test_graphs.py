@@ -13,7 +13,7 @@ from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast, TokenRule
 from sodaprof.runtime.compiled import kernels
 from sodaprof.runtime.compiled import sums as collapse
-from sodaprof.runtime.hooks.sites import places_of
+from sodaprof.runtime.hooks.cells import slots_of
 from tests.tape import Tapes
 from tests.tiny_pipelines import (
     FEW,
@@ -241,7 +241,7 @@ def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
 
 
 def test_as_few_buffers_as_sources_at_once():
-    assert places_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
+    assert slots_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
 
 
 @pytest.mark.parametrize("extra", [{}, {"loop": True}])
