@@ -202,7 +202,7 @@ def test_a_batch_is_tried_against_the_steps():
     each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
     weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
     wanted = [each(weight, x) for x in xs]
-    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1}, None)
+    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1})
     for _ in range(2):
         found = filler.of_steps(parts, [weight], [[x] for x in xs], [])
         assert all(

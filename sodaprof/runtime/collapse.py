@@ -275,7 +275,7 @@ class Collapse:
     def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
         if at not in call.block.ready or not all(row.rests(at[0]) for row in call.block.rows):
             return None
-        program, rest, _, values = call.block.ready[at]
+        program, rest, values = call.block.ready[at]
         outputs, spec = tree_flatten(call.out)
         if rest not in self.streams:
             self.streams[rest] = streams_of(

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec
 
 from .lower import BlockCall, LoweredBlock, Program, Ready, kind_of
-from .quick import quick
 
 
 def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -82,7 +80,6 @@ class Filled(NamedTuple):
 
     program: Program
     rest: fx.GraphModule  # what is left of it
-    run: Callable[..., Any]  # the same, quickly
     steps: list[int]
     of_run: list[Any]  # values that hold for the run
     of_steps: list[list[Any]]  # values of each step
@@ -91,30 +88,27 @@ class Filled(NamedTuple):
         """Returns the same structure with the step of each value, None where it holds for the run."""
         steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
         none: Any = None
-        return Filled(none, none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
+        return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
 
     def hold(self, block: LoweredBlock, branch: int) -> None:
         """Lets the block take the values."""
         for step, values in zip(self.steps, self.of_steps, strict=True):
-            block.ready[step, branch] = Ready(self.program, self.rest, self.run, [*self.of_run, *values])
+            block.ready[step, branch] = Ready(self.program, self.rest, [*self.of_run, *values])
 
 
 class Parts(NamedTuple):
-    """A program in three parts: for a run, for each step, and what is left; quickly, too, with the values they hand on."""
+    """A program in three parts: for a run, for each step, and what is left, which takes the values of the other two."""
 
     of_run: fx.GraphModule
     of_step: fx.GraphModule
     rest: fx.GraphModule
-    run_once: Callable[..., Any]
-    run_each: Callable[..., Any]
-    run_rest: Callable[..., Any]
 
 
-def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int], made: TreeSpec | None) -> Parts:
+def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int]) -> Parts:
     """Returns the graph in parts; late and moving: numbers of inputs that depend on the latents, and on the step alone."""
     of_run, rest = split(graph, parameters, late | moving)
     of_step, rest = split(rest, parameters, late)
-    return Parts(of_run, of_step, rest, quick(of_run), quick(of_step), quick(rest, made))
+    return Parts(of_run, of_step, rest)
 
 
 class Filler:
@@ -140,9 +134,9 @@ class Filler:
             parts = self._parts(program, call)
             leaves = [call.at(step) for step in its_steps]
             inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
-            of_run = parts.run_once(*parameters, *inputs[0])
+            of_run = parts.of_run.forward(*parameters, *inputs[0])
             values = self.of_steps(parts, parameters, inputs, of_run)
-            found.append(Filled(program, parts.rest, parts.run_rest, its_steps, of_run, values))
+            found.append(Filled(program, parts.rest, its_steps, of_run, values))
         return found
 
     def of_steps(
@@ -152,7 +146,7 @@ class Filler:
         each = parts.of_step
 
         def one_by_one() -> list[list[Any]]:
-            return [parts.run_each(*parameters, *at_step, *of_run) for at_step in inputs]
+            return [each.forward(*parameters, *at_step, *of_run) for at_step in inputs]
 
         if len(inputs) == 1 or not each.graph.output_node().args[0]:
             return one_by_one()
@@ -179,7 +173,7 @@ class Filler:
             count = program.parameters
             not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
             moved = {count + n for n, i in enumerate(program.places) if i in moving}
-            self.parts[mark] = parts_of(program.graph, count, not_yet, moved, program.made)
+            self.parts[mark] = parts_of(program.graph, count, not_yet, moved)
         return self.parts[mark]
 
     def _batched(
@@ -205,7 +199,7 @@ class Filler:
 
 
 def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[Any]], Any]:
-    """Returns a quick function of inputs that look like these, tensors or None, which it takes as a list."""
+    """Returns a traced function of inputs that look like these, tensors or None, which it takes as a list."""
     places = [i for i, x in enumerate(inputs) if x is not None]
 
     def of_tensors(*tensors: torch.Tensor) -> list[Any]:
@@ -214,8 +208,8 @@ def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[An
             flat[place] = tensor
         return list(function(*flat))
 
-    run = quick(make_fx(of_tensors)(*[inputs[i] for i in places]))
-    return lambda flat: run(*[flat[i] for i in places])
+    graph = make_fx(of_tensors)(*[inputs[i] for i in places])
+    return lambda flat: graph.forward(*[flat[i] for i in places])
 
 
 def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:

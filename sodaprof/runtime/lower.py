@@ -21,7 +21,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ..errors import SodaprofError, UnsupportedModelError
 from ..models.clock import Moment
 from .actions import Given, Made, SiteRow
-from .quick import quick
 
 PLAIN = (bool, int, float, str, type(None))
 LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
@@ -38,7 +37,11 @@ class Program:
     parameters: int  # how many of the graph's inputs are parameters, the first ones
     key: Any  # what it was traced for
     places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
-    run: Callable[..., tuple[Any, list[Made]]]  # the graph, quickly, in the structure `made`
+
+    def structured(self, found: list[Any]) -> tuple[Any, list[Made]]:
+        """Returns the block's output and what each site made, from what the graph returned."""
+        out: tuple[Any, list[Made]] = tree_unflatten(found, self.made)
+        return out
 
 
 class Ready(NamedTuple):
@@ -46,7 +49,6 @@ class Ready(NamedTuple):
 
     program: Program
     rest: fx.GraphModule
-    run: Callable[..., tuple[Any, list[Made]]]  # the same, quickly
     values: list[Any]
 
 
@@ -113,11 +115,12 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         given = [row.read(self.moment) for row in self.rows]
         leaves = leaves_of((args, kwargs, given), [])
         if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
-            program, _, run, values = self.ready[at]
+            program, graph, values = self.ready[at]
         else:
             program, values = self._program((args, kwargs, given), leaves, at), []
-            run = program.run
-        out, made = run(*self.parameters(), *[leaves[i] for i in program.places], *values)
+            graph = program.graph
+        found = graph.forward(*self.parameters(), *[leaves[i] for i in program.places], *values)
+        out, made = program.structured(found)
         if self.listener is not None:
             self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
         for row, one in zip(self.rows, made, strict=True):
@@ -218,7 +221,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 row.tracer = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return Program(graph, made_spec[-1], len(self.names), key, places, quick(graph, made_spec[-1]))
+        return Program(graph, made_spec[-1], len(self.names), key, places)
 
 
 class Bare(nn.Module):
