@@ -188,8 +188,14 @@ class Handle:
         self._complete = False
 
     def _end(self) -> None:
+        differed = [tables for tables in self.tables if tables.differed()]
         self._reset()
         self._complete = True
+        if differed:
+            raise MismatchError(
+                "The pipeline called the transformer with other arguments (timesteps, say) than in the run in which the "
+                "conditioning tables were prepared: this generation is wrong. Call it again; such calls now run without tables."
+            )
 
     def report(self) -> Report:
         """Returns planned and executed actions of the latest run."""
