@@ -133,3 +133,37 @@ def test_guidance_is_read_off_a_step():
         UnsupportedModelError, match=r"given \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
     ):
         guidance_of(guided[:1], [one, other], "passes")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("apart", [1.0, 0.1, 0.01])
+def test_guidance_is_read_off_a_step_of_rounded_numbers(dtype, apart):
+    generator = torch.Generator().manual_seed(0)
+    other, step = torch.randn(2, 2, 4, 16, 16, generator=generator)
+    one, other = (other + apart * step).to(dtype), other.to(dtype)
+    guided = other + 4.0 * (one - other)
+    assert guidance_of(guided, [one, other], "passes", 4.0) == ([4.0, -3.0], False)
+    assert guidance_of(guided, [other, one], "passes", 4.0) == ([-3.0, 4.0], False)
+    assert guidance_of(guided, [other, one], "passes")[0] == pytest.approx([-3.0, 4.0], abs=0.05)
+    weaker = other + 1.5 * (one - other)  # the pipeline is called with another scale than the schedule's
+    assert guidance_of(weaker, [one, other], "passes", 4.0)[0] == pytest.approx([1.5, -0.5], abs=0.05)
+    for wrong in (0.95 * guided, guided + 0.02 * guided.std()):
+        with pytest.raises(UnsupportedModelError, match="is no weighted sum"):
+            guidance_of(wrong, [one, other], "passes", 4.0)
+
+
+@pytest.mark.parametrize("cls", [DiTPipeline, TwoPassPipeline])
+def test_runs_in_bf16_share_their_graphs(cls):
+    pipe, tapes = tiny_pipe(cls=cls), Tapes()
+    pipe.transformer.to(torch.bfloat16)
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda m, args, kwargs: ((args[0].to(torch.bfloat16), *args[1:]), kwargs), with_kwargs=True
+    )
+    with looped(pipe, few_schedule(pipe), tapes) as handle:
+        few(pipe), few(pipe), few(pipe)
+        made = tapes.made
+        for seed in (5, 6, 7):
+            few(pipe, (7, 3), seed=seed)
+            assert handle.report().path.endswith("whole steps")
+        assert tapes.made == made
+    hook.remove()

@@ -146,7 +146,7 @@ class Handle:
             self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture))
             if self.loops and capture is not None:
                 self.tables[-1].loop = self.clock.loop = Loop(
-                    self.moment, capture, called_steps(self.schedule), self.schedule.sampler.guidance_form, self.update
+                    self.moment, capture, called_steps(self.schedule), self.schedule.sampler, self.update
                 )
             self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
 

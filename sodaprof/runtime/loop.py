@@ -19,6 +19,7 @@ from ..errors import UnsupportedModelError
 from ..models.clock import Moment
 from ..models.guidance import combined, guidance_of
 from ..models.solvers import advance, own_update, table_of
+from ..sites import Sampler
 from ..updates import OwnUpdate
 from .capture import Capture
 from .packed import expanded_copy, once
@@ -67,9 +68,9 @@ class Loop:
     """The steps after the first of a transformer's runs; `called` are those that call it."""
 
     def __init__(
-        self, moment: Moment, capture: Capture, called: list[bool], form: str, update: StateUpdate | None = None
+        self, moment: Moment, capture: Capture, called: list[bool], sampler: Sampler, update: StateUpdate | None = None
     ) -> None:
-        self.moment, self.capture, self.called, self.form, self.update = moment, capture, called, form, update
+        self.moment, self.capture, self.called, self.sampler, self.update = moment, capture, called, sampler, update
         self.steps = [step for step, calls in enumerate(called) if calls]
         self.tables: dict[Any, torch.Tensor] = {}
         self.own: OwnUpdate | None = None  # the schedule holds for these timesteps and settings alone
@@ -101,7 +102,10 @@ class Loop:
         if not self.branches:  # not yet noted: the next run
             return
         try:
-            self.weights, self.doubled = guidance_of(output, [tree_leaves(b.out)[0] for b in self.branches], self.form)
+            outs = [tree_leaves(branch.out)[0] for branch in self.branches]
+            self.weights, self.doubled = guidance_of(
+                output, outs, self.sampler.guidance_form, self.sampler.guidance_scale
+            )
             if self.update is None:
                 refuse_options(scheduler, defaults_of(scheduler), kwargs)
             if self.update is None and self.own is None:
@@ -227,7 +231,7 @@ class Loop:
                 self.moment.forward += 1
                 args, kwargs = tree_unflatten(now, branch.spec)
                 outputs.append(tree_flatten(branch.forward(*args, **kwargs))[0][0])
-            guided = combined(outputs, self.weights, self.doubled, self.form, state.noise)
+            guided = combined(outputs, self.weights, self.doubled, self.sampler.guidance_form, state.noise)
             x, ring = advance(table, state.counter, state.x, guided, state.ring, state.noise)
             state.x.copy_(x)
             state.ring.copy_(ring)
