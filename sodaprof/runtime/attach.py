@@ -62,7 +62,7 @@ class Handle:
         pipe: Any,
         schedule: Schedule,
         lower: bool,
-        tables: bool,
+        tables: bool | str,
         collapse: str | None,
         capture: Recorder | None,
         loop: bool,
@@ -143,7 +143,7 @@ class Handle:
                 self.captures.append(Capture(self.recorder, self.moment, blocks, transformer, self.schedule.steps))
             capture = self.captures[-1] if self.captures else None
             own = [step for step, action in enumerate(plan.stack) if action in ".S"]
-            self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture))
+            self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture, self.tabled == "near"))
             if self.loops and capture is not None:
                 self.tables[-1].loop = self.clock.loop = Loop(
                     self.moment, capture, called_steps(self.schedule), self.schedule.sampler, self.update
@@ -246,7 +246,7 @@ def apply(
     *,
     steps: int | None = None,
     lower: bool = False,
-    tables: bool = True,
+    tables: bool | str = True,
     collapse: str | None = "ordered",
     capture: bool | Recorder = False,
     loop: bool = False,
@@ -259,7 +259,8 @@ def apply(
     schedule: by default the one beside the model's weights that fits; steps: of so many, where there are several.
     lower: run each block as traced programs, without what only fed modules that are not run: the same bits, faster steps,
     some seconds of tracing in the first run.
-    tables: with lower, compute ahead what does not depend on the latents, once two runs have shown what that is.
+    tables: with lower, compute ahead what does not depend on the latents, once two runs have shown what that is; "near" fills
+    them in a few large products, equal except for rounding, which a GPU does much faster than with the same bits.
     collapse: with tables, blocks in a row that compute nothing become one sum: "ordered" with the same bits, "fused" faster
     and equal but for rounding, None not.
     capture: with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why.
@@ -279,6 +280,8 @@ def apply(
     check_fits(pipe, schedule)
     if collapse not in ("ordered", "fused", None):
         raise SodaprofError(f"collapse is {collapse!r}; expected 'ordered', 'fused' or None.")
+    if tables not in (True, False, "near"):
+        raise SodaprofError(f"tables is {tables!r}; expected True, False or 'near'.")
     if capture and not (lower and tables):
         raise SodaprofError(
             "Only traced blocks with their tables are captured. Type: apply(..., lower=True, capture=True)"
@@ -286,7 +289,7 @@ def apply(
     if loop and (not capture or len(schedule.transformers) > 1):
         raise SodaprofError("The whole-step loop is for one captured transformer: apply(..., capture=True, loop=True)")
     recorder = CudaGraphs() if capture is True else capture or None
-    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder, loop, allow_resolution)
+    return Handle(pipe, schedule, lower, tables if lower else False, collapse, recorder, loop, allow_resolution)
 
 
 def apply_with(pipe: Any, schedule: Schedule, runtime: str, **others: Any) -> Handle:

@@ -75,6 +75,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         steps: list[int],  # at which the pipeline calls this transformer
         collapse: Collapse | None,
         capture: Capture | None,
+        near: bool = False,  # tables equal except for rounding, filled at once
     ) -> None:
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
@@ -84,7 +85,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         self.noted: dict[Any, Noted] = {}  # (looks of a call, branch) -> what changes in it, once all steps are seen
         self.unsteady: set[Any] = set()  # (looks of a call, branch) whose arguments were others in a later run
         self.comparison = Comparison()
-        self.filler = Filler()
+        self.filler = Filler(near)
         self.learned: dict[Any, list[Learned]] = {}  # looks of a call -> of each block
         self.stand_ins: dict[Any, torch.Tensor] = {}  # by number of the output and looks
         self.transformer: nn.Module | None = None
