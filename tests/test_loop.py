@@ -12,8 +12,9 @@ from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.models.guidance import guidance_of
 from sodaprof.models.opensora.scheduler import RectifiedFlowScheduler
 
-from .pipelines import FEW, TwoPassPipeline, few, few_schedule, schedule_for, tiny_pipe, with_known_programs
+from .pipelines import FEW, TwoPassPipeline, draw, few, few_schedule, schedule_for, tiny_pipe, with_known_programs
 from .tape import Tapes
+from .updated import CALLED, RESTING, updated
 
 
 def looped(pipe, schedule, recorder):
@@ -54,7 +55,7 @@ def test_pictures_are_the_pipelines(cls, scheduler):
             assert handle.report().executed == handle.report().planned
         assert np.allclose(sample(pipe, (7, 3), seed=5), others, atol=2e-5)
         graphs = FEW - 1 + (2 if cls is TwoPassPipeline else 1)  # of whole steps, and of the first, a branch each
-        assert handle.report().path == f"captured: {graphs} graphs, whole steps"
+        assert handle.report().path == f"captured: {graphs} graphs, {FEW}/{FEW} steps replayed, whole steps"
         assert np.allclose(sample(pipe, guidance_scale=1.5), weaker, atol=2e-5)
         assert np.allclose(sample(pipe), wanted, atol=2e-5)
         assert tapes.played > 3 * FEW
@@ -154,11 +155,7 @@ def test_guidance_is_read_off_a_step_of_rounded_numbers(dtype, apart):
 
 @pytest.mark.parametrize("cls", [DiTPipeline, TwoPassPipeline])
 def test_runs_in_bf16_share_their_graphs(cls):
-    pipe, tapes = tiny_pipe(cls=cls), Tapes()
-    pipe.transformer.to(torch.bfloat16)
-    hook = pipe.transformer.register_forward_pre_hook(
-        lambda m, args, kwargs: ((args[0].to(torch.bfloat16), *args[1:]), kwargs), with_kwargs=True
-    )
+    pipe, tapes = tiny_pipe(cls=cls).to(torch.bfloat16), Tapes()
     with looped(pipe, few_schedule(pipe), tapes) as handle:
         few(pipe), few(pipe), few(pipe)
         made = tapes.made
@@ -166,4 +163,39 @@ def test_runs_in_bf16_share_their_graphs(cls):
             few(pipe, (7, 3), seed=seed)
             assert handle.report().path.endswith("whole steps")
         assert tapes.made == made
-    hook.remove()
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("cls", [DiTPipeline, TwoPassPipeline])
+def test_the_pipeline_iterates_twice_where_it_iterates_over_the_timesteps(cls, listed):
+    pipe, calls = tiny_pipe(cls=cls), []
+    schedule, branches = few_schedule(pipe), 2 if cls is TwoPassPipeline else 1
+    if listed:
+        pipe.progress_bar = list  # DiT's pipeline then iterates over a list of its own
+    with sodaprof.apply(pipe, schedule):
+        wanted = few(pipe)
+    with looped(pipe, schedule, Tapes()) as handle:
+        few(pipe), few(pipe)
+        pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+        for _ in range(3):
+            calls.clear()
+            assert np.allclose(few(pipe), wanted, atol=2e-5)
+            assert len(calls) == branches * (FEW if listed and cls is DiTPipeline else 2)
+            report = handle.report()
+            assert report.complete
+            assert report.executed == report.planned
+        assert type(pipe.scheduler.timesteps) is not torch.Tensor
+    assert type(pipe.scheduler.timesteps) is torch.Tensor
+    assert len(pipe.scheduler.timesteps) == FEW
+
+
+def test_steps_without_network_are_counted():
+    pipe = tiny_pipe()
+    schedule = updated(pipe, RESTING)
+    with looped(pipe, schedule, Tapes()) as handle:
+        for _ in range(4):
+            draw(pipe)
+            report = handle.report()
+            assert report.complete
+            assert report.executed == report.planned
+        assert report.counters.steps_replayed == CALLED

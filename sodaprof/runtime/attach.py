@@ -34,6 +34,19 @@ RUNTIMES: dict[str, dict[str, Any]] = {  # name -> arguments of apply
 
 
 @dataclass(frozen=True)
+class Counters:
+    """What the traced and captured runtimes did: in the latest run, and since the schedule was applied."""
+
+    blocks_from_tables: int  # calls of a block that took values from the conditioning tables, in the latest run
+    sums: int  # cached sums taken in the latest run
+    kernel_sums: int  # of their streams, those summed by the Triton kernel
+    graphs: int  # captured patterns, of all runs
+    replays: int  # of these graphs, in the latest run
+    steps_replayed: int  # steps of the latest run of which every call was replayed
+    programs: int  # traced, of all runs
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run was to do and what it did, in cells of the picture (one site at one step)."""
 
@@ -45,6 +58,7 @@ class Report:
     path: str  # hooks, lowered or captured, and why not captured where that was asked for
     guidance_scale: float | None  # the scale that the schedule was profiled at; another one runs too
     resized: dict[str, tuple[int, int]]  # site -> tokens profiled and tokens that ran, where they differ
+    counters: Counters
 
     def __str__(self) -> str:
         counts = "  ".join(f"{a} {self.executed.get(a, 0)}/{n}" for a, n in sorted(self.planned.items()))
@@ -184,7 +198,7 @@ class Handle:
         self._reset()
         if self.update is not None:
             self.update.begin(self.pipe.scheduler)
-        self.moment.executed = Counter()
+        self.moment.executed, self.moment.served = Counter(), Counter()
         self._complete = False
 
     def _end(self) -> None:
@@ -209,6 +223,19 @@ class Handle:
             path=self._path(),
             guidance_scale=self.schedule.sampler.guidance_scale,
             resized={row.key: (row.planned, row.tokens) for row in self.rows if row.tokens != row.planned},
+            counters=self._counters(),
+        )
+
+    def _counters(self) -> Counters:
+        served = self.moment.served
+        return Counters(
+            blocks_from_tables=served["blocks"],
+            sums=served["sums"],
+            kernel_sums=served["kernel sums"],
+            graphs=sum(len(capture.graphs) for capture in self.captures),
+            replays=sum(capture.replays for capture in self.captures),
+            steps_replayed=sum(capture.replayed_steps() for capture in self.captures),
+            programs=self.moment.programs,
         )
 
     def _path(self) -> str:
@@ -216,7 +243,8 @@ class Handle:
             return "lowered" if self.lowered else "hooks"
         if refused := next((c.refused for c in self.captures if c.refused), None):
             return f"lowered: {refused}"
-        told = f"captured: {sum(len(c.graphs) for c in self.captures)} graphs"
+        counters, called = self._counters(), sum(called_steps(self.schedule))
+        told = f"captured: {counters.graphs} graphs, {counters.steps_replayed}/{called} steps replayed"
         loop = self.clock.loop
         return (
             told

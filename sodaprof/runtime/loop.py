@@ -22,7 +22,7 @@ from ..models.solvers import advance, own_update, table_of
 from ..sites import Sampler
 from ..updates import OwnUpdate
 from .capture import Capture
-from .packed import expanded_copy, once
+from .packed import copy_all, expanded_copy, once
 from .update import Jump, Ring, StateUpdate, defaults_of, drawn, jumps, refuse_options
 
 
@@ -73,6 +73,7 @@ class Loop:
         self.moment, self.capture, self.called, self.sampler, self.update = moment, capture, called, sampler, update
         self.steps = [step for step, calls in enumerate(called) if calls]
         self.tables: dict[Any, torch.Tensor] = {}
+        self.tabled: dict[Any, list[Jump]] = {}  # what each of them holds
         self.own: OwnUpdate | None = None  # the schedule holds for these timesteps and settings alone
         self.jumps: list[Jump] = []
         self.twice = False  # the transformer is called with the latents twice
@@ -147,6 +148,11 @@ class Loop:
                 self._steps()
         return self.branches[min(self.moment.branch, len(self.branches) - 1)].out
 
+    def rest(self, step: int) -> None:
+        """Counts the cells of the steps without network from this step on, at which the pipeline does not call it."""
+        if skipped := self.called[step:].count(False):
+            self.moment.executed["-"] += skipped * len(self.capture.rows)
+
     def last(self) -> Any:
         """Returns the scheduler's answer at the steps that were taken here: the final latents, as it would hand them over."""
         assert self.begun is not None
@@ -171,7 +177,7 @@ class Loop:
         for branch, held in zip(self.branches, state.arguments, strict=True):
             places += [once(tensor) for tensor in held.values()]
             news += [once(branch.leaves[i]) for i in held]
-        torch._foreach_copy_(places, news)
+        copy_all(places, news)
         state.ring[1:].zero_()
         state.noise.zero_()
         state.counter.fill_(self.steps[1])
@@ -209,12 +215,16 @@ class Loop:
     def _table(self, device: torch.device) -> torch.Tensor:
         """Returns the coefficients in a place of their own, which graphs may read in later runs, too."""
         assert self.own is not None
+        key = device, len(self.jumps[0].coefficients)
+        if key in self.tables and self.tabled[key] is self.jumps:
+            return self.tables[key]
         rows = [[0.0] * len(self.jumps[0].coefficients) for _ in self.called]
         for jump in self.jumps:
             rows[jump.start] = list(jump.coefficients)
         new = table_of(rows, self.own.data).to(device, torch.float32)
-        known = self.tables.setdefault((new.shape, device), new)
+        known = self.tables.setdefault(key, new)
         known.copy_(new)
+        self.tabled[key] = self.jumps
         return known
 
     def _step(self, step: int, state: State, table: torch.Tensor) -> None:

@@ -116,6 +116,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         leaves = leaves_of((args, kwargs, given), [])
         if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
             program, graph, values = self.ready[at]
+            self.moment.served["blocks"] += 1
         else:
             program, values = self._program((args, kwargs, given), leaves, at), []
             graph = program.graph
@@ -221,6 +222,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 row.tracer = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
+        self.moment.programs += 1
         return Program(graph, made_spec[-1], len(self.names), key, places)
 
 

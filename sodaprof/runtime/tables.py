@@ -116,7 +116,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         if len(seen) < len(self.steps):
             seen[step] = [kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
             if self.capture is not None:
-                self.capture.settle()
+                self.capture.settle([step])
             return forward(*args, **kwargs)
         if step != begin and self.loop is not None and self.loop.wants(leaves[latents]):
             return self.loop.run()
@@ -126,7 +126,7 @@ class Tables(ModelHook):  # type: ignore[misc]
                 return forward(*args, **kwargs)
             if self.moment.tabled:
                 return self.capture.run(forward, leaves, spec, self.kinds[branch][1])
-            self.capture.settle()
+            self.capture.settle([step])
             return forward(*args, **kwargs)
         if looks not in self.noted:
             self.noted[looks] = noted(seen, self.steps)
