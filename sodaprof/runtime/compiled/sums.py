@@ -125,6 +125,7 @@ class Run:
         return undo
 
     def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
+        moment.served["sums"] += 1
         added: list[list[Added]] = [[] for _ in self.members[0].streams]
         for member in self.members:
             given = [row.read(moment) for row in member.block.rows]
@@ -136,13 +137,15 @@ class Run:
                 row.write(moment, EMPTY_RESULT)
         first, last = self.members[0].streams, self.members[-1].streams
         return [
-            None if begin is None or end is None else self._sum(leaves[begin.origin], terms, end)
+            None if begin is None or end is None else self._sum(moment, leaves[begin.origin], terms, end)
             for begin, terms, end in zip(first, added, last, strict=True)
         ]
 
-    def _sum(self, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
+    def _sum(self, moment: Moment, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
         total, add = _Total(start, self.scalars), _fused if self.fused else _ordered
-        if not (on_gpu(start) and self._by_kernel(total, added)):
+        if on_gpu(start) and self._by_kernel(total, added):
+            moment.served["kernel sums"] += 1
+        else:
             for outputs, term, factor in added:
                 add(total, outputs, term, factor)
         return total.result(stream)
@@ -275,7 +278,7 @@ class Collapse:
     def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
         if at not in call.block.ready or not all(row.cells[at[0]].reuses for row in call.block.rows):
             return None
-        program, rest, _, values = call.block.ready[at]
+        program, rest, values = call.block.ready[at]
         outputs, spec = tree_flatten(call.out)
         if rest not in self.streams:
             self.streams[rest] = streams_of(

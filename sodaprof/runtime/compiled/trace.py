@@ -22,7 +22,6 @@ from ...errors import SodaprofError, UnsupportedModelError
 from ...pipelines.clock import Moment
 from ..hooks.cells import CellInputs, CellResult
 from ..hooks.sites import SiteRow
-from .quick import quick
 
 PLAIN = (bool, int, float, str, type(None))
 LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
@@ -39,7 +38,11 @@ class Program:
     parameters: int  # how many of the graph's inputs are parameters, the first ones
     key: Any  # what it was traced for
     places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
-    run: Callable[..., tuple[Any, list[CellResult]]]  # the graph, quickly, in the structure `made`
+
+    def structured(self, found: list[Any]) -> tuple[Any, list[CellResult]]:
+        """Returns the block's output and what each site made, from what the graph returned."""
+        out: tuple[Any, list[CellResult]] = tree_unflatten(found, self.made)
+        return out
 
 
 class Ready(NamedTuple):
@@ -47,7 +50,6 @@ class Ready(NamedTuple):
 
     program: Program
     rest: fx.GraphModule
-    run: Callable[..., tuple[Any, list[CellResult]]]  # the same, quickly
     values: list[Any]
 
 
@@ -114,11 +116,13 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         given = [row.read(self.moment) for row in self.rows]
         leaves = leaves_of((args, kwargs, given), [])
         if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
-            program, _, run, values = self.ready[at]
+            program, graph, values = self.ready[at]
+            self.moment.served["blocks"] += 1
         else:
             program, values = self._program((args, kwargs, given), leaves, at), []
-            run = program.run
-        out, made = run(*self.parameters(), *[leaves[i] for i in program.places], *values)
+            graph = program.graph
+        found = graph.forward(*self.parameters(), *[leaves[i] for i in program.places], *values)
+        out, made = program.structured(found)
         if self.listener is not None:
             self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
         for row, one in zip(self.rows, made, strict=True):
@@ -219,7 +223,8 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                 row.runner = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return Program(graph, made_spec[-1], len(self.names), key, places, quick(graph, made_spec[-1]))
+        self.moment.programs += 1
+        return Program(graph, made_spec[-1], len(self.names), key, places)
 
 
 class Bare(nn.Module):
