@@ -145,7 +145,7 @@ def draw_after_failure(settings: Settings, found: dict[str, Any]) -> None:
 
     pipe = tiny_pipe().to(settings.device, torch.bfloat16)
     recorder = CudaGraphs() if settings.cuda else settings.recorder()
-    with sodaprof.apply(pipe, reuse(pipe), lower=True, capture=Failing(recorder)) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, steps=FEW), lower=True, capture=Failing(recorder)) as handle:
         for _ in range(3):
             latents_of(pipe, FEW)
         found["path"] = handle.report().path
