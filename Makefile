@@ -36,6 +36,7 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -p no:cacheprovider
+	$(MAKE) bench-gpu DEVICE=cpu REHEARSAL=1 WHEELS= OUT=build/gpu-rehearsal
 
 format: .venv/ready
 	$(BIN)/ruff format .
@@ -111,20 +112,15 @@ bench: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.studies.light_steps tiny-dit $(BENCH)/dit-s-2 -o $(RESULTS)/light-steps.json
 	$(BIN)/python -m tests.studies.page $(RESULTS) docs/studies/results.md
 
-# Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.
-ON_GPU := --device cuda --dtype bfloat16 --force
-bench-gpu: .venv/ready
-	mkdir -p $(BENCH)
-	$(BIN)/python -m pytest -m gpu
-	set -e; for m in "dit-xl-2 50 18" "pixart-xl-2-512 20 8" "pixart-xl-2-1024 20 8"; do set -- $$m; \
-	  $(BIN)/python -m tests.studies.random_models $$1 $(BENCH)/$$1; \
-	  $(BIN)/sodaprof inspect $(BENCH)/$$1 --steps $$2 -o $(BENCH)/$$1-inspected --force; \
-	  $(BIN)/sodaprof compile $(BENCH)/$$1-inspected --policy fora --knob anchors=$$3 -o $(BENCH)/$$1-$$3-of-$$2.json --force; \
-	  $(BIN)/sodaprof bench $(BENCH)/$$1 $(BENCH)/$$1-$$3-of-$$2.json $(ON_GPU) -o $(RESULTS)/bench-$$1-cuda.json; \
-	  $(BIN)/python -m tests.studies.compiled $(BENCH)/$$1 $(RESULTS)/compiled-$$1-cuda.json --device cuda --dtype bfloat16; done
-	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 $(ON_GPU)
-	cp $(BENCH)/dit-xl-2-profile/manifest.json $(RESULTS)/profile-dit-xl-2-cuda.json
-	$(BIN)/python -m tests.studies.page $(RESULTS) docs/studies/results.md
+# One prepared run on a GPU box without network, 8 minutes at most: docs/gpu.md. Needs no environment of its own.
+# DEVICE=cpu REHEARSAL=1 runs the same code on the CPU with tiny networks, with the environment's Python.
+WHEELS ?=
+OUT ?= build/gpu
+DEVICE ?= cuda
+REHEARSAL ?=
+bench-gpu: $(if $(REHEARSAL),.venv/ready)
+	$(if $(REHEARSAL),OMP_NUM_THREADS=1 $(BIN)/python,$(PYTHON)) -m tests.gpu --out $(OUT) --device $(DEVICE) \
+	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(REHEARSAL),--rehearsal)
 
 # Measures other caches beside this project's, and makes the tables in docs/studies/peers.md. Most of an hour on two threads.
 bench-peers: .venv/ready

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sodaprof
 from sodaprof.errors import MismatchError
@@ -48,6 +49,23 @@ def test_steps_are_replayed_where_arguments_are_on_a_device(monkeypatch, cls, sc
             assert np.array_equal(few(pipe, labels, seed=seed), pictures)
             assert tapes.played - played == calls * (FEW + 1)  # each call, and the tables of each
         assert handle.report().path.startswith("captured")
+
+
+def test_a_later_run_compares_its_latents_alone_on_the_host(monkeypatch):
+    class Equal(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten.equal.default
+            return func(*args, **(kwargs or {}))
+
+    pipe = tiny_pipe()
+    monkeypatch.setattr(noted, "on_host", lambda tensor: False)
+    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), lower=True, capture=Tapes())):
+        few(pipe), few(pipe), few(pipe)
+        with Equal() as equal:
+            few(pipe)
+    assert equal.count == 1  # whether the batch holds both guidance branches
 
 
 def _scaled(module, args, kwargs):
