@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ..errors import MismatchError, UnsupportedModelError
 from ..formats.sampler import RIDGE, OwnUpdate, own_weights, ridge_solve, rounded
-from ..formats.sites import Sampler
+from ..formats.sites import Sampler, SiteKey
 from .clock import Clock
 from .guidance import combined, guidance_of
 from .load import OwnCall, call, transformers_of
@@ -195,13 +195,13 @@ class Replay:
         """
         if step not in self._sites:
             calls: dict[str, list[torch.Tensor]] = {}
-            paths = dict.fromkeys(site.split("#")[0] for site in layouts)
+            paths = dict.fromkeys(SiteKey.parse(site).path for site in layouts)
             order: Counter[str] = Counter()
 
             def hear(path: str) -> Callable[..., Any]:
                 def tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     out = forward(*args, **kwargs)
-                    site = path + (f"#{order[path]}" if order[path] else "")
+                    site = str(SiteKey.parse(path)._replace(call=order[path]))
                     order[path] += 1
                     if site in layouts:
                         calls.setdefault(site, []).append(out)

@@ -7,11 +7,12 @@ without: which of them a model and a budget favour is not in any table, so each 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..compiler import compile_schedule
 from ..errors import BudgetError, UnsupportedModelError

@@ -9,11 +9,11 @@ what an error weighs in the picture. Closed form, one run of the accelerated loo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from ..compiler.forecasts import DIGITS, ridge

@@ -14,7 +14,7 @@ from PIL import Image
 import sodaprof.measure.bench
 from sodaprof import cli
 from sodaprof.compiler import POLICIES
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from tests.conftest import invoke
 
 STEPS = "8"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.forecasts import (
@@ -25,7 +25,8 @@ from sodaprof.errors import BudgetError, FormatError, UnsupportedModelError
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.rules import verify
-from sodaprof.formats.schedule import Schedule, Update, load_schedule
+from sodaprof.formats.schedule import Schedule, Update
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.runtime.hooks.cells import dropped_at, last_uses
 from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sodaprof.formats.files import digest, read_json, write_json, write_text
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.measure.classifier import load_classifier
 from sodaprof.measure.contenders import FEWER
 from sodaprof.pipelines.device import device_facts

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
