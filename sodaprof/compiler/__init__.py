@@ -5,12 +5,14 @@ A policy is a function (Problem, knobs) -> Schedule, in a file of its own in `po
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from ..errors import BudgetError, FormatError, UnsupportedModelError
 from ..formats.cost import cost_of, load_cost
@@ -135,7 +137,7 @@ def _ever_smaller(problem: Problem, policy: Policy, knobs: Any, given: Mapping[s
                 yield replace(schedule, update=replace(update, history=history, coefficients=rows))
         if not depth or getattr(knobs, depth[0]) <= 1:
             return
-        knobs = replace(knobs, **{depth[0]: getattr(knobs, depth[0]) - 1})
+        knobs = dataclasses.replace(knobs, **{depth[0]: getattr(knobs, depth[0]) - 1})
 
 
 def _within_cache(schedules: Iterable[Schedule], most: int, problem: Problem) -> Schedule:

@@ -21,7 +21,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 from ..compiler.fit import StateSpace
 from ..errors import MismatchError, UnsupportedModelError
 from ..formats.sampler import OwnUpdate
-from ..formats.sites import Sampler
+from ..formats.sites import Sampler, SiteKey
 from .clock import Clock
 from .guidance import combined, guidance_of
 from .load import OwnCall, call, transformers_of
@@ -80,7 +80,7 @@ class Replay:
 
         def advance(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             leaves = [tree_leaves(out)[0] for out in self._outs]
-            self._weights.append(guidance_of(output, leaves, sampler.guidance_form))
+            self._weights.append(guidance_of(output, leaves, sampler.guidance_form, sampler.guidance_scale))
             self._like, self._twice = output[:0], sample.shape[0]
             result = take_step(output, timestep, sample, *args, **kwargs)
             after = result[0] if isinstance(result, tuple) else result.prev_sample
@@ -186,13 +186,13 @@ class Replay:
         """
         if step not in self._sites:
             calls: dict[str, list[torch.Tensor]] = {}
-            paths = dict.fromkeys(site.split("#")[0] for site in layouts)
+            paths = dict.fromkeys(SiteKey.parse(site).path for site in layouts)
             order: Counter[str] = Counter()
 
             def hear(path: str) -> Callable[..., Any]:
                 def tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     out = forward(*args, **kwargs)
-                    site = path + (f"#{order[path]}" if order[path] else "")
+                    site = str(SiteKey.parse(path)._replace(call=order[path]))
                     order[path] += 1
                     if site in layouts:
                         calls.setdefault(site, []).append(out)

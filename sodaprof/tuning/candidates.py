@@ -7,11 +7,12 @@ update and without: which of them a model and a budget favour is not in any tabl
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..compiler import compile_schedule
 from ..compiler.policies import POLICIES

@@ -13,7 +13,7 @@ from sodaprof.compiler.policies import POLICIES
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.profile import load_profile
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.load import load_pipeline
 from tests.tiny_pipelines import tiny_pipe
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.forecasts import (
@@ -28,8 +28,9 @@ from sodaprof.errors import BudgetError, FormatError, UnsupportedModelError
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.rules import verify
-from sodaprof.formats.schedule import Schedule, Update, load_schedule
-from sodaprof.runtime.hooks.sites import last_uses
+from sodaprof.formats.schedule import Schedule, Update
+from sodaprof.formats.schedule_file import load_schedule
+from sodaprof.runtime.hooks.cells import dropped_at, last_uses
 from tests.compiler.trajectories import (
     error_in,
     error_of,
@@ -406,7 +407,8 @@ def most_kept(schedule: Schedule) -> int:
     rows = [(row, "F", plan.forecasts.get(site, ())) for site, row in plan.rows.items()]
     for row, action, cells in [*rows, (plan.stack, "S", plan.stack_forecasts)]:
         steps = [t for t, a in enumerate(row) if a == action]
-        last, drop_at = last_uses({t: cell.sources for t, cell in zip(steps, cells, strict=True)})
+        last = last_uses({t: cell.sources for t, cell in zip(steps, cells, strict=True)})
+        drop_at = dropped_at(last)
         kept: set[int] = set()
         largest = 0
         for step in range(len(row)):

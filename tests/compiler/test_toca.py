@@ -6,10 +6,10 @@ Counters `s` and FLOP rules are those of the published code; DiT's counter runs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sodaprof import load_schedule
 from sodaprof.compiler.knobs import read_knobs
@@ -19,7 +19,7 @@ from sodaprof.compiler.problem import Problem
 from sodaprof.errors import BudgetError, MismatchError, UnsupportedModelError
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Plan, Schedule
-from sodaprof.formats.sites import Model, Site, Transformer
+from sodaprof.formats.sites import Guidance, Model, Site, Transformer
 
 LAYERS, WIDTH = 28, 1152
 COMPILE = ("toca", "duca")
@@ -384,7 +384,7 @@ def test_knobs_of_the_token_rule(dit, pixart, opensora, draw):
 
 @pytest.mark.parametrize("form", ["none", "passes"])
 def test_nothing_is_shared_where_no_batch_holds_both_halves(pixart, make_sampler, make_cost, form):
-    sampler = replace(make_sampler(20), guidance_form=form)
+    sampler = replace(make_sampler(20), guidance=Guidance(form, 4.0))
     schedule = compile_toca(Problem(pixart, sampler, make_cost(pixart), 0), ToCaKnobs())
     assert not schedule.token_rule.share_halves
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.cli.options import parse_size, parse_span
@@ -14,7 +14,7 @@ from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, MismatchError, SodaprofError
 from sodaprof.formats.cost import cost_of
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.replay import Replay
 from sodaprof.tuning.candidates import CANDIDATES, mix
 from sodaprof.tuning.closed_loop import calibration_replay, fit_update, joint, play, priced

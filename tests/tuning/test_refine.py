@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
-from sodaprof.formats.schedule import Forecast, load_schedule
+from sodaprof.formats.schedule import Forecast
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines import replay as replaying
 from sodaprof.pipelines.recording import tapped
 from sodaprof.pipelines.replay import Replay
@@ -335,7 +336,7 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
     for number, after in ((1, False), (1, True), (2, True), (5, False)):  # before a file is written, or right after
         output = tmp_path / f"{number}{after}.json"
         with monkeypatch.context() as patch:
-            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule"):
+            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule_file"):
                 patch.setattr(f"{module}.write_json", interrupted(number, after))
             with pytest.raises(KeyboardInterrupt):
                 refine(pipe, drift, output, **settings)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.runtime.hooks.sites import SiteRow
@@ -154,7 +154,7 @@ def test_branches_that_share_a_cache_are_seen(monkeypatch, few):
 
     def first(self, moment):
         given = read(self, moment)
-        return given._replace(cache=self.stores[0].cache) if given.cache is not None else given
+        return given._replace(cache=self.memory[0].cache) if given.cache is not None else given
 
     monkeypatch.setattr(SiteRow, "read", first)
     results = check("PixArtTransformer2DModel").results

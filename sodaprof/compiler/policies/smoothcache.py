@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from ...formats.schedule import Schedule
 from ..knobs import knob
@@ -37,7 +39,7 @@ def compile_smoothcache(problem: Problem, knobs: SmoothCacheKnobs) -> Schedule:
         return replace(any_rows, transformers=plans)
 
     threshold = problem.threshold(knobs.threshold, drawn, bounded=True)
-    return problem.signed(drawn(threshold), "smoothcache", replace(knobs, threshold=threshold), None)
+    return problem.signed(drawn(threshold), "smoothcache", dataclasses.replace(knobs, threshold=threshold), None)
 
 
 def row_of(error: np.ndarray, past: list[int], threshold: float) -> str:

@@ -6,8 +6,11 @@ own states as targets and weights in closed form.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from ...formats.sampler import MAX_HISTORY, RIDGE
 from ...formats.schedule import Schedule, Update
@@ -40,14 +43,16 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
     name = problem.only_transformer("solver")
     profile, sampler = problem.tables("solver"), problem.sampler
     span = Span(profile.state_products(), profile.own_update(), profile.response())
-    problem = replace(problem, own_update=span.own)  # the update is paid for in place of the scheduler's step
+    problem = dataclasses.replace(
+        problem, own_update=span.own
+    )  # the update is paid for in place of the scheduler's step
     count = problem.full_steps(knobs.anchors, lambda count: problem.whole_steps({name: count}, "-"))
     anchors = _placed(span, count, knobs)
     coefficients, error = fit_open_loop(span, anchors, knobs.history, knobs.ridge)
     fitted = {"loop": "open", "guidance_scale": sampler.guidance_scale, "samples": profile.manifest["samples"]}
     update = Update(span.own.basis, knobs.history, coefficients, fitted)
     schedule = replace(draw_steps(problem.model, sampler, {name: anchors}, "-"), update=update)
-    return problem.signed(schedule, "solver", replace(knobs, anchors=count), error)
+    return problem.signed(schedule, "solver", dataclasses.replace(knobs, anchors=count), error)
 
 
 def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
