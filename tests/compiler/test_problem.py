@@ -14,7 +14,8 @@ from sodaprof.compiler.knobs import knob, read_knobs, values_of
 from sodaprof.compiler.policies import POLICIES
 from sodaprof.compiler.problem import Problem, bisect, draw_schedule, draw_steps
 from sodaprof.errors import BudgetError
-from sodaprof.formats.schedule import Forecast, load_schedule
+from sodaprof.formats.schedule import Forecast
+from sodaprof.formats.schedule_file import load_schedule
 from tests.conftest import build_cost, build_model, build_sampler
 from tests.studies.policies_page import knobs_table, policies_table
 

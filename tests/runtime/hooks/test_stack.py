@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from msgspec.structs import replace
@@ -136,7 +138,7 @@ def test_observing_attention_changes_no_bit(pipe):
     schedule = replace(schedule_for(pipe, rows, {SITES[1]: (16,)}), token_rule=rule)
     with sodaprof.apply(pipe, schedule) as handle:
         for row in handle.rows:
-            row.cells = tuple(replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
+            row.cells = tuple(dataclasses.replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
         assert (draw(pipe) == plain).all()
 
 
