@@ -16,6 +16,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from ..compiler.fit import RunState, Stepper
 from ..compiler.forecasts import DIGITS, ridge
 from ..formats.cost import CostModel
 from ..formats.profile import Profile
@@ -23,7 +24,7 @@ from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
 from ..formats.schedule import Forecast, Schedule, Update
 from ..measure.metrics import worst_decile
 from ..pipelines.clock import Clock
-from ..pipelines.replay import At, Replay, Stepper
+from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
 from ..runtime.checks import check_fits
 from ..runtime.hooks.sites import SiteRow
@@ -48,9 +49,8 @@ class Fit:
         resumable: bool = False,
     ) -> None:
         self.replay, self.schedule, self.history, self.strength = replay, schedule, history, strength
-        self.stepper = Stepper(replay, history, strength)
         self.resumable = resumable
-        self.ats: list[At] = [self.stepper.start()]  # before each step taken and after the last
+        self.ats: list[RunState[Tensor]] = [RunState(replay.states[0])]  # before each step taken and after the last
         self.rows: list[tuple[float, ...]] = []  # of the update
         self.cells: dict[int, Forecast] = {}  # S step -> its forecast
         self.at_sites: dict[int, dict[str, Forecast]] = {}  # step -> site -> the forecast of its F cell
@@ -70,20 +70,20 @@ class Fit:
             skips = attached.handle.stacks[0] if attached.handle and attached.handle.stacks else None
             if skips is not None:
                 skips.cells |= self.cells
-                skips.stores = self.kept[-1]
-                skips.stores = skips.snapshot()  # what is kept from now on is not the former fit's
+                skips.memory = self.kept[-1]
+                skips.memory = skips.snapshot()  # what is kept from now on is not the former fit's
                 if self.resumable:
                     skips.keep_all()
             rows = attached.handle.rows if attached.handle else []
-            for step in range(len(self.rows), self.replay.steps):
-                at = self.ats[-1]
+
+            def fit_forecasts(step: int) -> None:
                 if step in site_targets:
                     self.at_sites[step] = self._weighed_sites(rows, step, site_targets[step])
                 if skips is not None and row[step] == "S":
                     self.cells[step] = self._weighed_stack(skips, step, targets[step])
-                if row[step] != "-":
-                    at = self.stepper.computed(at, step, clock)
-                coefficients, at = self.stepper.fitted(at, step)
+
+            stepper = Stepper(ReplaySpace(self.replay, clock, fit_forecasts), self.history, self.strength)
+            for coefficients, at in stepper.fit_update(lambda step: row[step] != "-", self.ats[-1], len(self.rows)):
                 self.rows.append(coefficients)
                 self.ats.append(at)
                 self.kept.append(skips.snapshot() if skips is not None and self.resumable else {})
@@ -133,15 +133,16 @@ class Fit:
         """Returns the F cells of a step with weights fitted to their targets, under which it is about to run."""
         found = {}
         for row in rows:
-            cell = row.forecasts[step]
-            if cell is None:
+            forecast = row.cells[step].forecast
+            if forecast is None:
                 continue
             sources = [
-                self.replay.site_values([row.stores[n].sources[source] for n in sorted(row.stores)], row.layout)
-                for source in cell.sources
+                self.replay.site_values([row.memory[n].sources[source] for n in sorted(row.memory)], row.layout)
+                for source in forecast.sources
             ]
             weights = forecast_weights(sources, targets[row.key], self.strength)
-            found[row.key] = row.forecasts[step] = replace(cell, weights=weights)
+            row.set_weights(step, weights)
+            found[row.key] = replace(forecast, weights=weights)
         return found
 
     def _weighed_stack(self, skips: StackRow, step: int, target: Tensor) -> Forecast:
@@ -236,12 +237,12 @@ def play(replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambd
     """Returns each generation's distance to the full run under a schedule, dB; without an update the sampler's own steps."""
     own, update, stack = replay.update, schedule.update, network_row(schedule)
     history, rows = (update.history, update.coefficients) if update else (own.history, rounded(own.coefficients))
-    stepper = Stepper(replay, history)
     with played(replay, schedule) as clock:
+        stepper = Stepper(ReplaySpace(replay, clock), history)
         at = stepper.start()
         for step in range(replay.steps):
             if stack[step] != "-":
-                at = stepper.computed(at, step, clock)
+                at = stepper.computed(at, step)
             at = stepper.moved(at, step, rows[step])
             on_step()
     return fidelity_db(at.x, replay)

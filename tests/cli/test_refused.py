@@ -257,10 +257,10 @@ def test_broken_prompts_of_a_profile(refused, profiled, tmp_path, prompts):
     assert f"sodaprof profile MODEL -o {folder} --force" in said
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "soda", "smoothcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "soda", "smoothcache"])
 def test_a_budget_that_the_recorded_intervals_bound(refused, command, profiled, tmp_path, policy):
     said = refused("compile", profiled, "--policy", policy, "--budget", "7x", output=tmp_path / "s.json")
-    assert "Full steps stand at most 3 apart, as far as the profile measured" in said
+    assert "Full steps are at most 3 apart, the longest interval of the profile" in said
     assert "sodaprof profile MODEL --max-interval 4 (or more) -o DIR" in said
     _, _, err = command("compile", profiled, "--policy", "fora", "--budget", "99x", "-o", tmp_path / "s.json")
     assert "--max-interval" not in err  # nothing but its cost bounds it

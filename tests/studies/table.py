@@ -1,4 +1,4 @@
-"""Makes the comparison of docs/results.md: every policy at every budget, and what calibration does not cover.
+"""Makes the comparison of docs/studies/results.md: every policy at every budget, and what calibration does not cover.
 
 `make table`, or `python -m tests.studies.table` with some of the models and stages. What exists is not made again: profiles and
 schedules by their files, evaluations where schedules and seeds are the same. Delete, or name with --again, what is to be new.
@@ -35,9 +35,9 @@ VARIANTS = (
     Variant("smoothcache", "SmoothCache", "--policy smoothcache"),
     Variant("dpcache", "DPCache", "--policy dpcache --knob first=1"),
     Variant("soda-update", "SODA + update, --fit", "--policy soda --update --fit {model}", True, latency=True),
-    Variant("forecasts", "fitted forecasts", "--policy fit", ours=True),
+    Variant("forecasts", "fitted forecasts", "--policy forecast", ours=True),
     Variant("drift", "fitted drift", "--policy drift", ours=True),
-    Variant("forecasts-update", "fitted forecasts + update, --fit", "--policy fit --update --fit {model}", True),
+    Variant("forecasts-update", "fitted forecasts + update, --fit", "--policy forecast --update --fit {model}", True),
     Variant("drift-update", "fitted drift + update, --fit", "--policy drift --update --fit {model}", True),
     Variant("solver", "update", "--policy solver", ours=True, robust=True),
     Variant("solver-fit", "update, --fit", "--policy solver --fit {model}", True, distances=True, latency=True, robust=True),
@@ -259,8 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu", help="of the evaluations")
     parser.add_argument("--build", type=Path, default=Path("build/table"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/studies/results"))
+    parser.add_argument("--page", type=Path, default=Path("docs/studies/results.md"))
     options = parser.parse_args(arguments)
     maker = Maker(options)
     variants = [variant for variant in VARIANTS if variant.key in options.policies]

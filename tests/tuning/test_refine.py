@@ -68,7 +68,7 @@ def drift(profile):
 
 @pytest.fixture(scope="module")
 def forecasts(profile):
-    return compile_schedule(profile.folder, "2.0x", "fit")
+    return compile_schedule(profile.folder, "2.0x", "forecast")
 
 
 def replay_of(pipe, profile, seeds):
@@ -460,7 +460,7 @@ def test_refine_from_the_command_line(command, model, drift, tmp_path):
     [
         ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
         ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
-        ("soda", (), "(stack .). Give a schedule of --policy solver, fit, drift"),
+        ("soda", (), "(stack .). Give a schedule of --policy solver, forecast, drift"),
         ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
         (None, (), "several transformers (high, low)"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from msgspec.structs import replace
@@ -77,7 +79,7 @@ def test_nothing_is_left_after_a_run_and_two_runs_are_equal(pipe):
     plain = draw(pipe)
     with sodaprof.apply(pipe, skipping(pipe, first=rows)) as handle:
         one = draw(pipe)
-        assert all(not stack.stores for stack in handle.stacks)
+        assert all(not stack.memory for stack in handle.stacks)
         assert (one == draw(pipe)).all()
     assert (draw(pipe) == plain).all()
 
@@ -89,7 +91,7 @@ def test_sources_are_dropped_after_their_last_use(pipe):
         step = pipe.scheduler.step
 
         def look(*args, **kwargs):
-            store = handle.stacks[0].stores[0]
+            store = handle.stacks[0].memory[0]
             alive.append((sorted(store.hidden), sorted(store.drift)))
             return step(*args, **kwargs)
 
@@ -136,7 +138,7 @@ def test_observing_attention_changes_no_bit(pipe):
     schedule = replace(schedule_for(pipe, rows, {SITES[1]: (16,)}), token_rule=rule)
     with sodaprof.apply(pipe, schedule) as handle:
         for row in handle.rows:
-            row.observed = frozenset(range(STEPS)) if row.attends else row.observed
+            row.cells = tuple(dataclasses.replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
         assert (draw(pipe) == plain).all()
 
 
