@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.knobs import knob, read_knobs, values_of
 from sodaprof.compiler.policies import POLICIES
 from sodaprof.compiler.problem import Problem, bisect, draw_schedule, draw_steps
 from sodaprof.errors import BudgetError
-from sodaprof.formats.schedule import Forecast, load_schedule
+from sodaprof.formats.schedule import Forecast
+from sodaprof.formats.schedule_file import load_schedule
 from tests.conftest import build_cost, build_model, build_sampler
 from tests.studies.policies_page import knobs_table, policies_table
 
