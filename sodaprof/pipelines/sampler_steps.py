@@ -102,8 +102,8 @@ def refuse_settings(scheduler: Any) -> None:
                 f" outputs. Set {key}={allowed[0]!r} ({name}.from_config(scheduler.config, {key}={allowed[0]!r}),"
                 f" which may change what is sampled), {INSTEAD}."
             )
-    clock = vars(scheduler).get("_sodaprof")  # wraps step on the instance; what it wraps is the class's, or somebody's
-    own = vars(scheduler).get("step") if clock is None else clock.saved.get("step")
+    clock = vars(scheduler).get("_sodaprof")  # it patches the instance's step, whatever that was before
+    own = vars(scheduler).get("step") if clock is None else clock.replaced_step
     if own is not None:
         raise UnsupportedModelError(
             f"{name}: its step was replaced on this instance, so the class's steps are not what runs. Take that off"

@@ -82,7 +82,9 @@ class Handle:
         self._complete = False
         self.turns: list[TransformerHook] = []
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
-        self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
+        self.update = None if schedule.update is None else StateUpdate(schedule)
+        self.clock.takers = [] if self.update is None else [self.update]
+        self.loop: Loop | None = None
         self._attached = False
         for name, plan in schedule.transformers.items():
             self._prepare(name, pipe.components[name], plan)
@@ -145,9 +147,10 @@ class Handle:
             own = [step for step, action in enumerate(plan.stack) if action in ".S"]
             self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture))
             if self.loops and capture is not None:
-                self.tables[-1].loop = self.clock.loop = Loop(
+                self.loop = self.tables[-1].loop = Loop(
                     self.moment, capture, called_steps(self.schedule), self.schedule.sampler.guidance_form, self.update
                 )
+                self.clock.takers.insert(0, self.loop)
             self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
 
     def _check_scheduler(self) -> None:
@@ -172,8 +175,8 @@ class Handle:
             block.reset()
         for tables in self.tables:
             tables.reset()
-        if self.clock.loop is not None:
-            self.clock.loop.reset()
+        if self.loop is not None:
+            self.loop.reset()
         if self.update is not None:
             self.update.reset()
 
@@ -211,7 +214,7 @@ class Handle:
         if refused := next((c.refused for c in self.captures if c.refused), None):
             return f"lowered: {refused}"
         told = f"captured: {sum(len(c.graphs) for c in self.captures)} graphs"
-        loop = self.clock.loop
+        loop = self.loop
         return (
             told
             if loop is None

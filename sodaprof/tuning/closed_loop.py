@@ -23,7 +23,7 @@ from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
 from ..formats.schedule import Forecast, Schedule, Update
 from ..measure.metrics import worst_decile
 from ..pipelines.clock import Clock
-from ..pipelines.replay import At, Replay, Stepper
+from ..pipelines.replay import Replay, RunState, Stepper
 from ..runtime.apply import Handle, apply
 from ..runtime.checks import check_fits
 from ..runtime.hooks.sites import SiteRow
@@ -50,7 +50,7 @@ class Fit:
         self.replay, self.schedule, self.history, self.strength = replay, schedule, history, strength
         self.stepper = Stepper(replay, history, strength)
         self.resumable = resumable
-        self.ats: list[At] = [self.stepper.start()]  # before each step taken and after the last
+        self.ats: list[RunState] = [self.stepper.start()]  # before each step taken and after the last
         self.rows: list[tuple[float, ...]] = []  # of the update
         self.cells: dict[int, Forecast] = {}  # S step -> its forecast
         self.at_sites: dict[int, dict[str, Forecast]] = {}  # step -> site -> the forecast of its F cell

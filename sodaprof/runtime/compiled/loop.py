@@ -86,12 +86,14 @@ class Loop:
     def reset(self) -> None:
         self.branches, self.final, self.begun = [], None, None
 
-    def note(
-        self, step: int | None, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]
-    ) -> None:
+    def take(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Returns the final latents once the steps were taken here (`clock.StepTaker`)."""
+        return None if self.final is None else self.last()
+
+    def note(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
         """Notes what a step of the pipeline's did to the latents; the first shows guidance and solver."""
         if step == 0:
-            self._begin(scheduler, output, sample, result, kwargs)
+            self._begin(scheduler, arguments[0], arguments[2], result, options)
         elif self.begun is not None:
             self.begun.prev = _latents(result)
 

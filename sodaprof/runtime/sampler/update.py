@@ -127,11 +127,11 @@ class StateUpdate:
     def reset(self) -> None:
         self.ring.newest = []
 
-    def step(self, scheduler: Any, step: int, given: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Returns what the scheduler's step would: the next latents in its own kind of answer; its index moves on."""
+    def take(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Returns the next latents in the form of the scheduler's step, whose index moves on (`clock.StepTaker`)."""
         assert self.own is not None
-        output, timestep, sample, *others = given
-        options = dict(zip(self.defaults, others, strict=False)) | kwargs
+        output, timestep, sample, *others = arguments
+        options = dict(zip(self.defaults, others, strict=False)) | options
         refuse_options(scheduler, self.defaults, options)
         if output.shape != sample.shape:
             raise MismatchError(
@@ -149,6 +149,9 @@ class StateUpdate:
         dtype = answered(type(scheduler).__name__, sample)
         moved = self.ring.moved(self.update.coefficients[step], sample, noise, dtype)
         return answer(scheduler, moved, options.get("return_dict", True))
+
+    def note(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
+        pass
 
 
 def check_linear(scheduler: Any, basis: str) -> None:

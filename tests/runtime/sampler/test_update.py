@@ -420,7 +420,7 @@ def test_guidance_that_begins_while_the_network_rests_is_refused():
     schedule = updated(tiny_pipe(cls=TwoPassPipeline), RESTING)
     with (
         sodaprof.apply(pipe, schedule),
-        pytest.raises(MismatchError, match="3 times at step 2, where the schedule rests"),
+        pytest.raises(MismatchError, match="3 times at step 2, which the schedule skips"),
     ):
         pipe([1], num_inference_steps=STEPS)
 
