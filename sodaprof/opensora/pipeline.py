@@ -6,6 +6,7 @@ the prompts first; there is no path without guidance, as in the published script
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from .network import STDiT3
 from .prompts import cleaned, size_of, with_scores
 from .scheduler import RectifiedFlowScheduler
 
-IMAGE_FPS = 120  # what the network is told of a single frame
+IMAGE_FPS = 120  # the frame rate that the network receives for a single frame
+PACKAGE = "sodaprof.opensora"  # the only name of ours in model_index.json
+MODULE = re.compile(r"sodaprof\.(models\.)?opensora(\.\w+)?")  # in those of earlier releases
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
@@ -63,6 +66,16 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         self.register_to_config(height=height, width=width, num_frames=num_frames, clean_caption=clean_caption)
         self.video_processor = VideoProcessor(vae_scale_factor=1)
+
+    def register_to_config(self, **values: Any) -> None:
+        """Registers values for model_index.json, which names the package of our parts and not their modules."""
+        super().register_to_config(**_named_by_package(values))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Returns the content of a model_index.json; earlier releases named modules of our parts that have moved."""
+        loaded = super().load_config(*args, **kwargs)
+        return _named_by_package(loaded) if isinstance(loaded, dict) else loaded
 
     def encode_prompt(
         self,
@@ -222,3 +235,13 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"A callback cannot be given {', '.join(sorted(unknown))}; there are "
                 f"{', '.join(self._callback_tensor_inputs)}."
             )
+
+
+def _named_by_package(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a model_index.json in which our parts are of the package: (library, class) pairs."""
+    return {
+        name: type(value)((PACKAGE, *value[1:]))
+        if isinstance(value, tuple | list) and value and MODULE.fullmatch(str(value[0]))
+        else value
+        for name, value in values.items()
+    }

@@ -238,6 +238,36 @@ def test_a_saved_folder_is_loaded(pipe, tmp_path):
     )  # fmt: skip
 
 
+PARTS = {"transformer": "STDiT3", "vae": "AutoencoderKLOpenSora", "scheduler": "RectifiedFlowScheduler"}
+OLD_MODULES = {
+    "models": {part: f"sodaprof.models.opensora.{m}" for part, m in zip(PARTS, ("stdit3", "vae", "scheduler"), strict=True)},
+    "opensora": {part: f"sodaprof.opensora.{m}" for part, m in zip(PARTS, ("network", "autoencoder", "scheduler"), strict=True)},
+}  # fmt: skip
+
+
+def test_a_saved_pipeline_names_the_package_and_not_its_modules(pipe, tmp_path):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # diffusers registers it again
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert {name: index[name] for name in PARTS} == {name: ["sodaprof.opensora", cls] for name, cls in PARTS.items()}
+    assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
+
+
+@pytest.mark.parametrize("load", [sodaprof.load_pipeline, OpenSoraPipeline.from_pretrained])
+@pytest.mark.parametrize("release", OLD_MODULES)
+def test_a_folder_that_names_modules_of_an_earlier_release_is_loaded(pipe, tmp_path, load, release):
+    pipe.save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {name: [OLD_MODULES[release][name], cls] for name, cls in PARTS.items()}))
+    loaded = load(str(tmp_path / "old"))
+    assert isinstance(loaded, OpenSoraPipeline)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(loaded, steps=1), draw(pipe, steps=1))
+    loaded.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "model_index.json").read_text())["vae"][0] == "sodaprof.opensora"
+
+
 def publish(pipe, folder: Path, rope: bool = True, old_attention: bool = False) -> None:
     """Writes the pipeline's weights as the authors' repositories have theirs."""
     network, vae = pipe.transformer.state_dict(), pipe.vae.state_dict()

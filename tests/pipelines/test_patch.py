@@ -32,10 +32,12 @@ def test_a_patched_method_calls_the_wrapper_and_keeps_its_signature():
 
 def test_a_users_own_method_is_wrapped_and_restored_after_an_error():
     counter = Counter()
-    counter.add = own = lambda number: 10 * number
-    with pytest.raises(RuntimeError), patched(counter, "add", plus_one):
-        assert counter.add(2) == 21
-        raise RuntimeError
+    counter.add = own = lambda number: 10 + number
+    with patched(counter, "add", plus_one):
+        assert counter.add(2) == 13
+    assert vars(counter) == {"add": own}
+    with pytest.raises(TypeError), patched(counter, "add", plus_one):
+        counter.add(None)
     assert vars(counter) == {"add": own}
 
 
