@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Container
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -39,16 +40,15 @@ class Run:
 
 
 class StepTaker(Protocol):
-    """Takes steps of a run in place of the scheduler."""
+    """Takes steps of a run in place of the scheduler, or around it."""
 
-    def take(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Returns the result of the scheduler's step in its form; None leaves the step to the next taker or the scheduler.
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Returns the result of a step in the scheduler's form; own(*arguments, **options) takes the scheduler's.
 
         arguments: model output, timestep and sample, then whatever the pipeline passes by position; options: by keyword.
         """
-
-    def note(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        """Is called after each step with its result, whoever took it."""
 
 
 class Clock:
@@ -62,7 +62,7 @@ class Clock:
         self.scheduler, self.sampler = scheduler, sampler
         self.on_start, self.on_end = on_start, on_end
         self.run: Run | None = None  # None outside of runs, and after a refusal
-        self.takers: list[StepTaker] = []  # in order of precedence, before the scheduler itself
+        self.takers: list[StepTaker] = []  # each around those before it, the first around the scheduler
         self.replaced_step: Any = None  # a user's own `step` on the instance, which the clock's calls
         self._patches = ExitStack()
 
@@ -105,22 +105,20 @@ class Clock:
         if run is None:
             return own_step(*arguments, **kwargs)
         self._check_step(run, timestep)
-        result = None
+        take = own_step
         for taker in self.takers:
-            result = taker.take(self.scheduler, run.step, arguments, kwargs)
-            if result is not None:
-                break
-        else:
-            result = own_step(*arguments, **kwargs)
+            take = partial(self._take, taker, take, run.step)
+        result = take(*arguments, **kwargs)
         if run.step == 0:
             self._check_index()
-        for taker in self.takers:
-            taker.note(self.scheduler, run.step, arguments, kwargs, result)
         self.run = Run(run.step + 1, turn_begins=False)
         if self.run.step == self.sampler.steps:
             self.run = None
             self.on_end()
         return result
+
+    def _take(self, taker: StepTaker, own: Callable[..., Any], step: int, *arguments: Any, **options: Any) -> Any:
+        return taker.take(own, self.scheduler, step, arguments, options)
 
     def _check_timesteps(self) -> None:
         found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps

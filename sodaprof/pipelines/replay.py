@@ -24,9 +24,10 @@ from .clock import Clock
 from .guidance import combined, guidance_of
 from .load import OwnCall, call, transformers_of
 from .patch import patched
-from .probe import as_tokens, hidden_states, main_part
+from .probe import as_tokens, main_part
 from .recording import all_tapped, latents_of, tapped
 from .sampler_steps import own_update
+from .stack import block_calls
 
 COORDINATES = 2048  # of a generation that a site's weights are fitted on
 WITHOUT = "Compile without --fit; the schedule is then fitted open loop."
@@ -208,22 +209,9 @@ class Replay:
         """
         if (step, form) in self._stack:
             return self._stack[step, form]
-        inputs: list[Any] = []
-        outputs: list[Any] = []
-
-        def note_input(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            inputs.append(hidden_states(args, kwargs))
-            return forward(*args, **kwargs)
-
-        def note_output(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            outputs.append(forward(*args, **kwargs))
-            return outputs[-1]
-
-        with (
-            tapped(self.module.get_submodule(first), note_input, "sodaprof.entry"),
-            tapped(self.module.get_submodule(last), note_output, "sodaprof.exit"),
-        ):
+        with block_calls(self.module, {first, last}) as (of_blocks, from_blocks):
             self._call_network(step, self.states[step])
+        inputs, outputs = of_blocks[first], from_blocks[last]
         if not all(map(torch.is_tensor, [*inputs, *outputs])):
             raise UnsupportedModelError(
                 f"Block {last} returns a {type(outputs[0]).__name__}; only stacks whose blocks return one tensor are skipped."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from ..formats.sites import Transformer
 from .recording import Step, all_tapped
+
+Calls = dict[str, list[Any]]  # block -> a value a call
 
 
 @dataclass(frozen=True)
@@ -24,21 +27,29 @@ class Stack:
 def stack_of(pipe: Any, name: str, transformer: Transformer, step: Step) -> Stack | None:
     """Returns the transformer's stack; None unless each block returns one tensor, the last of the shape that enters."""
     blocks = list(dict.fromkeys(f"{site.stack}.{site.layer}" for site in transformer.sites))
-    inputs: list[Any] = []
-    outputs: list[Any] = []
-
-    def note(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs.append(block_input(args, kwargs))
-        outputs.append(forward(*args, **kwargs))
-        return outputs[-1]
-
     args, kwargs = step.call_of(name)
     module = pipe.components[name]
-    with all_tapped(module, blocks, note, "sodaprof.stack"), torch.no_grad():
+    with block_calls(module, blocks) as (inputs, outputs), torch.no_grad():
         module(*args, **kwargs)
-    if len(outputs) != len(blocks) or not all(map(torch.is_tensor, [inputs[0], *outputs])):
+    passed = [*inputs[blocks[0]], *(out for block in blocks for out in outputs[block])]
+    if len(passed) != 1 + len(blocks) or not all(map(torch.is_tensor, passed)):
         return None
-    return Stack(blocks[0], blocks[-1], outputs[-1].numel()) if inputs[0].shape == outputs[-1].shape else None
+    return Stack(blocks[0], blocks[-1], passed[-1].numel()) if passed[0].shape == passed[-1].shape else None
+
+
+@contextmanager
+def block_calls(module: torch.nn.Module, blocks: Iterable[str]) -> Iterator[tuple[Calls, Calls]]:
+    """Yields {block: inputs} and {block: outputs} of the blocks' calls while the block runs."""
+    inputs: Calls = {block: [] for block in blocks}
+    outputs: Calls = {block: [] for block in inputs}
+
+    def note(block: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs[block].append(block_input(args, kwargs))
+        outputs[block].append(forward(*args, **kwargs))
+        return outputs[block][-1]
+
+    with all_tapped(module, inputs, note, "sodaprof.stack"):
+        yield inputs, outputs
 
 
 def block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

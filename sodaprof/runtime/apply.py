@@ -150,7 +150,7 @@ class Handle:
                 self.loop = self.tables[-1].loop = Loop(
                     self.moment, capture, called_steps(self.schedule), self.schedule.sampler.guidance_form, self.update
                 )
-                self.clock.takers.insert(0, self.loop)
+                self.clock.takers.append(self.loop)
             self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
 
     def _check_scheduler(self) -> None:

@@ -9,6 +9,7 @@ callback that changes latents, another guidance at some steps) is not seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +87,18 @@ class Loop:
     def reset(self) -> None:
         self.branches, self.final, self.begun = [], None, None
 
-    def take(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Returns the final latents once the steps were taken here (`clock.StepTaker`)."""
-        return None if self.final is None else self.last()
-
-    def note(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        """Notes what a step of the pipeline's did to the latents; the first shows guidance and solver."""
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Returns the final latents if the steps were taken here, else the pipeline's own step (`clock.StepTaker`)."""
+        if self.final is not None:
+            return self.last()
+        result = own(*arguments, **options)
         if step == 0:
             self._begin(scheduler, arguments[0], arguments[2], result, options)
         elif self.begun is not None:
             self.begun.prev = _latents(result)
+        return result
 
     def _begin(self, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]) -> None:
         """Reads guidance and solver off the first step, which the pipeline took."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +127,9 @@ class StateUpdate:
     def reset(self) -> None:
         self.ring.newest = []
 
-    def take(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         """Returns the next latents in the form of the scheduler's step, whose index moves on (`clock.StepTaker`)."""
         assert self.own is not None
         output, timestep, sample, *others = arguments
@@ -149,9 +151,6 @@ class StateUpdate:
         dtype = answered(type(scheduler).__name__, sample)
         moved = self.ring.moved(self.update.coefficients[step], sample, noise, dtype)
         return answer(scheduler, moved, options.get("return_dict", True))
-
-    def note(self, scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any], result: Any) -> None:
-        pass
 
 
 def check_linear(scheduler: Any, basis: str) -> None:
