@@ -1,4 +1,4 @@
-"""Guidance read off a step: the weighted sum of the network's branches that the scheduler was given."""
+"""Guidance read off a step: the scheduler's input as a weighted sum of the network's branches."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 from ..errors import UnsupportedModelError
 
 INSTEAD = "or do without whole steps and closed-loop fits (--runtime captured; compile without --fit)"
-NEAR = 1e-4  # relative: what is read off a step must give that step again
+NEAR = 1e-4  # relative: the weights that are read off a step must reproduce it
 
 
 def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tuple[list[float], bool]:
-    """Returns (weights, doubled): what the scheduler was given is the weighted sum of the branches, once or twice in a batch.
+    """Returns (weights, doubled): the scheduler's input is the weighted sum of the branches, once or twice in a batch.
 
-    outs: the network's outputs, one a call; of both branches in one under the form `halves`. UnsupportedModelError where
-    it is no such sum.
+    outs: the network's outputs, one a call; with the form `halves` both branches in one. UnsupportedModelError if the input
+    is no such sum.
     """
     parts = _parts(outs, output, form)
     if len(parts) > 2:
         raise UnsupportedModelError(
-            f"a step calls the network on {len(parts)} branches; expected one or two: leave out guidance beyond that, {INSTEAD}"
+            f"a step calls the network on {len(parts)} branches; expected one or two: switch other guidance off, {INSTEAD}"
         )
     count = parts[0].shape[0]
     doubled = output.shape[0] == 2 * count
@@ -33,14 +33,14 @@ def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tu
         scale = float(
             (target - other).flatten() @ apart.flatten() / (apart.flatten() @ apart.flatten()).clamp_min(1e-300)
         )
-        near = round(scale, 4)  # what was typed, most likely
+        near = round(scale, 4)  # most likely the number that the user gave
         scale = near if abs(scale - near) < 1e-4 else scale
         weights = [scale, 1 - scale]
     found = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
     if float((found - target).norm()) > NEAR * float(target.norm()):
         raise UnsupportedModelError(
-            "the guided output is no weighted sum of the network's branches; expected plain guidance: switch off what rescales "
-            f"it, {INSTEAD}"
+            "the guided output is no weighted sum of the network's branches; expected plain guidance: switch its rescaling off, "
+            f"{INSTEAD}"
         )
     return weights, doubled
 
@@ -48,7 +48,7 @@ def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tu
 def combined(
     outs: list[torch.Tensor], weights: list[float], doubled: bool, form: str, like: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the guided output, as the scheduler takes it: of the shape of `like`."""
+    """Returns the guided output in the scheduler's form: of the shape of `like`."""
     parts = _parts(outs, like, form)
     guided = parts[0]
     if len(parts) == 2:
@@ -58,13 +58,13 @@ def combined(
 
 def _shapes(output: torch.Tensor, outs: list[torch.Tensor]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}; expected outputs of the "
-        f"latents' size, of both branches alike: call the pipeline with plain guidance, {INSTEAD}"
+        f"the scheduler receives {list(output.shape)}, the network returns {list(outs[0].shape)}; expected outputs of the "
+        f"latents' size, the same for both branches: call the pipeline with plain guidance, {INSTEAD}"
     )
 
 
 def _parts(outs: list[torch.Tensor], output: torch.Tensor, form: str) -> list[torch.Tensor]:
-    """Returns each branch's output, without the channels behind the scheduler's (a learned variance)."""
+    """Returns each branch's output, without the channels that the scheduler does not use (a learned variance)."""
     parts = list(outs[0].chunk(2)) if form == "halves" else outs
     if parts[0].shape[2:] != output.shape[2:] or parts[0].shape[1] < output.shape[1]:
         raise _shapes(output, outs)
