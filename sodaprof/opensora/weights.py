@@ -1,6 +1,6 @@
-"""Reads what the authors of Open-Sora v1.2 published, under its own names, as a pipeline.
+"""Reads the files that the authors of Open-Sora v1.2 published, under their own names, as a pipeline.
 
-A folder with three folders, each as the hub has it:
+A folder with three folders, each as on the hub:
 
     OpenSora-STDiT-v3/   model.safetensors           the network (hpcai-tech/OpenSora-STDiT-v3)
     OpenSora-VAE-v1.2/   model.safetensors           both halves of the autoencoder (hpcai-tech/OpenSora-VAE-v1.2)
@@ -44,7 +44,7 @@ def load_published(folder: str | Path, dtype: torch.dtype | None = None, groups:
     """Returns the pipeline of a folder as above, in `dtype` (the stored one by default), on the CPU.
 
     The text encoder stays in float32, as the published script runs it: 19 GB for the published one, which
-    `pipe.text_encoder.to(torch.bfloat16)` halves. groups: of the autoencoder's norms, which its shapes do not tell.
+    `pipe.text_encoder.to(torch.bfloat16)` halves. groups: of the autoencoder's norms, which do not follow from its shapes.
     Raises FormatError for folders and files that are missing or of another model.
     """
     folder = Path(folder)
@@ -64,7 +64,7 @@ def load_published(folder: str | Path, dtype: torch.dtype | None = None, groups:
 
 
 def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
-    """Returns STDiT3 in evaluation mode, of a checkpoint with or without its rotary frequencies.
+    """Returns STDiT3 in evaluation mode, from a checkpoint with or without its rotary frequencies.
 
     weights: a .safetensors or .pt file, or tensors by their published names; dtype: by default the stored one. Raises
     FormatError for a file that is missing or broken and for weights of another network.
@@ -92,9 +92,9 @@ def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
 
 
 def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups: int = 32) -> AutoencoderKLOpenSora:
-    """Returns the autoencoder in evaluation mode; its attention may have the names that older releases of diffusers gave.
+    """Returns the autoencoder in evaluation mode; its attention may have the names of older releases of diffusers.
 
-    weights, dtype and errors as for `load_stdit3`. groups: of all norms; the shapes do not tell.
+    weights, dtype and errors as for `load_stdit3`. groups: of all norms; they do not follow from the shapes.
     """
     tensors, where = read_weights(weights)
     tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
@@ -129,7 +129,7 @@ def _renamed(name: str) -> str:
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """Returns for how many i, from 0 on, there is a tensor `pattern.format(i)`."""
+    """Returns how many tensors `pattern.format(i)` there are, i from 0 on without a gap."""
     count = 0
     while pattern.format(count) in tensors:
         count += 1
@@ -153,9 +153,9 @@ def _filled(
     where: str,
     absent: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Returns the model that `build` makes, with the tensors in place; FormatError where names or shapes do not fit.
+    """Returns the model of `build` with the tensors as its weights; FormatError for other names or shapes.
 
-    absent: what stands for tensors that need not be stored.
+    absent: values of tensors that need not be stored.
     """
     with torch.device("meta"):
         model: nn.Module = checked(build, where)
@@ -174,11 +174,11 @@ def _filled(
 
 Weights = str | Path | Mapping[str, Tensor]
 
-NESTED = ("ema", "state_dict", "model")  # where training checkpoints hold the weights, the first one found
+NESTED = ("ema", "state_dict", "model")  # keys of the weights in training checkpoints; the first one found counts
 
 
 def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
-    """Returns the tensors by name, and what to call their source in messages."""
+    """Returns the tensors by name, and the name of their source for messages."""
     if isinstance(weights, Mapping):
         found: Any = weights
         where = "the given weights"

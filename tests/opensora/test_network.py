@@ -17,8 +17,9 @@ from sodaprof.errors import SodaprofError
 from sodaprof.opensora.layers import positions
 from sodaprof.opensora.network import STDiT3
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
-from sodaprof.pipelines.discover import Step, find_sites, tapped
+from sodaprof.pipelines.discover import find_sites
 from sodaprof.pipelines.probe import with_rows
+from sodaprof.pipelines.recording import Step, tapped
 from sodaprof.pipelines.structure import find_modules
 
 FILE = Path(__file__).parents[1] / "data" / "opensora_rflow.safetensors"

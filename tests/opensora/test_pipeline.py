@@ -97,13 +97,13 @@ def test_the_size_of_a_call(pipe, monkeypatch):
         ({"resolution": "240p"}, "Half a size"),
         ({"height": 16, "width": 16, "resolution": "240p", "aspect_ratio": "1:1"}, "Two sizes"),
         ({"height": 1, "width": 16}, "expected 2 or more"),
-        ({"num_frames": 16}, "16 frames is undefined: ask for 1 or for 17"),
+        ({"num_frames": 16}, "16 frames is undefined: give 1, or 17 and more"),
         ({"prompt_embeds": torch.zeros(1, LENGTH, 12)}, "Give a prompt, or prompt_embeds with"),
         ({"prompt": None}, "Give a prompt"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 12), "prompt_attention_mask": torch.ones(1, 3)}, "padded"),
         ({"latents": torch.zeros(1, 4, 4, 8, 12)}, r"start from \[1, 4, 5, 8, 12\]"),
         ({"output_type": "gif"}, "expected np, pt, pil, latent"),
-        ({"callback_on_step_end_tensor_inputs": ["mask"]}, "cannot be given mask"),
+        ({"callback_on_step_end_tensor_inputs": ["mask"]}, "cannot receive mask"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(pipe, options, message):
