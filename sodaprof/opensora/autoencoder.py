@@ -251,7 +251,7 @@ class TemporalVAE(nn.Module):
         if len(temporal_downsample) != len(channel_multipliers) - 1:
             raise SodaprofError(
                 f"{len(temporal_downsample)} values of temporal_downsample for {len(channel_multipliers)} levels: "
-                "give one less than there are channel_multipliers."
+                "give one fewer than channel_multipliers."
             )
         self.rate = 2 ** sum(temporal_downsample)
         rest = ([filters * m for m in channel_multipliers], temporal_downsample, num_res_blocks, num_groups)

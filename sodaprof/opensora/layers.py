@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, rope: Rope | None = None
     ) -> Tensor:
-        """Returns [B', N, D]; `encoder_hidden_states` holds all tokens where `hidden_states` are only some of them."""
+        """Returns [B', N, D]; `encoder_hidden_states` holds all tokens if `hidden_states` are some of them."""
         width = hidden_states.shape[-1]
         if encoder_hidden_states is None:
             q, k, v = self.qkv(hidden_states).split(width, -1)
@@ -114,7 +114,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Returns [B, N, D]; text [B, L, D], mask bool [B, 1, 1, L], True where a text token counts."""
+        """Returns [B, N, D]; text [B, L, D], mask bool [B, 1, 1, L], True for text tokens that count."""
         q = self.q_linear(hidden_states)
         k, v = self.kv_linear(encoder_hidden_states).chunk(2, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))

@@ -75,9 +75,9 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Returns fp32 [B, 8, T, H, W]: the velocity in the first 4 channels, then channels that the sampler does not use.
 
         hidden_states [B, 4, T, H, W]; timestep [B], 0 to 1000; encoder_hidden_states [B, 1, L, caption_channels];
-        encoder_attention_mask [n, L], n a divisor of B, not 0 where a text token counts; fps, height and width (pixels
+        encoder_attention_mask [n, L], n a divisor of B, not 0 for text tokens that count; fps, height and width (pixels
         as requested) numbers or [n], height and width read on the host: in a loop give numbers; x_mask bool [B, T], True
-        where a frame is being generated, None for all. The published script rounds height and width to bf16 (854
+        for frames to generate, None for all. The published script rounds height and width to bf16 (854
         becomes 856): give rounded ones to repeat it.
         """
         dtype, device = self.x_embedder.proj.weight.dtype, hidden_states.device

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,8 @@ class Moment:
     forward: int = 0  # counts transformer calls, so that a site can recognise its first call within one
     tabled: bool = False  # the conditioning tables were made for this call
     executed: Counter[str] = field(default_factory=Counter)  # cells, not calls: counted on branch 0
+    served: Counter[str] = field(default_factory=Counter)  # in the run: blocks from tables, sums, sums by the kernel
+    programs: int = 0  # traced
 
 
 @dataclass
@@ -51,6 +53,26 @@ class StepTaker(Protocol):
         """
 
 
+class LoopTaker(StepTaker, Protocol):
+    """Takes all steps of a run from some step on at once."""
+
+    def finished(self, step: int) -> bool:
+        """Whether all steps from this one on are taken."""
+
+
+class Timesteps(torch.Tensor):
+    """A scheduler's timesteps, over which iteration ends once the whole-step loop has taken all steps."""
+
+    clock: Clock
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # otherwise a plain tensor
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for timestep in self.unbind(0):
+            if self.clock.finished():
+                return
+            yield timestep
+
+
 class Clock:
     """Patches `set_timesteps` and `step` of one scheduler instance while attached.
 
@@ -62,7 +84,8 @@ class Clock:
         self.scheduler, self.sampler = scheduler, sampler
         self.on_start, self.on_end = on_start, on_end
         self.run: Run | None = None  # None outside of runs, and after a refusal
-        self.takers: list[StepTaker] = []  # each around those before it, the first around the scheduler
+        self.update: StepTaker | None = None
+        self.loop: LoopTaker | None = None  # around the update
         self.replaced_step: Any = None  # a user's own `step` on the instance, which the clock's calls
         self._patches = ExitStack()
 
@@ -78,12 +101,23 @@ class Clock:
         self.scheduler._sodaprof = self  # so that a second schedule on the same scheduler is refused
 
     def detach(self) -> None:
+        if isinstance(vars(self.scheduler).get("timesteps"), Timesteps):
+            self.scheduler.timesteps = self.scheduler.timesteps.as_subclass(torch.Tensor)
         vars(self.scheduler).pop("_sodaprof", None)
         self._patches.close()
 
     def set_step(self, step: int) -> None:
         """Continues a run at the beginning of any step, for networks that are called without the pipeline."""
         self.run = Run(step, turn_begins=step == 0)
+
+    def finished(self) -> bool:
+        """Whether the whole-step loop has taken all steps; the run then ends, without further iterations of the pipeline."""
+        run = self.run
+        if self.loop is None or run is None or run.calls or not self.loop.finished(run.step):
+            return False
+        self.run = None
+        self.on_end()
+        return True
 
     def refuse(self, message: str) -> NoReturn:
         """Ends the run, so that the pipeline can be called again, and raises MismatchError."""
@@ -96,6 +130,10 @@ class Clock:
         self._check_timesteps()
         self.on_start()
         self.run = Run()
+        if self.loop is not None:
+            timesteps = self.scheduler.timesteps.detach().as_subclass(Timesteps)
+            timesteps.clock = self
+            self.scheduler.timesteps = timesteps
         return result
 
     def _advance(
@@ -106,8 +144,9 @@ class Clock:
             return own_step(*arguments, **kwargs)
         self._check_step(run, timestep)
         take = own_step
-        for taker in self.takers:
-            take = partial(self._take, taker, take, run.step)
+        for taker in (self.update, self.loop):
+            if taker is not None:
+                take = partial(self._take, taker, take, run.step)
         result = take(*arguments, **kwargs)
         if run.step == 0:
             self._check_index()

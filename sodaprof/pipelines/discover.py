@@ -1,4 +1,4 @@
-"""Finds the sites of a pipeline: by structure, and by recording what one sampling step does. No list of models."""
+"""Finds the sites of a pipeline: by structure, and by recording one sampling step. No list of models."""
 
 from __future__ import annotations
 
@@ -111,20 +111,20 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
         )
     args, kwargs = step.call_of(name)
     latents = latents_of(module, args, kwargs)
-    seen: list[_SiteCall] = []
+    site_calls: list[_SiteCall] = []
     calls: Counter[str] = Counter()
 
     def note(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         stack, layer, part, kind, _ = found[path]
         exact, prunable = kind_of(kind, forward, args, kwargs, out), is_prunable(kind, forward, args, kwargs, out)
-        seen.append(_SiteCall(stack, layer, part, exact, tuple(main_part(out).shape), prunable, calls[path]))
+        site_calls.append(_SiteCall(stack, layer, part, exact, tuple(main_part(out).shape), prunable, calls[path]))
         calls[path] += 1
 
     _run_watched(module, found, note, args, kwargs)
     batch = len(latents)  # both guidance halves counted
-    text = _holding_text(module, found, (args, kwargs), seen)
-    sites, layouts = _sites_of(name, seen, batch, text)
-    for site, s in zip(sites, seen, strict=True):
+    text = _holding_text(module, found, (args, kwargs), site_calls)
+    sites, layouts = _sites_of(name, site_calls, batch, text)
+    for site, s in zip(sites, site_calls, strict=True):
         step.folds[name, site.key] = max(1, math.prod(s.shape) // (site.tokens * site.width * batch))
     return Transformer(type(module).__name__, fingerprint(module, sites, layouts, list(text)), sites)
 
@@ -143,7 +143,9 @@ def _run_watched(
         module(*args, **kwargs)
 
 
-def _holding_text(module: nn.Module, found: Modules, step: tuple[Any, Any], seen: list[_SiteCall]) -> dict[str, bool]:
+def _holding_text(
+    module: nn.Module, found: Modules, step: tuple[Any, Any], site_calls: list[_SiteCall]
+) -> dict[str, bool]:
     """Returns the modules, by stack, module and call, whose outputs are smaller with less text; True: all text."""
     text: dict[str, bool] = {}
     for length, args, kwargs in with_shorter_text(*step, latents_of(module, *step)):
@@ -156,7 +158,7 @@ def _holding_text(module: nn.Module, found: Modules, step: tuple[Any, Any], seen
             _run_watched(module, found, note, args, kwargs)
         except Exception:  # each network has an error of its own for text of a length that it refuses
             continue
-        for s, (path, shape) in zip(seen, shapes, strict=False):
+        for s, (path, shape) in zip(site_calls, shapes, strict=False):
             if path == f"{s.stack}.{s.layer}.{s.module}" and shape != s.shape:
                 own = tuple(length // 2 if n == length else n for n in s.shape) == shape
                 text[s.name] = text.get(s.name, True) and own
@@ -164,16 +166,16 @@ def _holding_text(module: nn.Module, found: Modules, step: tuple[Any, Any], seen
 
 
 def _sites_of(
-    name: str, seen: list[_SiteCall], batch: int, text: dict[str, bool]
+    name: str, site_calls: list[_SiteCall], batch: int, text: dict[str, bool]
 ) -> tuple[tuple[Site, ...], dict[str, str]]:
     """Returns the sites, and the layouts of those modules that do not return [B, N, D], by stack and module.
 
     A site whose tokens are all text is not pruned, so that a schedule holds for prompts of any length.
     """
     sites, layouts = [], {}
-    for s in seen:
-        widths = {o.shape[2] for o in seen if o.stack == s.stack and len(o.shape) == 3}
-        attention = [o for o in seen if (o.stack, o.layer) == (s.stack, s.layer) and o.kind.endswith("attn")]
+    for s in site_calls:
+        widths = {o.shape[2] for o in site_calls if o.stack == s.stack and len(o.shape) == 3}
+        attention = [o for o in site_calls if (o.stack, o.layer) == (s.stack, s.layer) and o.kind.endswith("attn")]
         attended = {o.shape[:2] for o in attention if len(o.shape) == 3} if s.kind == "mlp" else set()
         layout = layout_of(s.shape, batch, widths, attended)
         if layout is None:
@@ -204,7 +206,7 @@ def fingerprint(
     plain = {k: list(v) if isinstance(v, list | tuple) else v for k, v in values.items() if v is not None}
     sites = tuple(sites)
     tokens: dict[str, int] = {}
-    for site in sites:  # by module, and by site where a layer or a call has another number
+    for site in sites:  # by module, and by site if a layer or a call has another number
         if tokens.setdefault(f"{site.stack}.{site.module}", site.tokens) != site.tokens:
             tokens[site.key] = site.tokens
     recorded: dict[str, Any] = {"tokens": tokens, "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites}}

@@ -57,8 +57,8 @@ class Recording:
 class _Recorder:
     """Takes the place of a pipeline's network and of its scheduler's step, and records their calls."""
 
-    def __init__(self, network: torch.nn.Module, form: str, generations: int, on_step: Callable[[], None]) -> None:
-        self.network, self.form, self.generations, self.on_step = network, form, generations, on_step
+    def __init__(self, network: Any, sampler: Sampler, generations: int, on_step: Callable[[], None]) -> None:
+        self.network, self.sampler, self.generations, self.on_step = network, sampler, generations, on_step
         self.calls: list[list[NetworkCall]] = []
         self.guidance: list[tuple[list[float], bool]] = []
         self.states: list[Tensor] = []
@@ -87,7 +87,8 @@ class _Recorder:
 
     def advance(self, take_step: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Takes the scheduler's step and records its guidance and its latents."""
-        self.guidance.append(guidance_of(output, [tree_leaves(out)[0] for out in self._outs], self.form))
+        outs = [tree_leaves(out)[0] for out in self._outs]
+        self.guidance.append(guidance_of(output, outs, self.sampler.guidance_form, self.sampler.guidance_scale))
         self.guided_shape = (sample.shape[0], *output.shape[1:])
         result = take_step(output, timestep, sample, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
@@ -129,7 +130,7 @@ def record_run(
             "The pipeline carries a schedule; a run is recorded without one. Remove it: handle.remove()"
         )
     (network,) = parts.values()
-    recorder = _Recorder(network, sampler.guidance_form, len(seeds), on_step)
+    recorder = _Recorder(network, sampler, len(seeds), on_step)
     with tapped(network, recorder.call, "sodaprof.replay"), patched(pipe.scheduler, "step", recorder.advance):
         call(pipe, entries, seeds, sampler.steps, sampler.guidance_scale, output_type="latent", own=own)
     if tuple(pipe.scheduler.timesteps.tolist()) != sampler.timesteps:

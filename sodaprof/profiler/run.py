@@ -105,7 +105,7 @@ def _sample(
     watch: Stopwatch,
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Samples all batches in a pass for each group of sites, from where `state` was saved; saves it after each batch."""
+    """Samples all batches in a pass for each group of sites, continuing from the saved `state`; saves it after each batch."""
     steps, request = plan.steps, plan.request
     done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
     starts = range(0, request["samples"], request["batch_size"])

@@ -161,7 +161,7 @@ class Taps:
         if out.shape[0] % self.rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
             raise MismatchError(
                 f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {self.rows} generations, halves counted; "
-                f"{known.tokens} tokens were seen at the first step. Profile calls of one size."
+                f"{known.tokens} tokens were recorded at the first step. Profile calls of one size."
             )
         if self.past[name][self.moment.step] == 0:  # a turn reuses nothing from before it
             self.rings.pop((site, branch), None)

@@ -70,8 +70,8 @@ class Fit:
             skips = attached.handle.stacks[0] if attached.handle and attached.handle.stacks else None
             if skips is not None:
                 skips.cells |= self.cells
-                skips.stores = self.kept[-1]
-                skips.stores = skips.snapshot()  # what is kept from now on is not the former fit's
+                skips.memory = self.kept[-1]
+                skips.memory = skips.snapshot()  # what is kept from now on is not the former fit's
                 if self.resumable:
                     skips.keep_all()
             rows = attached.handle.rows if attached.handle else []
@@ -133,15 +133,16 @@ class Fit:
         """Returns the F cells of a step with weights fitted to their targets, under which it is about to run."""
         found = {}
         for row in rows:
-            cell = row.forecasts[step]
-            if cell is None:
+            forecast = row.cells[step].forecast
+            if forecast is None:
                 continue
             sources = [
-                self.replay.site_values([row.stores[n].sources[source] for n in sorted(row.stores)], row.layout)
-                for source in cell.sources
+                self.replay.site_values([row.memory[n].sources[source] for n in sorted(row.memory)], row.layout)
+                for source in forecast.sources
             ]
             weights = forecast_weights(sources, targets[row.key], self.strength)
-            found[row.key] = row.forecasts[step] = replace(cell, weights=weights)
+            row.set_weights(step, weights)
+            found[row.key] = replace(forecast, weights=weights)
         return found
 
     def _weighed_stack(self, skips: StackRow, step: int, target: Tensor) -> Forecast:

@@ -267,7 +267,7 @@ def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tm
         samplers.append(type(pipe.scheduler).__name__)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sodaprof.bench, "benchmark", noted)
+    monkeypatch.setattr(sodaprof.measure.bench, "benchmark", noted)
     assert command("bench", model, path, "--scheduler", other)[0] == 130
     assert samplers == [other]
 

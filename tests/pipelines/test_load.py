@@ -34,7 +34,7 @@ def test_sites_of_dit():
     assert model.shape == {"latent": [4, 8, 8], "tokens": 16, "batch_profiled": 1, "dtype": "float32"}
 
 
-def test_sites_of_pixart_are_told_apart():
+def test_sites_of_pixart_have_their_kinds():
     torch.manual_seed(0)
     part = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
@@ -141,7 +141,7 @@ def test_loading_leaves_the_settings_of_the_process_as_they_were(model, monkeypa
     assert seen == [(10, 10, {"_global": False}, logging.ERROR, False, False)]
 
 
-def test_prompt_files(tmp_path):
+def test_prompt_files_are_read(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# comment\n3\n a red ball \n\n-1\n", encoding="utf-8")
     assert read_prompts(path) == [3, "a red ball", -1]
@@ -160,6 +160,6 @@ def test_prompts_of_the_wrong_kind_are_refused():
 
 
 @pytest.mark.parametrize("label", [-1, 1000, 99999])
-def test_labels_that_the_model_does_not_know(label):
+def test_unknown_labels_are_refused(label):
     with pytest.raises(SodaprofError, match=f"Found the label {label}; this model knows 0 to 999"):
         call(tiny_pipe(), [1, label], [0, 1], STEPS)
