@@ -7,11 +7,13 @@ DEMO := build/demo
 
 .PHONY: demo test test-zoo check format docs schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
-# The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
-.venv/ready: pyproject.toml
+# The environment sees the base Python's packages only if that has torch (your own CUDA build, say).
+.venv/bin/python:
 	@if $(PYTHON) -c "import torch" 2>/dev/null; \
-	then $(PYTHON) -m venv --clear --system-site-packages .venv; \
-	else $(PYTHON) -m venv --clear .venv && $(BIN)/pip install -q "$(TORCH)"; fi
+	then $(PYTHON) -m venv --system-site-packages .venv; \
+	else $(PYTHON) -m venv .venv && $(BIN)/pip install -q "$(TORCH)"; fi
+
+.venv/ready: pyproject.toml | .venv/bin/python
 	$(BIN)/pip install -q -e ".[dev]"
 	@touch $@
 

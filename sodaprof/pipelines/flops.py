@@ -139,9 +139,8 @@ class _SiteCounter:
 
 def _count(network: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
     paths = {site.path for site in sites}
-    blocks = [
-        f"{stack}.{i}" for stack in {path.split(".")[0] for path in paths} for i in range(len(getattr(network, stack)))
-    ]
+    stacks = dict.fromkeys(site.stack for site in sites)
+    blocks = [f"{stack}.{layer}" for stack in stacks for layer in range(len(getattr(network, stack)))]
     with torch.no_grad(), _frozen(network), _counter() as counter:
         found = _SiteCounter(counter, sites)
         with (

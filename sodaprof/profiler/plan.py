@@ -75,7 +75,7 @@ class ProfilePlan:
     def varying(self) -> frozenset[int]:
         """Numbers of the sites with one token for each token of the prompt."""
         return frozenset(
-            i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site)
+            i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site.key)
         )
 
     @property

@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from ...errors import SodaprofError, UnsupportedModelError
+from ...formats.sites import SiteKey
 from ...pipelines.clock import Moment
 from ..hooks.cells import CellInputs, CellResult
 from ..hooks.sites import SiteRow
@@ -169,8 +170,8 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
                         self.tensors.append((found, name))
         shapes = tuple(kind_of(found[name]) for found, name in self.tensors)
         sites = tuple(
-            (row.key.split(".", 2)[2], row.tokens, row.raster, row.rule,
-             None if row.scored_by is None else row.scored_by.key.split(".", 2)[2])
+            (SiteKey.parse(row.key).name, row.tokens, row.raster, row.rule,
+             None if row.scored_by is None else SiteKey.parse(row.scored_by.key).name)
             for row in self.rows
         )  # fmt: skip
         built = (tuple(self.names), shapes, build_of(self.block), sites)

@@ -134,9 +134,7 @@ def test_guidance_is_read_off_a_step():
         UnsupportedModelError, match=r"is no weighted sum .*; expected plain guidance: switch its rescaling off.*--fit"
     ):
         guidance_of(guided * guided.std(), [one, other], "passes")
-    with pytest.raises(
-        UnsupportedModelError, match="on 3 branches; expected one or two: switch other guidance off"
-    ):
+    with pytest.raises(UnsupportedModelError, match="on 3 branches; expected one or two: switch other guidance off"):
         guidance_of(guided, [one, other, one], "passes")
     with pytest.raises(
         UnsupportedModelError, match=r"receives \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.runtime.apply import RUNTIMES
 from sodaprof.runtime.sampler.update import Jump, Ring, jumps
 from tests.runtime.hooks.test_stack import skipping
 from tests.runtime.test_two_transformers import draw as draw_wan
-from tests.runtime.test_two_transformers import schedule_of
+from tests.runtime.test_two_transformers import schedule_of, wan  # noqa: F401
 from tests.tape import Tapes
 from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, tiny_pipe, with_known_programs
 from tests.updated import CALLED, RESTING, sample, set_sampler, updated, with_update
