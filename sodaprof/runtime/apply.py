@@ -98,6 +98,7 @@ class Handle:
         self.turns: list[TransformerHook] = []
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
+        self.loop: Loop | None = None
         self._attached = False
         for name, plan in schedule.transformers.items():
             self._prepare(name, pipe.components[name], plan)
@@ -160,7 +161,7 @@ class Handle:
             own = [step for step, action in enumerate(plan.stack) if action in ".S"]
             self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture, self.tabled == "near"))
             if self.loops and capture is not None:
-                self.tables[-1].loop = self.clock.loop = Loop(
+                self.loop = self.tables[-1].loop = self.clock.loop = Loop(
                     self.moment, capture, called_steps(self.schedule), self.schedule.sampler, self.update
                 )
             self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
@@ -187,8 +188,8 @@ class Handle:
             block.reset()
         for tables in self.tables:
             tables.reset()
-        if self.clock.loop is not None:
-            self.clock.loop.reset()
+        if self.loop is not None:
+            self.loop.reset()
         if self.update is not None:
             self.update.reset()
 
@@ -248,7 +249,7 @@ class Handle:
             return f"lowered: {refused}"
         counters, called = self._counters(), sum(called_steps(self.schedule))
         told = f"captured: {counters.graphs} graphs, {counters.steps_replayed}/{called} steps replayed"
-        loop = self.clock.loop
+        loop = self.loop
         return (
             told
             if loop is None

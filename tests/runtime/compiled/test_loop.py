@@ -131,15 +131,13 @@ def test_guidance_is_read_off_a_step():
     assert guidance_of(guided, [other, one], "passes") == ([-3.0, 4.0], False)
     assert guidance_of(one, [one], "none") == ([1.0], False)
     with pytest.raises(
-        UnsupportedModelError, match=r"is no weighted sum .*; expected plain guidance: switch off .*--fit"
+        UnsupportedModelError, match=r"is no weighted sum .*; expected plain guidance: switch its rescaling off.*--fit"
     ):
         guidance_of(guided * guided.std(), [one, other], "passes")
-    with pytest.raises(
-        UnsupportedModelError, match="on 3 branches; expected one or two: leave out guidance beyond that"
-    ):
+    with pytest.raises(UnsupportedModelError, match="on 3 branches; expected one or two: switch other guidance off"):
         guidance_of(guided, [one, other, one], "passes")
     with pytest.raises(
-        UnsupportedModelError, match=r"given \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
+        UnsupportedModelError, match=r"receives \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
     ):
         guidance_of(guided[:1], [one, other], "passes")
 

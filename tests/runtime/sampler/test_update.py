@@ -16,7 +16,7 @@ from sodaprof.runtime.apply import RUNTIMES
 from sodaprof.runtime.sampler.update import Jump, Ring, jumps
 from tests.runtime.hooks.test_stack import skipping
 from tests.runtime.test_two_transformers import draw as draw_wan
-from tests.runtime.test_two_transformers import schedule_of
+from tests.runtime.test_two_transformers import schedule_of, wan  # noqa: F401
 from tests.tape import Tapes
 from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, tiny_pipe, with_known_programs
 from tests.updated import CALLED, RESTING, sample, set_sampler, updated, with_update
@@ -423,7 +423,7 @@ def test_guidance_that_begins_while_the_network_rests_is_refused():
     schedule = updated(tiny_pipe(cls=TwoPassPipeline), RESTING)
     with (
         sodaprof.apply(pipe, schedule),
-        pytest.raises(MismatchError, match="3 times at step 2, where the schedule rests"),
+        pytest.raises(MismatchError, match="3 times at step 2, which the schedule skips"),
     ):
         pipe([1], num_inference_steps=STEPS)
 
