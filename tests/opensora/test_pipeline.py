@@ -23,6 +23,7 @@ from sodaprof.opensora.pipeline import OpenSoraPipeline
 from sodaprof.opensora.prompts import RATIOS, SIZES, size_of
 from sodaprof.opensora.weights import AUTOENCODER, NETWORK, TEXT, load_autoencoder, load_published, load_stdit3
 from sodaprof.pipelines.discover import inspect_pipeline
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.video_pipelines import LENGTH, draw, tiny_video_pipe
 
@@ -415,7 +416,7 @@ def test_reuse_executes_the_plan(pipe):
         assert report.complete
         assert report.executed == report.planned == {"C": 24, "R": 48}
     assert not np.array_equal(wanted, plain)
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         for _ in range(3):
             assert np.array_equal(draw(pipe), wanted)
             assert handle.report().executed == handle.report().planned
@@ -427,7 +428,7 @@ def test_whole_steps_give_the_same_video(pipe):
     schedule = fora(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=Tapes(), whole_steps=True)) as handle:
         for _ in range(3):
             np.testing.assert_allclose(draw(pipe), wanted, atol=2e-5)
         assert handle.report().path.endswith("whole steps")

@@ -19,6 +19,7 @@ from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.probe import LAYOUTS, as_tokens, layout_of
 from sodaprof.pipelines.recording import is_halved, latents_of
 from sodaprof.profiler.plan import plan_profile
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.zoo.zoo_check import case_of
 from tests.zoo.zoo_pipelines import PIPELINES, STEPS, guided, ones, text
@@ -280,7 +281,7 @@ def test_latents_in_a_list_are_not_captured_and_the_report_says_so():
     schedule = schedule_of(case, {"layers.0.feed_forward": "CRCRCR"}, {})
     with sodaprof.apply(case.pipe, schedule):
         wanted = case.draw()
-    with sodaprof.apply(case.pipe, schedule, lower=True, capture=Tapes()) as handle:
+    with sodaprof.apply(case.pipe, schedule, runtime=Compiled(graphs=Tapes())) as handle:
         assert torch.equal(case.draw(), wanted)
         assert handle.report().path == "lowered: the pipeline hands over its latents as a list"
 

@@ -55,7 +55,7 @@ def timed(pipe: Any, schedule: Schedule, runs: int) -> np.ndarray:
     """Returns the CPU time of each step of each run, [runs, STEPS], NaN for the first step; ms. Two runs warm up."""
     entries, found = default_prompts(pipe)[:1], np.full((runs + 2, STEPS), np.nan)
     ends: list[int] = []
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
 
         def advance(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
