@@ -31,6 +31,8 @@ RUNTIMES: dict[str, dict[str, Any]] = {  # name -> arguments of apply
     "captured": {"lower": True, "capture": True},
     "whole-steps": {"lower": True, "capture": True, "loop": True},
 }
+RUNTIME_NAMES = ("hooks", "compiled", "whole-steps")  # what users name
+REPLACED = {"lowered": "--runtime compiled --no-graphs", "captured": "--runtime compiled"}
 
 
 @dataclass(frozen=True)
@@ -283,8 +285,24 @@ def apply(
     return Handle(pipe, schedule, lower, lower and tables, collapse, recorder, loop, allow_resolution)
 
 
-def apply_with(pipe: Any, schedule: Schedule, runtime: str, **others: Any) -> Handle:
-    """Returns `apply` with `others` and the arguments that a name in RUNTIMES stands for; SodaprofError for another name."""
-    if runtime not in RUNTIMES:
-        raise SodaprofError(f"No runtime {runtime!r}; there are {', '.join(RUNTIMES)}. Try --runtime lowered")
+def check_runtime(runtime: str, graphs: bool = True) -> None:
+    """Raises SodaprofError unless `runtime` is a name of RUNTIME_NAMES that can run with or without CUDA graphs."""
+    if runtime in REPLACED:
+        raise SodaprofError(f"--runtime {runtime} is no more. Type: {REPLACED[runtime]}")
+    if runtime not in RUNTIME_NAMES:
+        raise SodaprofError(f"--runtime is {runtime!r}; expected hooks, compiled or whole-steps.")
+    if runtime == "whole-steps" and not graphs:
+        raise SodaprofError(
+            "Whole steps are CUDA graphs. Leave --no-graphs out, or type: --runtime compiled --no-graphs"
+        )
+
+
+def apply_with(pipe: Any, schedule: Schedule, runtime: str, graphs: bool = True, **others: Any) -> Handle:
+    """Returns `apply` under a runtime of RUNTIME_NAMES; graphs: capture CUDA graphs if the pipeline is on a GPU.
+
+    others: more arguments of `apply`. Raises SodaprofError as `check_runtime`.
+    """
+    check_runtime(runtime, graphs)
+    if runtime == "compiled":
+        runtime = "captured" if graphs and "cuda" in str(getattr(pipe, "device", "cpu")) else "lowered"
     return apply(pipe, schedule, **RUNTIMES[runtime], **others)

@@ -21,7 +21,7 @@ from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.formats.schedule import Schedule
 from sodaprof.pipelines.replay import Replay, Stepper
-from sodaprof.tuning.closed_loop import fidelity_db, played
+from sodaprof.tuning.closed_loop import attached, fidelity_db
 
 FULL, IDLE = "C", "."  # of the columns that stand for a schedule: full steps, and those between them
 SAVE_EVERY = 20.0  # seconds
@@ -120,10 +120,9 @@ def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple
     steps, own = replay.steps, replay.update
     stepper, rows = Stepper(replay, own.history), own.padded(own.history)
     any_reuse = draw_schedule(profile.model, profile.sampler, [0], {})
-    context = played(replay, any_reuse)
-    with context as clock:
-        assert context.handle is not None
-        sites = context.handle.rows
+    with attached(replay, any_reuse) as handle:
+        assert handle is not None
+        sites, clock = handle.rows, handle.clock
         for site in sites:  # the rows of all schedules in turn: whatever is computed may be reused
             site.keeps = [True] * steps
 
@@ -147,8 +146,8 @@ def forecast(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tup
     stepper, rows = Stepper(replay, own.history), own.padded(own.history)
     ((name, products),) = profile.site_products().items()
     for columns in every:
-        with played(replay, forecast_schedule(profile, name, products, anchors_of(columns))) as clock:
-            at = stepper.start()
+        with attached(replay, forecast_schedule(profile, name, products, anchors_of(columns))) as handle:
+            at, clock = stepper.start(), handle.clock if handle else None
             for step in range(replay.steps):
                 at = stepper.moved(stepper.computed(at, step, clock), step, rows[step])
         yield columns, fidelity_db(at.x, replay)

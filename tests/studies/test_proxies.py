@@ -11,7 +11,7 @@ from sodaprof.compiler.placement import place_with_history
 from sodaprof.compiler.problem import draw_jumps, draw_schedule
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.pipelines.replay import Replay, Stepper
-from sodaprof.tuning.closed_loop import fidelity_db, fit_update, play, played
+from sodaprof.tuning.closed_loop import attached, fidelity_db, fit_update, sampled_distances
 from tests.studies import proxy_study, proxy_truth
 from tests.studies.proxy_page import BEGIN, END, fill, tables
 from tests.studies.proxy_study import (
@@ -123,15 +123,15 @@ def test_shared_beginnings_change_no_distance(profile, replays):
     for columns in every:
         schedule = draw_schedule(profile.model, profile.sampler, anchors_of(columns), {})
         stepper = Stepper(held_out, own.history)
-        with played(held_out, schedule) as clock:
-            at = stepper.start()
+        with attached(held_out, schedule) as handle:
+            at, clock = stepper.start(), handle.clock if handle else None
             for step in range(STEPS):
                 at = stepper.moved(stepper.computed(at, step, clock), step, own.coefficients[step])
         np.testing.assert_allclose(found[columns], fidelity_db(at.x, held_out), atol=1e-4)
     for columns, distances in proxy_truth.refitted(calibration, held_out, every):
         jumps = draw_jumps(profile.model, profile.sampler, anchors_of(columns))
         fitted, on_calibration = fit_update(calibration, jumps, MAX_HISTORY)
-        np.testing.assert_allclose(distances, [*play(held_out, fitted), *on_calibration], atol=1e-3)
+        np.testing.assert_allclose(distances, [*sampled_distances(held_out, fitted), *on_calibration], atol=1e-3)
 
 
 def test_open_loop_updates_and_forecasts_are_exact_where_every_step_is_full(profile, replays):
