@@ -20,7 +20,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …  [defaul
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16  [default: float32 on a CPU, else bfloat16]")
 ]
-Scale = Annotated[float | None, typer.Option("--guidance-scale", help="[default: the pipeline's, or the schedule's]")]
+Scale = Annotated[
+    float | None, typer.Option("--guidance-scale", help="Guidance.  [default: the schedule's, or the pipeline's]")
+]
 Prompts = Annotated[
     str | None,
     typer.Option(

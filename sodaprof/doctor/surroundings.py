@@ -74,7 +74,7 @@ def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
                 "scheduler", "timesteps", "the pipeline leaves the timesteps on the CPU (set_timesteps without a device)",
                 "each step copies one to the device, outside the transformer"
                 + (", unless the whole step is captured" if loop else ""),
-                "nothing" if loop else "pass device= to set_timesteps",
+                "no change is needed" if loop else "pass device= to set_timesteps",
             )
         )  # fmt: skip
     if name.startswith("FlowMatchEuler") and getattr(scheduler, "begin_index", None) is None:
@@ -82,7 +82,7 @@ def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
             finding(
                 "scheduler", "begin_index", "the pipeline does not call set_begin_index",
                 "its first step looks up its index on the device: one host sync a run",
-                "nothing" if loop else "call scheduler.set_begin_index(0) after set_timesteps",
+                "no change is needed" if loop else "call scheduler.set_begin_index(0) after set_timesteps",
             )
         )  # fmt: skip
     return found
@@ -123,7 +123,7 @@ def built_findings(name: str, network: nn.Module) -> list[Finding]:
     if adapters:
         what = f"{len(adapters)} adapter modules (peft)"
         effect = "can be captured; weights changed after the capture are detected"
-        found.append(finding(f"{name}.{adapters[0]}", "adapter", what, effect, "nothing", modules=adapters))
+        found.append(finding(f"{name}.{adapters[0]}", "adapter", what, effect, "no change is needed", modules=adapters))
     return found
 
 

@@ -288,7 +288,7 @@ def apply(
 def check_runtime(runtime: str, graphs: bool = True) -> None:
     """Raises SodaprofError unless `runtime` is a name of RUNTIME_NAMES that can run with or without CUDA graphs."""
     if runtime in REPLACED:
-        raise SodaprofError(f"--runtime {runtime} is no more. Type: {REPLACED[runtime]}")
+        raise SodaprofError(f"--runtime {runtime} was replaced. Type: {REPLACED[runtime]}")
     if runtime not in RUNTIME_NAMES:
         raise SodaprofError(f"--runtime is {runtime!r}; expected hooks, compiled or whole-steps.")
     if runtime == "whole-steps" and not graphs:

@@ -287,14 +287,18 @@ def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tm
     assert samplers == [other]
 
 
-@pytest.mark.parametrize("options", [("--runtime", "compiled"), ("--runtime", "compiled", "--no-graphs")])
-def test_runtimes_by_name(command, model, profiled, tmp_path, options):
-    schedule = tmp_path / "s.json"
+def test_a_runtime_is_chosen_by_name(command, refused, model, profiled, tmp_path):
+    schedule, picture = tmp_path / "s.json", tmp_path / "p.png"
     assert command("compile", profiled, "--policy", "fora", "-o", schedule)[0] == 0
-    code, out, _ = command("run", model, schedule, "--label", 3, *options, "-o", tmp_path / "p.png")
+    arguments = ("run", model, schedule, "--label", 3, "--runtime", "compiled", "--no-graphs", "-o", picture)
+    code, out, _ = command(*arguments)
     assert (code, "lowered" in out) == (0, True)  # what the report calls traced blocks without graphs
-    code, out, _ = command("eval", model, schedule, "--samples", 2, "--no-controls", *options, "--json")
-    assert (code, json.loads(out)["runtime"]) == (0, "compiled")
+    out_folder = tmp_path / "new"
+    out_folder.mkdir()
+    for verb, name in (("run", "p.png"), ("eval", "e.json")):
+        label = ("--label", 3) if verb == "run" else ()
+        said = refused(verb, "no-such-model", schedule, *label, "--runtime", "lowered", output=out_folder / name)
+        assert "--runtime lowered was replaced. Type: --runtime compiled --no-graphs" in said
 
 
 def test_distances_to_a_folder_of_pictures(command, refused, model, profiled, tmp_path, monkeypatch):
