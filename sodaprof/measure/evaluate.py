@@ -81,18 +81,45 @@ def evaluate(
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])
     cost = count_flops(pipe, model, step)
 
-    full = Contender("full", f"{sampler.steps} steps", sampler.steps, 1.0)
     contenders = [
         Contender(names[i] if names else s.policy["name"], describe(s), s.steps, cost.speedup(s), schedule=s)
         for i, s in enumerate(schedules)
     ]
     candidates = control_candidates(schedules, model, cost, budget, controls)
-    fewer = [c for c in candidates if c.control is not None]
-    contenders += [c for c in candidates if c.control is None]
-    calibration = _calibration_seeds(schedules)
     comparison = Comparison(pipe, entries, batch_size, scale, classifier, runtime, graphs, on_progress)
+    full, pairs, tried = _sample(comparison, contenders, candidates, seeds, data)
+    about = {
+        "samples": samples, "seed": seed, "guidance_scale": scale, "device": str(getattr(pipe, "device", "cpu")),
+        "machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
+        "versions": versions(), "runtime": runtime,
+    }  # fmt: skip
+    notes = _notes(samples, classifier, candidates, controls, runtime)
+    result = _result(about, full, pairs, real) | {"candidates": tried, "notes": notes}
+    shown = {"full": full} | {f"{c.name} {c.speedup:.2f}x": one for c, one in pairs}
+    return result | {"pictures": {name: np.concatenate(one.pictures)[:SHOWN] for name, one in shown.items()}}
+
+
+def _sample(
+    comparison: Comparison,
+    contenders: list[Contender],
+    candidates: list[Contender],
+    seeds: range,
+    data: np.ndarray | None,
+) -> tuple[Samples, list[tuple[Contender, Samples]], list[dict[str, Any]]]:
+    """Returns the samples of the full run, of each schedule and control, and all spacings that were tried.
+
+    contenders: the schedules. candidates: the controls; of fewer steps, the best spacing on calibration seeds is taken.
+    Raises MismatchError if the data has another size than the pipeline's pictures.
+    """
+    schedules = [c.schedule for c in contenders if c.schedule is not None]
+    used = next((s.profile for s in schedules if s.profile is not None), {"seed": 0, "samples": CALIBRATION})
+    calibration = range(used["seed"], used["seed"] + min(CALIBRATION, used["samples"]))
+    fewer = [c for c in candidates if c.control is not None]
+    contenders = contenders + [c for c in candidates if c.control is None]
+    steps = schedules[0].steps
+    full = Contender("full", f"{steps} steps", steps, 1.0)
     comparison.total = 1 + (len(calibration) * (1 + len(fewer)) if fewer else 0)
-    comparison.total += samples * (1 + len(contenders) + len({(c.name, c.count) for c in fewer}))
+    comparison.total += len(seeds) * (1 + len(contenders) + len({(c.name, c.count) for c in fewer}))
     (warm_up,) = comparison.sample([full], calibration[:1])  # the first call is slow and would flatter the schedules
     if data is not None and data.shape[1:] != (made := warm_up.pictures[0].shape[1:]):
         raise MismatchError(
@@ -101,16 +128,7 @@ def evaluate(
     chosen, tried = choose_spacings(comparison, full, fewer, calibration)
     contenders += chosen
     reference, *sampled = comparison.sample([full, *contenders], seeds)
-    about = {
-        "samples": samples, "seed": seed, "guidance_scale": scale, "device": str(getattr(pipe, "device", "cpu")),
-        "machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
-        "versions": versions(), "runtime": runtime,
-    }  # fmt: skip
-    notes = _notes(samples, classifier, candidates, controls, runtime)
-    pairs = list(zip(contenders, sampled, strict=True))
-    return _result(about, reference, pairs, real) | {
-        "candidates": tried, "notes": notes, "pictures": _first_pictures(reference, pairs)
-    }  # fmt: skip
+    return reference, list(zip(contenders, sampled, strict=True)), tried
 
 
 def _check_request(pipe: Any, schedules: Sequence[Schedule], seeds: range) -> None:
@@ -131,12 +149,6 @@ def _check_request(pipe: Any, schedules: Sequence[Schedule], seeds: range) -> No
                 f"Choose others: --seed {end}"
             )
         check_fits(pipe, schedule)
-
-
-def _calibration_seeds(schedules: Sequence[Schedule]) -> range:
-    used = next((s.profile for s in schedules if s.profile is not None), None)
-    first, count = (0, CALIBRATION) if used is None else (used["seed"], min(CALIBRATION, used["samples"]))
-    return range(first, first + count)
 
 
 def _features_of_data(classifier: Classifier | None, data: np.ndarray, samples: int) -> np.ndarray:
@@ -228,11 +240,6 @@ def _add_differences(
             row.setdefault("over", {})[name] = metrics.mean_interval(of_row - of_nearest) | {
                 "worst_decile": metrics.worst_decile_difference(of_row, of_nearest), "speedup": round(nearest.speedup, 4),
             }  # fmt: skip
-
-
-def _first_pictures(full: Samples, pairs: Sequence[tuple[Contender, Samples]]) -> dict[str, np.ndarray]:
-    shown = {f"{c.name} {c.speedup:.2f}x": samples for c, samples in pairs}
-    return {name: np.concatenate(one.pictures)[:SHOWN] for name, one in ({"full": full} | shown).items()}
 
 
 def _notes(
