@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check format schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo check format docs schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only where that has torch (your own CUDA build, say).
 .venv/ready: pyproject.toml
@@ -36,13 +36,18 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -p no:cacheprovider
+	$(MAKE) bench-gpu DEVICE=cpu REHEARSAL=1 WHEELS= OUT=build/gpu-rehearsal
 
 format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Makes docs/cli.md from the commands. `python -m tests.studies.tutorial_page` runs the commands of docs/tutorial.md again.
+docs: .venv/ready
+	$(BIN)/python -m tests.studies.cli_page docs/cli.md
+
 # Makes what schedules/tiny-dit holds, and its pictures, from the shipped model: the fitted update, SODA and FORA.
-RESULTS := docs/results
+RESULTS := docs/studies/results
 POLICIES = "solver --fit $(1)" soda fora
 compiled = set -e; for b in $(3); do for p in $(call POLICIES,$(1)); do $(BIN)/sodaprof compile $(2) --policy $$p --budget $$b \
 	  -o schedules/$(1)/$${p%% *}-$$b.json --force; done; done
@@ -64,7 +69,7 @@ schedules-opensora: .venv/ready
 	$(call compiled,tiny-opensora,build/tiny-opensora-profile,1.9x 2.5x)
 	$(call drawn,tiny-opensora,2.5x)
 
-# Asks which prediction orders schedules rightly, and how near each policy comes to the best of 3 060: docs/proxies.md.
+# Asks which prediction orders schedules rightly, and how near each policy comes to the best of 3 060: docs/studies/proxies.md.
 # What build/proxies holds is not played again; an hour and a half on one core.
 proxies: .venv/ready
 	test -e build/tiny-dit-profile/manifest.json || $(BIN)/sodaprof profile tiny-dit -o build/tiny-dit-profile --samples 100
@@ -83,9 +88,9 @@ test-zoo: .venv/ready
 	mkdir -p build
 	$(BIN)/python -m tests.zoo.zoo_check --markdown > build/zoo.md; classes=$$?; \
 	$(BIN)/python -m tests.zoo.zoo_pipelines --markdown > build/zoo-pipelines.md; pipelines=$$?; \
-	{ sed -n '1,/^<!-- classes -->/p' docs/zoo.md; echo; cat build/zoo.md; echo; \
-	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
-	cp build/zoo-page.md docs/zoo.md; exit $$((classes + pipelines))
+	{ sed -n '1,/^<!-- classes -->/p' docs/studies/zoo.md; echo; cat build/zoo.md; echo; \
+	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/studies/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
+	cp build/zoo-page.md docs/studies/zoo.md; exit $$((classes + pipelines))
 
 # Times the loop on this machine: DiT-S/2 with random weights, tiny-dit under budgets in milliseconds. Ten minutes on a CPU.
 BENCH := build/bench
@@ -105,24 +110,19 @@ bench: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/sodaprof bench tiny-dit $(foreach b,1.25x 1.5x 1.75x 2.0x,$(BENCH)/soda-ms-$(b).json) \
 	  $(foreach b,2.0x 5.0x,$(BENCH)/solver-ms-$(b).json) --force -o $(RESULTS)/bench-tiny-dit.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.studies.light_steps tiny-dit $(BENCH)/dit-s-2 -o $(RESULTS)/light-steps.json
-	$(BIN)/python -m tests.studies.page $(RESULTS) docs/results.md
+	$(BIN)/python -m tests.studies.page $(RESULTS) docs/studies/results.md
 
-# Runs the GPU tests, times DiT-XL/2 and PixArt-XL with random weights in bf16, and profiles DiT-XL/2. Needs a GPU; minutes.
-ON_GPU := --device cuda --dtype bfloat16 --force
-bench-gpu: .venv/ready
-	mkdir -p $(BENCH)
-	$(BIN)/python -m pytest -m gpu
-	set -e; for m in "dit-xl-2 50 18" "pixart-xl-2-512 20 8" "pixart-xl-2-1024 20 8"; do set -- $$m; \
-	  $(BIN)/python -m tests.studies.random_models $$1 $(BENCH)/$$1; \
-	  $(BIN)/sodaprof inspect $(BENCH)/$$1 --steps $$2 -o $(BENCH)/$$1-inspected --force; \
-	  $(BIN)/sodaprof compile $(BENCH)/$$1-inspected --policy fora --knob anchors=$$3 -o $(BENCH)/$$1-$$3-of-$$2.json --force; \
-	  $(BIN)/sodaprof bench $(BENCH)/$$1 $(BENCH)/$$1-$$3-of-$$2.json $(ON_GPU) -o $(RESULTS)/bench-$$1-cuda.json; \
-	  $(BIN)/python -m tests.studies.compiled $(BENCH)/$$1 $(RESULTS)/compiled-$$1-cuda.json --device cuda --dtype bfloat16; done
-	$(BIN)/sodaprof profile $(BENCH)/dit-xl-2 -o $(BENCH)/dit-xl-2-profile --samples 100 $(ON_GPU)
-	cp $(BENCH)/dit-xl-2-profile/manifest.json $(RESULTS)/profile-dit-xl-2-cuda.json
-	$(BIN)/python -m tests.studies.page $(RESULTS) docs/results.md
+# One prepared run on a GPU box without network, 8 minutes at most: docs/gpu.md. Needs no environment of its own.
+# DEVICE=cpu REHEARSAL=1 runs the same code on the CPU with tiny networks, with the environment's Python.
+WHEELS ?=
+OUT ?= build/gpu
+DEVICE ?= cuda
+REHEARSAL ?=
+bench-gpu: $(if $(REHEARSAL),.venv/ready)
+	$(if $(REHEARSAL),OMP_NUM_THREADS=1 $(BIN)/python,$(PYTHON)) -m tests.gpu --out $(OUT) --device $(DEVICE) \
+	  $(if $(WHEELS),--wheels $(WHEELS)) $(if $(REHEARSAL),--rehearsal)
 
-# Measures other caches beside this project's, and makes the tables in docs/peers.md. Most of an hour on two threads.
+# Measures other caches beside this project's, and makes the tables in docs/studies/peers.md. Most of an hour on two threads.
 bench-peers: .venv/ready
 	$(BIN)/pip install -q -e ".[peers]"
 	$(BIN)/python -m tests.studies.peers

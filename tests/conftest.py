@@ -140,7 +140,7 @@ OUTSIDE = ("text_encoder", "vae")
 
 
 def write_table(folder: Path, table: str, columns: dict[str, Any]) -> None:
-    """Writes one Parquet table with exactly the columns and types of `sodaprof.profiles.TABLES`."""
+    """Writes one Parquet table with exactly the columns and types of `sodaprof.formats.tables.TABLES`."""
     arrays = [pa.array(columns[field.name], type=field.type) for field in schema(table)]
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema(table)), folder / f"{table}.parquet")
 

@@ -44,6 +44,9 @@ class Tapes:
     def __init__(self, fail: Exception | None = None) -> None:
         self.made, self.played, self.fail = 0, 0, fail
 
+    def forget(self) -> None:
+        """Tapes share nothing."""
+
     def missing(self, device: torch.device) -> str | None:
         return None
 

@@ -113,14 +113,15 @@ class TwoPassPipeline(DiTPipeline):
     @torch.no_grad()
     def __call__(self, class_labels, guidance_scale=4.0, generator=None, num_inference_steps=50, output_type="np"):
         n = len(class_labels)
-        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator])
-        labels = torch.tensor(class_labels)
+        x = torch.cat([torch.randn(1, 4, 8, 8, generator=g) for g in generator]).to(self.device)
+        labels, network = torch.tensor(class_labels, device=self.device), self.transformer
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            time = t.expand(n)
-            cond = self.transformer(x, timestep=time, class_labels=labels).sample
+            time, given = t.to(self.device).expand(n), x.to(network.dtype)
+            cond = network(given, timestep=time, class_labels=labels).sample
             if guidance_scale > 1:
-                uncond = self.transformer(x, timestep=time, class_labels=torch.full((n,), 1000)).sample
+                uncond = network(given, timestep=time, class_labels=torch.full_like(labels, 1000)).sample
                 cond = uncond + guidance_scale * (cond - uncond)
             x = self.scheduler.step(cond, t, x).prev_sample
-        return type("Out", (), {"images": self.vae.decode(x).sample.permute(0, 2, 3, 1).numpy()})()
+        pictures = self.vae.decode(x.to(self.vae.dtype)).sample
+        return type("Out", (), {"images": pictures.permute(0, 2, 3, 1).float().cpu().numpy()})()

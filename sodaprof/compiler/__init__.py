@@ -118,8 +118,8 @@ def compile_schedule(
 def default_policy(folder: str | Path) -> tuple[str, str]:
     """Returns the policy for a profile where none is named, and why it is not `solver`, "" where it is.
 
-    A fitted update is nearest to the full run at every budget that was measured (docs/results.md); it needs a profile with
-    inner products, one transformer, and a scheduler whose steps are linear. Raises FormatError where one of them is broken.
+    A fitted update is nearest to the full run at every budget that was measured (docs/studies/results.md); it needs a
+    profile with inner products, one transformer, and a scheduler whose steps are linear. Raises FormatError where one of them is broken.
     """
     folder = Path(folder)
     if not (folder / "manifest.json").exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,21 @@ class Moment:
     forward: int = 0  # counts transformer calls, so that a site can tell its first call within one
     tabled: bool = False  # this call is one that the conditioning tables were made for
     executed: Counter[str] = field(default_factory=Counter)  # cells, not calls: counted on branch 0
+    served: Counter[str] = field(default_factory=Counter)  # of the run: blocks from tables, sums, sums by the kernel
+    programs: int = 0  # traced
+
+
+class Timesteps(torch.Tensor):
+    """A scheduler's timesteps, over which iteration ends once the whole-step loop has taken all steps."""
+
+    clock: Clock
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # all else is a plain tensor's
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for timestep in self.unbind(0):
+            if self.clock.finished():
+                return
+            yield timestep
 
 
 class Clock:
@@ -56,6 +71,10 @@ class Clock:
             self._check_timesteps()
             self.on_start()
             self.step, self.branches, self.begins = 0, 0, True
+            if self.loop is not None:
+                timesteps = self.scheduler.timesteps.detach().as_subclass(Timesteps)
+                timesteps.clock = self
+                self.scheduler.timesteps = timesteps
             return result
 
         @functools.wraps(step)
@@ -83,7 +102,19 @@ class Clock:
         self.scheduler.set_timesteps, self.scheduler.step = start, advance
         self.scheduler._sodaprof = self  # so that a second schedule on the same scheduler is refused
 
+    def finished(self) -> bool:
+        """Returns whether the whole-step loop has taken all steps; then the run ends here, and not after idle iterations."""
+        if self.loop is None or self.loop.final is None or self.branches:
+            return False
+        if self.step is not None:
+            self.loop.rest(self.step)
+            self.step = None
+            self.on_end()
+        return True
+
     def detach(self) -> None:
+        if isinstance(vars(self.scheduler).get("timesteps"), Timesteps):
+            self.scheduler.timesteps = self.scheduler.timesteps.as_subclass(torch.Tensor)
         vars(self.scheduler).pop("_sodaprof", None)
         for name, own in self.saved.items():
             if own is None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..version import __version__
 
 
-class _Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):
     """Counts operators that make or change numbers: views and empty tensors are none."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ def launches_of(run: Callable[[Callable[[], None]], None], cuda: bool) -> list[i
     """Returns the launches of each network call of `run(mark)`, which calls mark() before and after each."""
     marks: list[int] = []
     if not cuda:
-        with _Operators() as operators:
+        with Operators() as operators:
             run(lambda: marks.append(operators.count))
     else:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:

@@ -10,11 +10,14 @@ INSTEAD = "or do without whole steps and closed-loop fits (--runtime captured; c
 NEAR = 1e-4  # relative: what is read off a step must give that step again
 
 
-def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tuple[list[float], bool]:
+def guidance_of(
+    output: torch.Tensor, outs: list[torch.Tensor], form: str, expected: float | None = None
+) -> tuple[list[float], bool]:
     """Returns (weights, doubled): what the scheduler was given is the weighted sum of the branches, once or twice in a batch.
 
-    outs: the network's outputs, one a call; of both branches in one under the form `halves`. UnsupportedModelError where
-    it is no such sum.
+    outs: the network's outputs, one a call; of both branches in one under the form `halves`. expected: the guidance scale,
+    taken where the step agrees with it within rounding; the scale of another step is fitted. UnsupportedModelError where it
+    is no such sum. Waits for the device once.
     """
     parts = _parts(outs, output, form)
     if len(parts) > 2:
@@ -23,26 +26,33 @@ def guidance_of(output: torch.Tensor, outs: list[torch.Tensor], form: str) -> tu
         )
     count = parts[0].shape[0]
     doubled = output.shape[0] == 2 * count
-    target = output[:count].double()
-    if not (doubled or output.shape[0] == count) or (doubled and not torch.equal(output[:count], output[count:])):
+    if not (doubled or output.shape[0] == count):
         raise _shapes(output, outs)
-    weights = [1.0]
+    target, one, other = output[:count].double(), parts[0].double(), parts[-1].double()
+    apart, moved = one - other, target - other
+    unequal = (output[:count] != output[count:]).any().double() if doubled else moved.new_zeros(())
+    products = [unequal, target.square().sum(), moved.square().sum(), (moved * apart).sum(), apart.square().sum()]
+    differs, of_target, of_moved, along, of_apart = torch.stack(products).tolist()
+    if differs:
+        raise _shapes(output, outs)
+    scale, rounding = 1.0, max(torch.finfo(tensor.dtype).eps for tensor in (output, outs[0])) / 12**0.5
     if len(parts) == 2:
-        one, other = (part.double() for part in parts)
-        apart = one - other
-        scale = float(
-            (target - other).flatten() @ apart.flatten() / (apart.flatten() @ apart.flatten()).clamp_min(1e-300)
-        )
-        near = round(scale, 4)  # what was typed, most likely
-        scale = near if abs(scale - near) < 1e-4 else scale
-        weights = [scale, 1 - scale]
-    found = sum(part.double() * weight for part, weight in zip(parts, weights, strict=True))
-    if float((found - target).norm()) > NEAR * float(target.norm()):
+        fitted = along / max(of_apart, 1e-300)
+        # the difference of the branches, its multiple and the sum are rounded each, with errors of variance (eps * x)^2 / 12
+        # or less; over N numbers they average out
+        noise = rounding * (2 * fitted**2 * of_apart + of_target) ** 0.5
+        doubt = max(1e-4, 8 * noise / max(of_apart * target.numel(), 1e-300) ** 0.5)
+        likely = [] if expected is None else [expected, 1 - expected]  # 1 − expected: the other branch comes first
+        likely.append(round(fitted, 4))  # what was typed, most likely
+        scale = next((value for value in likely if abs(value - fitted) < doubt), fitted)
+    left = of_moved - 2 * scale * along + scale**2 * of_apart
+    allowed = max(NEAR * of_target**0.5, 1.1 * rounding * (2 * scale**2 * of_apart + of_target) ** 0.5)
+    if max(left, 0.0) ** 0.5 > allowed:
         raise UnsupportedModelError(
             "the guided output is no weighted sum of the network's branches; expected plain guidance: switch off what rescales "
             f"it, {INSTEAD}"
         )
-    return weights, doubled
+    return [scale, 1 - scale] if len(parts) == 2 else [1.0], doubled
 
 
 def combined(

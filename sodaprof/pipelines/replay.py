@@ -79,7 +79,7 @@ class Replay:
 
         def advance(output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             leaves = [tree_leaves(out)[0] for out in self._outs]
-            self._weights.append(guidance_of(output, leaves, sampler.guidance_form))
+            self._weights.append(guidance_of(output, leaves, sampler.guidance_form, sampler.guidance_scale))
             self._like, self._twice = output[:0], sample.shape[0]
             result = take_step(output, timestep, sample, *args, **kwargs)
             after = result[0] if isinstance(result, tuple) else result.prev_sample

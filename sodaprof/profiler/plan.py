@@ -206,7 +206,8 @@ def plan_profile(
 def _free_memory(pipe: Any) -> float:
     device = torch.device(str(getattr(pipe, "device", "cpu")))
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + cached)
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

@@ -36,6 +36,19 @@ REPLACED = {"lowered": "--runtime compiled --no-graphs", "captured": "--runtime 
 
 
 @dataclass(frozen=True)
+class Counters:
+    """What the traced and captured runtimes did: in the latest run, and since the schedule was applied."""
+
+    blocks_from_tables: int  # calls of a block that took values from the conditioning tables, in the latest run
+    sums: int  # cached sums taken in the latest run
+    kernel_sums: int  # of their streams, those summed by the Triton kernel
+    graphs: int  # captured patterns, of all runs
+    replays: int  # of these graphs, in the latest run
+    steps_replayed: int  # steps of the latest run of which every call was replayed
+    programs: int  # traced, of all runs
+
+
+@dataclass(frozen=True)
 class Report:
     """What a run was to do and what it did, in cells of the picture (one site at one step)."""
 
@@ -47,6 +60,7 @@ class Report:
     path: str  # hooks, lowered or captured, and why not captured where that was asked for
     guidance_scale: float | None  # the scale that the schedule was profiled at; another one runs too
     resized: dict[str, tuple[int, int]]  # site -> tokens profiled and tokens that ran, where they differ
+    counters: Counters
 
     def __str__(self) -> str:
         counts = "  ".join(f"{a} {self.executed.get(a, 0)}/{n}" for a, n in sorted(self.planned.items()))
@@ -64,7 +78,7 @@ class Handle:
         pipe: Any,
         schedule: Schedule,
         lower: bool,
-        tables: bool,
+        tables: bool | str,
         collapse: str | None,
         capture: Recorder | None,
         loop: bool,
@@ -145,10 +159,10 @@ class Handle:
                 self.captures.append(Capture(self.recorder, self.moment, blocks, transformer, self.schedule.steps))
             capture = self.captures[-1] if self.captures else None
             own = [step for step, action in enumerate(plan.stack) if action in ".S"]
-            self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture))
+            self.tables.append(Tables(self.moment, blocks, own, self.collapse, capture, self.tabled == "near"))
             if self.loops and capture is not None:
                 self.tables[-1].loop = self.clock.loop = Loop(
-                    self.moment, capture, called_steps(self.schedule), self.schedule.sampler.guidance_form, self.update
+                    self.moment, capture, called_steps(self.schedule), self.schedule.sampler, self.update
                 )
             self._hooked.add(transformer, self.tables[-1], f"{HOOK}.tables")
 
@@ -186,12 +200,18 @@ class Handle:
         self._reset()
         if self.update is not None:
             self.update.begin(self.pipe.scheduler)
-        self.moment.executed = Counter()
+        self.moment.executed, self.moment.served = Counter(), Counter()
         self._complete = False
 
     def _end(self) -> None:
+        differed = [tables for tables in self.tables if tables.differed()]
         self._reset()
         self._complete = True
+        if differed:
+            raise MismatchError(
+                "The pipeline called the transformer with other arguments (timesteps, say) than in the run in which the "
+                "conditioning tables were prepared: this generation is wrong. Call it again; such calls now run without tables."
+            )
 
     def report(self) -> Report:
         """Returns planned and executed actions of the latest run."""
@@ -204,7 +224,22 @@ class Handle:
             unit=predicted.get("unit"),
             path=self._path(),
             guidance_scale=self.schedule.sampler.guidance_scale,
-            resized={row.key: (row.planned, row.tokens) for row in self.rows if row.tokens != row.planned},
+            resized={
+                row.key: (row.profiled_tokens, row.tokens) for row in self.rows if row.tokens != row.profiled_tokens
+            },
+            counters=self._counters(),
+        )
+
+    def _counters(self) -> Counters:
+        served = self.moment.served
+        return Counters(
+            blocks_from_tables=served["blocks"],
+            sums=served["sums"],
+            kernel_sums=served["kernel sums"],
+            graphs=sum(len(capture.graphs) for capture in self.captures),
+            replays=sum(capture.replays for capture in self.captures),
+            steps_replayed=sum(capture.replayed_steps() for capture in self.captures),
+            programs=self.moment.programs,
         )
 
     def _path(self) -> str:
@@ -212,7 +247,8 @@ class Handle:
             return "lowered" if self.lowered else "hooks"
         if refused := next((c.refused for c in self.captures if c.refused), None):
             return f"lowered: {refused}"
-        told = f"captured: {sum(len(c.graphs) for c in self.captures)} graphs"
+        counters, called = self._counters(), sum(called_steps(self.schedule))
+        told = f"captured: {counters.graphs} graphs, {counters.steps_replayed}/{called} steps replayed"
         loop = self.clock.loop
         return (
             told
@@ -242,7 +278,7 @@ def apply(
     *,
     steps: int | None = None,
     lower: bool = False,
-    tables: bool = True,
+    tables: bool | str = True,
     collapse: str | None = "ordered",
     capture: bool | Recorder = False,
     loop: bool = False,
@@ -255,7 +291,8 @@ def apply(
     schedule: by default the one beside the model's weights that fits; steps: of so many, where there are several.
     lower: run each block as traced programs, without what only fed modules that are not run: the same bits, faster steps,
     some seconds of tracing in the first run.
-    tables: with lower, compute ahead what does not depend on the latents, once two runs have shown what that is.
+    tables: with lower, compute ahead what does not depend on the latents, once two runs have shown what that is; "near" fills
+    them in a few large products, equal except for rounding, which a GPU does much faster than with the same bits.
     collapse: with tables, blocks in a row that compute nothing become one sum: "ordered" with the same bits, "fused" faster
     and equal but for rounding, None not.
     capture: with tables, the transformer under each pattern as a CUDA graph; the report says what ran and why.
@@ -275,6 +312,8 @@ def apply(
     check_fits(pipe, schedule)
     if collapse not in ("ordered", "fused", None):
         raise SodaprofError(f"collapse is {collapse!r}; expected 'ordered', 'fused' or None.")
+    if tables not in (True, False, "near"):
+        raise SodaprofError(f"tables is {tables!r}; expected True, False or 'near'.")
     if capture and not (lower and tables):
         raise SodaprofError(
             "Only traced blocks with their tables are captured. Type: apply(..., lower=True, capture=True)"
@@ -282,7 +321,7 @@ def apply(
     if loop and (not capture or len(schedule.transformers) > 1):
         raise SodaprofError("The whole-step loop is for one captured transformer: apply(..., capture=True, loop=True)")
     recorder = CudaGraphs() if capture is True else capture or None
-    return Handle(pipe, schedule, lower, lower and tables, collapse, recorder, loop, allow_resolution)
+    return Handle(pipe, schedule, lower, tables if lower else False, collapse, recorder, loop, allow_resolution)
 
 
 def check_runtime(runtime: str, graphs: bool = True) -> None:

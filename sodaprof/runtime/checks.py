@@ -125,20 +125,21 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
 
 
 def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:
-    """Returns the rows by module path, each knowing whose attention it is scored by and what it must observe."""
+    """Returns the rows by module path; a row that prunes is linked to the site whose attention scores its tokens."""
     known, rule = find_modules(transformer), schedule.token_rule
+    observed = observed_steps(plan, rule.base) if rule is not None else {}
     rows = {}
-    for site in plan.rows:
+    for site, actions in plan.rows.items():
         kind, module = known[site.split("#")[0]][3:]
-        rows[site] = SiteRow(plan, site, module, kind == "attn", rule)
-    if rule is not None:
-        for source, steps in observed_steps(plan, rule.base).items():
-            rows[source].observed = steps
+        blocks = (
+            raster(schedule, plan, site, rule.bonus_grid)
+            if rule is not None and rule.bonus and "P" in actions
+            else None
+        )
+        rows[site] = SiteRow(plan, site, module, kind == "attn", rule, observed.get(site, frozenset()), blocks)
+    if rule is not None and rule.base in OBSERVED:
         for site, row in rows.items():
-            if "P" in row.row and rule.base in OBSERVED:
-                row.source = rows[source_of(plan, site, rule.base) or site]
-            if "P" in row.row and rule.bonus:
-                row.raster = row.planned_raster = raster(schedule, plan, site, rule.bonus_grid)
+            row.scored_by = rows[source_of(plan, site, rule.base) or site] if row.prunes else None
     modules: dict[str, list[SiteRow]] = {}
     for site, row in rows.items():
         modules.setdefault(site.split("#")[0], []).append(row)

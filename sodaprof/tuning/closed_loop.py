@@ -70,8 +70,8 @@ class Fit:
             stack = handle.stacks[0] if handle and handle.stacks else None
             if stack is not None:
                 stack.cells |= self.stack_cells
-                stack.stores = self.snapshots[-1]
-                stack.stores = stack.snapshot()  # a copy: the other fit keeps its own
+                stack.memory = self.snapshots[-1]
+                stack.memory = stack.snapshot()  # a copy: the other fit keeps its own
                 if self.resumable:
                     stack.keep_all()
             for step in range(len(self.rows), self.replay.steps):
@@ -128,15 +128,16 @@ class Fit:
         """Returns the F cells of a step with weights fitted to their targets, and sets them for the step's run."""
         found = {}
         for row in rows:
-            cell = row.forecasts[step]
-            if cell is None:
+            forecast = row.cells[step].forecast
+            if forecast is None:
                 continue
             sources = [
-                self.replay.site_values([row.stores[n].sources[source] for n in sorted(row.stores)], row.layout)
-                for source in cell.sources
+                self.replay.site_values([row.memory[n].sources[source] for n in sorted(row.memory)], row.layout)
+                for source in forecast.sources
             ]
             weights = forecast_weights(sources, targets[row.key], self.strength)
-            found[row.key] = row.forecasts[step] = replace(cell, weights=weights)
+            row.set_weights(step, weights)
+            found[row.key] = replace(forecast, weights=weights)
         return found
 
     def _fit_stack(self, stack: StackRow, step: int, target: Tensor) -> Forecast:

@@ -26,7 +26,7 @@ from sodaprof.formats.cost import load_cost
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Schedule, Update, load_schedule
-from sodaprof.runtime.hooks.sites import last_uses
+from sodaprof.runtime.hooks.cells import dropped_at, last_uses
 from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
 
 STEPS, SITES, LONGEST = 12, 4, 5  # of `random_profile`
@@ -395,7 +395,8 @@ def most_kept(schedule: Schedule) -> int:
     rows = [(row, "F", plan.forecasts.get(site, ())) for site, row in plan.rows.items()]
     for row, action, cells in [*rows, (plan.stack, "S", plan.stack_forecasts)]:
         steps = [t for t, a in enumerate(row) if a == action]
-        last, drop_at = last_uses({t: cell.sources for t, cell in zip(steps, cells, strict=True)})
+        last = last_uses({t: cell.sources for t, cell in zip(steps, cells, strict=True)})
+        drop_at = dropped_at(last)
         kept: set[int] = set()
         largest = 0
         for step in range(len(row)):

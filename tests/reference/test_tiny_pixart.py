@@ -51,7 +51,7 @@ def test_it_is_a_real_pixart_pipeline(pipe):
 def test_it_loads_without_sentencepiece():
     code = (
         "import sys; sys.modules['sentencepiece'] = None\n"  # an import of it raises from here on
-        "from sodaprof.models.load import load_pipeline\n"
+        "from sodaprof.pipelines.load import load_pipeline\n"
         f"ids = load_pipeline('tiny-pixart', device='cpu').tokenizer({PROMPT!r}).input_ids\n"
         "assert len(ids) == 15 and 2 not in ids, ids"  # a token a word and the end; none unknown
     )

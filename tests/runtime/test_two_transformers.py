@@ -588,7 +588,7 @@ def test_caches_are_let_go_when_the_other_takes_over(wan):
         step = wan.scheduler.step
 
         def look(*args, **kwargs):
-            kept[handle.clock.step] = [bool(row.stores) for row in handle.rows]
+            kept[handle.clock.step] = [bool(row.memory) for row in handle.rows]
             return step(*args, **kwargs)
 
         wan.scheduler.step = look

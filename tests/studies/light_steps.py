@@ -1,6 +1,6 @@
 """What steps cost that compute little, as shares of a full one: without network, reused, forecast from two sources.
 
-    python -m tests.studies.light_steps tiny-dit build/bench/dit-s-2 -o docs/results/light-steps.json
+    python -m tests.studies.light_steps tiny-dit build/bench/dit-s-2 -o docs/studies/results/light-steps.json
 
 `make bench` does this. All kinds take turns within the same runs; a step is timed from one end of the scheduler's to the next, so
 the pipeline's own Python between them is in it. CPU time of one thread, medians over the steps of a run, then over the runs.

@@ -1,6 +1,6 @@
-"""docs/results.md and its figures, from the JSON files of evaluations, comparisons and benchmarks.
+"""docs/studies/results.md and its figures, from the JSON files of evaluations, comparisons and benchmarks.
 
-python -m tests.studies.page docs/results docs/results.md
+python -m tests.studies.page docs/studies/results docs/studies/results.md
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from tests.studies.comparison import evaluation_markdown, robustness_markdown, t
 
 HEAD = """# Results
 
-Made by `python -m tests.studies.page docs/results docs/results.md` from the JSON files in `docs/results`; each section names
-the command that measured it and the machine. What no file holds is not measured.
+Made by `python -m tests.studies.page docs/studies/results docs/studies/results.md` from the JSON files in that folder; each
+section names the command that measured it and the machine. What no file holds is not measured.
 """
 WANTED = {  # what this page is to show one day, and the file that would hold it
-    "DiT-XL/2 at 256, batch 2 with guidance, bf16, 50 steps, on one GPU": "bench-dit-xl-2-cuda.json",
-    "PixArt-XL at 512, batch 2 with guidance, bf16, 20 steps, on one GPU": "bench-pixart-xl-2-512-cuda.json",
-    "PixArt-XL at 1024, the same": "bench-pixart-xl-2-1024-cuda.json",
-    "`sodaprof profile` of DiT-XL/2 on one GPU": "profile-dit-xl-2-cuda.json",
+    "DiT-XL/2 at 256, batch 2 with guidance, bf16, 50 steps, on one GPU": "gpu-dit.json",
+    "PixArt-XL at 512 and 1024, batch 2 with guidance, bf16, 20 steps, on one GPU": "gpu-pixart.json",
+    "`sodaprof profile` of DiT-XL/2 on one GPU": "gpu-profiling.json",
 }
 
 
@@ -40,8 +39,6 @@ def page(folder: Path) -> str:
             parts.append(f"## Every policy: {path.stem}\n\n{_about(data)}\n\n{table_markdown(data, picture)}\n")
         elif data.get("format") == "sodaprof.robustness":
             parts.append(f"## Beyond calibration: {path.stem}\n\n{_about(data)}\n\n{robustness_markdown(data)}\n")
-        elif data.get("format") == "sodaprof.compiled":
-            parts.append(f"## Compiled by Inductor: {path.stem}\n\n{compiled_markdown(data)}\n")
         elif data.get("format") == "sodaprof.light-steps":
             parts.append(f"## Light steps: {path.stem}\n\n{_about(data)}\n\n{light_markdown(data)}\n")
         elif data.get("format") == "sodaprof.profile":
@@ -98,17 +95,6 @@ def light_markdown(data: dict[str, Any]) -> str:
         cells = (f"{middle:.2f} [{low:.2f}, {high:.2f}]" for low, middle, high in quartiles)
         lines.append([row["model"], f"{row['ms']['full']:.2f}", *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def compiled_markdown(data: dict[str, Any]) -> str:
-    """Returns the times of one call of a transformer: what a captured step of this project is held against."""
-    hardware = ", ".join(data["hardware"].values())
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    graph = f", in a graph captured by hand {data['captured_ms']:.3f} ms" if "captured_ms" in data else ""
-    return (
-        f"`{data['command']}` on {data['device']} ({hardware}), {data['dtype']}: one call of the transformer takes "
-        f"{data['plain_ms']:.3f} ms plain, {data['compiled_ms']:.3f} ms compiled ({data['mode']}){graph}; {versions}."
-    )
 
 
 def profile_markdown(manifest: dict[str, Any]) -> str:

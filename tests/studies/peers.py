@@ -1,7 +1,7 @@
 """Measures other caches beside this project's: the same steps computed or as many, on the same pipeline and seeds.
 
 `python -m tests.studies.peers` runs every contender in a process of its own (`tests.studies.peers_worker`), writes
-docs/results/peers.json and the table in docs/peers.md. `make bench-peers` makes the environment first.
+docs/studies/results/peers.json and the table in docs/studies/peers.md. `make bench-peers` makes the environment first.
 """
 
 from __future__ import annotations
@@ -133,8 +133,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="measure this again (several times)"
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/peers.json"))
-    parser.add_argument("--page", type=Path, default=Path("docs/peers.md"), help="the page whose table is replaced")
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/studies/results/peers.json"))
+    parser.add_argument(
+        "--page", type=Path, default=Path("docs/studies/peers.md"), help="the page whose table is replaced"
+    )
     options = parser.parse_args(arguments)
     groups = [group_of(path) for path in options.schedules]
     groups.append(Group("random-flux", "every second step", EVERY_SECOND))

@@ -1,4 +1,4 @@
-"""The table of docs/peers.md, made from docs/results/peers.json: `python -m tests.studies.peers_page` makes it again."""
+"""Makes the table of docs/studies/peers.md from docs/studies/results/peers.json: `python -m tests.studies.peers_page`."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def written(page: str, made: str) -> str:
 
 def main() -> int:
     """Writes the table into the page."""
-    result = json.loads(Path("docs/results/peers.json").read_text(encoding="utf-8"))
-    page = Path("docs/peers.md")
+    result = json.loads(Path("docs/studies/results/peers.json").read_text(encoding="utf-8"))
+    page = Path("docs/studies/peers.md")
     page.write_text(written(page.read_text(encoding="utf-8"), table(result)), encoding="utf-8")
     return 0
 

@@ -1,4 +1,4 @@
-"""The tables of docs/proxies.md, from docs/results/proxies-tiny-dit.json; the words around them are written by hand."""
+"""Makes the tables of docs/studies/proxies.md from docs/studies/results/proxies-tiny-dit.json; its text is written by hand."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.formats.schedule import Schedule
 from sodaprof.pipelines.replay import Replay, Stepper
+from sodaprof.runtime.hooks.cells import Cell
 from sodaprof.tuning.closed_loop import attached, fidelity_db
 
 FULL, IDLE = "C", "."  # of the columns that stand for a schedule: full steps, and those between them
@@ -117,21 +118,21 @@ class Truths:
 
 def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the distances of schedules that reuse every site between full steps, under the sampler's own steps."""
-    steps, own = replay.steps, replay.update
+    own = replay.update
     stepper, rows = Stepper(replay, own.history), own.padded(own.history)
     any_reuse = draw_schedule(profile.model, profile.sampler, [0], {})
     with attached(replay, any_reuse) as handle:
         assert handle is not None
         sites, clock = handle.rows, handle.clock
-        for site in sites:  # the rows of all schedules in turn: whatever is computed may be reused
-            site.keeps = [True] * steps
 
         def advance(state: Any, step: int, columns: str) -> Any:
             at, kept = state
-            for site, stores in zip(sites, kept, strict=True):
-                site.row = columns.replace(IDLE, "R")
-                site.stores = stores
-                site.stores = site.snapshot()  # what is written now is not the former state's
+            # the rows of all schedules one after the other: whatever is computed may be reused
+            cells = tuple(Cell("R" if letter == IDLE else letter, keeps_cache=True) for letter in columns)
+            for site, memory in zip(sites, kept, strict=True):
+                site.cells = cells
+                site.memory = memory
+                site.memory = site.snapshot()  # what is written now is not the former state's
             at = stepper.moved(stepper.computed(at, step, clock), step, rows[step])
             return at, [site.snapshot() for site in sites]
 

@@ -1,4 +1,4 @@
-"""Makes the comparison of docs/results.md: every policy at every budget, and what calibration does not cover.
+"""Makes the comparison of docs/studies/results.md: every policy at every budget, and what calibration does not cover.
 
 `make table`, or `python -m tests.studies.table` with some of the models and stages. What exists is not made again: profiles and
 schedules by their files, evaluations where schedules and seeds are the same. Delete, or name with --again, what is to be new.
@@ -259,8 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--device", default="cpu", help="of the evaluations")
     parser.add_argument("--build", type=Path, default=Path("build/table"))
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--page", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/studies/results"))
+    parser.add_argument("--page", type=Path, default=Path("docs/studies/results.md"))
     options = parser.parse_args(arguments)
     maker = Maker(options)
     variants = [variant for variant in VARIANTS if variant.key in options.policies]

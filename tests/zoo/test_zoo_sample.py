@@ -154,7 +154,7 @@ def test_branches_that_share_a_cache_are_seen(monkeypatch, few):
 
     def first(self, moment):
         given = read(self, moment)
-        return given._replace(cache=self.stores[0].cache) if given.cache is not None else given
+        return given._replace(cache=self.memory[0].cache) if given.cache is not None else given
 
     monkeypatch.setattr(SiteRow, "read", first)
     results = check("PixArtTransformer2DModel").results

@@ -36,8 +36,8 @@ def compile_solver(
 
     Full steps are placed by the exact dynamic program over the energy that each jump misses, the last two outputs given
     (state-space DP). Where the profile has measured the network's response, the whole accelerated run can be simulated, which
-    orders schedules better (docs/proxies.md): of programs that count errors by several powers the best by simulation is taken,
-    and single full steps are moved while that lowers its final error. Raises BudgetError where the budget leaves no full step,
+    orders schedules better (docs/studies/proxies.md): of programs that count errors by several powers the best by simulation
+    is taken, and single full steps are moved while that lowers its final error. Raises BudgetError where the budget leaves no full step,
     FormatError where the profile has no inner products, UnsupportedModelError where the sampler is not linear.
     """
     chosen = take_knobs("solver", KNOBS, knobs)

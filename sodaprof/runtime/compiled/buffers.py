@@ -5,6 +5,7 @@ Values of single steps lie in one tensor, a row a step, so that a graph finds th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Packed:
     def write(self, found: Any) -> None:
         """Copies in what was found anew."""
         leaves = tree_leaves(found)
-        torch._foreach_copy_(self.written, [once(leaves[i]) for i in self.numbers])
+        copy_all(self.written, [once(leaves[i]) for i in self.numbers])
 
 
 def pack(found: Any, steps_of: Any, steps: int) -> Packed:
@@ -82,6 +83,15 @@ def pack(found: Any, steps_of: Any, steps: int) -> Packed:
     packed = Packed(tree_unflatten(lasting, spec), table, by_id, numbers, [once(place) for place in written])
     packed.write(found)
     return packed
+
+
+def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copies each value to its place: a launch for all that are alike, where one of mixed dtypes would be one for each."""
+    by_dtype: dict[Any, list[int]] = {}
+    for i, (place, value) in enumerate(zip(places, values, strict=True)):
+        by_dtype.setdefault((place.dtype, value.dtype, place.device), []).append(i)
+    for numbers in by_dtype.values():
+        torch._foreach_copy_([places[i] for i in numbers], [values[i] for i in numbers])
 
 
 def expanded_copy(tensor: torch.Tensor) -> torch.Tensor:

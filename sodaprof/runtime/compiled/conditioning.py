@@ -23,15 +23,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, t
 
 from ...pipelines.clock import Moment
 from ...pipelines.recording import latents_of
-from .buffers import expanded_copy
 from .graphs import Capture
 from .loop import Branch, Loop
+from .noted import Comparison, Noted, kept, noted
 from .outside import Outside, OutsideProgram, stand_still
 from .precompute import Filler, same
 from .sums import Collapse
 from .trace import BlockCall, LoweredBlock, kind_of
-
-LARGEST = 65_536  # numbers in an argument that changes from step to step: a larger one is no conditioning
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +75,17 @@ class Tables(ModelHook):  # type: ignore[misc]
         steps: list[int],  # at which the pipeline calls this transformer
         collapse: Collapse | None,
         capture: Capture | None,
+        near: bool = False,  # tables equal except for rounding, filled at once
     ) -> None:
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
         self.collapse, self.capture = collapse, capture
         self.loop: Loop | None = None  # takes the steps after the first
         self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
-        self.filler = Filler()
+        self.noted: dict[Any, Noted] = {}  # (looks of a call, branch) -> what changes in it, once all steps are seen
+        self.unsteady: set[Any] = set()  # (looks of a call, branch) whose arguments were others in a later run
+        self.comparison = Comparison()
+        self.filler = Filler(near)
         self.learned: dict[Any, list[Learned]] = {}  # looks of a call -> of each block
         self.stand_ins: dict[Any, torch.Tensor] = {}  # by number of the output and looks
         self.transformer: nn.Module | None = None
@@ -98,7 +100,7 @@ class Tables(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
         self.transformer = module
-        begin, *later = self.steps
+        begin = self.steps[0]
         leaves, spec = tree_flatten((args, kwargs))
         given = latents_of(module, args, kwargs)
         if not torch.is_tensor(given):  # a list, one tensor a sample: the traced blocks run whole
@@ -112,34 +114,33 @@ class Tables(ModelHook):  # type: ignore[misc]
             self.capture.begin((spec, kinds))
         seen = self.seen.setdefault(looks, {})
         if len(seen) < len(self.steps):
-            seen[step] = [_kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
+            seen[step] = [kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
             if self.capture is not None:
-                self.capture.settle()
+                self.capture.settle([step])
             return forward(*args, **kwargs)
         if step != begin and self.loop is not None and self.loop.wants(leaves[latents]):
             return self.loop.run()
         if step != begin:
-            self.moment.tabled = branch in self.first and self._as_noted(
-                leaves, latents, seen[step], self.first[branch]
-            )
+            self.moment.tabled = self._as_noted(looks, leaves, latents)
             if self.capture is None:
                 return forward(*args, **kwargs)
-            if self.moment.tabled and self.kinds.get(branch, (None,))[0] == looks:
+            if self.moment.tabled:
                 return self.capture.run(forward, leaves, spec, self.kinds[branch][1])
-            self.capture.settle()
+            self.capture.settle([step])
             return forward(*args, **kwargs)
-        moving = {i for i in range(len(leaves)) if any(not same(seen[begin][i], seen[s][i]) for s in later)}
-        if any(torch.is_tensor(leaves[i]) and leaves[i].numel() > LARGEST for i in moving):
+        if looks not in self.noted:
+            self.noted[looks] = noted(seen, self.steps)
+        if not self.noted[looks].conditions or looks in self.unsteady:
             return forward(*args, **kwargs)
-        moved = {step: {i: seen[step][i] for i in moving} for step in later}
+        moved = self.noted[looks].moved
         hooked = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)  # may make detours
         call, kind = Call(forward, leaves, spec, moved), (looks, hooked)
+        self.kinds[branch] = looks, self.numbers.setdefault(kind, len(self.numbers))
         if kind in self.learned:
             with torch.no_grad():
                 self._fill(call, kind, branch)
             self.moment.tabled = True
-            number = self.numbers.setdefault(kind, len(self.numbers))
-            self.kinds[branch] = looks, number
+            number = self.kinds[branch][1]
             out = forward(*args, **kwargs) if self.capture is None else self.capture.run(forward, leaves, spec, number)
         else:
             out = self._learn(call, latents, kind, branch)
@@ -151,20 +152,22 @@ class Tables(ModelHook):  # type: ignore[misc]
     def reset(self) -> None:
         self.first.clear()
         self.kinds.clear()
+        self.comparison.reset()
 
-    def _as_noted(self, leaves: list[Any], latents: int, noted: list[Any], first: list[Any]) -> bool:
-        """Whether the arguments of this step are what the tables were made for: told without waiting for a device."""
-        for i, (leaf, then, start) in enumerate(zip(leaves, noted, first, strict=True)):
-            if (
-                i == latents
-                or leaf is start
-                or (torch.is_tensor(leaf) and leaf.device.type != "cpu" and leaf.numel() == 1)
-            ):
-                continue
-            on_host = not torch.is_tensor(leaf) or leaf.device.type == "cpu"
-            if not on_host or not (same(leaf, then) or same(leaf, start)):
-                return False
+    def differed(self) -> bool:
+        """Returns whether arguments on a device were not those of the tables in the run that ends; then there are none again."""
+        if not self.comparison.differed():
+            return False
+        self.unsteady.update(looks for looks, _ in self.kinds.values())
         return True
+
+    def _as_noted(self, looks: Any, leaves: list[Any], latents: int) -> bool:
+        """Whether the arguments of this step are what the tables were made for; does not wait for a device."""
+        step, branch = self.moment.step, self.moment.branch
+        if branch not in self.first or self.kinds[branch][0] != looks:
+            return False
+        moved, first = self.noted[looks].moved[step], self.first[branch]
+        return all(i == latents or self.comparison.same(leaf, moved.get(i, first[i])) for i, leaf in enumerate(leaves))
 
     def _learn(self, whole: Call, latents: int, kind: Any, branch: int) -> Any:
         """Returns the transformer's output at its first step, with which it learns how blocks are called; fills the others."""
@@ -337,7 +340,3 @@ class Tables(ModelHook):  # type: ignore[misc]
                     if any(kind_of(a) != kind_of(b) or (i not in one.late and not same(a, b)) for i, (a, b) in pairs):
                         return None
         return program
-
-
-def _kept(leaf: Any) -> Any:
-    return expanded_copy(leaf) if torch.is_tensor(leaf) and leaf.numel() <= LARGEST else leaf

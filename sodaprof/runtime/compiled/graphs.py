@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +20,8 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from ...pipelines.clock import Moment
-from .arena import Arenas
-from .buffers import Packed, expanded_copy, once, pack
+from .arena import Arenas, RowBuffers
+from .buffers import Packed, copy_all, expanded_copy, once, pack
 from .trace import LoweredBlock, frozen_of
 
 
@@ -34,9 +34,16 @@ class Recorder(Protocol):
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Returns (replay, result) of run(): replay() does its work on the device again and changes result in place."""
 
+    def forget(self) -> None:
+        """Takes note that graphs were dropped: the next ones share nothing with them."""
+
 
 class CudaGraphs:
-    """Makes CUDA graphs in one pool, on one stream: never dropped one by one, for cuBLAS workspaces go by the stream."""
+    """Makes CUDA graphs in one pool, on one stream: never dropped one by one, for cuBLAS workspaces go by the stream.
+
+    A pool whose graphs are all gone cannot be captured into again while a workspace lies in it: new graphs get a new pool and
+    a new stream.
+    """
 
     def __init__(self) -> None:
         self.pool: Any = None
@@ -53,6 +60,9 @@ class CudaGraphs:
             result = run()
         return graph.replay, result
 
+    def forget(self) -> None:
+        self.pool = self.stream = None
+
 
 @dataclass
 class Graph:
@@ -62,6 +72,7 @@ class Graph:
     arguments: list[torch.Tensor]  # buffers: the tensors of the call
     out: Any
     executed: Counter[str]  # cells
+    served: Counter[str]  # as the moment counts
 
 
 @dataclass
@@ -89,23 +100,29 @@ class Capture:
         self.counter = torch.zeros(1, dtype=torch.int64)  # the step, on the device
         self.frozen: Any = None  # what the graphs hold: where the weights are, how the transformer is built
         self.device = torch.device("cpu")
+        self.replays = 0  # of steps' graphs, in the latest run
+        self.replayed: set[int] = set()  # steps of the latest run of which a call was replayed
+        self.called: set[int] = set()  # steps of the latest run of which a call was not
         self.seconds = 0.0  # spent on capturing
         self.bytes = 0  # of GPU memory that the graphs' pool took
         self.refused: str | None = None  # why steps run uncaptured
         self.rows = [row for block in blocks for row in block.rows]
-        self.buffers: dict[Any, tuple[Arenas, list[dict[Any, Any]]]] = {}  # by the looks of the calls: of each row
+        self.buffers: dict[Any, list[RowBuffers]] = {}  # by the looks of the calls: of each row
         if any(row.rule is not None and row.rule.base == "random" for row in self.rows):
             self.refused = "random token scores are drawn on the host"
 
     def begin(self, looks: Any) -> None:
         """Begins a run: graphs read weights where they were; elsewhere now, or a module changed: all are made anew."""
         if looks not in self.buffers:
-            self.buffers[looks] = Arenas(self.rows), [{} for _ in self.rows]
-        arenas, buffers = self.buffers[looks]
-        for row, mine in zip(self.rows, buffers, strict=True):
-            row.buffers, row.make_buffer = mine, arenas.make
+            arenas = Arenas(self.rows)
+            self.buffers[looks] = [RowBuffers(arenas, row) for row in self.rows]
+        for row, buffers in zip(self.rows, self.buffers[looks], strict=True):
+            row.buffers = buffers
         self.current.clear()
         self.owed.clear()
+        self.replays = 0
+        self.replayed.clear()
+        self.called.clear()
         frozen = frozen_of(self.transformer)
         if frozen != self.frozen:
             self.forget()
@@ -117,13 +134,14 @@ class Capture:
         """Drops all graphs."""
         for made in (self.graphs, self.known, self.fills, self.current):
             made.clear()
+        self.recorder.forget()
 
     def refill(self, kind: Any, branch: int, leaves: list[Any]) -> bool:
         """Fills the tables in the places that `fill` gave them, by its graph; False where there is none."""
         fill = self.fills.get(kind)
         if fill is None:
             return False
-        torch._foreach_copy_(fill.arguments, [once(leaf) for leaf in leaves if torch.is_tensor(leaf)])
+        copy_all(fill.arguments, [once(leaf) for leaf in leaves if torch.is_tensor(leaf)])
         fill.replay()
         self.current[branch] = fill
         return True
@@ -174,22 +192,26 @@ class Capture:
             if self.refused is None and any(a.device != self.device for a in arguments):
                 self.refused = "the pipeline calls the transformer with tensors that are not on its device"
             if self.refused is not None or any(branch not in self.current for _, branch in ats):
-                self.settle()
+                self.settle(step for step, _ in ats)
                 return body(arguments)
             key = kind, tuple(self._pattern(block, at) for at in ats for block in self.blocks)
             if key not in self.graphs:
-                self.settle()
+                self.settle(step for step, _ in ats)
                 return self._first(ats, arguments, body, counter, key)
             graph = self.known[mark] = self.graphs[key]
         if arguments:
-            torch._foreach_copy_(graph.arguments, arguments)
+            copy_all(graph.arguments, arguments)
         graph.replay()
         self.owed.append(ats)
+        self.replays += 1
+        self.replayed.update(step for step, _ in ats)
         self.moment.executed.update(graph.executed)
+        self.moment.served.update(graph.served)
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, graph.out)
 
-    def settle(self) -> None:
-        """Lets the sites find what replayed steps left in their buffers: before a step that is not replayed."""
+    def settle(self, steps: Iterable[int]) -> None:
+        """Lets the sites find what replayed steps left in their buffers: before a call at these steps that is not replayed."""
+        self.called.update(steps)
         at, executed = (self.moment.step, self.moment.branch), self.moment.executed.copy()
         for ats in self.owed:
             for self.moment.step, self.moment.branch in ats:
@@ -203,28 +225,34 @@ class Capture:
         counter: torch.Tensor, key: Any,
     ) -> Any:  # fmt: skip
         """Returns what the first call gives, uncaptured: that makes kernels and workspaces; then captures another."""
-        before, executed = [row.snapshot() for row in self.rows], self.moment.executed.copy()
+        before = [row.snapshot() for row in self.rows]
+        executed, served = self.moment.executed.copy(), self.moment.served.copy()
         result = body(arguments)
-        after, counted = [row.snapshot() for row in self.rows], self.moment.executed.copy()
+        after = [row.snapshot() for row in self.rows]
+        counted, counted_served = self.moment.executed.copy(), self.moment.served.copy()
         for row, stores in zip(self.rows, before, strict=True):
-            row.stores = stores
+            row.memory = stores
         static = [a.clone() for a in arguments]
-        known = [list(row.buffers or ()) for row in self.rows]
+        known = self._kept_names()
 
         def run() -> Any:
             rows = {at: self.current[at[1]].packed.table.index_select(0, counter)[0] for at in ats}
             with self._reading(rows):
                 out = body(static)
-            if known != [list(row.buffers or ()) for row in self.rows]:  # they would lie in the graphs' own memory
+            if known != self._kept_names():  # they would lie in the graphs' own memory
                 raise RuntimeError("a site keeps what it did not keep in the first run")
             return out
 
         if (made := self._record(run)) is not None:
-            self.graphs[key] = Graph(made[0], static, made[1], counted - executed)
-        self.moment.executed = counted
+            self.graphs[key] = Graph(made[0], static, made[1], counted - executed, counted_served - served)
+        self.moment.executed, self.moment.served = counted, counted_served
         for row, stores in zip(self.rows, after, strict=True):
-            row.stores = stores
+            row.memory = stores
         return result
+
+    def _kept_names(self) -> list[set[Any]]:
+        """Returns for each site the names under which its buffers hold something."""
+        return [set(row.buffers.places) if isinstance(row.buffers, RowBuffers) else set() for row in self.rows]
 
     def _record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
         """Returns (replay, result) of run() as a graph, None where it cannot be captured: then nothing is, and why is noted."""
@@ -234,6 +262,8 @@ class Capture:
                 return self.recorder.capture(run)
         except RuntimeError as error:  # out of memory, or an operator that cannot be captured
             self.forget()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             self.refused = f"the capture failed ({first})"
             return None
@@ -242,6 +272,8 @@ class Capture:
             self.bytes += max(0, self._reserved() - reserved)
 
     def _reserved(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # as a capture begins with it: what it gives back is no gain of the capture
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def _pattern(self, block: LoweredBlock, at: tuple[int, int]) -> tuple[Any, ...]:
@@ -250,7 +282,16 @@ class Capture:
         place = None if run is None else (len(run.members), run.place(block))
         held = block.ready[at].values if run is None else run.factors_of(block)
         values = tuple(known.get(id(value)) for value in held)
-        return block.ready[at].program, place, values, tuple(row.places(at[0]) for row in block.rows)
+        return (
+            block.ready[at].program,
+            place,
+            values,
+            tuple((row.cells[at[0]].arithmetic(), row.cells[at[0]].storage()) for row in block.rows),
+        )
+
+    def replayed_steps(self) -> int:
+        """Returns how many steps of the latest run were replayed, with all calls of each."""
+        return len(self.replayed - self.called)
 
     @contextmanager
     def _reading(self, rows: dict[tuple[int, int], torch.Tensor]) -> Iterator[None]:

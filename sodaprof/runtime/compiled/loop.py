@@ -17,11 +17,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ...errors import UnsupportedModelError
 from ...formats.sampler import OwnUpdate
+from ...formats.sites import Sampler
 from ...pipelines.clock import Moment
 from ...pipelines.guidance import combined, guidance_of
 from ...pipelines.sampler_steps import advance, own_update, table_of
 from ..sampler.update import Jump, Ring, StateUpdate, defaults_of, drawn, jumps, refuse_options
-from .buffers import expanded_copy, once
+from .buffers import copy_all, expanded_copy, once
 from .graphs import Capture
 
 
@@ -67,11 +68,12 @@ class Loop:
     """The steps after the first of a transformer's runs; `called` are those that call it."""
 
     def __init__(
-        self, moment: Moment, capture: Capture, called: list[bool], form: str, update: StateUpdate | None = None
+        self, moment: Moment, capture: Capture, called: list[bool], sampler: Sampler, update: StateUpdate | None = None
     ) -> None:
-        self.moment, self.capture, self.called, self.form, self.update = moment, capture, called, form, update
+        self.moment, self.capture, self.called, self.sampler, self.update = moment, capture, called, sampler, update
         self.steps = [step for step, calls in enumerate(called) if calls]
         self.tables: dict[Any, torch.Tensor] = {}
+        self.tabled: dict[Any, list[Jump]] = {}  # what each of them holds
         self.own: OwnUpdate | None = None  # the schedule holds for these timesteps and settings alone
         self.jumps: list[Jump] = []
         self.twice = False  # the transformer is called with the latents twice
@@ -101,7 +103,10 @@ class Loop:
         if not self.branches:  # not yet noted: the next run
             return
         try:
-            self.weights, self.doubled = guidance_of(output, [tree_leaves(b.out)[0] for b in self.branches], self.form)
+            outs = [tree_leaves(branch.out)[0] for branch in self.branches]
+            self.weights, self.doubled = guidance_of(
+                output, outs, self.sampler.guidance_form, self.sampler.guidance_scale
+            )
             if self.update is None:
                 refuse_options(scheduler, defaults_of(scheduler), kwargs)
             if self.update is None and self.own is None:
@@ -143,6 +148,11 @@ class Loop:
                 self._steps()
         return self.branches[min(self.moment.branch, len(self.branches) - 1)].out
 
+    def rest(self, step: int) -> None:
+        """Counts the cells of the steps without network from this step on, at which the pipeline does not call it."""
+        if skipped := self.called[step:].count(False):
+            self.moment.executed["-"] += skipped * len(self.capture.rows)
+
     def last(self) -> Any:
         """Returns the scheduler's answer at the steps that were taken here: the final latents, as it would hand them over."""
         assert self.begun is not None
@@ -167,7 +177,7 @@ class Loop:
         for branch, held in zip(self.branches, state.arguments, strict=True):
             places += [once(tensor) for tensor in held.values()]
             news += [once(branch.leaves[i]) for i in held]
-        torch._foreach_copy_(places, news)
+        copy_all(places, news)
         state.ring[1:].zero_()
         state.noise.zero_()
         state.counter.fill_(self.steps[1])
@@ -205,12 +215,16 @@ class Loop:
     def _table(self, device: torch.device) -> torch.Tensor:
         """Returns the coefficients in a place of their own, which graphs may read in later runs, too."""
         assert self.own is not None
+        key = device, len(self.jumps[0].coefficients)
+        if key in self.tables and self.tabled[key] is self.jumps:
+            return self.tables[key]
         rows = [[0.0] * len(self.jumps[0].coefficients) for _ in self.called]
         for jump in self.jumps:
             rows[jump.start] = list(jump.coefficients)
         new = table_of(rows, self.own.data).to(device, torch.float32)
-        known = self.tables.setdefault((new.shape, device), new)
+        known = self.tables.setdefault(key, new)
         known.copy_(new)
+        self.tabled[key] = self.jumps
         return known
 
     def _step(self, step: int, state: State, table: torch.Tensor) -> None:
@@ -227,7 +241,7 @@ class Loop:
                 self.moment.forward += 1
                 args, kwargs = tree_unflatten(now, branch.spec)
                 outputs.append(tree_flatten(branch.forward(*args, **kwargs))[0][0])
-            guided = combined(outputs, self.weights, self.doubled, self.form, state.noise)
+            guided = combined(outputs, self.weights, self.doubled, self.sampler.guidance_form, state.noise)
             x, ring = advance(table, state.counter, state.x, guided, state.ring, state.noise)
             state.x.copy_(x)
             state.ring.copy_(ring)

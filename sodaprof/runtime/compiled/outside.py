@@ -105,7 +105,7 @@ class Outside:
         if any(random):
             return None
         moved = {len(parameters) + n for n, i in enumerate(places) if i in moving}
-        return OutsideProgram(parts_of(graph, 0, set(), moved, None), places, stand_ins, wanted)
+        return OutsideProgram(parts_of(graph, 0, set(), moved), places, stand_ins, wanted)
 
 
 class OutsideProgram:
@@ -122,11 +122,11 @@ class OutsideProgram:
     ) -> list[Arguments]:
         """Returns the arguments of every block at each step, of the leaves of the transformer's call at each step."""
         inputs = [[(*leaves, *self.stand_ins)[i] for i in self.places] for leaves in of_steps]
-        of_run = self.parts.run_once(*parameters, *inputs[0])
+        of_run = self.parts.of_run.forward(*parameters, *inputs[0])
         values = filler.of_steps(self.parts, parameters, inputs, of_run)
         found = []
         for at_step, of_step in zip(inputs, values, strict=True):
-            outputs = self.parts.run_rest(*parameters, *at_step, *of_run, *of_step)
+            outputs = self.parts.rest.forward(*parameters, *at_step, *of_run, *of_step)
             found.append([list(of_block) for of_block in self.template])
             for block, argument, number in self.wanted:
                 found[-1][block][argument] = outputs[number]

@@ -1,7 +1,8 @@
 """What a run's conditioning tables hold: each program split by what it depends on, its early parts computed ahead.
 
-A part that depends on the step is computed for all its steps in one go where that gives the same bits, which is tried
-at the first fill: matrix products of all steps are one batch of the step's own products, not one larger product.
+A part that depends on the step is computed for all its steps at once where that gives the same bits, which is tried at the
+first fill: matrix products of all steps are one batch of the step's own products. Under `near` they are one larger product,
+and values may differ by rounding: a part whose bits a batch does not keep would take an operator a step and block otherwise.
 """
 
 from __future__ import annotations
@@ -13,9 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec
 
-from .quick import quick
 from .trace import BlockCall, LoweredBlock, Program, Ready, kind_of
 
 
@@ -82,7 +81,6 @@ class Filled(NamedTuple):
 
     program: Program
     rest: fx.GraphModule  # what is left of it
-    run: Callable[..., Any]  # the same, quickly
     steps: list[int]
     of_run: list[Any]  # values that hold for the run
     of_steps: list[list[Any]]  # values of each step
@@ -91,36 +89,87 @@ class Filled(NamedTuple):
         """Returns the same structure with the step of each value, None where it holds for the run."""
         steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
         none: Any = None
-        return Filled(none, none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
+        return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
 
     def hold(self, block: LoweredBlock, branch: int) -> None:
         """Lets the block take the values."""
         for step, values in zip(self.steps, self.of_steps, strict=True):
-            block.ready[step, branch] = Ready(self.program, self.rest, self.run, [*self.of_run, *values])
+            block.ready[step, branch] = Ready(self.program, self.rest, [*self.of_run, *values])
 
 
 class Parts(NamedTuple):
-    """A program in three parts: for a run, for each step, and what is left; quickly, too, with the values they hand on."""
+    """A program in three parts: for a run, for each step, and what is left, which takes the values of the other two."""
 
     of_run: fx.GraphModule
     of_step: fx.GraphModule
     rest: fx.GraphModule
-    run_once: Callable[..., Any]
-    run_each: Callable[..., Any]
-    run_rest: Callable[..., Any]
 
 
-def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int], made: TreeSpec | None) -> Parts:
+def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int]) -> Parts:
     """Returns the graph in parts; late and moving: numbers of inputs that depend on the latents, and on the step alone."""
     of_run, rest = split(graph, parameters, late | moving)
     of_step, rest = split(rest, parameters, late)
-    return Parts(of_run, of_step, rest, quick(of_run), quick(of_step), quick(rest, made))
+    return Parts(of_run, of_step, rest)
+
+
+class Affine(torch.autograd.Function):
+    """bias + x @ weight, whose batch over steps is one operator: rounded once, as the product of a step.
+
+    With weights batched as well it is one product a step, else one product of all steps.
+    """
+
+    @staticmethod
+    def forward(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(bias, x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keeps nothing: there is no backward pass."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, bias: Any, x: Any, weight: Any) -> tuple[torch.Tensor, int]:
+        if in_dims == (None, 0, None):
+            return torch.addmm(bias, x.flatten(0, 1), weight).unflatten(0, x.shape[:2]), 0
+        bias, x, weight = (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip((bias, x, weight), in_dims, strict=True)
+        )
+        bias = bias.reshape(bias.shape[0], *(1,) * (3 - bias.dim()), *bias.shape[1:])
+        return torch.baddbmm(bias, x, weight), 0
+
+
+def affine(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = Affine.apply(bias, x, weight)
+    return out
+
+
+def once_rounded(graph: fx.GraphModule) -> fx.GraphModule:
+    """Returns the graph with each linear layer as `affine`."""
+    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.graph.nodes:
+        if node.op == "output":
+            new.output(fx.map_arg(node.args[0], copies.__getitem__))
+        elif node.target is ADDMM and not node.kwargs:
+            copies[node] = new.call_function(affine, tuple(copies[part] for part in node.args))
+        else:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(graph, new)
+
+
+NEAR = (
+    4,
+    1e-5,
+)  # roundings of the largest number, and at least this share of it: by how much values may differ under `near`
 
 
 class Filler:
-    """Fills the tables of blocks, one after the other, so that a block's weights stay near."""
+    """Fills the tables of blocks, one after the other, so that a block's weights stay near.
 
-    def __init__(self) -> None:
+    near: all steps as one product, equal except for rounding, instead of the same bits.
+    """
+
+    def __init__(self, near: bool = False) -> None:
+        self.near = near
         self.parts: dict[Any, Parts] = {}  # of programs, by what is late and what moves
         self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # parts of a step: what does all steps at once
         self.batches: dict[Any, Callable[..., Any]] = {}  # that, traced: by the number of steps, and what moves
@@ -140,9 +189,9 @@ class Filler:
             parts = self._parts(program, call)
             leaves = [call.at(step) for step in its_steps]
             inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
-            of_run = parts.run_once(*parameters, *inputs[0])
+            of_run = parts.of_run.forward(*parameters, *inputs[0])
             values = self.of_steps(parts, parameters, inputs, of_run)
-            found.append(Filled(program, parts.rest, parts.run_rest, its_steps, of_run, values))
+            found.append(Filled(program, parts.rest, its_steps, of_run, values))
         return found
 
     def of_steps(
@@ -152,7 +201,7 @@ class Filler:
         each = parts.of_step
 
         def one_by_one() -> list[list[Any]]:
-            return [parts.run_each(*parameters, *at_step, *of_run) for at_step in inputs]
+            return [each.forward(*parameters, *at_step, *of_run) for at_step in inputs]
 
         if len(inputs) == 1 or not each.graph.output_node().args[0]:
             return one_by_one()
@@ -161,15 +210,18 @@ class Filler:
             return one_by_one() if whole is None else self._batched(whole, parameters, inputs, of_run)
         values = one_by_one()
         self.at_once[each] = None
-        for whole, laid_out in ((narrowed(each), not _only_scales(parts.rest)), (each, True)):
+        cut, laid_out = narrowed(each), not _only_scales(parts.rest)
+        tries = [(once_rounded(cut), laid_out), (cut, laid_out), (once_rounded(each), True), (each, True)]
+        alike = close if self.near else same
+        for whole, strict in tries:
             try:
                 tried = self._batched(whole, parameters, inputs, of_run)
             except RuntimeError:  # an operator that knows no batches
                 continue
             pairs = [(a, b) for xs, ys in zip(values, tried, strict=True) for a, b in zip(xs, ys, strict=True)]
-            if all(same(a, b) and (not laid_out or a.stride() == b.stride()) for a, b in pairs):
+            if all(alike(a, b) and (not strict or a.stride() == b.stride()) for a, b in pairs):
                 self.at_once[each] = whole
-                break
+                return tried if self.near else values  # the same values in every run
         return values
 
     def _parts(self, program: Program, call: BlockCall) -> Parts:
@@ -179,7 +231,7 @@ class Filler:
             count = program.parameters
             not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
             moved = {count + n for n, i in enumerate(program.places) if i in moving}
-            self.parts[mark] = parts_of(program.graph, count, not_yet, moved, program.made)
+            self.parts[mark] = parts_of(program.graph, count, not_yet, moved)
         return self.parts[mark]
 
     def _batched(
@@ -193,10 +245,15 @@ class Filler:
             first = [column[0] for column in columns]
             return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]  # nothing that differs is used here
         # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
-        fixed = [p.expand(steps, *p.shape) if use else p for p, use in zip(parameters, used, strict=False)]
+        own = [use and not self.near for use in used[: len(parameters)]]
+        fixed = [p.expand(steps, *p.shape) if mine else p for p, mine in zip(parameters, own, strict=True)]
         rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
         flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
-        places = [*(0 for _ in parameters), *(0 if move else None for move in moves), *(None for _ in of_run)]
+        places = [
+            *(0 if mine else None for mine in own),
+            *(0 if move else None for move in moves),
+            *(None for _ in of_run),
+        ]
         key = each, steps, tuple(moves), tuple(None if x is None else kind_of(x) for x in flat)
         if key not in self.batches:
             dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
@@ -205,7 +262,7 @@ class Filler:
 
 
 def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[Any]], Any]:
-    """Returns a quick function of inputs that look like these, tensors or None, which it takes as a list."""
+    """Returns a traced function of inputs that look like these, tensors or None, which it takes as a list."""
     places = [i for i, x in enumerate(inputs) if x is not None]
 
     def of_tensors(*tensors: torch.Tensor) -> list[Any]:
@@ -214,8 +271,8 @@ def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[An
             flat[place] = tensor
         return list(function(*flat))
 
-    run = quick(make_fx(of_tensors)(*[inputs[i] for i in places]))
-    return lambda flat: run(*[flat[i] for i in places])
+    graph = make_fx(of_tensors)(*[inputs[i] for i in places])
+    return lambda flat: graph.forward(*[flat[i] for i in places])
 
 
 def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -236,6 +293,15 @@ def _only_scales(rest: fx.GraphModule) -> bool:
     """Whether what is left of a program only multiplies and adds the values, whose layout then changes no bit."""
     values = [node for node in rest.graph.nodes if node.op == "placeholder" and node.name.endswith("_early")]
     return all(user.target in (ATEN.add.Tensor, ATEN.mul.Tensor) for value in values for user in value.users)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are equal except for a few roundings."""
+    if not a.is_floating_point() or a.shape != b.shape or a.dtype != b.dtype:
+        return same(a, b)
+    roundings, least = NEAR  # fp32 sums differ by the order of their terms, narrower ones by the rounding of the result
+    allowed = max(roundings * torch.finfo(a.dtype).eps, least) * a.abs().max()
+    return bool((a - b).abs().max() <= allowed)
 
 
 def same(a: Any, b: Any) -> bool:

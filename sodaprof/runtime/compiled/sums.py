@@ -18,12 +18,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import MismatchError
 from ...pipelines.clock import Moment
-from ..hooks.sites import Given, Made
+from ..hooks.cells import CellInputs, CellResult
 from . import kernels
 from .streams import Stream, Term, streams_of
 from .trace import BlockCall, LoweredBlock, leaves_of
 
-NOTHING, ONE = Made(None), torch.tensor(1.0, device="cpu")
+EMPTY_RESULT, ONE = CellResult(None), torch.tensor(1.0, device="cpu")
 Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
 
 
@@ -32,7 +32,7 @@ def kept_leaves(spec: TreeSpec) -> dict[int, tuple[int, int | None, int | None]]
 
     source: its place among a forecast's, None for the cache; part: of outputs that are tuples.
     """
-    given: list[Given] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
+    given: list[CellInputs] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
     found: dict[int, tuple[int, int | None, int | None]] = {}
     for row, one in enumerate(given):
         sources: Any = one.sources if isinstance(one.sources, tuple) else ()
@@ -125,6 +125,7 @@ class Run:
         return undo
 
     def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
+        moment.served["sums"] += 1
         added: list[list[Added]] = [[] for _ in self.members[0].streams]
         for member in self.members:
             given = [row.read(moment) for row in member.block.rows]
@@ -133,16 +134,18 @@ class Run:
                     outputs = [_viewed(given, member.kept[kept.leaf], kept.views) for kept in term.kept]
                     mine.append((outputs, term, None if term.factor is None else member.factors[term.factor]))
             for row in member.block.rows:
-                row.write(moment, NOTHING)
+                row.write(moment, EMPTY_RESULT)
         first, last = self.members[0].streams, self.members[-1].streams
         return [
-            None if begin is None or end is None else self._sum(leaves[begin.origin], terms, end)
+            None if begin is None or end is None else self._sum(moment, leaves[begin.origin], terms, end)
             for begin, terms, end in zip(first, added, last, strict=True)
         ]
 
-    def _sum(self, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
+    def _sum(self, moment: Moment, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
         total, add = _Total(start, self.scalars), _fused if self.fused else _ordered
-        if not (on_gpu(start) and self._by_kernel(total, added)):
+        if on_gpu(start) and self._by_kernel(total, added):
+            moment.served["kernel sums"] += 1
+        else:
             for outputs, term, factor in added:
                 add(total, outputs, term, factor)
         return total.result(stream)
@@ -236,7 +239,7 @@ def _fused(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch
             value.addcmul_(factor, output, value=weight)
 
 
-def _viewed(given: list[Given], place: tuple[int, int | None, int | None], views: Any) -> torch.Tensor:
+def _viewed(given: list[CellInputs], place: tuple[int, int | None, int | None], views: Any) -> torch.Tensor:
     row, source, part = place
     sources = given[row].sources
     found = given[row].cache if source is None or sources is None else sources[source]
@@ -273,9 +276,9 @@ class Collapse:
                 before = call
 
     def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
-        if at not in call.block.ready or not all(row.rests(at[0]) for row in call.block.rows):
+        if at not in call.block.ready or not all(row.cells[at[0]].reuses for row in call.block.rows):
             return None
-        program, rest, _, values = call.block.ready[at]
+        program, rest, values = call.block.ready[at]
         outputs, spec = tree_flatten(call.out)
         if rest not in self.streams:
             self.streams[rest] = streams_of(

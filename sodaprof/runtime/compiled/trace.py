@@ -20,12 +20,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from ...errors import SodaprofError, UnsupportedModelError
 from ...pipelines.clock import Moment
-from ..hooks.sites import Given, Made, SiteRow
-from .quick import quick
+from ..hooks.cells import CellInputs, CellResult
+from ..hooks.sites import SiteRow
 
 PLAIN = (bool, int, float, str, type(None))
 LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
-CONTAINERS = {tuple, list, dict, Given}
+CONTAINERS = {tuple, list, dict, CellInputs}
 MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing of how it is built
 
 
@@ -38,7 +38,11 @@ class Program:
     parameters: int  # how many of the graph's inputs are parameters, the first ones
     key: Any  # what it was traced for
     places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
-    run: Callable[..., tuple[Any, list[Made]]]  # the graph, quickly, in the structure `made`
+
+    def structured(self, found: list[Any]) -> tuple[Any, list[CellResult]]:
+        """Returns the block's output and what each site made, from what the graph returned."""
+        out: tuple[Any, list[CellResult]] = tree_unflatten(found, self.made)
+        return out
 
 
 class Ready(NamedTuple):
@@ -46,20 +50,19 @@ class Ready(NamedTuple):
 
     program: Program
     rest: fx.GraphModule
-    run: Callable[..., tuple[Any, list[Made]]]  # the same, quickly
     values: list[Any]
 
 
 class Tracer:
     """Stands in for the rows' stores while a block is traced: what each site is given, and what it makes."""
 
-    def __init__(self, rows: list[SiteRow], given: list[Given], step: int) -> None:
+    def __init__(self, rows: list[SiteRow], given: list[CellInputs], step: int) -> None:
         self.given, self.step = {row.key: g for row, g in zip(rows, given, strict=True)}, step
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, CellResult] = {}
 
     def run(self, row: SiteRow, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = self.given[row.key]
-        source = self.made.get(row.source.key) if row.source is not None else None
+        source = self.made.get(row.scored_by.key) if row.scored_by is not None else None
         if source is not None and source.statistic is not None:  # taken at this step, a moment ago
             given = given._replace(scored=source.statistic)
         made = self.made[row.key] = row.act(self.step, given, forward, args, kwargs)
@@ -113,11 +116,13 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         given = [row.read(self.moment) for row in self.rows]
         leaves = leaves_of((args, kwargs, given), [])
         if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
-            program, _, run, values = self.ready[at]
+            program, graph, values = self.ready[at]
+            self.moment.served["blocks"] += 1
         else:
             program, values = self._program((args, kwargs, given), leaves, at), []
-            run = program.run
-        out, made = run(*self.parameters(), *[leaves[i] for i in program.places], *values)
+            graph = program.graph
+        found = graph.forward(*self.parameters(), *[leaves[i] for i in program.places], *values)
+        out, made = program.structured(found)
         if self.listener is not None:
             self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
         for row, one in zip(self.rows, made, strict=True):
@@ -126,7 +131,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
 
     def _program(self, call: tuple[Any, ...], leaves: list[Any], at: tuple[int, int]) -> Program:
         """Returns the program for these arguments at this step, traced where there is none yet."""
-        cells = tuple([row.cell(at[0]) for row in self.rows])
+        cells = tuple([row.cells[at[0]].arithmetic() for row in self.rows])
         kinds = tuple([kind_of(leaf) for leaf in leaves])
         settings = torch.is_autocast_enabled(), torch.get_default_dtype()
         mark = cells, form_of(call), kinds, *settings
@@ -165,7 +170,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         shapes = tuple(kind_of(found[name]) for found, name in self.tensors)
         sites = tuple(
             (row.key.split(".", 2)[2], row.tokens, row.raster, row.rule,
-             None if row.source is None else row.source.key.split(".", 2)[2])
+             None if row.scored_by is None else row.scored_by.key.split(".", 2)[2])
             for row in self.rows
         )  # fmt: skip
         built = (tuple(self.names), shapes, build_of(self.block), sites)
@@ -187,7 +192,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             args, kwargs, given = tree_unflatten(filled, spec)
             tracer = Tracer(self.rows, given, step)
             for row in self.rows:
-                row.tracer = tracer
+                row.runner = tracer
             parameters = {f"block.{name}": value for name, value in zip(self.names, flat, strict=False)}
             out = functional_call(Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
             missing = [row.key for row in self.rows if row.key not in tracer.made]
@@ -215,10 +220,11 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
             ) from error
         finally:
             for row in self.rows:
-                row.tracer = None
+                row.runner = None
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        return Program(graph, made_spec[-1], len(self.names), key, places, quick(graph, made_spec[-1]))
+        self.moment.programs += 1
+        return Program(graph, made_spec[-1], len(self.names), key, places)
 
 
 class Bare(nn.Module):

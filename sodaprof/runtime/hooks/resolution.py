@@ -15,7 +15,7 @@ from .sites import SiteRow
 
 
 class SizeHook(ModelHook):  # type: ignore[misc]
-    """The diffusers hook on a transformer that may be called at any resolution; it stands inside the clock's."""
+    """The diffusers hook on a transformer that may be called at any resolution; it runs inside the clock's."""
 
     def __init__(self, rows: list[SiteRow], plan: Plan, schedule: Schedule) -> None:
         super().__init__()
@@ -37,20 +37,20 @@ class SizeHook(ModelHook):  # type: ignore[misc]
     def _tokens(self, row: SiteRow, shape: list[int]) -> tuple[int, tuple[int, int] | None]:
         """Returns the site's tokens in latents of this shape, and their raster for a local bonus."""
         if shape[1:] == self.profiled[1:]:
-            return row.planned, row.planned_raster
-        before = raster_of(self.profiled, self.patch, row.planned)
+            return row.profiled_tokens, row.profiled_raster
+        before = raster_of(self.profiled, self.patch, row.profiled_tokens)
         now = None if before is None else _raster_at(shape, self.patch, before, self.profiled)
         if now is None:
-            if "P" not in row.row:
-                return row.planned, None  # how many there are makes no difference to it
+            if not row.prunes:
+                return row.profiled_tokens, None  # how many there are makes no difference to it
             raise MismatchError(
-                f"{row.key} has {row.planned} tokens in the schedule, which are no raster of the latents {self.profiled}: how "
-                f"many there are in latents {shape} is not known, and the schedule prunes them. Call the pipeline at the "
-                "profiled size, or compile without pruning: --knob uas=none"
+                f"{row.key} has {row.profiled_tokens} tokens in the schedule, which are no raster of the latents "
+                f"{self.profiled}: their number in latents {shape} is not known, and the schedule prunes them. Call the "
+                "pipeline at the profiled size, or compile without pruning: --knob uas=none"
             )
         frames, rows, columns = now
         grid = row.rule.bonus_grid if row.rule is not None and row.rule.bonus else 1
-        if "P" in row.row and (rows % grid or columns % grid):
+        if row.prunes and (rows % grid or columns % grid):
             raise MismatchError(
                 f"{row.key} has {rows} x {columns} tokens here; the schedule's local bonus wants blocks of {grid} x {grid} that "
                 "fill them. Choose another size, or --policy soda."

@@ -14,11 +14,11 @@ from ...errors import UnsupportedModelError
 from ...formats.schedule import Plan
 from ...pipelines.clock import Moment
 from ...pipelines.probe import hidden_states
-from .sites import last_uses, weighted
+from .cells import dropped_at, last_uses, weighted
 
 
 @dataclass
-class _Store:
+class StackMemory:
     """What is remembered on one guidance branch."""
 
     entry: torch.Tensor | None = None  # this step's input of the first block, the patch embedding
@@ -34,16 +34,16 @@ class StackRow:
         self.blocks = list(dict.fromkeys(block_of(site) for site in plan.rows))  # in execution order
         steps = [t for t, action in enumerate(self.row) if action == "S"]
         self.cells = dict(zip(steps, plan.stack_forecasts, strict=True))
-        self.last_use, self.drop_at = last_uses({t: cell.sources for t, cell in self.cells.items()})
+        self.drop_at = dropped_at(last_uses({t: cell.sources for t, cell in self.cells.items()}))
         self.forms = {form: {s for c in self.cells.values() if c.form == form for s in c.sources}
                       for form in ("output", "drift")}  # fmt: skip
         # an S step runs the blocks that hold a C cell, for the caches of these
         self.runs = {(block_of(site), t) for site, row in plan.rows.items() for t in steps if row[t] == "C"}
         self.untouched = {t: sum(row[t] == "-" for row in plan.rows.values()) for t in steps}
-        self.stores: dict[int, _Store] = {}
+        self.memory: dict[int, StackMemory] = {}
 
     def reset(self) -> None:
-        self.stores.clear()
+        self.memory.clear()
 
     def keep_all(self) -> None:
         """Keeps what every running step gave until the run ends, in the forms that S cells forecast in."""
@@ -51,23 +51,23 @@ class StackRow:
         self.forms = {form: running if sources else sources for form, sources in self.forms.items()}
         self.drop_at = {}
 
-    def snapshot(self) -> dict[int, _Store]:
-        """Returns what is remembered now, to be put back as `stores`."""
+    def snapshot(self) -> dict[int, StackMemory]:
+        """Returns what is remembered now, to be put back as `memory`."""
         return {
-            n: replace(store, hidden=dict(store.hidden), drift=dict(store.drift)) for n, store in self.stores.items()
+            n: replace(store, hidden=dict(store.hidden), drift=dict(store.drift)) for n, store in self.memory.items()
         }
 
     def sources(self, step: int) -> list[list[torch.Tensor]]:
         """Returns what the S cell at this step, the next to run, forecasts from, in its order: each for all branches."""
         cell = self.cells[step]
-        return [[_kept(self.stores[n], cell.form)[source] for n in sorted(self.stores)] for source in cell.sources]
+        return [[_kept(self.memory[n], cell.form)[source] for n in sorted(self.memory)] for source in cell.sources]
 
     def run(
         self, block: str, moment: Moment, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Returns the block's output: computed at a running step, its input or the forecast at a skipped one."""
         step, skips = moment.step, self.row[moment.step] == "S"
-        store = self.stores.setdefault(moment.branch, _Store())
+        store = self.memory.setdefault(moment.branch, StackMemory())
         if block == self.blocks[0]:
             store.entry = hidden_states(args, kwargs)
         idle = skips and (block, step) not in self.runs
@@ -92,7 +92,7 @@ class StackRow:
         store.entry = None
         return out
 
-    def _forecast(self, store: _Store, step: int) -> torch.Tensor:
+    def _forecast(self, store: StackMemory, step: int) -> torch.Tensor:
         cell = self.cells[step]
         kept = _kept(store, cell.form)
         total = weighted([kept[source] for source in cell.sources], cell.weights)
@@ -105,7 +105,7 @@ class StackRow:
         return store.entry + total
 
 
-def _kept(store: _Store, form: str) -> dict[int, torch.Tensor]:
+def _kept(store: StackMemory, form: str) -> dict[int, torch.Tensor]:
     return store.hidden if form == "output" else store.drift
 
 

@@ -8,12 +8,15 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sodaprof
+from sodaprof.errors import SodaprofError
 from sodaprof.formats.schedule import Forecast
 from sodaprof.measure.bench import all_compute
+from sodaprof.pipelines.device import Operators
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import call, load_pipeline
 from sodaprof.runtime.compiled import precompute as fill
 from sodaprof.runtime.compiled.precompute import split
+from tests.tape import Tapes
 from tests.tiny_pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
 
 SHORT, BLOCKS = 5, 2
@@ -201,13 +204,61 @@ def test_a_batch_is_tried_against_the_steps():
     each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
     weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
     wanted = [each(weight, x) for x in xs]
-    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1}, None)
+    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1})
     for _ in range(2):
         found = filler.of_steps(parts, [weight], [[x] for x in xs], [])
         assert all(
             torch.equal(a, b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)
         )
     assert parts.of_step in filler.at_once
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_linear_layer_of_all_steps_is_one_operator(dtype):
+    torch.manual_seed(0)
+    bias, x, weight = torch.randn(768).to(dtype), torch.randn(6, 2, 256).to(dtype), torch.randn(256, 768).to(dtype)
+    wanted = torch.stack([torch.addmm(bias, at_step, weight) for at_step in x])
+    batch = (bias.expand(6, -1), x, weight.expand(6, -1, -1)), (0, 0, 0), "aten.baddbmm.default"
+    product = (bias, x, weight), (None, 0, None), "aten.addmm.default"
+    for inputs, dims, operator in (batch, product):
+        graph = make_fx(torch.func.vmap(fill.affine, in_dims=dims))(*inputs)
+        assert [o for o in operators(graph) if "mm" in o or "add" in o or "mul" in o] == [operator]
+        assert fill.close(wanted, graph(*inputs))
+
+
+@pytest.mark.parametrize(("tables", "dtype"), [(True, torch.float32), ("near", torch.bfloat16)])
+def test_filling_takes_few_operators(tables, dtype):
+    class Counted(Tapes):
+        def __init__(self):
+            super().__init__()
+            self.counts = []
+
+        def capture(self, run):
+            def counted():
+                with Operators() as operators:
+                    result = run()
+                self.counts.append(operators.count)
+                return result
+
+            return super().capture(counted)
+
+    layers, pipe, counted = 4, tiny_pipe(layers=4).to(dtype), Counted()
+    rows = {f"transformer_blocks.{i}.{module}": "CRRRCRRR" for i in range(layers) for module in ("attn1", "ff")}
+    schedule = schedule_for(pipe, rows)
+    with sodaprof.apply(pipe, schedule):
+        wanted = draw(pipe)
+    with sodaprof.apply(pipe, schedule, lower=True, tables=tables, capture=counted) as handle:
+        draw(pipe), draw(pipe), draw(pipe)
+        found = draw(pipe)
+        assert handle.report().counters.steps_replayed == 8
+    assert np.array_equal(found, wanted) if tables is True else np.allclose(found, wanted, atol=0.02)
+    assert counted.counts[0] <= 45 * layers  # one by one it is 10 operators and more for each block and step
+
+
+def test_tables_of_another_name_are_refused(pipe):
+    with pytest.raises(SodaprofError, match="tables is 'nearly'; expected True, False or 'near'"):
+        sodaprof.apply(pipe, short_schedule(pipe), lower=True, tables="nearly")
 
 
 def test_linear_layers_are_cut_to_what_is_used():

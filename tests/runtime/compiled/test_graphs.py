@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch
 import sodaprof
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast, TokenRule
+from sodaprof.runtime.apply import Counters
 from sodaprof.runtime.compiled import kernels
 from sodaprof.runtime.compiled import sums as collapse
-from sodaprof.runtime.hooks.sites import places_of
+from sodaprof.runtime.compiled.graphs import CudaGraphs
+from sodaprof.runtime.hooks.cells import slots_of
 from tests.tape import Tapes
 from tests.tiny_pipelines import (
     FEW,
@@ -77,7 +81,7 @@ def test_replays_are_bit_identical(make, steps, graphs, mode, dtype):
         assert tapes.made == graphs + 1  # and one fills the tables
         # in the third run, a graph's first step is not replayed
         assert tapes.played == 2 * (steps + 1) + steps - graphs
-        assert handle.report().path == f"captured: {graphs} graphs"
+        assert handle.report().path == f"captured: {graphs} graphs, {steps}/{steps} steps replayed"
 
 
 def test_two_pass_guidance():
@@ -237,11 +241,55 @@ def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
             assert np.array_equal(draw(pipe), wanted)
         assert np.array_equal(draw(pipe, (7, 3), seed=5), others)
         assert np.array_equal(draw(pipe), wanted)
-        assert handle.report().path.startswith("captured")
+        counters = handle.report().counters
+        assert counters.graphs > 0
+        assert counters.replays == counters.steps_replayed == STEPS
+
+
+def test_graphs_after_forgotten_ones_get_a_pool_of_their_own(monkeypatch):
+    captures = []
+
+    @contextmanager
+    def recording(graph, pool, stream, capture_error_mode):
+        captures.append((pool, stream))
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    graphs = CudaGraphs()
+    graphs.capture(int), graphs.capture(int)
+    graphs.forget()
+    graphs.capture(int)
+    first, second, third = captures
+    assert first == second
+    assert third[0] is not first[0]
+    assert third[1] is not first[1]
+
+
+def test_counters_say_what_ran(pipe):
+    schedule, tapes = few_schedule(pipe), Tapes()
+    with sodaprof.apply(pipe, schedule) as handle:
+        few(pipe)
+        assert not any(vars(handle.report().counters).values())
+    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+        few(pipe)
+        traced = handle.report().counters.programs
+        assert handle.report().counters == Counters(0, 0, 0, 0, 0, 0, traced)
+        few(pipe), few(pipe)  # the last step is a sum over both blocks
+        assert handle.report().counters == Counters(2 * (FEW - 1), 1, 0, 0, 0, 0, traced)
+    with captured(pipe, schedule, tapes) as handle:
+        few(pipe), few(pipe), few(pipe)
+        assert handle.report().counters == Counters(
+            2 * (FEW - 1), 1, 0, FEW, 0, 0, 0
+        )  # a graph's first step is not replayed
+        few(pipe)
+        assert handle.report().counters == Counters(2 * (FEW - 1), 1, 0, FEW, FEW, FEW, 0)
 
 
 def test_as_few_buffers_as_sources_at_once():
-    assert places_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
+    assert slots_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
 
 
 @pytest.mark.parametrize("extra", [{}, {"loop": True}])

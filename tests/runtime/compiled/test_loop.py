@@ -12,7 +12,17 @@ from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.guidance import guidance_of
 from tests.tape import Tapes
-from tests.tiny_pipelines import FEW, TwoPassPipeline, few, few_schedule, schedule_for, tiny_pipe, with_known_programs
+from tests.tiny_pipelines import (
+    FEW,
+    TwoPassPipeline,
+    draw,
+    few,
+    few_schedule,
+    schedule_for,
+    tiny_pipe,
+    with_known_programs,
+)
+from tests.updated import CALLED, RESTING, updated
 
 
 def looped(pipe, schedule, recorder):
@@ -53,7 +63,7 @@ def test_pictures_are_the_pipelines(cls, scheduler):
             assert handle.report().executed == handle.report().planned
         assert np.allclose(sample(pipe, (7, 3), seed=5), others, atol=2e-5)
         graphs = FEW - 1 + (2 if cls is TwoPassPipeline else 1)  # of whole steps, and of the first, a branch each
-        assert handle.report().path == f"captured: {graphs} graphs, whole steps"
+        assert handle.report().path == f"captured: {graphs} graphs, {FEW}/{FEW} steps replayed, whole steps"
         assert np.allclose(sample(pipe, guidance_scale=1.5), weaker, atol=2e-5)
         assert np.allclose(sample(pipe), wanted, atol=2e-5)
         assert tapes.played > 3 * FEW
@@ -132,3 +142,68 @@ def test_guidance_is_read_off_a_step():
         UnsupportedModelError, match=r"given \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
     ):
         guidance_of(guided[:1], [one, other], "passes")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("apart", [1.0, 0.1, 0.01])
+def test_guidance_is_read_off_a_step_of_rounded_numbers(dtype, apart):
+    generator = torch.Generator().manual_seed(0)
+    other, step = torch.randn(2, 2, 4, 16, 16, generator=generator)
+    one, other = (other + apart * step).to(dtype), other.to(dtype)
+    guided = other + 4.0 * (one - other)
+    assert guidance_of(guided, [one, other], "passes", 4.0) == ([4.0, -3.0], False)
+    assert guidance_of(guided, [other, one], "passes", 4.0) == ([-3.0, 4.0], False)
+    assert guidance_of(guided, [other, one], "passes")[0] == pytest.approx([-3.0, 4.0], abs=0.05)
+    weaker = other + 1.5 * (one - other)  # the pipeline is called with another scale than the schedule's
+    assert guidance_of(weaker, [one, other], "passes", 4.0)[0] == pytest.approx([1.5, -0.5], abs=0.05)
+    for wrong in (0.95 * guided, guided + 0.02 * guided.std()):
+        with pytest.raises(UnsupportedModelError, match="is no weighted sum"):
+            guidance_of(wrong, [one, other], "passes", 4.0)
+
+
+@pytest.mark.parametrize("cls", [DiTPipeline, TwoPassPipeline])
+def test_runs_in_bf16_share_their_graphs(cls):
+    pipe, tapes = tiny_pipe(cls=cls).to(torch.bfloat16), Tapes()
+    with looped(pipe, few_schedule(pipe), tapes) as handle:
+        few(pipe), few(pipe), few(pipe)
+        made = tapes.made
+        for seed in (5, 6, 7):
+            few(pipe, (7, 3), seed=seed)
+            assert handle.report().path.endswith("whole steps")
+        assert tapes.made == made
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("cls", [DiTPipeline, TwoPassPipeline])
+def test_the_pipeline_iterates_twice_where_it_iterates_over_the_timesteps(cls, listed):
+    pipe, calls = tiny_pipe(cls=cls), []
+    schedule, branches = few_schedule(pipe), 2 if cls is TwoPassPipeline else 1
+    if listed:
+        pipe.progress_bar = list  # DiT's pipeline then iterates over a list of its own
+    with sodaprof.apply(pipe, schedule):
+        wanted = few(pipe)
+    with looped(pipe, schedule, Tapes()) as handle:
+        few(pipe), few(pipe)
+        pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+        for _ in range(3):
+            calls.clear()
+            assert np.allclose(few(pipe), wanted, atol=2e-5)
+            assert len(calls) == branches * (FEW if listed and cls is DiTPipeline else 2)
+            report = handle.report()
+            assert report.complete
+            assert report.executed == report.planned
+        assert type(pipe.scheduler.timesteps) is not torch.Tensor
+    assert type(pipe.scheduler.timesteps) is torch.Tensor
+    assert len(pipe.scheduler.timesteps) == FEW
+
+
+def test_steps_without_network_are_counted():
+    pipe = tiny_pipe()
+    schedule = updated(pipe, RESTING)
+    with looped(pipe, schedule, Tapes()) as handle:
+        for _ in range(4):
+            draw(pipe)
+            report = handle.report()
+            assert report.complete
+            assert report.executed == report.planned
+        assert report.counters.steps_replayed == CALLED

@@ -14,7 +14,7 @@ from sodaprof.formats.schedule import Forecast
 from sodaprof.runtime.compiled import sums as collapse
 from sodaprof.runtime.compiled.streams import Kept, Stream, Term, streams_of
 from sodaprof.runtime.compiled.sums import Run, Scalars
-from sodaprof.runtime.hooks.sites import weighted
+from sodaprof.runtime.hooks.cells import weighted
 from tests.tiny_pipelines import SITES, TwoPassPipeline, draw, schedule_for, tiny_pipe, with_known_programs
 
 TAYLOR = Forecast((1, 0), (1.75, -0.75))

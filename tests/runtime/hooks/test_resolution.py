@@ -71,7 +71,7 @@ def test_a_scaled_schedule_is_that_of_the_other_size(pipe, runtime):
             assert report.executed == report.planned
             assert set(report.resized.values()) == ({(16, 64)} if size == 16 else set())
         assert "16 tokens re-scaled to 64" in str(report)
-        assert handle.rows[0].k == [0, 0, 32, 0, 0, 0]
+        assert [cell.k for cell in handle.rows[0].cells] == [0, 0, 32, 0, 0, 0]
 
 
 def test_it_is_refused_unless_allowed(pipe):

@@ -78,7 +78,7 @@ def test_nothing_is_left_after_a_run_and_two_runs_are_equal(pipe):
     plain = draw(pipe)
     with sodaprof.apply(pipe, skipping(pipe, first=rows)) as handle:
         one = draw(pipe)
-        assert all(not stack.stores for stack in handle.stacks)
+        assert all(not stack.memory for stack in handle.stacks)
         assert (one == draw(pipe)).all()
     assert (draw(pipe) == plain).all()
 
@@ -90,7 +90,7 @@ def test_sources_are_dropped_after_their_last_use(pipe):
         step = pipe.scheduler.step
 
         def look(*args, **kwargs):
-            store = handle.stacks[0].stores[0]
+            store = handle.stacks[0].memory[0]
             alive.append((sorted(store.hidden), sorted(store.drift)))
             return step(*args, **kwargs)
 
@@ -137,7 +137,7 @@ def test_observing_attention_changes_no_bit(pipe):
     schedule = replace(schedule_for(pipe, rows, {SITES[1]: (16,)}), token_rule=rule)
     with sodaprof.apply(pipe, schedule) as handle:
         for row in handle.rows:
-            row.observed = frozenset(range(STEPS)) if row.attends else row.observed
+            row.cells = tuple(replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
         assert (draw(pipe) == plain).all()
 
 

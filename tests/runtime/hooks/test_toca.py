@@ -176,7 +176,7 @@ def compiled(
 def check_tokens(step: int, rows: Any, wanted: dict[str, torch.Tensor]) -> None:
     """A row that did not run keeps what it last chose; one that computes all of its tokens need not choose."""
     for row in rows:
-        if row.row[step] == "-":
+        if row.cells[step].action == "-":
             assert row.key not in wanted
         elif row.key not in wanted:
             assert row.selected is None, (step, row.key)

@@ -17,10 +17,10 @@ from sodaprof.runtime.apply import RUNTIMES
 from sodaprof.runtime.sampler.update import Jump, Ring, jumps
 from tests.runtime.hooks.test_stack import skipping
 from tests.runtime.test_two_transformers import draw as draw_wan
-from tests.runtime.test_two_transformers import schedule_of, wan  # noqa: F401
+from tests.runtime.test_two_transformers import schedule_of
 from tests.tape import Tapes
 from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, tiny_pipe, with_known_programs
-from tests.updated import RESTING, sample, set_sampler, updated, with_update
+from tests.updated import CALLED, RESTING, sample, set_sampler, updated, with_update
 
 SAMPLERS = ("ddim", "ddpm", "dpm", "unipc", "rectified")
 BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in SAMPLERS] + [(TwoPassPipeline, "flow")]
@@ -205,7 +205,11 @@ def test_the_network_rests_under_every_form_of_guidance_and_runtime(cls, scale, 
             assert apart(sample(pipe, (7, 3), seed=5, guidance_scale=scale), others) < 1e-5
             assert apart(sample(pipe, guidance_scale=scale), wanted) < 1e-5
             path = handle.report().path
-        assert path.endswith({"whole-steps": "whole steps", "captured": "graphs", "lowered": "lowered"}[runtime]), path
+        assert path.endswith(
+            {"whole-steps": "whole steps", "captured": f"{CALLED}/{CALLED} steps replayed", "lowered": "lowered"}[
+                runtime
+            ]
+        ), path
 
 
 def test_the_loop_takes_over_after_a_run_begins_with_a_rest():
@@ -339,7 +343,7 @@ def test_answers_are_of_the_schedulers_kind():
         assert torch.allclose(result[0], plain.step(x, t, x).prev_sample, rtol=1e-5, atol=1e-6)
 
 
-def test_two_transformers_rest_in_their_turns(wan):  # noqa: F811
+def test_two_transformers_rest_in_their_turns(wan):
     plain = draw_wan(wan)
     schedule = schedule_of(wan)
     own = replace(schedule, update=with_update(wan, schedule).update)

@@ -1,0 +1,101 @@
+"""Arguments of later runs against those that the tables were made for: on a device, compared without waiting for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sodaprof
+from sodaprof.errors import MismatchError
+from sodaprof.runtime.compiled import noted
+from tests.tape import Tapes
+from tests.tiny_pipelines import FEW, TwoPassPipeline, few, few_schedule, tiny_pipe, with_known_programs
+
+
+def test_a_timestep_expanded_to_the_batch_is_compared_on_the_device():
+    comparison = noted.Comparison()
+    with (
+        FakeTensorMode(),
+        torch.device("cuda:0"),
+    ):  # no GPU is needed: these have no values, so nothing can wait for them
+        timestep, other = torch.tensor(7).expand(2), torch.tensor(7).expand(2)
+        prompt, again = torch.zeros(2, 300, 64), torch.zeros(2, 300, 64)
+        for leaf, expected in ((timestep, other), (prompt, again), ((timestep / 1000).half(), (other / 1000).half())):
+            assert comparison.same(leaf, expected)
+        assert comparison.different.device.type == "cuda"
+        assert not comparison.same(timestep, timestep.float())
+        assert not comparison.same(timestep, torch.zeros(3))
+        assert not comparison.same(timestep, None)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("cls", [None, TwoPassPipeline])
+def test_steps_are_replayed_where_arguments_are_on_a_device(monkeypatch, cls, scaled):
+    pipe, tapes = tiny_pipe(**({"cls": cls} if cls else {})), Tapes()
+    schedule = few_schedule(pipe)
+    if scaled:  # as Flux: new numbers of a batch at each call, no view of one
+        pipe.transformer.register_forward_pre_hook(_scaled, with_kwargs=True)
+    with sodaprof.apply(pipe, schedule):
+        wanted, others = few(pipe), few(pipe, (7, 3), seed=5)
+    monkeypatch.setattr(noted, "on_host", lambda tensor: False)
+    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=tapes)) as handle:
+        few(pipe), few(pipe), few(pipe)
+        calls = 2 if cls else 1
+        for labels, seed, pictures in (((1, 2), 0, wanted), ((7, 3), 5, others), ((1, 2), 0, wanted)):
+            played = tapes.played
+            assert np.array_equal(few(pipe, labels, seed=seed), pictures)
+            assert tapes.played - played == calls * (FEW + 1)  # each call, and the tables of each
+        assert handle.report().path.startswith("captured")
+
+
+def test_a_later_run_compares_its_latents_alone_on_the_host(monkeypatch):
+    class Equal(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.aten.equal.default
+            return func(*args, **(kwargs or {}))
+
+    pipe = tiny_pipe()
+    monkeypatch.setattr(noted, "on_host", lambda tensor: False)
+    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), lower=True, capture=Tapes())):
+        few(pipe), few(pipe), few(pipe)
+        with Equal() as equal:
+            few(pipe)
+    assert equal.count == 1  # whether the batch holds both guidance branches
+
+
+def _scaled(module, args, kwargs):
+    assert kwargs["timestep"].shape == (4,) or kwargs["timestep"].shape == (2,)
+    return args, kwargs | {"timestep": kwargs["timestep"].float() / 2}
+
+
+def test_other_timesteps_than_noted_fail_once_and_run_without_tables_after(monkeypatch):
+    pipe, shift = tiny_pipe(), [0]
+    schedule = few_schedule(pipe)
+
+    def shifted(module, args, kwargs):
+        return args, kwargs | {"timestep": kwargs["timestep"] + shift[0] * (kwargs["timestep"] < 600)}
+
+    pipe.transformer.register_forward_pre_hook(shifted, with_kwargs=True)
+    with sodaprof.apply(pipe, schedule):
+        wanted = few(pipe)
+        shift[0] = 5
+        others = few(pipe)
+    assert not np.array_equal(wanted, others)
+    for on_host in (True, False):
+        monkeypatch.setattr(noted, "on_host", lambda tensor, answer=on_host: answer)
+        shift[0] = 0
+        with with_known_programs(sodaprof.apply(pipe, schedule, lower=True)):
+            for _ in range(3):
+                assert np.array_equal(few(pipe), wanted)
+            shift[0] = 5
+            if not on_host:
+                with pytest.raises(MismatchError, match=r"other arguments .* Call it again"):
+                    few(pipe)
+            assert np.array_equal(few(pipe), others)
+            shift[0] = 0
+            assert np.array_equal(few(pipe), wanted)

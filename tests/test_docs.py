@@ -1,0 +1,89 @@
+"""The documentation: its links lead somewhere, its README keeps its form, its figures are those of the recorded results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from sodaprof.cli import app
+
+from .studies.cli_page import page
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md"), *ROOT.glob("docs/**/*.md")]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def without_code(text: str) -> str:
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"`[^`\n]*`", "", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Returns the anchors that a page's headings get: lower case, spaces to hyphens, other punctuation dropped."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> list[str]:
+    """Returns the links of a page, those to other sites left out, whose file or anchor does not exist."""
+    dead = []
+    for link in LINK.findall(without_code(page.read_text(encoding="utf-8"))):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    return dead
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    assert dead_links(path) == []
+
+
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "other.md").write_text("# Some heading, 2\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "[a](other.md) [b](gone.md) [c](other.md#some-heading-2) [d](other.md#gone) [e](#gone) `[f](code.md)`\n"
+    )
+    assert dead_links(page) == ["gone.md", "other.md#gone", "#gone"]
+
+
+def test_every_page_is_in_the_index():
+    linked = set(LINK.findall((ROOT / "docs" / "index.md").read_text(encoding="utf-8")))
+    files = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in linked}
+    assert {page.resolve() for page in ROOT.glob("docs/**/*.md")} - files == {(ROOT / "docs" / "index.md").resolve()}
+
+
+def test_the_readme_is_four_screens():
+    sections = re.split(r"^## ", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(sections) == 4
+    assert [len(section.splitlines()) for section in sections if len(section.splitlines()) > 40] == []
+
+
+def test_the_readmes_figures_are_in_the_results():
+    results = (ROOT / "docs" / "studies" / "results.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| [^|]+ \| (\d+\.\d / .*) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
+    assert 1 <= len(rows) <= 6
+    assert [row for row in rows if f"| {row} |" not in results] == []
+
+
+@pytest.mark.parametrize(
+    "text", [(ROOT / "docs" / "cli.md").read_text(encoding="utf-8"), page()], ids=["committed", "made"]
+)
+def test_the_command_line_page_has_every_command_and_option(text):
+    sections = dict(section.split("\n", 1) for section in text.split("\n## ")[1:])
+    commands = typer.main.get_command(app).commands
+    assert set(sections) == set(commands)
+    for name, command in commands.items():
+        options = {option for parameter in command.params for option in parameter.opts if option.startswith("--")}
+        assert [option for option in options - {"--help"} if option not in sections[name]] == []
