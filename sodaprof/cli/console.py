@@ -68,7 +68,10 @@ def duration(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    return f"{number / 2**20:.0f} MiB" if number < 2**30 else f"{number / 2**30:.1f} GiB"
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number / 2**10:.0f} KiB"
 
 
 def summary(schedule: Any) -> str:
