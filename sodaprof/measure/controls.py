@@ -1,8 +1,8 @@
-"""The controls of an evaluation: what the same cost buys without a compiled schedule.
+"""The controls of an evaluation: baselines at equal cost without a compiled schedule.
 
 FORA at the same cost, and fewer sampler steps: DDIM, DPM-Solver++ 2M and UniPC for discrete diffusions, Euler and the
-two-step Adams-Bashforth formula for flows, on subsets of the full run's own timesteps with the same first one (even, and the
-schedules' anchors), beside the schedulers' stock spacings.
+two-step Adams-Bashforth formula for flows. Their timesteps are subsets of the full run's own with the same first one (evenly
+spaced, or the schedule's full steps), or the scheduler's stock spacing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FLOW_SCHEDULERS = ("RectifiedFlowScheduler", "FlowMatchEulerDiscreteScheduler")
 
 @dataclass(frozen=True)
 class FewerSteps:
-    """A sampler with fewer steps in place of the pipeline's own. `timesteps` None: the scheduler's stock spacing."""
+    """A sampler with fewer steps instead of the pipeline's own. `timesteps` None: the scheduler's stock spacing."""
 
     solver: str
     spacing: str
@@ -45,7 +45,7 @@ class FewerSteps:
 
     @contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
-        """Puts the sampler in place of the pipeline's scheduler while the block runs."""
+        """Replaces the pipeline's scheduler by this sampler while the block runs."""
         own = pipe.scheduler
         pipe.scheduler = scheduler = self._scheduler(own)
         try:
@@ -73,13 +73,13 @@ def _pinned(scheduler: Any, timesteps: tuple[float, ...]) -> AbstractContextMana
         set_timesteps(*args, **kwargs)
         scheduler.timesteps = scheduler.timesteps.new_tensor(timesteps)
         if hasattr(scheduler, "sigmas"):
-            at = np.array(timesteps, dtype=np.float64)
+            sigmas = np.array(timesteps, dtype=np.float64)
             if hasattr(scheduler, "alphas_cumprod"):
                 every = np.array(((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5)
-                at = np.interp(at, np.arange(len(every)), every)
+                sigmas = np.interp(sigmas, np.arange(len(every)), every)
             else:
-                at /= scheduler.config.num_train_timesteps
-            scheduler.sigmas = torch.from_numpy(np.append(at, 0.0).astype(np.float32)).to(scheduler.sigmas.device)
+                sigmas /= scheduler.config.num_train_timesteps
+            scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32)).to(scheduler.sigmas.device)
 
     return patched(scheduler, "set_timesteps", pinned)
 
@@ -97,10 +97,10 @@ def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
         **kwargs: Any,
     ) -> Any:
         grid = [*scheduler.timesteps.tolist(), 0.0]
-        at = grid.index(float(timestep))
+        i = grid.index(float(timestep))
         used = velocity
-        if at:
-            ratio = (grid[at] - grid[at + 1]) / (grid[at - 1] - grid[at])
+        if i:
+            ratio = (grid[i] - grid[i + 1]) / (grid[i - 1] - grid[i])
             used = velocity + ratio / 2 * (velocity - before[0])
         before[:] = [velocity]
         return euler(used, timestep, sample, *args, **kwargs)
@@ -109,7 +109,7 @@ def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
 
 
 def fora_at(schedule: Schedule, model: Model, cost: CostModel, speedup: float) -> Schedule | None:
-    """Returns FORA at this speed-up; None where the schedule is FORA itself or FORA cannot go there."""
+    """Returns FORA at this speed-up; None if the schedule is FORA itself or FORA cannot meet it."""
     if schedule.policy["name"] == "fora":
         return None
     try:
@@ -119,12 +119,12 @@ def fora_at(schedule: Schedule, model: Model, cost: CostModel, speedup: float) -
 
 
 def full_steps(steps: int, speedup: float) -> int:
-    """Returns how many of `steps` full steps the speed-up leaves."""
+    """Returns how many of `steps` full steps the speed-up allows."""
     return int(steps / speedup + 1e-9)
 
 
 def fewer_steps_at(schedule: Schedule, count: int) -> list[FewerSteps]:
-    """Returns the candidates of at most `count` steps; none under two, or where `solvers_for` knows no solver."""
+    """Returns the candidates of at most `count` steps; none under two, or if `solvers_for` has no solver."""
     sampler = schedule.sampler
     solvers = solvers_for(sampler) if count >= 2 else ()
     flow = sampler.class_name in FLOW_SCHEDULERS
@@ -142,7 +142,7 @@ def fewer_steps_at(schedule: Schedule, count: int) -> list[FewerSteps]:
 
 
 def solvers_for(sampler: Sampler) -> tuple[str, ...]:
-    """Returns the solvers that can take the sampler's place: none where its configuration is of neither family."""
+    """Returns the solvers that can replace the sampler; none if its configuration is of neither family."""
     config = sampler.config
     if sampler.class_name in FLOW_SCHEDULERS:
         return () if config.get("invert_sigmas") or config.get("stochastic_sampling") else FLOW
