@@ -102,7 +102,7 @@ def _names(paths: list[Path], loaded: list[Any]) -> list[str]:
 
 def _record(console: Any, result: dict[str, Any], paths: list[Path], loaded: list[Any]) -> None:
     """Adds each schedule's figures to its file."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from ..measure.evaluate import measured_record
 
