@@ -17,11 +17,11 @@ from ..formats.sites import Model, Sampler, SiteKey
 SIDES = {"full": "the full run", "data": "the data"}
 
 
-def _table(columns: Sequence[str], title: str | None = None) -> Table:
-    """Returns an empty table for 80 columns; the first column is a name, the others are numbers."""
+def _table(columns: Sequence[str], title: str | None = None, wrap_name: bool = False) -> Table:
+    """Returns an empty table for 80 columns: a name, then numbers; only the name may be wrapped, or only the numbers."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", no_wrap=bool(number))
+        table.add_column(column, justify="right" if number else "left", no_wrap=wrap_name == bool(number))
     return table
 
 
@@ -29,7 +29,9 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of an evaluation and its notes."""
     title = f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}"
     classes = ("class",) if "accuracy" in result["full"] else ()
-    table = _table(("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "flip", "SSIM", "L2", *classes), title)
+    table = _table(
+        ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "flip", "SSIM", "L2", *classes), title, wrap_name=True
+    )
     full = ["full", "1.00x", "1.00x", *"–––––"]
     table.add_row(*full, *(f"{result['full']['accuracy']:.1%}" for _ in classes))
     for row in result["rows"]:
