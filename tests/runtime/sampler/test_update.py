@@ -342,7 +342,7 @@ def test_answers_are_of_the_schedulers_kind():
         assert torch.allclose(result[0], plain.step(x, t, x).prev_sample, rtol=1e-5, atol=1e-6)
 
 
-def test_two_transformers_rest_in_their_turns(wan):
+def test_two_transformers_rest_in_their_turns(wan):  # noqa: F811
     plain = draw_wan(wan)
     schedule = schedule_of(wan)
     own = replace(schedule, update=with_update(wan, schedule).update)
