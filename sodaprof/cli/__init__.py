@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error that sodaprof understands, 2 wrong usage, 130 Ctr
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -60,6 +61,7 @@ def options(show_version: Annotated[bool, typer.Option("--version", callback=ver
 
 def main() -> None:
     """Runs the command line; every error that sodaprof understands ends in one message, without a traceback."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer's own answer to Ctrl-C

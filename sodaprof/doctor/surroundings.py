@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..pipelines.patch import patched
 from ..pipelines.sampler_steps import LOOP_SCHEDULERS, in_loop
 
 Finding = dict[str, Any]  # where, kind, what, effect, do, and what else is known
@@ -34,22 +34,14 @@ def finding(where: str, kind: str, what: str, effect: str, do: str, **more: Any)
 def timesteps_asked(scheduler: Any) -> Iterator[list[bool]]:
     """Yields a list that grows, at each `set_timesteps` of this instance, by whether a device was asked for."""
     asked: list[bool] = []
-    own, set_timesteps = vars(scheduler).get("set_timesteps"), scheduler.set_timesteps
 
-    @functools.wraps(set_timesteps)
-    def listen(*args: Any, **kwargs: Any) -> Any:
+    def listen(set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(set_timesteps).bind(*args, **kwargs).arguments
         asked.append(bound.get("device") is not None)
         return set_timesteps(*args, **kwargs)
 
-    scheduler.set_timesteps = listen
-    try:
+    with patched(scheduler, "set_timesteps", listen):
         yield asked
-    finally:
-        if own is None:
-            del scheduler.set_timesteps
-        else:
-            scheduler.set_timesteps = own
 
 
 def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:

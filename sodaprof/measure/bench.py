@@ -22,7 +22,7 @@ from ..formats.sites import Model, Sampler
 from ..pipelines.device import device_facts, launches_of, versions
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.load import call, default_prompts, transformers_of
-from ..pipelines.recording import stepping
+from ..pipelines.patch import patched
 from ..runtime.apply import Handle, apply
 
 WARM_UP = 3  # runs: the first traces and notes the timesteps, the second probes, the third captures
@@ -79,17 +79,15 @@ def marked(pipe: Any) -> Iterator[Marks]:
     for transformer in transformers_of(pipe).values():
         hooks.append(transformer.register_forward_pre_hook(lambda *_: marks("in")))
         hooks.append(transformer.register_forward_hook(lambda *_: marks("out")))
-    scheduler = pipe.scheduler
-    step = scheduler.step
 
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         marks("begin")
         result = step(*args, **kwargs)
         marks("end")
         return result
 
     try:
-        with stepping(scheduler, timed):
+        with patched(pipe.scheduler, "step", timed):
             yield marks
     finally:
         for hook in hooks:

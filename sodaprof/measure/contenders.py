@@ -16,6 +16,7 @@ from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model
 from ..pipelines.load import call, pictures_of, takes_labels
+from ..pipelines.patch import patched
 from ..runtime.apply import Handle, apply_with
 from .classifier import Classifier
 from .controls import FewerSteps, fewer_steps_at, fora_at, full_steps
@@ -118,20 +119,16 @@ def _latents_of(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
     if vae is None:
         yield found
         return
-    decode = vae.decode
 
-    def tap(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def tap(decode: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if z.is_cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
         found.append((z.detach().float().cpu().numpy(), now))
         return decode(z, *args, **kwargs)
 
-    vae.decode = tap
-    try:
+    with patched(vae, "decode", tap):
         yield found
-    finally:
-        del vae.decode
 
 
 def nearness_db(contender: Contender, full: Contender) -> float:

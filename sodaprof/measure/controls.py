@@ -7,9 +7,8 @@ schedules' anchors), beside the schedulers' stock spacings.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..errors import BudgetError
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler
+from ..pipelines.patch import patched
 
 DPM = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
 DIFFUSION: dict[str, tuple[Any, dict[str, Any]]] = {  # first-order DPM-Solver++ is DDIM (Lu et al. 2022, 4.1)
@@ -47,9 +47,14 @@ class FewerSteps:
     def on(self, pipe: Any) -> Iterator[None]:
         """Puts the sampler in place of the pipeline's scheduler while the block runs."""
         own = pipe.scheduler
-        pipe.scheduler = self._scheduler(own)
+        pipe.scheduler = scheduler = self._scheduler(own)
         try:
-            yield
+            with ExitStack() as patches:
+                if self.timesteps is not None:
+                    patches.enter_context(_pinned(scheduler, self.timesteps))
+                if self.solver == "Adams-Bashforth":
+                    patches.enter_context(_extrapolated(scheduler))
+                yield
         finally:
             pipe.scheduler = own
 
@@ -57,22 +62,14 @@ class FewerSteps:
         if self.solver in DIFFUSION:
             kind, settings = DIFFUSION[self.solver]
             spacing = {} if self.timesteps else {"timestep_spacing": self.spacing.removeprefix("stock ")}
-            scheduler = kind.from_config(own.config, **settings, **spacing)
-        else:
-            scheduler = type(own).from_config(own.config)
-        if self.timesteps is not None:
-            _pin(scheduler, self.timesteps)
-        if self.solver == "Adams-Bashforth":
-            _extrapolate(scheduler)
-        return scheduler
+            return kind.from_config(own.config, **settings, **spacing)
+        return type(own).from_config(own.config)
 
 
-def _pin(scheduler: Any, timesteps: tuple[float, ...]) -> None:
-    """Makes the scheduler take these timesteps whatever its own spacing is; called with as many steps."""
-    set_timesteps = scheduler.set_timesteps
+def _pinned(scheduler: Any, timesteps: tuple[float, ...]) -> AbstractContextManager[None]:
+    """Makes `set_timesteps`, called with as many steps, set these timesteps instead of the scheduler's own spacing."""
 
-    @functools.wraps(set_timesteps)  # pipelines look at its signature
-    def pinned(*args: Any, **kwargs: Any) -> None:
+    def pinned(set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
         scheduler.timesteps = scheduler.timesteps.new_tensor(timesteps)
         if hasattr(scheduler, "sigmas"):
@@ -84,15 +81,21 @@ def _pin(scheduler: Any, timesteps: tuple[float, ...]) -> None:
                 at /= scheduler.config.num_train_timesteps
             scheduler.sigmas = torch.from_numpy(np.append(at, 0.0).astype(np.float32)).to(scheduler.sigmas.device)
 
-    scheduler.set_timesteps = pinned
+    return patched(scheduler, "set_timesteps", pinned)
 
 
-def _extrapolate(scheduler: Any) -> None:
-    """Turns Euler steps of a flow into steps of the two-step Adams-Bashforth formula: v + h / (2 h₋₁) · (v − v₋₁)."""
-    euler, before = scheduler.step, list[torch.Tensor]()
+def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
+    """Makes the scheduler's Euler steps follow the two-step Adams-Bashforth formula: v + h / (2 h₋₁) · (v − v₋₁)."""
+    before: list[torch.Tensor] = []
 
-    @functools.wraps(euler)
-    def step(velocity: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(
+        euler: Callable[..., Any],
+        velocity: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         grid = [*scheduler.timesteps.tolist(), 0.0]
         at = grid.index(float(timestep))
         used = velocity
@@ -102,7 +105,7 @@ def _extrapolate(scheduler: Any) -> None:
         before[:] = [velocity]
         return euler(used, timestep, sample, *args, **kwargs)
 
-    scheduler.step = step
+    return patched(scheduler, "step", step)
 
 
 def fora_at(schedule: Schedule, model: Model, cost: CostModel, speedup: float) -> Schedule | None:

@@ -16,7 +16,7 @@ from ..pipelines.device import versions
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.flops import count_flops
 from ..pipelines.load import check_entries, check_seeds, default_prompts
-from ..runtime.checks import check_fits
+from ..runtime.checks import check_matches
 from .classifier import Classifier, load_classifier
 from .contenders import FEWER, Contender, Run, choose, control_candidates, describe, features_of, joined, works_by
 from .metrics import (
@@ -76,7 +76,7 @@ def evaluate(
         if schedule.sampler.timesteps != sampler.timesteps:
             raise MismatchError("The schedules are for different timesteps; evaluate them in separate calls.")
         _keep_apart(schedule, seed, samples)
-        check_fits(pipe, schedule)
+        check_matches(pipe, schedule)
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     check_entries(pipe, entries)

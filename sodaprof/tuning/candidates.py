@@ -21,7 +21,7 @@ from ..formats.cost import cost_of
 from ..formats.profile import load_profile
 from ..formats.schedule import Schedule
 from ..measure.metrics import worst_decile
-from ..runtime.checks import check_fits
+from ..runtime.checks import check_matches
 from .closed_loop import SAMPLES, calibration_replay, counting, fit_update, joint, play, priced
 
 CANDIDATES = tuple(  # policy, whether an update is fitted in addition
@@ -80,7 +80,7 @@ def mix(
         told = " ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise BudgetError(f"No action keeps to the budget. {told}")
     profile, table = load_profile(folder), cost_of(folder, cost)
-    check_fits(pipe, next(iter(compiled.values())))
+    check_matches(pipe, next(iter(compiled.values())))
     on_step = counting((1 + len(compiled)) * profile.sampler.steps, on_progress)
     replay = calibration_replay(pipe, profile, samples, on_step)
     weighed = []

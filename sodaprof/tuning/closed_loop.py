@@ -26,7 +26,7 @@ from ..measure.metrics import worst_decile
 from ..pipelines.clock import Clock
 from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
-from ..runtime.checks import check_fits
+from ..runtime.checks import check_matches
 from ..runtime.hooks.sites import SiteRow
 from ..runtime.hooks.stack import StackRow, block_of
 
@@ -213,7 +213,7 @@ def fit_to_model(
     Beside it each generation's distance to the full run, dB. Costs one plain run of these generations and one accelerated.
     Raises MismatchError where schedule and pipeline do not belong together.
     """
-    check_fits(pipe, schedule)
+    check_matches(pipe, schedule)
     on_step = counting(2 * profile.sampler.steps, on_progress)
     replay = calibration_replay(pipe, profile, samples, on_step)
     kept = schedule.update.history if schedule.update else history

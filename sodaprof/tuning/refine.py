@@ -28,7 +28,7 @@ from ..pipelines.flops import count_flops
 from ..pipelines.load import default_prompts
 from ..pipelines.replay import Replay
 from ..pipelines.stack import stack_of
-from ..runtime.checks import check_fits
+from ..runtime.checks import check_matches
 from .closed_loop import Fit, joint, play, priced
 from .columns import columns_of, drawn, proposed
 
@@ -81,7 +81,7 @@ def refine(
     output = Path(output)
     state = output.with_name(output.name + ".search")
     columns = check_search(schedule, seconds, evaluations, samples)
-    check_fits(pipe, schedule)
+    check_matches(pipe, schedule)
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
     samples = min(samples, profile["samples"])

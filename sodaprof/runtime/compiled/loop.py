@@ -9,6 +9,7 @@ callback that changes latents, another guidance at some steps) is not seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,14 +89,18 @@ class Loop:
     def reset(self) -> None:
         self.branches, self.final, self.begun = [], None, None
 
-    def note(
-        self, step: int | None, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]
-    ) -> None:
-        """Notes what a step of the pipeline's did to the latents; the first shows guidance and solver."""
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Returns the final latents if the steps were taken here, else the pipeline's own step (`clock.StepTaker`)."""
+        if self.final is not None:
+            return self.last()
+        result = own(*arguments, **options)
         if step == 0:
-            self._begin(scheduler, output, sample, result, kwargs)
+            self._begin(scheduler, arguments[0], arguments[2], result, options)
         elif self.begun is not None:
             self.begun.prev = _latents(result)
+        return result
 
     def _begin(self, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]) -> None:
         """Reads guidance and solver off the first step, which the pipeline took."""
@@ -148,10 +153,13 @@ class Loop:
                 self._steps()
         return self.branches[min(self.moment.branch, len(self.branches) - 1)].out
 
-    def rest(self, step: int) -> None:
-        """Counts the cells of the steps without network from this step on, at which the pipeline does not call it."""
+    def finished(self, step: int) -> bool:
+        """Whether all steps from this one on are taken (`clock.LoopTaker`); counts the cells of skipped ones among them."""
+        if self.final is None:
+            return False
         if skipped := self.called[step:].count(False):
             self.moment.executed["-"] += skipped * len(self.capture.rows)
+        return True
 
     def last(self) -> Any:
         """Returns the scheduler's answer at the steps that were taken here: the final latents, as it would hand them over."""

@@ -99,7 +99,7 @@ class Run:
         elif any(s is not None and leaves[s.origin] is not h for s, h in zip(member.streams, self.handed, strict=True)):
             raise MismatchError(
                 f"{member.block.path} is not given what the block before it returned, as it was in the run before. Run "
-                "the schedule without collapse: apply(pipe, schedule, lower=True, collapse=None)."
+                "the schedule without cached sums: apply(pipe, schedule, runtime=Compiled(sums=None))."
             )
         out = tree_unflatten(self.handed, member.out)
         self.at = (self.at + 1) % len(self.members)

@@ -15,6 +15,7 @@ from sodaprof.pipelines.device import Operators
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import call, load_pipeline
 from sodaprof.runtime.compiled import precompute as fill
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.precompute import split
 from tests.tape import Tapes
 from tests.tiny_pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
@@ -41,7 +42,7 @@ def operators(graph):
 def served(handle):
     """Notes each call of a block that took values from a table: [(step, branch)]."""
     noted = []
-    for block in handle.blocks:
+    for block in handle.engine.blocks:
 
         class Noting(dict):
             def __getitem__(self, at):
@@ -56,7 +57,7 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
     schedule = mixed_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(sums=None, graphs=False)) as handle:
         counts = served(handle)
         assert np.array_equal(draw(pipe), wanted)
         assert not counts
@@ -70,9 +71,9 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
 
 def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
     rows = dict.fromkeys(SITES, "CRR")
-    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), lower=True) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), runtime="compiled") as handle:
         draw(pipe, steps=3), draw(pipe, steps=3)
-        parts = list(handle.tables[0].filler.parts.values())
+        parts = list(handle.engine.tables[0].filler.parts.values())
     assert parts
     for of_run, of_step, rest, *_ in parts:
         assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
@@ -87,7 +88,7 @@ def test_other_labels_batches_and_weights_get_their_own_values(pipe):
     for p, labels in ((pipe, (1, 2)), (pipe, (4, 5)), (pipe, (3,)), (other, (4, 5))):
         with sodaprof.apply(p, schedule):
             wanted.append(draw(p, labels, SHORT))
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         draw(pipe, steps=SHORT)
         for labels, pictures in zip(((1, 2), (4, 5), (3,)), wanted, strict=False):
             assert np.array_equal(draw(pipe, labels, SHORT), pictures)
@@ -114,7 +115,7 @@ def test_labels_changed_within_a_run_are_not_served_the_old_ones():
         pipe.switch = True
         wanted = draw(pipe, steps=4)
         pipe.transformer.forward = inner
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         pipe.switch = False
         draw(pipe, steps=4), draw(pipe, steps=4)
         inner = pipe.transformer.forward
@@ -136,7 +137,7 @@ def test_two_pass_guidance():
     schedule = schedule_for(pipe, {SITES[1]: "CRCR", SITES[2]: "CRRR"}, steps=4)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=4)
-    with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(sums=None, graphs=False)) as handle:
         counts = served(handle)
         for _ in range(3):
             assert np.array_equal(draw(pipe, steps=4), wanted)
@@ -144,21 +145,21 @@ def test_two_pass_guidance():
 
 
 def test_values_are_forgotten_after_a_run(pipe):
-    with sodaprof.apply(pipe, short_schedule(pipe), lower=True) as handle:
+    with sodaprof.apply(pipe, short_schedule(pipe), runtime="compiled") as handle:
         for _ in range(2):
             draw(pipe, steps=SHORT)
-            assert not any(block.ready for block in handle.blocks)
-            assert not handle.tables[0].first
+            assert not any(block.ready for block in handle.engine.blocks)
+            assert not handle.engine.tables[0].first
 
 
 def test_tables_can_be_left_out(pipe):
     schedule = short_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=SHORT)
-    with sodaprof.apply(pipe, schedule, lower=True, tables=False) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
         draw(pipe, steps=SHORT)
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
-        assert not handle.tables
+        assert not handle.engine.tables
 
 
 def test_split_keeps_random_numbers_where_they_were():
@@ -189,9 +190,9 @@ def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
         return [[v + error if error else v for v in each(*parameters, *at_step, *of_run)] for at_step in inputs]
 
     monkeypatch.setattr(fill.Filler, "_batched", batched)
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         draw(pipe, steps=SHORT), draw(pipe, steps=SHORT)
-        tried, count = handle.tables[0].filler.at_once, len(batches)
+        tried, count = handle.engine.tables[0].filler.at_once, len(batches)
         assert {whole is not None for whole in tried.values()} == {error == 0}
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
         assert (len(batches) > count) == (error == 0)
@@ -248,7 +249,7 @@ def test_filling_takes_few_operators(tables, dtype):
     schedule = schedule_for(pipe, rows)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, tables=tables, capture=counted) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=tables, graphs=counted)) as handle:
         draw(pipe), draw(pipe), draw(pipe)
         found = draw(pipe)
         assert handle.report().counters.steps_replayed == 8
@@ -258,7 +259,7 @@ def test_filling_takes_few_operators(tables, dtype):
 
 def test_tables_of_another_name_are_refused(pipe):
     with pytest.raises(SodaprofError, match="tables is 'nearly'; expected True, False or 'near'"):
-        sodaprof.apply(pipe, short_schedule(pipe), lower=True, tables="nearly")
+        sodaprof.apply(pipe, short_schedule(pipe), runtime=Compiled(tables="nearly", graphs=False))
 
 
 def test_linear_layers_are_cut_to_what_is_used():
@@ -301,10 +302,10 @@ def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_betwee
         getattr(module, name).data.mul_(1.05)
 
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, prompts[0])
-    handle = sodaprof.apply(pipe, all_compute(model, sampler), lower=True)
+    handle = sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled")
     counts = served(handle)
     made(), made(), made()
-    (program,) = handle.tables[0].programs.values()
+    (program,) = handle.engine.tables[0].programs.values()
     assert program is not None
     assert not any(
         "conv" in o for part in program.parts[:3] for o in operators(part)
@@ -340,9 +341,9 @@ def test_arguments_that_cannot_be_traced_are_asked_for_at_every_step(monkeypatch
     made = lambda: call(pipe, ["two red circles"], [0], 3, 4.5, output_type="latent").images  # noqa: E731
     wanted = made()
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, "two red circles")
-    with sodaprof.apply(pipe, all_compute(model, sampler), lower=True) as handle:
+    with sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled") as handle:
         counts = served(handle)
         for _ in range(4):
             assert np.array_equal(made(), wanted)
-        assert set(handle.tables[0].programs.values()) == {None}
+        assert set(handle.engine.tables[0].programs.values()) == {None}
         assert len(counts) == (2 + 3 + 3) * BLOCKS

@@ -16,6 +16,7 @@ from sodaprof.formats.schedule import Forecast, TokenRule
 from sodaprof.runtime.apply import Counters
 from sodaprof.runtime.compiled import kernels
 from sodaprof.runtime.compiled import sums as collapse
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.graphs import CudaGraphs
 from sodaprof.runtime.hooks.cells import slots_of
 from tests.tape import Tapes
@@ -44,8 +45,8 @@ def eager(pipe, schedule, *args, **kwargs):
         return draw(pipe, *args, **kwargs)
 
 
-def captured(pipe, schedule, tapes, **kwargs):
-    return with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=tapes, **kwargs))
+def captured(pipe, schedule, tapes, **settings):
+    return with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=tapes, **settings)))
 
 
 def taylor_schedule(pipe):
@@ -70,18 +71,18 @@ def test_replays_are_bit_identical(make, steps, graphs, mode, dtype):
     schedule = make(pipe)
     wanted = eager(pipe, schedule, steps=steps)
     others = eager(pipe, schedule, (7, 3), steps=steps, seed=5)
-    with captured(pipe, schedule, tapes, collapse=mode) as handle:
+    with captured(pipe, schedule, tapes, sums=mode) as handle:
         for run in range(3):
             assert np.array_equal(draw(pipe, steps=steps), wanted), run
             assert handle.report().executed == handle.report().planned
         assert np.array_equal(draw(pipe, (7, 3), steps, seed=5), others)  # other labels and noise, the same graphs
         assert handle.report().executed == handle.report().planned
         assert np.array_equal(draw(pipe, steps=steps), wanted)
-        assert len(handle.captures[0].graphs) == graphs  # equal steps share one
+        assert len(handle.engine.captures[0].graphs) == graphs  # equal steps share one
         assert tapes.made == graphs + 1  # and one fills the tables
         # in the third run, a graph's first step is not replayed
         assert tapes.played == 2 * (steps + 1) + steps - graphs
-        assert handle.report().path == f"captured: {graphs} graphs, {steps}/{steps} steps replayed"
+        assert handle.report().path == f"compiled: {graphs} graphs, {steps}/{steps} steps replayed"
 
 
 def test_two_pass_guidance():
@@ -121,7 +122,7 @@ def test_new_weights_in_place_and_elsewhere(pipe):
         assert tapes.made == 2 * made  # nothing has to be learned again
         pipe.transformer.load_state_dict(other.transformer.state_dict(), assign=True)
         assert np.array_equal(few(pipe), wanted)
-        assert handle.report().path.startswith("captured")
+        assert handle.report().path.startswith("compiled: ")
 
 
 def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
@@ -169,7 +170,7 @@ def test_a_failed_capture_runs_the_blocks_and_says_so(pipe, error):
         for _ in range(4):
             assert np.array_equal(few(pipe), wanted)
             assert handle.report().executed == handle.report().planned
-        assert handle.report().path == f"lowered: the capture failed ({error})"
+        assert handle.report().path == f"compiled, no CUDA graphs: the capture failed ({error})"
 
 
 def test_a_pipeline_that_keeps_outputs_keeps_its_own(pipe):
@@ -188,8 +189,8 @@ def test_without_a_gpu_the_blocks_run_and_the_report_says_so(pipe):
     with captured(pipe, schedule, True) as handle:
         few(pipe)
         assert np.array_equal(few(pipe), wanted)
-        assert handle.report().path == "lowered: CUDA graphs need a GPU, the transformer is on cpu"
-    with pytest.raises(SodaprofError, match="lower=True, capture=True"):
+        assert handle.report().path == "compiled, no CUDA graphs: the pipeline was on cpu when the schedule was applied"
+    with pytest.raises(SodaprofError, match='apply\\(pipe, schedule, runtime="compiled"\\)'):
         sodaprof.apply(pipe, schedule, capture=True)
 
 
@@ -217,7 +218,7 @@ def test_sums_by_kernel_from_the_arena(monkeypatch, mode):
     monkeypatch.setattr(collapse, "on_gpu", lambda tensor: True)
     real = kernels.sum_kept
     monkeypatch.setattr(kernels, "sum_kept", lambda *a, **kw: launched.append(a) or real(*a, **kw))
-    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), collapse=mode):
+    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), sums=mode):
         draw(pipe), draw(pipe)
         launched.clear()
         pictures = draw(pipe)
@@ -233,10 +234,10 @@ def test_sums_by_kernel_from_the_arena(monkeypatch, mode):
 def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
     pipe = tiny_pipe().to("cuda", dtype)
     schedule = make(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         draw(pipe)
         wanted, others = draw(pipe), draw(pipe, (7, 3), seed=5)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         for _ in range(4):
             assert np.array_equal(draw(pipe), wanted)
         assert np.array_equal(draw(pipe, (7, 3), seed=5), others)
@@ -273,7 +274,7 @@ def test_counters_say_what_ran(pipe):
     with sodaprof.apply(pipe, schedule) as handle:
         few(pipe)
         assert not any(vars(handle.report().counters).values())
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         few(pipe)
         traced = handle.report().counters.programs
         assert handle.report().counters == Counters(0, 0, 0, 0, 0, 0, traced)
@@ -292,7 +293,7 @@ def test_as_few_buffers_as_sources_at_once():
     assert slots_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
 
 
-@pytest.mark.parametrize("extra", [{}, {"loop": True}])
+@pytest.mark.parametrize("extra", [{}, {"whole_steps": True}])
 def test_another_resolution_is_refused_and_the_profiled_one_still_runs(extra):
     pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
     schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)

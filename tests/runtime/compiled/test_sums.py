@@ -12,6 +12,7 @@ import sodaprof
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast
 from sodaprof.runtime.compiled import sums as collapse
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.streams import Kept, Stream, Term, streams_of
 from sodaprof.runtime.compiled.sums import Run, Scalars
 from sodaprof.runtime.hooks.cells import weighted
@@ -30,7 +31,7 @@ def idle_schedule(pipe):
 def runs_of(pipe, schedule, mode, runs=2):
     """Returns the last pictures and how many blocks each sum was of: {(step, branch): [blocks]}."""
     found: dict = {}
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, collapse=mode)) as handle:
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(sums=mode, graphs=False))) as handle:
         for _ in range(runs - 1):
             draw(pipe, steps=schedule.steps)
         call, original = Run.call, Run.call
@@ -139,7 +140,7 @@ def test_forecasts_of_branches_and_batches_do_not_meet():
     calls = {(1, 2): 0, (3,): 1, (4, 5): 2}
     with sodaprof.apply(pipe, schedule):
         wanted = {labels: draw(pipe, labels, 5, seed) for labels, seed in calls.items()}
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         for _ in range(3):
             for labels, seed in calls.items():  # in turn, as requests come
                 assert np.array_equal(draw(pipe, labels, 5, seed), wanted[labels])
@@ -172,7 +173,7 @@ def test_fused_differs_by_rounding_alone():
 
     with sodaprof.apply(pipe, schedule):  # the bits of the ordered sums
         plain = outputs()
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, collapse="fused")):
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(sums="fused", graphs=False))):
         draw(pipe, steps=7)
         fused = outputs()
     assert len(plain) == len(fused) == 7
@@ -197,7 +198,7 @@ def test_the_first_run_and_other_modes():
     assert runs_of(pipe, schedule, "ordered", runs=1)[1] == {}  # notes how the blocks are called
     assert runs_of(pipe, schedule, None)[1] == {}
     with pytest.raises(SodaprofError, match="expected 'ordered', 'fused' or None"):
-        sodaprof.apply(pipe, schedule, lower=True, collapse="quick")
+        sodaprof.apply(pipe, schedule, runtime=Compiled(sums="quick", graphs=False))
 
 
 class Skips(DiTTransformer2DModel):
@@ -232,14 +233,14 @@ def test_outputs_that_others_take_too_are_not_summed_across():
 def test_a_detour_that_was_not_there_before_is_refused():
     pipe = tiny_pipe()
     first = pipe.transformer.transformer_blocks[0]
-    with sodaprof.apply(pipe, schedule_for(pipe, dict.fromkeys(SITES, "CRRR"), steps=4), lower=True) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, dict.fromkeys(SITES, "CRRR"), steps=4), runtime="compiled") as handle:
         plain = draw(pipe, steps=4)
         hook = first.register_forward_hook(lambda m, a, out: out + 1)
         detour = draw(pipe, steps=4)  # there from the beginning of a run on: each block by itself
         hook.remove()
         assert not np.array_equal(plain, detour)
         hook = first.register_forward_hook(lambda m, a, out: out + 1 if handle.moment.step > 1 else out)
-        with pytest.raises(MismatchError, match="collapse=None"):
+        with pytest.raises(MismatchError, match="sums=None"):
             draw(pipe, steps=4)
         hook.remove()
         assert np.array_equal(draw(pipe, steps=4), plain)
@@ -251,7 +252,7 @@ def test_hooks_of_others_on_a_block_run_once(lower):
     pipe.transformer.transformer_blocks[1].register_forward_hook(lambda m, a, out: calls.append(1) or out * 1.5)
     wanted, schedule = draw(pipe), schedule_for(pipe)
     calls.clear()
-    with sodaprof.apply(pipe, schedule, lower=lower, tables=False):
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False) if lower else "hooks"):
         assert np.array_equal(draw(pipe), wanted)
     assert len(calls) == 8
 
