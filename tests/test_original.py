@@ -1,4 +1,7 @@
-"""DiT and PixArt-α from their original checkpoints, against numbers recorded with the authors' code."""
+"""DiT and PixArt-α from their original checkpoints, against numbers recorded with the authors' code.
+
+The sinusoids of the timestep are the recorded ones: see sinusoids.py.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,8 @@ from torch import Tensor
 from sodaprof.errors import FormatError
 from sodaprof.models.original import load_dit, load_pixart, pixart_null_embedding
 
+from .sinusoids import recorded_sinusoids
+
 FOLDER = Path(__file__).parent / "data"
 HEADS = 4
 DATA = {name: load_file(FOLDER / f"{name}.safetensors") for name in ("dit_toca_ddim50", "pixart_toca_20")}
@@ -33,7 +38,7 @@ def arguments(name: str) -> dict[str, Any]:
     PixArt's the null text first.
     """
     data = DATA[name]
-    given = {"hidden_states": data["call/000/x"], "timestep": data["call/000/t"]}
+    given = {"hidden_states": data["call/000/x"].repeat(2, 1, 1, 1), "timestep": data["call/000/t"]}
     if name.startswith("dit"):
         null = torch.full_like(data["labels"], len(data["weights/y_embedder.embedding_table.weight"]) - 1)
         return given | {"class_labels": torch.cat([data["labels"], null])}
@@ -44,12 +49,12 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def output(model: Any, name: str) -> Tensor:
-    """Returns the output, without the variances that the recording dropped."""
+    """Returns the recorded coordinates of the output: one of each token and sample."""
     given = {k: v.to(model.dtype) if k == "hidden_states" else v for k, v in arguments(name).items()}
     if "encoder_hidden_states" in given:
         given["encoder_hidden_states"] = given["encoder_hidden_states"].to(model.dtype)
-    with torch.no_grad():
-        return model(**given).sample[:, : DATA[name]["call/000/out"].shape[1]]
+    with torch.no_grad(), recorded_sinusoids(DATA[name]):
+        return model(**given).sample[tuple(DATA[name]["coordinates"].long().T)]
 
 
 def error(a: Tensor, b: Tensor) -> float:
