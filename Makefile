@@ -34,6 +34,7 @@ test: .venv/ready
 	$(PYTEST)
 
 check: .venv/ready
+	@git ls-files -z | xargs -0 cat | wc -c | awk '$$1 > 48e6 { print "Tracked files: " $$1 " bytes, more than 48 MB."; exit 1 }'
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

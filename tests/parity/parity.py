@@ -2,10 +2,12 @@
 
     python -m tests.parity.parity FILE... [--json]
 
-A recording holds a network's weights (or the name of one beside it that does), every call of it with its output, and
-every set of tokens that was recomputed.
+A recording holds a network's weights (or the name of one beside it that does), calls of it with their outputs, and
+every set of tokens that was recomputed in them.
 The check builds the network in double precision, compiles the schedule that the recorded arguments ask for, applies it
-to a pipeline that feeds the recorded inputs call by call, and compares step types, token sets and outputs.
+to a pipeline that feeds the recorded inputs call by call, and compares step types, token sets and outputs. Calls may be
+left out before a step that computes everything: the network is then called with the inputs of the call before, and
+nothing is compared.
 
 Exit code: 0 where all of them agree, 1 where they do not or a file cannot be compared, 2 usage.
 """
@@ -16,10 +18,11 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -39,6 +42,8 @@ from sodaprof.formats.sites import Guidance, Model, Sampler
 from sodaprof.opensora.network import STDiT3 as Network
 from sodaprof.pipelines.discover import Step, find_sites
 from tests.parity.original import load_dit, load_pixart
+
+from .sinusoids import recorded_sinusoids
 
 TOLERANCE = 1e-5  # of outputs, relative to the largest number of each; recorded ones are rounded to single precision
 SHOWN = 3  # places that are named of all that differ
@@ -63,9 +68,11 @@ class Recording:
         self.args: dict[str, Any] = meta["args"]
         self.weights = {k.removeprefix("weights/"): v for k, v in tensors.items() if k.startswith("weights/")}
         self.steps = int(self.args["steps"])
-        self.calls = sum(name.startswith("call/") and name.endswith(f"/{self.output}") for name in tensors)
-        if not 0 < self.calls <= self.steps:
-            raise FormatError(f"{path}: {self.calls} calls recorded, expected one for each of {self.steps} steps.")
+        self.calls = sorted(
+            int(name.split("/")[1]) for name in tensors if re.fullmatch(rf"call/\d+/{self.output}", name)
+        )
+        if not self.calls or self.calls[0] != 0 or self.calls[-1] >= self.steps:
+            raise FormatError(f"{path}: calls {self.calls} recorded, expected calls of {self.steps} steps, from 0 on.")
         for call, details in meta.get("calls", {}).items():
             if details.get("step", self.counter(int(call))) != self.counter(int(call)):
                 raise FormatError(
@@ -81,10 +88,14 @@ class Recording:
         """Returns what the network is called with at this step."""
         raise NotImplementedError
 
-    def compared(self, step: int, found: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the outputs of this call, each with the recorded one."""
-        wanted = self.at(step, "out")
-        yield found.sample[:, : wanted.shape[1]], wanted  # PixArt's recordings drop the variances
+    def found(self, output: Any) -> Tensor:
+        """Returns the recorded part of what a call returned."""
+        return self.part(output.sample, self.at(0, self.output).shape)
+
+    def part(self, output: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Returns the recorded coordinates of an output, or as many channels of it as are recorded."""
+        coordinates = self.tensors.get("coordinates")  # [n, axes]
+        return output[:, : shape[1]] if coordinates is None else output[tuple(coordinates.long().T)]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
@@ -92,7 +103,14 @@ class Recording:
         return self.tensors[name]
 
     def at(self, step: int, name: str) -> Tensor:
-        return self[f"call/{step:03d}/{name}"]
+        """Returns a value of one call, which may be recorded once for all of them."""
+        shared = self.tensors.get(f"call/{name}")
+        return self[f"call/{step:03d}/{name}"] if shared is None else shared
+
+    def both_halves(self, step: int, name: str, batch: int) -> Tensor:
+        """Returns an input [batch, …] in double precision; one guidance half may be recorded for both."""
+        value = self.at(step, name).double()
+        return value.repeat(batch // len(value), *(1,) * (value.ndim - 1))
 
     def counter(self, step: int) -> int:
         return self.steps - 1 - step if self.descending else step
@@ -155,10 +173,11 @@ class DiTRecording(Recording):
         return load_dit(self.weights, torch.float64, heads=self.meta["cfg"]["heads"])
 
     def arguments(self, step: int) -> dict[str, Any]:
-        x, labels = self.at(step, "x").double(), self["labels"]
+        t, labels = self.at(step, "t"), self["labels"]
+        x = self.both_halves(step, "x", len(t))
         if len(labels) < len(x):  # of the first half alone; the other is of no class
             labels = torch.cat([labels, torch.full_like(labels, self.network.config.num_embeds_ada_norm)])
-        return {"hidden_states": x, "timestep": self.at(step, "t"), "class_labels": labels}
+        return {"hidden_states": x, "timestep": t, "class_labels": labels}
 
 
 class PixArtRecording(Recording):
@@ -169,34 +188,26 @@ class PixArtRecording(Recording):
         return load_pixart(self.weights, torch.float64, heads=self.meta["cfg"]["heads"])
 
     def arguments(self, step: int) -> dict[str, Any]:
-        x, mask = self.at(step, "x").double(), self["mask"]
+        t, mask = self.at(step, "t"), self["mask"]
         return {
-            "hidden_states": x,
-            "timestep": self.at(step, "t"),
+            "hidden_states": self.both_halves(step, "x", len(t)),
+            "timestep": t,
             "encoder_hidden_states": torch.cat([self["null"], self["cap"]])[:, 0].double(),
-            "encoder_attention_mask": mask.repeat(len(x) // len(mask), 1),  # both halves to the prompt's length
+            "encoder_attention_mask": mask.repeat(len(t) // len(mask), 1),  # both halves to the prompt's length
             "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
         }
 
 
 class STDiT3(Network):
-    """The network under its own name, which may also be entered at its blocks; `tokens` is what its last block gives."""
+    """The blocks of the network under its name: what comes before them is rounded by the CPU, and recorded."""
 
-    tokens: Tensor
-
-    def __init__(self, **config: Any) -> None:
-        super().__init__(**config)
-        self.final_layer.register_forward_pre_hook(lambda module, args: setattr(self, "tokens", args[0]))
-
-    def forward(self, hidden_states: Tensor, *args: Any, blocks: tuple[Any, ...] | None = None, **kwargs: Any) -> Any:
-        """Returns the output for latents; for tokens [B, N, D], with `blocks` the blocks' other arguments, None."""
-        if blocks is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        rope = self.rope(blocks[-1], hidden_states.dtype)
+    def forward(self, hidden_states: Tensor, text: Tensor, modulation: Tensor, mask: Tensor, frames: int) -> Tensor:
+        """Returns the tokens [B, N, D] that the last block gives for those of the first; see STDiT3Block."""
+        rope = self.rope(frames, hidden_states.dtype)
         for spatial, temporal in zip(self.spatial_blocks, self.temporal_blocks, strict=True):
-            hidden_states = temporal(spatial(hidden_states, *blocks), *blocks, rope=rope)
-        self.tokens = hidden_states
-        return None
+            hidden_states = spatial(hidden_states, text, modulation, mask, frames)
+            hidden_states = temporal(hidden_states, text, modulation, mask, frames, rope=rope)
+        return hidden_states
 
 
 class OpenSoraRecording(Recording):
@@ -222,29 +233,22 @@ class OpenSoraRecording(Recording):
         return network.double().eval()
 
     def arguments(self, step: int) -> dict[str, Any]:
-        """As recorded: from the latents, or from the first block on."""
-        if f"model/{step:03d}/x" in self.tensors:
-            return {
-                "hidden_states": self[f"model/{step:03d}/x"].double(),
-                "timestep": self[f"model/{step:03d}/t"].double(),
-                "encoder_hidden_states": self["model/kw/y"].double(),
-                "encoder_attention_mask": self.tensors.get("model/kw/mask"),
-                **{name: self[f"model/kw/{name}"] for name in ("fps", "height", "width")},
-            }
+        """From the first block on: the rounding of what comes before depends on the CPU."""
         call = self.meta["calls"][str(step)]
         parts = self.at(step, "text")[0].double().split(call["text_lens"])  # of all items, one after the other
         text = torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
         mask = torch.arange(text.shape[1]) < torch.tensor(call["text_lens"])[:, None]
         modulation = self.at(step, "t_mod").double().unflatten(-1, (6, -1))[:, None]
         return {
-            "hidden_states": self.at(step, "blocks_in").double(),
-            "blocks": (text, modulation, mask[:, None, None], call["T"]),
+            "hidden_states": self.both_halves(step, "blocks_in", len(modulation)),
+            "text": text,
+            "modulation": modulation,
+            "mask": mask[:, None, None],
+            "frames": call["T"],
         }
 
-    def compared(self, step: int, found: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        yield self.network.tokens, self.at(step, "blocks_out")
-        if found is not None:
-            yield found.sample, self[f"model/{step:03d}/out"]
+    def found(self, output: Any) -> Tensor:
+        return self.part(output, self.at(0, self.output).shape)
 
     def policy(self) -> tuple[str, dict[str, Any]]:
         """The published code's periods are 3 and 6, whatever N is."""
@@ -397,6 +401,16 @@ def compare_sets(recorded: dict[str, Tensor], found: dict[str, Tensor], step: in
     return count, places
 
 
+def check_gaps(recording: Recording, schedule: Schedule) -> None:
+    """Raises FormatError where calls are left out before a step that takes anything from them."""
+    for before, after in pairwise(recording.calls):
+        letters = {row[after] for row in schedule.transformers[NAME].rows.values()}
+        if after != before + 1 and letters != {"C"}:
+            raise FormatError(
+                f"{recording.path}: call {after} needs those before it, and call {after - 1} is left out."
+            )
+
+
 def compare_types(recording: Recording, schedule: Schedule) -> tuple[int, list[str]]:
     """Returns how many step types were compared, and the places where they differ."""
     rows, places = schedule.transformers[NAME].rows, []
@@ -408,36 +422,44 @@ def compare_types(recording: Recording, schedule: Schedule) -> tuple[int, list[s
     return len(recorded), places
 
 
-@torch.no_grad()
 def check(path: str | Path) -> Result:
     """Returns how a recording compares with this project's schedule of the same arguments, run on the recorded inputs.
 
     Raises FormatError where the file is no recording, or of arguments that no schedule repeats (random tokens).
     """
     recording = read(path)
+    with recorded_sinusoids(recording.tensors):
+        return compare(recording)
+
+
+@torch.no_grad()
+def compare(recording: Recording) -> Result:
     pipe = SimpleNamespace(components={NAME: recording.network}, scheduler=Scheduler(recording.steps))
     schedule = compile_for(recording, pipe)
+    check_gaps(recording, schedule)
     types, type_mismatches = compare_types(recording, schedule)
     recorded = checked(recording.selections, recording.path)
     sets, set_mismatches, worst, worst_step = 0, [], 0.0, 0
     with sodaprof.apply(pipe, schedule) as handle:
         pipe.scheduler.set_timesteps(recording.steps)
-        for step in range(recording.calls):
-            given = recording.arguments(step)
+        for step in range(recording.calls[-1] + 1):
+            if step in recording.calls:
+                given = recording.arguments(step)
             found = recording.network(**given)
-            for ours, wanted in recording.compared(step, found):
+            if step in recording.calls:
+                ours, wanted = recording.found(found), recording.at(step, recording.output)
                 error = ((ours - wanted).abs().max() / wanted.abs().max()).item()
                 if error > worst or math.isnan(error):
                     worst, worst_step = error, step
-            if recorded:
+            if recorded and step in recording.calls:
                 wanted_here = {site: tokens for (t, site), tokens in recorded.items() if t == step}
                 found_here = chosen(handle, schedule.transformers[NAME], step)
                 count, places = compare_sets(wanted_here, found_here, step, len(given["hidden_states"]))
                 sets, set_mismatches = sets + count, set_mismatches + places
             pipe.scheduler.step(found, pipe.scheduler.timesteps[step], given["hidden_states"])
     return Result(
-        str(path), type(recording.network).__name__, schedule.policy["name"], schedule.policy["knobs"],
-        recording.calls, sets, tuple(set_mismatches), types, tuple(type_mismatches), worst, worst_step,
+        recording.path, type(recording.network).__name__, schedule.policy["name"], schedule.policy["knobs"],
+        len(recording.calls), sets, tuple(set_mismatches), types, tuple(type_mismatches), worst, worst_step,
     )  # fmt: skip
 
 

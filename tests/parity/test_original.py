@@ -1,4 +1,7 @@
-"""DiT and PixArt-α from their original checkpoints, against numbers recorded with the authors' code."""
+"""DiT and PixArt-α from their original checkpoints, against numbers recorded with the authors' code.
+
+The sinusoids of the timestep are the recorded ones: see sinusoids.py.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from torch import Tensor
 
 from sodaprof.errors import FormatError
 from tests.parity.original import load_dit, load_pixart, pixart_null_embedding
+from tests.parity.sinusoids import recorded_sinusoids
 
 FOLDER = Path(__file__).parents[1] / "data"
 HEADS = 4
@@ -33,7 +37,7 @@ def arguments(name: str) -> dict[str, Any]:
     PixArt's the null text first.
     """
     data = DATA[name]
-    given = {"hidden_states": data["call/000/x"], "timestep": data["call/000/t"]}
+    given = {"hidden_states": data["call/000/x"].repeat(2, 1, 1, 1), "timestep": data["call/000/t"]}
     if name.startswith("dit"):
         null = torch.full_like(data["labels"], len(data["weights/y_embedder.embedding_table.weight"]) - 1)
         return given | {"class_labels": torch.cat([data["labels"], null])}
@@ -44,12 +48,12 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 def output(model: Any, name: str) -> Tensor:
-    """Returns the output, without the variances that the recording dropped."""
+    """Returns the recorded coordinates of the output: one of each token and sample."""
     given = {k: v.to(model.dtype) if k == "hidden_states" else v for k, v in arguments(name).items()}
     if "encoder_hidden_states" in given:
         given["encoder_hidden_states"] = given["encoder_hidden_states"].to(model.dtype)
-    with torch.no_grad():
-        return model(**given).sample[:, : DATA[name]["call/000/out"].shape[1]]
+    with torch.no_grad(), recorded_sinusoids(DATA[name]):
+        return model(**given).sample[tuple(DATA[name]["coordinates"].long().T)]
 
 
 def error(a: Tensor, b: Tensor) -> float:
@@ -70,6 +74,16 @@ def test_outputs_in_single_precision(name):
     model = LOAD[name](weights_of(name), heads=HEADS)
     assert {p.dtype for p in [*model.parameters(), *model.buffers()]} == {torch.float32}
     assert error(output(model, name), DATA[name]["call/000/out"]) < 1e-5
+
+
+@NAMES
+def test_outputs_do_not_depend_on_how_the_cpu_rounds_exp(name, monkeypatch):
+    model = LOAD[name](weights_of(name), torch.float64, heads=HEADS)
+    wanted, exp = output(model, name), torch.exp
+    monkeypatch.setattr(torch, "exp", lambda x: torch.nextafter(exp(x), torch.zeros(())))
+    assert torch.equal(output(model, name), wanted)
+    monkeypatch.setitem(DATA, name, {k: v for k, v in DATA[name].items() if not k.startswith("sinusoid/")})
+    assert not torch.equal(output(model, name), wanted)
 
 
 def test_configuration_of_dit():

@@ -1,8 +1,8 @@
-"""Schedules at work against recorded runs of the authors' code, and what the check says of recordings that differ.
+"""Schedules against recorded runs of the authors' code, and what the check says of recordings that differ.
 
-Seen where these tests were written: outputs within 5.8e-8, which is the rounding of the recorded ones to single
-precision. The recorded network of Open-Sora passes a softmax in single precision, whose last bit depends on the
-processor: elsewhere its error is somewhat larger.
+Outputs of DiT and PixArt are within 6e-8, to which the recorded ones are rounded. Open-Sora's network has a softmax and a
+norm in single precision, whose last bits depend on the CPU: its error is 0 on the kind of CPU that made the recording, and
+2e-7 with every number of both moved by one last bit at random.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.parity.parity import check, main
+from sodaprof.errors import FormatError
+from tests.parity.parity import check, compare, main, read
 
 FOLDER = Path(__file__).parents[1] / "data"
 DIT, DUCA, PIXART, OPENSORA = (
@@ -40,13 +41,13 @@ def changed(path: Path, to: Path, change: Change) -> Path:
 
 
 def short(path: Path, to: Path, *changes: Change) -> Path:
-    """As `changed`, the recording cut to its first calls, as few as hold steps of every type and some token sets."""
-    calls = {DIT: 20, OPENSORA: 7}[path]
+    """As `changed`, the recording cut to its first steps, as few as hold steps of every type and some token sets."""
+    steps = {DIT: 20, OPENSORA: 7}[path]
 
     def cut(tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         for change in changes:
             change(tensors, meta)
-        for name in [k for k in tensors if k.startswith("call/") and int(k.split("/")[1]) >= calls]:
+        for name in [k for k in tensors if re.match(r"call/\d", k) and int(k.split("/")[1]) >= steps]:
             del tensors[name]
 
     return changed(path, to, cut)
@@ -55,10 +56,10 @@ def short(path: Path, to: Path, *changes: Change) -> Path:
 @pytest.mark.parametrize(
     ("path", "model", "policy", "calls", "sets", "types"),
     [
-        (DIT, "DiTTransformer2DModel", "toca", 50, 348, 50 * 4 * 2),
-        (DUCA, "DiTTransformer2DModel", "duca", 50, 256, 50 * 4 * 2),
-        (PIXART, "PixArtTransformer2DModel", "toca", 20, 3120, 20 * 28 * 3),
-        (OPENSORA, "STDiT3", "toca", 30, 2016, 30 * 28 * 2 * 3),
+        (DIT, "DiTTransformer2DModel", "toca", 21, 140, 50 * 4 * 2),
+        (DUCA, "DiTTransformer2DModel", "duca", 21, 96, 50 * 4 * 2),
+        (PIXART, "PixArtTransformer2DModel", "toca", 12, 1776, 20 * 28 * 3),
+        (OPENSORA, "STDiT3", "toca", 16, 128, 30 * 4 * 2 * 3),
     ],
     ids=lambda value: value.stem if isinstance(value, Path) else None,
 )
@@ -68,26 +69,51 @@ def test_recorded_runs(path, model, policy, calls, sets, types):
     assert (found.model, found.policy, found.calls) == (model, policy, calls)
     assert (found.sets, found.set_mismatches) == (sets, ())
     assert (found.types, found.type_mismatches) == (types, ())
-    assert found.error <= 1e-5
-    assert found.agrees
-
-
-def test_blocks_alone(tmp_path):
-    """Where the latents are not recorded the network is entered at its blocks; text of different lengths is told apart."""
-
-    def without_latents(tensors, meta):
-        for name in [k for k in tensors if k.startswith("model/")]:
-            del tensors[name]
-
-    found = check(short(OPENSORA, tmp_path / "blocks.safetensors", without_latents))
-    assert (found.sets, found.types, found.calls) == (224, 5040, 7)
+    assert found.error <= (6e-8 if path != OPENSORA else 1e-6)
     assert found.agrees
 
 
 def test_runs_that_were_cut_short(tmp_path):
     found = check(short(DIT, tmp_path / "cut.safetensors"))
-    assert (found.calls, found.sets) == (20, 76)
+    assert (found.calls, found.sets) == (13, 76)
     assert found.agrees
+
+
+def test_whole_inputs_and_outputs(tmp_path):
+    """Recordings may hold both guidance halves of the inputs and whole outputs, as those of the authors' runs do."""
+
+    def whole(tensors, meta):
+        coordinates = tensors.pop("coordinates").long()
+        for name in [k for k in tensors if re.match(r"call/\d+/x", k)]:
+            tensors[name] = tensors[name].repeat(2, 1, 1, 1)
+        for name in [k for k in tensors if re.match(r"call/\d+/out", k)]:
+            kept = tensors[name]
+            tensors[name] = torch.zeros(4, 8, 16, 16)
+            tensors[name][tuple(coordinates.T)] = kept
+
+    recording = read(short(DIT, tmp_path / "whole.safetensors", whole))
+    assert recording.at(0, "x").shape == recording.arguments(0)["hidden_states"].shape == (4, 4, 16, 16)
+    found = compare(recording)
+    assert (found.calls, found.sets, found.set_mismatches) == (13, 76, ())
+    assert 0.5 < found.error < 2  # the coordinates that are 0 here are not 0 in the network's outputs
+
+
+def test_calls_may_be_left_out_before_a_step_that_computes_everything(tmp_path):
+    def without(*steps):
+        def change(tensors, meta):
+            for name in [k for k in tensors if k.startswith(tuple(f"call/{step:03d}/" for step in steps))]:
+                del tensors[name]
+
+        return change
+
+    found = check(short(DIT, tmp_path / "gap.safetensors", without(4), without(3)))
+    assert (found.calls, found.sets) == (11, 76)
+    assert found.agrees
+    path = short(DIT, tmp_path / "needed.safetensors", without(13, 14, 15))
+    with pytest.raises(FormatError, match="call 16 needs those before it, and call 15 is left out"):
+        check(path)
+    with pytest.raises(FormatError, match=r"calls \[1, 2, .* recorded, expected calls of 50 steps, from 0 on"):
+        check(short(DIT, tmp_path / "first.safetensors", without(0)))
 
 
 def test_period_of_opensora_is_that_of_ages_alone(tmp_path):
@@ -165,6 +191,12 @@ def test_the_arguments_decide(tmp_path, arguments):
     assert bool(found.type_mismatches) == ("repo" in arguments)
 
 
+def two_halves(tensors: dict[str, Tensor]) -> Tensor:
+    """Returns the input of the first call as guidance halves that differ."""
+    x = tensors["call/000/x"]
+    return torch.cat([x, x + 1])
+
+
 # ---- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -194,14 +226,14 @@ def test_the_command(tmp_path, capsys):
         (lambda tensors, meta: meta["args"].update(ratio_scheduler="linear"), "ratio schedule 'linear' cannot"),
         (lambda tensors, meta: meta["args"].update(force_fresh="local"), "force_fresh 'local' cannot"),
         (lambda tensors, meta: meta["args"].update(full=True), "full True cannot"),
-        (lambda tensors, meta: meta["args"].update(steps=20), "50 calls recorded, expected one for each of 20 steps"),
+        (lambda tensors, meta: meta["args"].update(steps=20), "expected calls of 20 steps, from 0 on"),
         (lambda tensors, meta: meta["args"].pop("cache_type"), "a value has the wrong type or shape"),
         (lambda tensors, meta: meta.pop("args"), "no recording that can be compared"),
         (lambda tensors, meta: tensors.pop("labels"), "no labels; expected it in a recording of DiT"),
-        (lambda tensors, meta: tensors.pop("call/007/x"), "no call/007/x"),
+        (lambda tensors, meta: tensors.pop("call/014/x"), "no call/014/x"),
         (lambda tensors, meta: tensors.pop("weights/pos_embed"), "missing pos_embed"),
         (lambda tensors, meta: meta.update(calls={"3": {"step": 3}}), "call 3 is of step 3, expected 46"),
-        (lambda tensors, meta: tensors["call/000/x"][0].add_(1), "both branches|halves"),
+        (lambda tensors, meta: tensors.update({"call/000/x": two_halves(tensors)}), "both branches|halves"),
     ],
 )
 def test_what_cannot_be_compared(tmp_path, capsys, change, reason):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 
 from tests.studies import light_steps
 from tests.studies.page import benchmark_markdown, figures, page
@@ -191,4 +193,10 @@ def test_the_figure_has_a_line_a_method_that_falls_to_the_right(tmp_path):
 
 def test_the_committed_figures_are_made_of_the_committed_files():
     for path, svg in figures(STUDIES / "results").items():
-        assert path.read_text(encoding="utf-8") == svg
+        # coordinates are logarithms, whose last bit depends on the C library, rounded to a tenth
+        numbers = re.compile(r"\d+\.\d")
+        committed = path.read_text(encoding="utf-8")
+        assert numbers.sub("#", committed) == numbers.sub("#", svg)
+        assert list(map(float, numbers.findall(committed))) == pytest.approx(
+            list(map(float, numbers.findall(svg))), abs=0.11
+        )

@@ -29,8 +29,12 @@ def dit(tmp_path_factory):
 def test_shipped_schedules_are_what_the_command_makes(dit, policy):
     shipped = load_schedule(SCHEDULES / "dit-xl-2-256-ddim-50" / f"{policy}.json")
     made = compile_schedule(dit, policy=policy)
-    assert made.digest() == shipped.digest()
-    assert made.predicted == shipped.predicted
+    assert made.digest() == shipped.digest()  # steps, sites and counts of tokens, and the constants of the method
+    words = {key: value for key, value in shipped.predicted.items() if not isinstance(value, (int, float))}
+    assert words == {key: made.predicted[key] for key in words}
+    for key in shipped.predicted.keys() - words.keys():  # sums, whose order depends on the CPU
+        assert made.predicted[key] == pytest.approx(shipped.predicted[key], rel=1e-12)
+    assert made.predicted.keys() == shipped.predicted.keys()
 
 
 def test_dit_flops_are_those_of_the_paper(dit):
