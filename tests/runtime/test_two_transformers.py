@@ -563,8 +563,8 @@ def test_tables_and_sums_are_those_of_each_transformer(wan):
         for _ in range(2):
             draw(wan)
         seen = []
-        inner = handle.tables[1]._as_noted
-        handle.tables[1]._as_noted = lambda *given: (seen.append(inner(*given)), seen[-1])[1]
+        inner = handle.tables[1].arguments.is_expected
+        handle.tables[1].arguments.is_expected = lambda *given: (seen.append(inner(*given)), seen[-1])[1]
         held = {}
         step = wan.scheduler.step
 
