@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 from ...pipelines.clock import Moment
 from ...pipelines.recording import latents_of
 from .arguments import RunArguments
-from .dependence import BlockCall, BlockDependence, DependenceProbe, Stubs, TransformerCall, with_recorded_blocks
+from .dependence import BlockCall, DependenceProbe, Stubs, TransformerCall, with_recorded_blocks
 from .graphs import Capture
 from .identity import signature_of
 from .loop import Branch, Loop
@@ -49,7 +49,7 @@ class Variant:
     """What is known of calls with one signature and one set of hooks on the blocks."""
 
     number: int
-    blocks: list[BlockDependence] = field(default_factory=list)  # empty until they are probed
+    blocks: list[BlockCall] = field(default_factory=list)  # with stubs for tensors; empty until they are probed
     ready: list[dict[Position, Ready]] = field(default_factory=list)  # of each block: values that a graph fills
     sums: list[dict[Position, Any]] = field(default_factory=list)  # of each block, made of such values
 
@@ -216,9 +216,7 @@ class Tables(ModelHook):  # type: ignore[misc]
             DependenceProbe(call, calls, out).run()
             steps = self.steps[1:]
             self._install(calls, [self.filler.fill(c, steps, branch) for c in calls], steps, branch)
-            variant.blocks = [
-                BlockDependence(self.stubs.of_output(c.out), c.late, c.handed_on, c.changing) for c in calls
-            ]
+            variant.blocks = [self.stubs.of_call(c) for c in calls]
             self.block_arguments.prepare(call, variant.number, variant.blocks)
         return out
 
@@ -268,11 +266,11 @@ class Tables(ModelHook):  # type: ignore[misc]
     def _block_calls(self, at_steps: list[list[list[Any]]], variant: Variant) -> list[BlockCall]:
         """Returns how every block is called, from the arguments of every block at each step."""
         calls = []
-        for number, (block, known) in enumerate(zip(self.blocks, variant.blocks, strict=True)):
+        for number, known in enumerate(variant.blocks):
             of_block = [arguments[number] for arguments in at_steps]
             pairs = zip(self.steps, of_block, strict=True)
             changed = {step: {i: leaves[i] for i in known.changing} for step, leaves in pairs}
-            calls.append(BlockCall(block, of_block[0], known.stub, known.late, known.handed_on, changed))
+            calls.append(replace(known, leaves=of_block[0], changed=changed))
         return calls
 
     def _install(self, calls: list[BlockCall], filled: list[list[Filled]], steps: list[int], branch: int) -> None:

@@ -8,9 +8,9 @@ argument that stays equal holds for the whole run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,15 +47,6 @@ class TransformerCall:
         """Returns the output of the transformer with some arguments changed."""
         args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
         return self.forward(*args, **kwargs)
-
-
-class BlockDependence(NamedTuple):
-    """What a block's arguments depend on, in calls with one signature."""
-
-    stub: Any  # zeros with the signature of its output
-    late: set[int]  # arguments that depend on the latents
-    handed_on: bool  # the next block takes the output, and nothing else does
-    changing: set[int]  # arguments that change from step to step
 
 
 @dataclass
@@ -103,6 +94,11 @@ class Stubs:
         """Returns a stub of a block's output, each tensor of it another one."""
         leaves, spec = tree_flatten(out)
         return tree_unflatten([self.like(leaf, i) for i, leaf in enumerate(leaves)], spec)
+
+    def of_call(self, call: BlockCall) -> BlockCall:
+        """Returns what is known of a call without its tensors: no arguments, and stubs for the output and what changes."""
+        changed = {s: {i: self.like(leaf) for i, leaf in values.items()} for s, values in call.changed.items()}
+        return replace(call, leaves=[], out=self.of_output(call.out), changed=changed)
 
 
 def with_stubbed_blocks(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -28,6 +28,17 @@ def signature_of(leaf: Any) -> Any:
             f'A block is called with a {type(leaf).__name__}. Run the schedule with runtime="hooks".'
         )
     return leaf
+
+
+def stored_tensors(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, dict[str, Any], str]]:
+    """Returns (path, dictionary, name) of all parameters and buffers of (path, module) pairs: dictionary[name] is the tensor."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, found, name)
+        for prefix, module in modules
+        for found in (module._parameters, module._buffers)
+        for name, value in found.items()
+        if value is not None
+    ]
 
 
 def leaves_of(tree: Any, into: list[Any]) -> list[Any]:

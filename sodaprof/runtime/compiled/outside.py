@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call, functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ...errors import SodaprofError
-from .dependence import Arguments, BlockDependence, Stubs, TransformerCall, with_stubbed_blocks
-from .identity import same, setting_of, signature_of
+from .dependence import Arguments, BlockCall, Stubs, TransformerCall, with_stubbed_blocks
+from .identity import same, setting_of, signature_of, stored_tensors
 from .precompute import Filler, Parts, parts_of
-from .trace import Bare, LoweredBlock
+from .trace import Bare, LoweredBlock, graph_of
 
 LOG = logging.getLogger(__name__)
 
@@ -32,18 +31,11 @@ class Outside:
     def __init__(self, transformer: nn.Module, blocks: list[LoweredBlock]) -> None:
         self.transformer, self.blocks = transformer, blocks
         self.modules = list(_outside("", transformer, {id(block.block) for block in blocks}))
-        self.tensors = [
-            (found, name, f"{prefix}.{name}" if prefix else name)
-            for prefix, module in self.modules
-            for found in (module._parameters, module._buffers)
-            for name, value in found.items()
-            if value is not None
-        ]
+        self.tensors = stored_tensors(self.modules)
 
     def parameters(self) -> list[torch.Tensor]:
         """Returns parameters and buffers as they are now."""
-        found = (owner[name] for owner, name, _ in self.tensors)
-        return [tensor for tensor in found if tensor is not None]
+        return [found[name] for _, found, name in self.tensors]
 
     def built(self) -> Any:
         """Returns all that a trace would make a constant; None if a module has hooks of others, which must run."""
@@ -54,9 +46,9 @@ class Outside:
         settings = tuple((name, type(module), setting_of(vars(module))) for name, module in self.modules)
         return settings, tuple(map(signature_of, self.parameters()))
 
-    def program(self, call: TransformerCall, known: Sequence[BlockDependence]) -> OutsideProgram | None:
+    def program(self, call: TransformerCall, known: Sequence[BlockCall]) -> OutsideProgram | None:
         """Returns a program from the transformer's arguments to its blocks' early arguments, None if it cannot be traced."""
-        stubs, stub_spec = tree_flatten([one.stub for one in known])
+        stubs, stub_spec = tree_flatten([one.out for one in known])
         inputs = [*call.leaves, *stubs]
         constants = [None if torch.is_tensor(leaf) else leaf for leaf in inputs]
         places = [i for i, leaf in enumerate(inputs) if torch.is_tensor(leaf)]
@@ -68,7 +60,7 @@ class Outside:
             for place, tensor in zip(places, flat[len(parameters) :], strict=True):
                 filled[place] = tensor
             args, kwargs = tree_unflatten(filled[: len(call.leaves)], call.spec)
-            named = {f"block.{name}": value for (_, _, name), value in zip(self.tensors, flat, strict=False)}
+            named = {f"block.{path}": value for (path, _, _), value in zip(self.tensors, flat, strict=False)}
             outputs = tree_unflatten(filled[len(call.leaves) :], stub_spec)
             bare = Bare(self.transformer, call.forward)
             found, _ = with_stubbed_blocks(self.blocks, outputs, lambda: functional_call(bare, named, args, kwargs))
@@ -83,7 +75,7 @@ class Outside:
     def _traced(self, run: Callable[..., list[Any]], inputs: list[Any]) -> Any:
         """Returns the graph of run(*inputs); None if it cannot be traced or draws random numbers."""
         try:
-            graph = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+            graph = graph_of(run, inputs)
         except SodaprofError:
             raise
         except Exception as error:  # any error of an operator that cannot be traced
@@ -95,8 +87,6 @@ class Outside:
                 error,
             )
             return None
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
         tags = (getattr(node.target, "tags", ()) for node in graph.graph.nodes)
         return None if any(torch.Tag.nondeterministic_seeded in of_node for of_node in tags) else graph
 
@@ -140,13 +130,13 @@ class BlockArguments:
         self.programs: dict[Any, OutsideProgram | None] = {}  # by variant of the call and build of the modules
 
     def prepare(
-        self, call: TransformerCall, variant: Any, known: Sequence[BlockDependence]
+        self, call: TransformerCall, variant: Any, known: Sequence[BlockCall]
     ) -> Callable[[TransformerCall], list[Arguments]]:
         """Returns the function from a call of this variant to the arguments; traces the program if there is none yet.
 
         Arguments that depend on the latents are stubs.
         """
-        stubs = [one.stub for one in known]
+        stubs = [one.out for one in known]
         plain = getattr(call.forward, "__func__", None) is type(call.module).forward  # else replaced, by offloading say
         outside = Outside(call.module, self.blocks)
         built = outside.built() if plain else None
@@ -168,11 +158,9 @@ class BlockArguments:
 
         return [at(step) for step in self.steps]
 
-    def _program(
-        self, outside: Outside, call: TransformerCall, known: Sequence[BlockDependence]
-    ) -> OutsideProgram | None:
+    def _program(self, outside: Outside, call: TransformerCall, known: Sequence[BlockCall]) -> OutsideProgram | None:
         """Returns a program whose arguments equal those of calls with stubbed blocks, None if there is none."""
-        changing, stubs = call.changing, [one.stub for one in known]
+        changing, stubs = call.changing, [one.out for one in known]
         signatures = {tuple(signature_of(at_step[i]) for i in changing) for at_step in map(call.at, self.steps)}
         if len(signatures) > 1 or not all(torch.is_tensor(call.leaves[i]) for i in changing):
             return None
@@ -194,13 +182,13 @@ class BlockArguments:
         return program
 
 
-def _equal(one: BlockDependence, expected: list[Any], found: list[Any]) -> bool:
+def _equal(one: BlockCall, expected: list[Any], found: list[Any]) -> bool:
     """Returns whether a block's arguments have the expected signatures, and the early ones the expected values."""
     pairs = enumerate(zip(expected, found, strict=True))
     return all(signature_of(a) == signature_of(b) and (i in one.late or same(a, b)) for i, (a, b) in pairs)
 
 
-def _early_tensors(found: Arguments, known: Sequence[BlockDependence], wanted: list[Wanted]) -> list[Any]:
+def _early_tensors(found: Arguments, known: Sequence[BlockCall], wanted: list[Wanted]) -> list[Any]:
     """Returns the tensors among the blocks' early arguments, each once; adds to `wanted` where each argument is."""
     numbers, outputs = dict[int, int](), list[Any]()
     for block, (leaves, one) in enumerate(zip(found, known, strict=True)):

@@ -22,7 +22,7 @@ from ...pipelines.clock import Moment
 from ..hooks.cells import CellInputs, CellResult
 from ..hooks.sites import SiteRow
 from .buffers import TableValue
-from .identity import build_of, form_of, leaves_of, signature_of
+from .identity import build_of, form_of, leaves_of, signature_of, stored_tensors
 
 Position = tuple[int, int]  # step and branch
 
@@ -86,8 +86,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         self.built: Any = None  # how the block is built; None: not read in this run
         self.known: dict[Any, Program] = {}  # programs of the latest build, by all else that they are bound to
         self.known_built: Any = None
-        self.tensors: list[tuple[dict[str, Any], str]] = []  # where the parameters and buffers are stored
-        self.names: list[str] = []
+        self.tensors: list[tuple[str, dict[str, Any], str]] = []  # where the parameters and buffers are stored
         # the rest is for the conditioning tables
         self.by_step: dict[Position, list[Program]] = {}  # programs that ran there, of all batch sizes
         self.ready: dict[Position, Ready] = {}
@@ -109,7 +108,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         """Returns parameters and buffers as they are now, in the order in which programs take them."""
         if self.built is None:
             self._read_build()
-        return [found[name] for found, name in self.tensors]
+        return [found[name] for _, found, name in self.tensors]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.built is None:
@@ -165,19 +164,14 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
 
     def _read_build(self) -> None:
         """Reads how the block is built and where its parameters are stored; each call reads them there, so new weights count."""
-        self.names, self.tensors = [], []
-        for prefix, module in self.block.named_modules():
-            for found in (module._parameters, module._buffers):
-                for name, value in found.items():
-                    if value is not None:
-                        self.names.append(f"{prefix}.{name}" if prefix else name)
-                        self.tensors.append((found, name))
-        signatures = tuple(signature_of(found[name]) for found, name in self.tensors)
+        self.tensors = stored_tensors(self.block.named_modules())
+        names = tuple(path for path, _, _ in self.tensors)
+        signatures = tuple(signature_of(found[name]) for _, found, name in self.tensors)
         sites = tuple(
             (_within_block(row), row.tokens, row.raster, row.rule, row.scored_by and _within_block(row.scored_by))
             for row in self.rows
         )
-        built = (tuple(self.names), signatures, build_of(self.block), sites)
+        built = (names, signatures, build_of(self.block), sites)
         if built != self.known_built:
             self.known.clear()
             # one object for all blocks that are built alike: it compares equal by identity
@@ -187,17 +181,18 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
     def _trace(self, key: Any, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
         constants = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+        names = [f"block.{path}" for path, _, _ in self.tensors]
         results: list[TreeSpec] = []
 
         def run(*flat: torch.Tensor) -> list[Any]:
             filled = list(constants)
-            for place, tensor in zip(places, flat[len(self.names) :], strict=True):
+            for place, tensor in zip(places, flat[len(names) :], strict=True):
                 filled[place] = tensor
             args, kwargs, inputs = tree_unflatten(filled, spec)
             cells = TracedCells(self.rows, inputs, step)
             for row in self.rows:
                 row.runner = cells
-            parameters = {f"block.{name}": value for name, value in zip(self.names, flat, strict=False)}
+            parameters = dict(zip(names, flat, strict=False))
             out = functional_call(Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
             missing = [row.key for row in self.rows if row.key not in cells.results]
             if missing:
@@ -211,9 +206,7 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         self.moment.forward += 1  # the first call of a site while it is traced is its first in a forward pass
         try:
             with torch.no_grad():
-                # fake tensors: a branch on data is refused here and does not become a constant of the program
-                trace = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)
-                graph = trace(*self.parameters(), *[leaves[i] for i in places])
+                graph = graph_of(run, [*self.parameters(), *(leaves[i] for i in places)])
         except SodaprofError:  # raised by a site: another resolution, an output of another kind
             raise
         except Exception as error:  # any error of an operator that cannot be traced
@@ -225,10 +218,16 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         finally:
             for row in self.rows:
                 row.runner = None
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
         self.moment.programs += 1
-        return Program(graph, results[-1], len(self.names), key, places)
+        return Program(graph, results[-1], len(names), key, places)
+
+
+def graph_of(run: Callable[..., list[Any]], inputs: list[Any]) -> fx.GraphModule:
+    """Returns run(*inputs) as a graph without dead code. Fake tensors: a branch on data fails and becomes no constant."""
+    graph = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 def _within_block(row: SiteRow) -> str:
