@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from .formats.profile import Profile, load_profile
-    from .formats.schedule import Schedule, load_schedule
+    from .formats.schedule import Schedule
+    from .formats.schedule_file import load_schedule
     from .measure.evaluate import evaluate
     from .pipelines.load import load_pipeline
     from .profiler.run import profile
@@ -52,7 +53,7 @@ _HOME = {  # public name -> the module that defines it; imported on first use, s
     "evaluate": "measure.evaluate",
     "load_pipeline": "pipelines.load",
     "load_profile": "formats.profile",
-    "load_schedule": "formats.schedule",
+    "load_schedule": "formats.schedule_file",
     "profile": "profiler.run",
     "scheduler": "runtime.sampler.scheduler",
 }

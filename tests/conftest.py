@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
+from msgspec.structs import replace
 
 from sodaprof import cli
 from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, save_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
-from sodaprof.formats.sites import Model, Sampler, Site, Transformer
+from sodaprof.formats.sites import Guidance, Model, Sampler, Site, Transformer
 from sodaprof.formats.tables import MEAN, RANKING, TABLE_VERSIONS, schema
+
+settings.register_profile("sodaprof", derandomize=True, deadline=None, database=None)
+settings.load_profile("sodaprof")
 
 TOKENS = 16
 RATES = (0.25, 0.5, 0.75)
@@ -29,7 +33,9 @@ RATES = (0.25, 0.5, 0.75)
 def build_sampler(steps: int = 6) -> Sampler:
     """Returns a sampler of evenly spaced timesteps, noisiest first."""
     timesteps = tuple(int(t) for t in np.linspace(980, 20, steps))
-    return Sampler("DDIMScheduler", {"num_train_timesteps": 1000, "beta_start": 1e-4}, timesteps, "halves", 4.0)
+    return Sampler(
+        "DDIMScheduler", {"num_train_timesteps": 1000, "beta_start": 1e-4}, timesteps, Guidance("halves", 4.0)
+    )
 
 
 def build_schedule() -> Schedule:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from msgspec.structs import replace
 
 from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Schedule, Update

@@ -14,7 +14,7 @@ import typer
 from ..errors import SodaprofError
 from ..version import __version__
 from .bench import bench
-from .compile import compile_
+from .compile import CompileCommand, compile_
 from .doctor import doctor
 from .eval import evaluate_
 from .inspect import inspect
@@ -43,7 +43,8 @@ COMMANDS = (  # in the order of --help
     ("doctor", doctor, "sodaprof doctor tiny-dit"),
 )
 for name, command, example in COMMANDS:
-    app.command(name, epilog=f"\b\nExample: {example}")(command)  # \b: not wrapped, so that it can be copied
+    kind = CompileCommand if command is compile_ else None
+    app.command(name, cls=kind, epilog=f"\b\nExample: {example}")(command)  # \b: not wrapped, so that it can be copied
 
 
 def version(value: bool) -> None:

@@ -49,7 +49,7 @@ def bench(
 ) -> None:
     """Time the denoising loop: plain, all computed here, and under each schedule; measure costs in milliseconds."""
     from ..formats.files import write_json
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
 
     check_outputs({"--cost": cost, "--output": output}, force)
     loaded = [load_schedule(path) for path in schedules or []]

@@ -6,9 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ..errors import SodaprofError
 from .options import Force, make_console, one_of, parse_size, progress, say_next, show_verdict, told
+
+
+class CompileCommand(TyperCommand):
+    """Prints the policies of the registry with the help, which alone needs them."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        from ..compiler.policies import POLICIES
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Policies, by what happens between full steps"):
+            formatter.write_dl([(name, policy.help) for name, policy in POLICIES.items()])
 
 
 def compile_(
@@ -21,8 +33,8 @@ def compile_(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="solver, soda, fora, toca, duca, fit, drift, taylor, dpcache, magcache, smoothcache; mix: solver, drift, fit "
-            "and soda measured on the model.  [default: solver, soda where the profile cannot carry it]"
+            help="A policy of the list below; mix: measure several on the model and take the best.  [default: solver, or soda "
+            "if the profile does not allow it]"
         ),
     ] = None,
     cost: Annotated[str, typer.Option(help="flops, or a cost.json of measured milliseconds.")] = "flops",
@@ -46,17 +58,21 @@ def compile_(
     force: Force = False,
 ) -> None:
     """Compile a schedule for the speed-up you ask for. Needs no GPU, and without --fit no model."""
-    from ..compiler import POLICIES, compile_schedule, default_policy, parse_budget
+    from ..compiler import compile_schedule, default_policy, parse_budget
+    from ..compiler.policies import POLICIES, current_name
     from ..formats.files import refuse_existing
 
     refuse_existing(output, force)
+    console = make_console()
     if policy is not None:
+        policy, note = current_name(policy)
+        if note:
+            console.print(note)
         one_of("--policy", policy, (*POLICIES, "mix"))
     if budget is not None:
         parse_budget(budget)  # told before a model is loaded
     knobs = dict(_knob(text) for text in knob or [])
     most = None if max_cache is None else parse_size(max_cache)
-    console = make_console()
     if update and fit is None:
         raise SodaprofError("--update is fitted on the model's own pictures. Add --fit MODEL")
     if policy is None:
@@ -73,7 +89,9 @@ def compile_(
             )
         schedule = _mix(console, fit, folder, budget or "2.0x", cost, most)
     else:
-        schedule = _fitted(console, fit, folder, budget, policy, cost, knobs, most, update or policy == "solver")
+        schedule = _fitted(
+            console, fit, folder, budget, policy, cost, knobs, most, update or POLICIES[policy].fits_update
+        )
     _write(console, policy, schedule, output, force)
 
 
@@ -82,7 +100,8 @@ def _fitted(
     most: int | None, updated: bool,
 ) -> Any:  # fmt: skip
     """Returns the policy's schedule with what the model settles: N of toca and duca, and an update's coefficients."""
-    from ..compiler import RELEASED, compile_schedule
+    from ..compiler import compile_schedule
+    from ..compiler.policies import RELEASED
 
     open_period = policy in RELEASED and "N" not in knobs
     if not (updated or open_period):

@@ -48,10 +48,10 @@ def evaluate_(
     as_json: Json = False,
 ) -> None:
     """Compare pictures with and without schedules on the same seeds, beside FORA and fewer steps at the same cost."""
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     from ..formats.files import write_json
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
     from ..report.pictures import check_picture, save_side_by_side
 
     check_outputs({"--picture": picture, "--output": output}, force)

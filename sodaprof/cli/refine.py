@@ -47,7 +47,7 @@ def refine_(
 ) -> None:
     """Search for better step placements, scored on the final images."""
     from ..formats.cost import load_cost
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
 
     console = make_console()
     first = load_schedule(source)

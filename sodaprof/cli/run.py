@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Make pictures with a schedule, and say what was planned and executed."""
     from ..formats.files import refuse_existing
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
     from ..report.pictures import check_picture, save_picture, save_side_by_side, strip
 
     refuse_existing(output, force)

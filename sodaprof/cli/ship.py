@@ -20,7 +20,7 @@ def ship(
     force: Force = False,
 ) -> None:
     """Put a schedule beside a model's weights, where run and apply find it, after checking that it fits."""
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
 
     loaded = load_schedule(schedule)
     from ..runtime.shipped import ship as ship_schedule

@@ -16,7 +16,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Draw a schedule: the picture, the cache intervals, the prune rates."""
-    from ..formats.schedule import load_schedule
+    from ..formats.schedule_file import load_schedule
     from ..report.schedule import schedule_data, schedule_view
 
     loaded = load_schedule(schedule)

@@ -1,6 +1,6 @@
 """Linear forecasts Y_t ≈ Σ w · Y_s: their weights, and their errors from inner products alone.
 
-products [S, T, T]: for each of S outputs the mean inner products of its values at two steps, NaN where they are unknown.
+products [S, T, T]: for each of S outputs the mean inner products of its values at two steps, NaN if they are unknown.
 Sources are steps, newest first, [..., K]; targets later steps [n]; weights [S or 1, ..., K, n], of 6 significant digits.
 """
 
@@ -15,7 +15,7 @@ from ..formats.schedule import Forecast
 
 Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (products, sources, targets) -> weights
 DIGITS = 6  # significant digits of a weight in a file
-AT_ONCE = 32_768  # forecasts that are weighed at once, of whole sites: about what a processor's cache holds
+AT_ONCE = 32_768  # forecasts whose weights are found at once, of whole sites: about what a processor's cache holds
 METRICS = ("l2", "absolute")
 FORMULAS = ("published", "lagrange")
 
@@ -47,9 +47,9 @@ def ridge(strength: float) -> Weigh:
 
 
 def _solve(matrices: np.ndarray, right: np.ndarray) -> None:
-    """Puts x of matrices · x = right in its place; overwrites both. matrices [K, K, ...] positive definite, right [K, ...].
+    """Replaces `right` by the x of matrices · x = right; overwrites both. matrices [K, K, ...] positive definite, right [K, ...].
 
-    All systems at once, by elimination: they are many and small, a call of LAPACK for each would take most of the time.
+    All systems at once, by elimination: they are many and small, and a LAPACK call for each would take most of the time.
     """
     count = len(right)
     for i in range(count):
@@ -67,11 +67,9 @@ def taylor(formula: str) -> Weigh:
     """Returns the weights of a finite-difference extrapolation, of an order one below the number of sources.
 
     `published` (TaylorSeer): Σ_i x^i / i! · Δ^i, x steps after the newest source, each difference over the distance of the
-    two newest. It is exact on what is linear in time; from order 2 on it lags behind a quadratic, for a backward
+    two newest. It is exact on what is linear in time; from order 2 on it is late on a quadratic, since a backward
     difference is the derivative half a distance earlier. `lagrange` is the polynomial through the sources: exact.
     """
-    if formula not in FORMULAS:
-        raise BudgetError(f"Knob formula is {formula!r}; expected one of {', '.join(FORMULAS)}.")
 
     def weigh(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
         ahead = targets - sources[..., :1]  # [..., n]
@@ -154,11 +152,11 @@ def _blocks(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> t
 def segment_costs(
     products: np.ndarray, history: int, longest: int, weigh: Weigh, power: float = 1.0, metric: str = "l2"
 ) -> np.ndarray:
-    """Returns what a segment costs, [T, (longest + 1)^(history − 1) …, longest + 1]: Σ of error^power over its cells.
+    """Returns the error of each segment, [T, (longest + 1)^(history − 1) …, longest + 1]: Σ of error^power over its cells.
 
-    Entry [a, g_1, g_2, …, n]: anchor a serves the n − 1 steps after it; the anchors before it lie g_1, g_1 + g_2, … steps
-    earlier, 0 where there is none. Inf where it runs beyond the end or beyond what is known. Sources whose
-    product with the target is not known are left out.
+    Entry [a, g_1, g_2, …, n]: full step a serves the n − 1 steps after it; the full steps before it are g_1, g_1 + g_2, …
+    steps earlier, 0 if there is none. Inf beyond the last step or beyond what is known. Sources whose product with the target
+    is not known are left out.
     """
     steps = products.shape[1]
     known = ~np.isnan(products).any(axis=0)
@@ -171,7 +169,8 @@ def segment_costs(
         for count in range(1, history + 1):
             gaps = _gaps(count - 1, min(longest, anchor))
             sources = anchor - np.concatenate([np.zeros((len(gaps), 1), dtype=int), gaps.cumsum(axis=1)], axis=1)
-            possible = (sources[:, -1] >= 0) & known[anchor, sources[:, -1]]
+            possible = sources[:, -1] >= 0
+            possible[possible] = known[anchor, sources[possible, -1]]
             gaps, sources = gaps[possible], sources[possible]
             found = np.zeros((len(sources), len(targets)))
             for some in np.array_split(products, min(len(products), 1 + len(products) * found.size // AT_ONCE)):
@@ -180,10 +179,10 @@ def segment_costs(
             if count == 1:
                 cells = found[0]
                 continue
-            # a further axis; where the oldest source is of no use the forecast does without it
+            # a further axis; if the product with the oldest source is unknown the forecast leaves it out
             cells = np.repeat(cells[..., None, :], longest + 1, axis=-2)
-            at = tuple(gaps.T)
-            cells[at] = np.where(known[sources[:, -1:], targets], found, cells[at])
+            index = tuple(gaps.T)
+            cells[index] = np.where(known[sources[:, -1:], targets], found, cells[index])
         segment[anchor, ..., 2 : ages + 1] = cells.cumsum(axis=-1)
     return segment
 
@@ -194,7 +193,7 @@ def _gaps(count: int, longest: int) -> np.ndarray:
 
 
 def sources_of(anchors: list[int], turn: range, history: int, known: np.ndarray) -> dict[int, tuple[int, ...]]:
-    """Returns for each step of the turn that is no anchor the last `history` anchors, newest first, as `segment_costs`."""
+    """Returns for each step of the turn that is not full the last `history` full steps, newest first, as `segment_costs`."""
     found = {}
     for step in turn:
         if step not in anchors:

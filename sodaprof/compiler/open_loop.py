@@ -1,9 +1,8 @@
-"""A fitted state update from a profile's inner products alone, without the model.
+"""A sampler update fitted from a profile's inner products alone, without the model.
 
 States and outputs of the calibration generations span a space whose inner products the profile holds. The accelerated
-trajectory stays in it: each new state is a weighted sum of what was there. What the network would answer to a state that is
-off the trajectory is not in the profile; its answer is taken to move along with the state by the response that the profile
-measured, a number a step (0 where it holds none).
+trajectory stays in it: each new state is a weighted sum of those before. The network's output at a state off the full run is
+not in the profile; it is taken to move along with the state by the response that the profile measured, a number a step.
 """
 
 from __future__ import annotations
@@ -13,47 +12,47 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..formats.sampler import RIDGE, OwnUpdate, own_weights, ridge_solve, rounded
+from ..formats.sampler import RIDGE, OwnUpdate
+from .fit import Row, StateSpace, Stepper
 
 
 @dataclass(frozen=True)
-class Span:
+class Span(StateSpace[np.ndarray]):
     """States and outputs of a profile as vectors of coefficients over its 2 T + 1 recorded ones.
 
-    products [2T + 1, 2T + 1] are their mean inner products. response [T]: what the guided output moves by with the state.
+    products [2T + 1, 2T + 1] are their mean inner products. response [T]: how much the guided output moves with the state;
+    None: it does not.
     """
 
     products: np.ndarray
     own: OwnUpdate
     response: np.ndarray | None = None
 
-    @property
-    def steps(self) -> int:
-        return self.own.steps
-
     def state(self, step: int) -> np.ndarray:
-        """x_step of the full run, [2T + 1]."""
         vector = np.zeros(len(self.products))
         vector[step] = 1.0
         return vector
 
-    def output(self, step: int, state: np.ndarray | None = None) -> np.ndarray:
-        """V_step of the full run, or its estimate at another state; in the basis of the update."""
+    def full_output(self, step: int) -> np.ndarray:
         of_state, of_output = self.own.data[step]
         vector = of_state * self.state(step)
         vector[self.steps + 1 + step] += of_output
-        if state is not None and self.response is not None:
-            vector += (of_state + of_output * self.response[step]) * (state - self.state(step))
         return vector
 
-    def noise(self, step: int) -> np.ndarray:
-        """What the scheduler's own noise added at a step of the full run."""
-        if not self.own.noise[step]:
-            return np.zeros(len(self.products))
-        row = self.own.coefficients[step]
-        known = [self.output(step - j) for j in range(min(step + 1, self.own.history))]
-        moved = row[0] * self.state(step) + sum(c * v for c, v in zip(row[1:], known, strict=False))
-        return self.state(step + 1) - moved
+    def output(self, step: int, x: np.ndarray) -> np.ndarray:
+        vector = self.full_output(step)
+        if self.response is not None:
+            of_state, of_output = self.own.data[step]
+            vector += (of_state + of_output * self.response[step]) * (x - self.state(step))
+        return vector
+
+    def inner(self, vectors: Sequence[np.ndarray], target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        stacked = np.stack(vectors)
+        reach = stacked @ self.products
+        return reach @ stacked.T, reach @ target
+
+    def weighted(self, weights: Sequence[float], vectors: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array(weights) @ np.stack(vectors)
 
     def length(self, vector: np.ndarray) -> float:
         return float(np.sqrt(max(vector @ self.products @ vector, 0.0)))
@@ -61,47 +60,30 @@ class Span:
 
 def fit_open_loop(
     span: Span, anchors: Sequence[int], history: int, ridge: float = RIDGE
-) -> tuple[tuple[tuple[float, ...], ...], float]:
-    """Returns the update's coefficients [T][1 + history] for full steps at `anchors`, and the relative error of the last state.
-
-    At each step the weights of state and outputs are those that come nearest to the full run's next state.
-    """
-    rows, ring = [], list[int]()
-    x, outputs = span.state(0), list[np.ndarray]()
-    for step in range(span.steps):
-        if step in anchors:
-            ring = [step, *ring][:history]
-            outputs = [span.output(step, x), *outputs][:history]
-        regressors = np.stack([x, *outputs])
-        noise = span.noise(step)
-        reach = regressors @ span.products
-        weights = ridge_solve(
-            reach @ regressors.T, reach @ (span.state(step + 1) - noise), own_weights(span.own, step, ring), ridge
-        )
-        (row,) = rounded([[*weights, *[0.0] * (history - len(ring))]])
-        rows.append(row)
-        x = np.array(row[: 1 + len(ring)]) @ regressors + noise
+) -> tuple[tuple[Row, ...], float]:
+    """Returns the coefficients [T][1 + history] for full steps at `anchors`, and the relative error of the last state."""
+    fitted = list(Stepper(span, history, ridge).fit_update(lambda step: step in anchors))
     final = span.state(span.steps)
-    return tuple(rows), span.length(x - final) / span.length(final)
+    return tuple(row for row, _ in fitted), span.length(fitted[-1][1].x - final) / span.length(final)
 
 
 def jump_costs(span: Span, longest: int) -> np.ndarray:
     """Returns the energy that a jump misses, [T, longest + 1, longest + 1], relative to the last state's.
 
-    Entry [a, g, n]: the full run's x_{a + n} less its best weighted sum of x_a, V_a and V_{a − g} (g = 0: no such output).
-    Inf where it runs beyond the end.
+    Entry [a, g, n]: the full run's x_{a + n} minus its best weighted sum of x_a, V_a and V_{a − g} (g = 0: no such output).
+    Inf beyond the last step.
     """
     steps, size = span.steps, len(span.products)
     missed = np.full((steps, longest + 1, longest + 1), np.inf)
-    outputs = np.stack([span.output(t) for t in range(steps)])
+    outputs = np.stack([span.full_output(t) for t in range(steps)])
     scale = span.length(span.state(steps)) ** 2
-    drift = _noises(span)
+    noise = _noises(span)
     for a in range(steps):
         lengths = np.arange(1, min(longest, steps - a) + 1)
         targets = np.zeros((len(lengths), size))
         targets[np.arange(len(lengths)), a + lengths] = 1.0
-        if drift is not None:
-            targets -= drift[a, lengths]
+        if noise is not None:
+            targets -= noise[a, lengths]
         gaps = np.arange(1, min(longest, a) + 1)
         for number, some in ((2, np.zeros(1, dtype=int)), (3, gaps)):
             if not len(some):
@@ -119,7 +101,7 @@ def jump_costs(span: Span, longest: int) -> np.ndarray:
 
 
 def _noises(span: Span) -> np.ndarray | None:
-    """Returns what the noise of n steps from a adds up to, [T, T + 1, 2T + 1]; None where the sampler draws none."""
+    """Returns the sum of the noise of n steps from a on, [T, T + 1, 2T + 1]; None if the sampler draws none."""
     steps = span.steps
     if not any(span.own.noise):
         return None

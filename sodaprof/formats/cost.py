@@ -1,56 +1,66 @@
-"""What each action costs: FLOPs counted from the model, or milliseconds measured on a device. JSON v1.
+"""What each action costs: FLOPs counted from the model, or milliseconds measured on a device. JSON version 1.
 
 step.fixed        everything of a step outside its sites
 step.all_cached   a whole step in which every site is R
 step.stack[K-1]   a whole S step that forecasts from K sources
-sites.<key>       C, R, F[K-1], and P as points (k, cost), linear between them; k = 0 costs what R costs;
-                  map: attention weights beside the output, for a token rule that needs them (k rows pay k / N of it)
+sites.<key>       C, R, F[K-1], and P as points (k, cost), linear between them; k = 0 costs the same as R
+                  map: extra cost of computing the attention weights for a token rule that reads them; k rows cost k / N of it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta
 
-from ..errors import FormatError, MismatchError
-from .files import checked, exact_keys, header, is_number, of_type, read_json, write_json
+from ..errors import MismatchError
+from .files import Record, decode, encode, header, read_json, write_json
 from .rules import MAPPED, observed_steps
 from .schedule import Plan, Schedule
 
 FORMAT, VERSION = "sodaprof.cost", 1
+Amount = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0)]
+BySources = Annotated[tuple[Amount, ...], Meta(min_length=4, max_length=4)]  # K = 1…4
 
 
-@dataclass(frozen=True)
-class SiteCost:
+class SiteCost(Record, frozen=True):
     """What the cells of a site cost by action, in the unit of the cost model."""
 
-    C: float
-    R: float
-    F: tuple[float, ...]  # K = 1…4
-    P: tuple[tuple[int, float], ...]  # (k, cost), k ascending
-    map: float = 0.0
+    C: Amount
+    R: Amount
+    F: BySources
+    P: Annotated[tuple[tuple[int, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending
+    map: Amount = 0.0
+
+    def __post_init__(self) -> None:
+        if list(self.P) != sorted(self.P):
+            raise ValueError("`P` needs points in rising order of k")
 
     def prune(self, k: Any) -> Any:
-        """Cost of recomputing k tokens; k may be an array."""
+        """Returns the cost of recomputing k tokens; k may be an array."""
         ks, costs = zip(*self.P, strict=True)
         return np.where(np.asarray(k) == 0, self.R, np.interp(k, ks, costs))
 
 
-@dataclass(frozen=True)
-class StepCost:
-    fixed: float
-    all_cached: float
-    stack: tuple[float, ...]  # K = 1…4
+class StepCost(Record, frozen=True):
+    """What a step costs as a whole; see the top of the file."""
+
+    fixed: Amount
+    all_cached: Amount
+    stack: BySources
 
 
-@dataclass(frozen=True)
-class TransformerCost:
+class TransformerCost(Record, frozen=True):
+    """What the steps of one transformer cost."""
+
     step: StepCost
     sites: dict[str, SiteCost]
+
+    def __post_init__(self) -> None:
+        if not self.full > 0:
+            raise ValueError("a full step costs nothing; expected more than 0")
 
     @property
     def full(self) -> float:
@@ -58,47 +68,46 @@ class TransformerCost:
         return self.step.fixed + sum(site.C for site in self.sites.values())
 
 
-@dataclass(frozen=True)
-class CostModel:
-    """What the steps of a denoising loop cost, guidance branches included: in FLOPs, or in a device's milliseconds."""
+class CostModel(Record, frozen=True):
+    """What the steps of a denoising loop cost, all guidance branches included, in FLOPs or in milliseconds of a device."""
 
-    unit: str  # "flops" or "ms"
+    unit: Literal["flops", "ms"]
     device: str
     dtype: str
     batch: int
     tokens: int
     transformers: dict[str, TransformerCost]
-    loop: dict[str, float]  # scheduler, update, guidance: paid at each step
-    outside: dict[str, float | None]  # text_encoder, vae: not part of the loop; None where not counted
+    loop: Annotated[dict[Literal["scheduler", "update", "guidance"], Amount], Meta(min_length=3)]  # paid at each step
+    outside: Annotated[dict[Literal["text_encoder", "vae"], Amount | None], Meta(min_length=2)]  # null: not counted
 
     def loop_step(self, updated: bool) -> float:
-        """What guidance and scheduler (or the fitted update in its place) cost at a step."""
+        """Returns what guidance and scheduler (or the fitted update in its place) cost at a step."""
         return self.loop["guidance"] + self.loop["update" if updated else "scheduler"]
 
     def schedule(self, schedule: Schedule) -> float:
-        """Predicted cost of the denoising loop under `schedule`."""
+        """Returns the predicted cost of the denoising loop under `schedule`."""
         check_covers(self, {name: list(plan.rows) for name, plan in schedule.transformers.items()})
-        loop = schedule.steps * self.loop_step(schedule.update is not None)
         base = schedule.token_rule.base if schedule.token_rule else ""
-        plans = schedule.transformers.items()
-        return loop + sum(
-            _plan_cost(self.transformers[n], p) + _map_cost(self.transformers[n], p, base) for n, p in plans
-        )
+        plans = [(self.transformers[name], plan) for name, plan in schedule.transformers.items()]
+        inside = sum(_plan_cost(cost, plan) + _map_cost(cost, plan, base) for cost, plan in plans)
+        return schedule.steps * self.loop_step(schedule.update is not None) + inside
 
     def all_compute(self, schedule: Schedule) -> float:
-        """Cost of the same loop with every site C at every step."""
-        called = {n: sum(action != "_" for action in p.stack) for n, p in schedule.transformers.items()}
-        return schedule.steps * self.loop_step(False) + sum(self.transformers[n].full * c for n, c in called.items())
+        """Returns the cost of the same loop with every site C at every step."""
+        calls = {name: sum(action != "_" for action in plan.stack) for name, plan in schedule.transformers.items()}
+        inside = sum(self.transformers[name].full * count for name, count in calls.items())
+        return schedule.steps * self.loop_step(False) + inside
 
     def speedup(self, schedule: Schedule) -> float:
         return self.all_compute(schedule) / self.schedule(schedule)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        """Returns the content of the file."""
+        return {"format": FORMAT, "version": VERSION} | encode(self)
 
 
 def check_covers(cost: CostModel, sites: dict[str, list[str]]) -> None:
-    """Raises MismatchError unless the cost table is of these sites, by transformer."""
+    """Raises MismatchError unless the table has costs for exactly these sites, which are given by transformer."""
     for name, keys in sites.items():
         known = cost.transformers[name].sites if name in cost.transformers else {}
         if missing := [key for key in keys if key not in known]:
@@ -108,7 +117,7 @@ def check_covers(cost: CostModel, sites: dict[str, list[str]]) -> None:
             )
         if others := [key for key in known if key not in keys]:
             raise MismatchError(
-                f"The cost table has costs for {name}/{others[0]}, which this model has not ({len(others)} such sites). "
+                f"The cost table has costs for {name}/{others[0]}, which this model does not have ({len(others)} such sites). "
                 "Take the cost.flops.json or cost.json of the same model."
             )
 
@@ -144,7 +153,7 @@ def _plan_cost(cost: TransformerCost, plan: Plan) -> float:
 
 
 def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
-    """Cost of the attention weights that a token rule of this base has computed: none for value norms."""
+    """Returns the cost of the attention weights that a token rule of this base reads; 0 for a rule that reads none."""
     total = 0.0
     for site, steps in observed_steps(plan, base).items() if base in MAPPED else ():
         for step in steps:
@@ -156,75 +165,15 @@ def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
 
 
 def save_cost(cost: CostModel, path: Path, *, force: bool = False) -> None:
+    """Writes the cost table atomically; FormatError if `path` exists and `force` is not set."""
     write_json(path, cost.to_json(), force=force)
 
 
 def load_cost(path: str | Path) -> CostModel:
-    """Returns the cost table in `path`. Raises FormatError where it is broken, negative or incomplete."""
-    where = str(path)
-    data = header(read_json(Path(path)), FORMAT, VERSION, where)
-    return checked(lambda: _from_json(data, where), where)
+    """Returns the cost table in `path`; FormatError if it is broken, negative or incomplete."""
+    return decode(header(read_json(Path(path)), FORMAT, VERSION, str(path)), CostModel, str(path))
 
 
 def cost_of(folder: Path, cost: str | Path) -> CostModel:
     """Returns the cost table that `cost` names: "flops" for the folder's own count, or the path of a cost.json."""
     return load_cost(folder / "cost.flops.json" if str(cost) == "flops" else cost)
-
-
-def _from_json(data: dict[str, Any], where: str) -> CostModel:
-    fields = {"unit", "device", "dtype", "batch", "tokens", "transformers", "loop", "outside"}
-    exact_keys(data, fields | {"format", "version"}, where)
-    if data["unit"] not in ("flops", "ms"):
-        raise FormatError(f"{where}: unit {data['unit']!r}; expected flops or ms. Write the file again.")
-    exact_keys(data["loop"], {"scheduler", "update", "guidance"}, f"{where}: loop")
-    exact_keys(data["outside"], {"text_encoder", "vae"}, f"{where}: outside")
-
-    def amount(value: Any) -> float:
-        if not is_number(value) or value < 0:
-            raise FormatError(
-                f"{where}: found the cost {value!r}; expected a number of at least 0. Write the file again."
-            )
-        return float(value)
-
-    def amounts(values: Any, make: Callable[[Any], Any] = amount) -> tuple[Any, ...]:
-        return tuple(make(v) for v in values)
-
-    def point(pair: Any) -> tuple[int, float]:
-        k, value = pair
-        return of_type(k, int, f"{where}: k"), amount(value)
-
-    transformers = {}
-    for name, entry in data["transformers"].items():
-        exact_keys(entry, {"step", "sites"}, f"{where}: {name}")
-        step = exact_keys(entry["step"], {"fixed", "all_cached", "stack"}, f"{where}: {name}: step")
-        sites = {}
-        for key, site in entry["sites"].items():
-            exact_keys(site, {"C", "R", "F", "P", "map"}, f"{where}: {name}: {key}")
-            points = amounts(site["P"], point)
-            if not points or list(points) != sorted(points) or len(site["F"]) != 4:
-                raise FormatError(
-                    f"{where}: {name}: {key}: P needs points in order of k, and F four costs. Write the file again."
-                )
-            costs = amount(site["C"]), amount(site["R"]), amounts(site["F"]), points, amount(site["map"])
-            sites[key] = SiteCost(*costs)
-        stack = amounts(step["stack"])
-        if len(stack) != 4:
-            raise FormatError(
-                f"{where}: {name}: step: stack needs four costs, found {len(stack)}. Write the file again."
-            )
-        known = TransformerCost(StepCost(amount(step["fixed"]), amount(step["all_cached"]), stack), sites)
-        if not known.full > 0:
-            raise FormatError(
-                f"{where}: {name}: a full step costs nothing; expected more than 0. Write the file again."
-            )
-        transformers[name] = known
-    return CostModel(
-        unit=data["unit"],
-        device=str(data["device"]),
-        dtype=str(data["dtype"]),
-        batch=int(data["batch"]),
-        tokens=int(data["tokens"]),
-        transformers=transformers,
-        loop={k: amount(v) for k, v in data["loop"].items()},
-        outside={k: None if v is None else amount(v) for k, v in data["outside"].items()},
-    )

@@ -1,4 +1,4 @@
-"""Strict JSON in, atomic files out: every file of sodaprof is read and written through here."""
+"""JSON files: strict reading, checked decoding into records, atomic writing. Every file of sodaprof passes through here."""
 
 from __future__ import annotations
 
@@ -10,34 +10,104 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from ..errors import FormatError
 
+MAX_BYTES = 64 << 20  # of a JSON file
+MAX_DEPTH = 64  # objects and lists inside each other
+REWRITE = "Write the file again with sodaprof."
+UPGRADE = "Upgrade sodaprof: run `pip install -U .` in a newer checkout."
+Number = int | float  # 1 stays 1 and 1.0 stays 1.0 when a file is written again
+T = TypeVar("T")
 
-def read_json(path: Path) -> Any:
-    """Returns the JSON value in `path`; FormatError for a missing or broken file, NaN or infinity."""
 
-    def refuse(word: str) -> None:
-        raise ValueError(f"{word} is not a number that a file may hold")
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of the values that files hold: immutable, and an unknown key is an error. `msgspec.structs.replace` copies one."""
 
-    def number(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise ValueError(f"{text} overflows")
-        return value
 
-    def whole(text: str) -> int:
-        number(text)
-        return int(text)
+def read_json(path: Path, missing: str = "Check the path.") -> Any:
+    """Returns the JSON value in `path`; `missing` is what the message advises if there is no such file.
 
+    Raises FormatError for a missing, broken, very large or deeply nested file, a key that occurs twice in an object, NaN,
+    infinity, or a number that overflows a float.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text, parse_constant=refuse, parse_float=number, parse_int=whole)
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
+        value = json.loads(
+            path.read_text(encoding="utf-8"),
+            parse_constant=_finite,
+            parse_float=_finite,
+            parse_int=_whole,
+            object_pairs_hook=_object,
+        )
+        _check_depth(value)
     except FileNotFoundError:
-        raise FormatError(f"{path}: no such file. Check the path.") from None
+        raise FormatError(f"{path}: no such file. {missing}") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not readable as JSON ({error}). Write the file again, or fetch it anew.") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def _whole(text: str) -> int:
+    _finite(text)
+    return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in an object")
+    return found
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        containers = [v for v in level if isinstance(v, dict | list)]
+        level = [v for outer in containers for v in (outer.values() if isinstance(outer, dict) else outer)]
+    if level:
+        raise ValueError(f"objects and lists are nested more than {MAX_DEPTH} deep")
+
+
+def decode(data: Any, kind: type[T], where: str, advice: str = REWRITE) -> T:
+    """Returns the JSON value `data` as `kind`, a `Record` or a type made of such.
+
+    Raises FormatError, which names the place inside the file, for a value of another type or out of range, and for a key that
+    is unknown, or missing although it is written (msgspec itself fills in the defaults of a record).
+    """
+    try:
+        value = msgspec.convert(data, kind, strict=True)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise FormatError(f"{where}: {error}. {advice}") from None
+    for place in sorted({*_keys(encode(value))} - {*_keys(data)}):
+        raise FormatError(f"{where}: Object missing required field `{place}`. {advice}")
+    return value
+
+
+def encode(value: Any) -> Any:
+    """Returns the JSON value of a `Record`: objects, lists, strings, numbers."""
+    return msgspec.to_builtins(value, enc_hook=lambda scalar: scalar.item())
+
+
+def _keys(value: Any, place: str = "$") -> Iterator[str]:
+    """Yields the place of every key in a JSON value."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield f"{place}.{key}"
+        yield from _keys(inner, f"{place}.{key}")
+    for position, inner in enumerate(value) if isinstance(value, list | tuple) else ():
+        yield from _keys(inner, f"{place}[{position}]")
 
 
 def write_json(path: Path, data: Any, *, force: bool = False) -> None:
@@ -46,7 +116,7 @@ def write_json(path: Path, data: Any, *, force: bool = False) -> None:
 
 
 def layout(data: Any, indent: str = "") -> str:
-    """Returns JSON with one entry a line and lists of plain values on one line, so that `git diff` shows what moved."""
+    """Returns JSON with one entry a line and lists of plain values on one line, so that `git diff` shows what changed."""
     if isinstance(data, dict | list | tuple) and data:
         values = list(data.values()) if isinstance(data, dict) else list(data)
         if isinstance(data, dict) or any(isinstance(v, dict) for v in values):
@@ -60,6 +130,7 @@ def layout(data: Any, indent: str = "") -> str:
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:
+    """Writes `text` atomically in UTF-8; see `replacing`."""
     with replacing(path, force=force) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -85,12 +156,12 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
-    """Raises FormatError where `path` exists and `force` is not set, or no file can be written there; with `folder` no folder."""
+    """Raises FormatError if `path` exists and `force` is not set, or if no file (or folder) can be written there."""
     if path.exists() and not force:
         raise FormatError(f"{path}: exists already. Choose another name, or add --force to replace it.")
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         wanted = "folder" if folder else "file"
-        raise FormatError(f"{path}: something else than a {wanted} is there, and is not replaced. Choose another name.")
+        raise FormatError(f"{path}: exists and is not a {wanted}; it is not replaced. Choose another name.")
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise FormatError(f"{path}: {above} is a file; expected a folder to write into. Choose another place.")
@@ -105,43 +176,15 @@ def digest(data: Any) -> str:
 
 
 def header(data: Any, name: str, version: int, where: str) -> dict[str, Any]:
-    """Returns `data` after checking its `format` and `version`; FormatError where it is another or a newer one."""
+    """Returns the content of a file: `data` without `format` and `version`; FormatError if these are others, or newer."""
     if not isinstance(data, dict) or data.get("format") != name:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise FormatError(f"{where}: found format {found!r}, expected {name!r}. Is this the right file?")
+        raise FormatError(f"{where}: found format {found!r}, expected {name!r}. Check the path.")
     if type(data.get("version")) is not int or not 1 <= data["version"] <= version:
         raise FormatError(
-            f"{where}: found version {data.get('version')!r} of {name}, this release reads up to {version}. "
-            "Upgrade sodaprof: pip install -U sodaprof"
+            f"{where}: found version {data.get('version')!r} of {name}, this release reads up to {version}. {UPGRADE}"
         )
-    return data
-
-
-def exact_keys(data: Any, keys: set[str], where: str) -> dict[str, Any]:
-    """Returns `data`, a JSON object with exactly these keys; anything else is a FormatError."""
-    if not isinstance(data, dict):
-        raise FormatError(f"{where}: found {type(data).__name__}, expected an object with {', '.join(sorted(keys))}.")
-    if unknown := sorted(set(data) - keys):
-        raise FormatError(
-            f"{where}: unknown key {unknown[0]!r}; expected {', '.join(sorted(keys))}. "
-            "Remove it, or read the file with the release of sodaprof that wrote it."
-        )
-    if missing := sorted(keys - set(data)):
-        raise FormatError(f"{where}: key {missing[0]!r} is missing. Write the file again with sodaprof.")
-    return data
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a number (true and false are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def of_type(value: Any, kind: Any, where: str) -> Any:
-    """Returns `value` where it is of `kind` (a bool is no int); FormatError otherwise."""
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = getattr(kind, "__name__", str(kind))
-        raise FormatError(f"{where}: found {type(value).__name__}, expected {expected}. Write the file again.")
-    return value
+    return {key: value for key, value in data.items() if key not in ("format", "version")}
 
 
 def checked(build: Callable[[], Any], where: str) -> Any:

@@ -1,4 +1,4 @@
-"""The profile on disk: a folder of JSON and Parquet, and the dense arrays that compilers read from it.
+"""A profile on disk: a folder of JSON and Parquet files, and the arrays that compilers read from it.
 
 `docs/formats.md` lists every column with its unit.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
 from ..errors import FormatError, UnsupportedModelError
-from .files import checked, digest, exact_keys, header, of_type, read_json, write_json
+from .files import UPGRADE, Number, Record, decode, digest, header, read_json, write_json
 from .sampler import FORMAT as SOLVER
 from .sampler import VERSION as SOLVER_VERSION
 from .sampler import OwnUpdate, own_update_from_json
@@ -25,7 +26,7 @@ from .tables import (
     MEAN,
     TABLES,
     VERSIONS,
-    _again,
+    profile_again,
     read_table,
     response,
     site_products,
@@ -36,15 +37,36 @@ from .tables import (
 
 FORMAT, VERSION = "sodaprof.profile", 1
 FORECAST_SOURCES = 4  # at most
-MANIFEST = {
-    "format", "version", "tables", "model", "sampler", "prompts", "seed", "samples", "max_interval", "batch_size",
-    "guidance_scale", "dtype", "device", "versions", "measured",
-}  # fmt: skip
+MAKE = "Make the profile: sodaprof profile MODEL -o DIR"
+
+
+class Manifest(Record, frozen=True):
+    """The content of manifest.json after `format` and `version`: what was asked for, where it ran, and how long it took."""
+
+    tables: dict[str, int]  # name -> version
+    model: str
+    sampler: str
+    prompts: Annotated[tuple[int | str, ...], Meta(min_length=1)]
+    seed: Annotated[int, Meta(ge=0)]
+    samples: Annotated[int, Meta(ge=1)]
+    max_interval: Annotated[int, Meta(ge=2)]
+    batch_size: int
+    guidance_scale: Number | None
+    dtype: str
+    device: str
+    versions: dict[str, Any]
+    measured: dict[str, Any]
+
+
+class Refused(Record, frozen=True):
+    """The content of solver.json if the sampler's steps are not linear: the reason."""
+
+    refused: str
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What needs no sampling: `model.json`, `sampler.json`, and the folder that holds them and `cost.flops.json`."""
+    """The part of a profile that needs no sampling: model.json, sampler.json, and the folder with these and cost.flops.json."""
 
     folder: Path
     model: Model
@@ -53,32 +75,27 @@ class Inspection:
     def own_update(self) -> OwnUpdate:
         """Returns the sampler's own steps as coefficients, from solver.json.
 
-        Raises UnsupportedModelError with the reason where they are not linear, FormatError where the file is missing (an older
-        folder), broken, or for another number of steps.
+        Raises UnsupportedModelError with the reason if they are not linear, FormatError if the file is missing (an older
+        folder), broken, or of another number of steps.
         """
         path = self.folder / "solver.json"
-        if not path.exists():
-            raise FormatError(
-                f"{path}: no such file; the folder was written before sodaprof recorded the sampler's own update. Profile "
-                f"again: sodaprof profile MODEL -o {self.folder} --force"
-            )
-        data = read_json(path)
+        data = read_json(path, profile_again(self.folder))
         if isinstance(data, dict) and "refused" in data:
-            exact_keys(header(data, SOLVER, SOLVER_VERSION, str(path)), {"format", "version", "refused"}, str(path))
-            raise UnsupportedModelError(of_type(data["refused"], str, f"{path}: refused"))
-        update = checked(lambda: own_update_from_json(data, str(path)), str(path))
+            content = header(data, SOLVER, SOLVER_VERSION, str(path))
+            raise UnsupportedModelError(decode(content, Refused, str(path), profile_again(self.folder)).refused)
+        update = own_update_from_json(data, str(path))
         if update.steps != self.sampler.steps:
             raise FormatError(
-                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {_again(self.folder)}"
+                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {profile_again(self.folder)}"
             )
         return update
 
 
 @dataclass(frozen=True)
 class Profile(Inspection):
-    """A profile folder: its tables are read when they are asked for."""
+    """A profile folder. Each table is read when a method needs it."""
 
-    manifest: dict[str, Any]
+    manifest: dict[str, Any]  # the whole of manifest.json; see `Manifest`
 
     @property
     def max_age(self) -> int:
@@ -86,11 +103,11 @@ class Profile(Inspection):
 
     @property
     def history(self) -> int:
-        """The oldest age, in steps, whose products with the present outputs are recorded."""
+        """The oldest age, in steps, of an output whose product with the current one is recorded."""
         return history_of(self.sampler.steps, self.manifest["max_interval"])
 
     def digest(self) -> str:
-        """SHA-256 over the request, the tables and the sampler's own update: not over how long they took or on what device."""
+        """Returns the SHA-256 of the request, the tables and the sampler's own update; duration and device do not enter."""
         kept = {k: v for k, v in self.manifest.items() if k not in ("measured", "versions", "device")}
         names = {t: f"{t}.parquet" for t in self.manifest["tables"] if t in COLUMNS}
         if (self.folder / "solver.json").exists():
@@ -99,11 +116,11 @@ class Profile(Inspection):
         return digest({"manifest": kept, "tables": files})
 
     def reference(self) -> dict[str, Any]:
-        """What a schedule remembers of its profile: the digest, and the seeds that evaluation must keep away from."""
+        """Returns what a schedule records of its profile: the digest, and the seeds that are not held out."""
         return {"digest": self.digest(), "seed": self.manifest["seed"], "samples": self.manifest["samples"]}
 
     def caching_error(self, metric: str = "cos") -> dict[str, np.ndarray]:
-        """Returns per transformer the error of reuse, [T, S, ages + 1], branch mean; NaN where there is no such past."""
+        """Returns per transformer the error of reuse, [T, S, ages + 1], branch mean; NaN if the age reaches before the turn."""
         table = self._read("caching", [*CELL, f"{metric}_mean"])
         return self._stale_errors(table, f"{metric}_mean", None)
 
@@ -122,14 +139,14 @@ class Profile(Inspection):
     def state_products(self) -> np.ndarray:
         """Returns the inner products [2T + 1, 2T + 1] of the latents x_0 … x_T, then of the guided outputs v_0 … v_(T−1).
 
-        Summed over the elements of a generation's latents, mean over the generations; as they pass through the scheduler's step.
+        Summed over the elements of a generation's latents, mean over the generations; as the scheduler's step receives them.
         """
         return state_products(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
 
     def response(self) -> np.ndarray | None:
-        """Returns what the guided output moves by with the latents, along the errors of an accelerated run, [T].
+        """Returns how far the guided output moves along an error of the latents of an accelerated run, relative to it, [T].
 
-        None where the profile measured none: of less than 16 samples, or of a pipeline that cannot be replayed.
+        None if the profile has not measured it: fewer than 16 samples, or a pipeline that cannot be replayed.
         """
         return response(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
 
@@ -143,9 +160,10 @@ class Profile(Inspection):
         return site_products(table, self.model, self.sampler.steps, self.history, self.folder)
 
     def stack_products(self) -> dict[str, dict[str, np.ndarray]]:
-        """Returns per transformer the products [T, T] of what its last block hands on: `output`, and `drift`, as of a site.
+        """Returns per transformer the inner products [T, T] of what its last block returns: `output` and `drift`.
 
-        drift: less what the first block is given. Transformers whose blocks do not hand on one tensor are left out.
+        NaN as in `site_products`. drift: the output minus what enters the first block. A transformer whose blocks do not pass
+        on one tensor has no entry.
         """
         table = self._products_of_outputs()
         return stack_products(table, self.model, self.sampler.steps, self.history, self.folder)
@@ -160,7 +178,7 @@ class Profile(Inspection):
         return table
 
     def _read(self, table: str, columns: list[str]) -> dict[str, np.ndarray]:
-        """Returns columns of a table; FormatError where the profile was made without it, or before there was such a table."""
+        """Returns columns of a table; FormatError if the profile was made without it, or by a release that did not write it."""
         if table not in self.manifest["tables"]:
             left_out = "--no-gram" if table == "gram" else "--states-only"
             has = ", ".join(t for t in self.manifest["tables"] if t in COLUMNS)
@@ -172,69 +190,49 @@ class Profile(Inspection):
 
 
 def load_inspection(folder: str | Path) -> Inspection:
-    """Returns what `sodaprof inspect -o` (or `profile`) wrote to `folder`; FormatError where it is broken."""
+    """Returns what `sodaprof inspect -o` (or `profile`) wrote to `folder`; FormatError if it is broken."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FormatError(f"{folder}: no such folder. Make it: sodaprof profile MODEL -o {folder}")
+        raise FormatError(f"{folder}: no such folder. {MAKE}")
     model_path, sampler_path = folder / "model.json", folder / "sampler.json"
-    if missing := [path for path in (model_path, sampler_path) if not path.exists()]:
-        raise FormatError(
-            f"{missing[0]}: no such file; expected a folder that profile or inspect wrote. Make it: sodaprof profile MODEL -o DIR"
-        )
-    model = checked(lambda: model_from_json(read_json(model_path), str(model_path)), str(model_path))
-    sampler = checked(lambda: sampler_from_json(read_json(sampler_path), str(sampler_path)), str(sampler_path))
+    model = model_from_json(read_json(model_path, MAKE), str(model_path))
+    sampler = sampler_from_json(read_json(sampler_path, MAKE), str(sampler_path))
     return Inspection(folder, model, sampler)
 
 
 def load_profile(folder: str | Path) -> Profile:
-    """Returns the profile in `folder`. Raises FormatError where a part is missing, broken, or newer than this release."""
+    """Returns the profile in `folder`. Raises FormatError if a part is missing, broken, or newer than this release."""
     inspection = load_inspection(folder)
     path = inspection.folder / "manifest.json"
-    if not path.exists():
-        raise FormatError(
-            f"{path}: no such file; the folder holds no sensitivity tables. Measure them: sodaprof profile MODEL -o DIR"
-        )
-    manifest = exact_keys(header(read_json(path), FORMAT, VERSION, str(path)), MANIFEST, str(path))
-    for table in _named(manifest["tables"]):
+    data = read_json(path, MAKE)
+    again = profile_again(folder)
+    tables = decode(header(data, FORMAT, VERSION, str(path)), Manifest, str(path), again).tables
+    gram = {"gram"} & set(tables)
+    for table in [*gram] if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]:
         if not (inspection.folder / f"{table}.parquet").is_file():
-            raise FormatError(f"{folder}/{table}.parquet: no such file, which manifest.json names. {_again(folder)}")
-        version = manifest["tables"].get(table) if isinstance(manifest["tables"], dict) else None
-        newest = VERSIONS[table]
-        if type(version) is not int or not 1 <= version <= newest:
+            raise FormatError(f"{folder}/{table}.parquet: no such file, which manifest.json names. {again}")
+        version, newest = tables.get(table), VERSIONS[table]
+        if version is None or not 1 <= version <= newest:
+            advice = again if version is None or version < 1 else UPGRADE
             raise FormatError(
-                f"{path}: table {table} has version {version!r}, this release reads 1 to {newest}. Upgrade sodaprof (pip install "
-                f"-U sodaprof) where it is newer, else profile again: sodaprof profile MODEL -o {folder} --force"
+                f"{path}: table {table} has version {version}, this release reads 1 to {newest}. {advice}"
             )
-    for key, least in (("seed", 0), ("samples", 1), ("max_interval", 2)):
-        if type(manifest[key]) is not int or manifest[key] < least:
-            raise FormatError(
-                f"{path}: {key} is {manifest[key]!r}; expected a whole number of at least {least}. {_again(folder)}"
-            )
-    entries = manifest["prompts"]
-    if not isinstance(entries, list) or not entries or not {type(e) for e in entries} <= {int, str}:
-        raise FormatError(f"{path}: prompts must be a list of at least one prompt or label. {_again(folder)}")
-    return Profile(inspection.folder, inspection.model, inspection.sampler, manifest)
-
-
-def _named(tables: Any) -> list[str]:
-    """Returns the tables that a profile must have: gram where its manifest names it, the others unless it names gram alone."""
-    gram = ["gram"] if isinstance(tables, dict) and "gram" in tables else []
-    return gram if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]
+    return Profile(inspection.folder, inspection.model, inspection.sampler, data)
 
 
 def history_of(steps: int, max_interval: int) -> int:
-    """Returns the oldest age whose products are recorded: of four forecast sources, each a longest interval before the next."""
+    """Returns the oldest age of which products are recorded: four forecast sources, each the longest interval apart."""
     return min(steps - 1, FORECAST_SOURCES * (max_interval - 1))
 
 
 def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:
-    """Writes the parts of a profile folder that tell the sites and the sampler."""
+    """Writes model.json and sampler.json."""
     write_json(folder / "model.json", model.to_json(), force=True)
     write_json(folder / "sampler.json", sampler.to_json(), force=True)
 
 
 def write_solver(folder: Path, update: OwnUpdate | UnsupportedModelError) -> None:
-    """Writes solver.json: the sampler's own update, or why there is none."""
+    """Writes solver.json: the sampler's own update, or the reason why there is none."""
     refused = {"format": SOLVER, "version": SOLVER_VERSION, "refused": str(update)}
     data = update.to_json() if isinstance(update, OwnUpdate) else refused
     write_json(folder / "solver.json", data, force=True)

@@ -1,37 +1,44 @@
-"""Whether a schedule is legal: rules that need only the file. Each rule is one function; `RULES` is all of them.
+"""Whether a schedule is legal: rules that need only the file. Each rule is one function; `RULES` holds all of them.
 
-Whether it fits a pipeline (class, fingerprint, sites, timesteps, guidance) is the runtime's question.
+Whether a schedule matches a pipeline (class, fingerprint, sites, timesteps, guidance) is checked by the runtime. The second
+half of the file says which attention a token rule reads, and at which steps it has to be recorded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from ..errors import IllegalScheduleError
-from .files import is_number
-
-if TYPE_CHECKING:
-    from .schedule import Forecast, Schedule
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .schedule import Plan
+from .schedule import Forecast, Plan, Schedule
+from .sites import SiteKey
 
 BASES = ("feature_mean", "attention_received", "cross_attention_entropy", "value_norm", "random")
 MAX_SOURCES = 4
+OBSERVED = {  # base of a token rule -> kind of the site whose attention it is a statistic of
+    "attention_received": "attn",
+    "value_norm": "attn",
+    "cross_attention_entropy": "cross_attn",
+}
+MAPPED = ("attention_received", "cross_attention_entropy")  # those that need the attention weights themselves
 
 
 def verify(schedule: Schedule) -> None:
-    """Raises IllegalScheduleError with the first rule that `schedule` breaks, where, and what was found."""
+    """Raises IllegalScheduleError with the first rule that `schedule` breaks, the place, and what was found."""
     for rule in RULES:
-        for complaint in rule(schedule):
+        for found in rule(schedule):
             raise IllegalScheduleError(
-                f"{complaint}. Rule: {(rule.__doc__ or '').strip()} Compile the schedule again, or mend the file."
+                f"{found}. Rule: {rule.__doc__} Compile the schedule again, or correct the file."
             )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def rows_have_one_character_a_step(s: Schedule) -> Iterator[str]:
@@ -50,15 +57,16 @@ def rows_have_one_character_a_step(s: Schedule) -> Iterator[str]:
 
 
 def sites_are_known_to_the_fingerprint(s: Schedule) -> Iterator[str]:
-    """The fingerprint gives the tokens of every site."""
+    """The fingerprint gives the tokens of every site, and nothing of a wrong type."""
     for name, plan in s.transformers.items():
         for site in plan.rows:
             try:
-                tokens = plan.tokens(site)
-            except (KeyError, ValueError, TypeError):
-                tokens = None
-            if not isinstance(tokens, int) or tokens < 1:
-                yield f"site {name}/{site} has no tokens in the fingerprint"
+                known = plan.tokens(site) > 0 and {type(plan.kind(site)), type(plan.layout(site))} <= {str, type(None)}
+                plan.holds_text(site)
+            except (LookupError, ValueError, TypeError, AttributeError):
+                known = False
+            if not known:
+                yield f"site {name}/{site} has no tokens in the fingerprint, or another entry of it has a wrong type"
 
 
 def first_step_computes(s: Schedule) -> Iterator[str]:
@@ -72,7 +80,7 @@ def first_step_computes(s: Schedule) -> Iterator[str]:
 
 
 def columns_agree(s: Schedule) -> Iterator[str]:
-    """Sites are - in skipped columns and only there, but for a prefix of C under an S; _ goes through all rows."""
+    """Sites are - in skipped columns and only there, except a prefix of C under an S; _ is in all rows or in none."""
     for name, plan in s.transformers.items():
         for t, action in enumerate(plan.stack):
             column = "".join(row[t] for row in plan.rows.values())
@@ -81,7 +89,7 @@ def columns_agree(s: Schedule) -> Iterator[str]:
             if action == "." and "-" in column:
                 yield f"{name} has a - under a running stack at step {t}"
             if action == "-" and set(column) != {"-"}:
-                yield f"{name} has a site at work while the network is not called at step {t}"
+                yield f"{name} has a site that runs while the network is not called at step {t}"
             if action == "S" and (set(column) - set("C-") or "-C" in column):
                 yield f"{name} has other cells than a prefix of C under the S at step {t}"
 
@@ -89,8 +97,8 @@ def columns_agree(s: Schedule) -> Iterator[str]:
 def one_transformer_a_step(s: Schedule) -> Iterator[str]:
     """At each step exactly one transformer is not _."""
     for t, column in enumerate(zip(*(plan.stack for plan in s.transformers.values()), strict=True)):
-        if sum(action != "_" for action in column) != 1:
-            yield f"{sum(action != '_' for action in column)} transformers are at work at step {t}"
+        if (count := sum(action != "_" for action in column)) != 1:
+            yield f"{count} transformers are called at step {t}"
 
 
 def prunes_have_their_k(s: Schedule) -> Iterator[str]:
@@ -99,29 +107,29 @@ def prunes_have_their_k(s: Schedule) -> Iterator[str]:
         if extra := set(plan.k) - set(plan.rows):
             yield f"k names the unknown site {name}/{min(extra)}"
         for site, row in plan.rows.items():
-            k = plan.k.get(site, ())
+            k, tokens = plan.k.get(site, ()), plan.tokens(site)
             if len(k) != row.count("P"):
                 yield f"site {name}/{site} has {row.count('P')} P cells and {len(k)} values of k"
-            if any(not isinstance(v, int) or isinstance(v, bool) or not 0 <= v <= plan.tokens(site) for v in k):
-                yield f"site {name}/{site} has a k outside 0…{plan.tokens(site)}"
+            if not all(_is_whole(v) and 0 <= v <= tokens for v in k):
+                yield f"site {name}/{site} has a k outside 0…{tokens}"
 
 
 def rule_goes_with_prunes(s: Schedule) -> Iterator[str]:
-    """There is a token rule exactly where there are P cells, with a known base and finite numbers."""
-    if (s.token_rule is not None) != any("P" in row for plan in s.transformers.values() for row in plan.rows.values()):
-        yield "a token rule without P cells" if s.token_rule else "P cells without a token rule"
-    if s.token_rule is not None:
-        rule = s.token_rule
+    """There is a token rule if and only if there are P cells, with a known base and finite numbers."""
+    rule = s.token_rule
+    if (rule is not None) != any("P" in row for plan in s.transformers.values() for row in plan.rows.values()):
+        yield "a token rule without P cells" if rule else "P cells without a token rule"
+    if rule is not None:
         if rule.base not in BASES:
             yield f"token rule base {rule.base!r}, known are {', '.join(BASES)}"
-        if not all(is_number(v) and math.isfinite(v) for v in (rule.age_weight, rule.age_period, rule.bonus)):
+        if not all(map(_is_finite, (rule.age_weight, rule.age_period, rule.bonus))):
             yield "a token rule with a value that is no number"
-        elif rule.age_period <= 0 or not isinstance(rule.bonus_grid, int) or rule.bonus_grid < 1:
+        elif rule.age_period <= 0 or not _is_whole(rule.bonus_grid) or rule.bonus_grid < 1:
             yield "a token rule with age_period or bonus_grid not above 0"
 
 
 def rules_have_what_they_observe(s: Schedule) -> Iterator[str]:
-    """A token rule finds in the block of each pruned site the attention it scores by; halves are shared in one batch."""
+    """The block of each pruned site has the attention that the token rule reads; shared halves need guidance in halves."""
     rule = s.token_rule
     if rule is None:
         return
@@ -146,7 +154,7 @@ def forecasts_have_sources(s: Schedule) -> Iterator[str]:
             if len(cells) != len(steps):
                 yield f"site {name}/{site} has {len(steps)} F cells and {len(cells)} forecasts"
             for step, cell in zip(steps, cells, strict=False):
-                yield from _forecast_complaints(cell, step, _is(row, "C"), f"{name}/{site}")
+                yield from _wrong_forecast(cell, step, row, "C", f"{name}/{site}")
 
 
 def stack_forecasts_have_sources(s: Schedule) -> Iterator[str]:
@@ -158,29 +166,25 @@ def stack_forecasts_have_sources(s: Schedule) -> Iterator[str]:
         for step, cell in zip(steps, plan.stack_forecasts, strict=False):
             if cell.form not in ("output", "drift"):
                 yield f"{name} has an S cell of form {cell.form!r}"
-            yield from _forecast_complaints(cell, step, _is(plan.stack, "."), f"{name}/stack")
+            yield from _wrong_forecast(cell, step, plan.stack, ".", f"{name}/stack")
 
 
-def _is(row: str, action: str) -> Callable[[int], bool]:
-    return lambda step: row[step] == action
-
-
-def _forecast_complaints(cell: Forecast, step: int, computed: Callable[[int], bool], where: str) -> Iterator[str]:
+def _wrong_forecast(cell: Forecast, step: int, row: str, source_action: str, where: str) -> Iterator[str]:
     count = len(cell.sources)
     if not 1 <= count <= MAX_SOURCES or len(set(cell.sources)) != count or len(cell.weights) != count:
         yield f"{where} has {count} sources and {len(cell.weights)} weights at step {step}"
     for source in cell.sources:
-        if type(source) is not int or not 0 <= source < step or not computed(source):
-            yield f"{where} forecasts step {step} from step {source}, which is no earlier computed one"
+        if not _is_whole(source) or not 0 <= source < step or row[source] != source_action:
+            yield f"{where} forecasts step {step} from step {source}, which is no earlier computed step"
     for weight in cell.weights:
-        if not is_number(weight) or not math.isfinite(weight):
+        if not _is_finite(weight):
             yield f"{where} has the weight {weight} at step {step}"
         elif float(f"{weight:.6g}") != weight:
             yield f"{where} has the weight {weight} at step {step}, which has more than 6 significant digits"
 
 
 def turns_begin_anew(s: Schedule) -> Iterator[str]:
-    """After another transformer's steps (_), a transformer first computes everything, and forecasts from nothing before."""
+    """After steps of another transformer (_), a transformer first computes everything, and forecasts from nothing earlier."""
     for name, plan in s.transformers.items():
         past = plan.past()
         for t, age in enumerate(past):
@@ -194,7 +198,7 @@ def turns_begin_anew(s: Schedule) -> Iterator[str]:
 
 
 def update_is_complete(s: Schedule) -> Iterator[str]:
-    """An update has a known basis, 1 to 4 outputs of history, T rows of finite coefficients, 0 for outputs to come."""
+    """An update has a known basis, 1 to 4 outputs of history, T rows of finite coefficients, 0 for outputs still to come."""
     update = s.update
     if update is None:
         if any("-" in plan.stack for plan in s.transformers.values()):
@@ -208,7 +212,7 @@ def update_is_complete(s: Schedule) -> Iterator[str]:
     outputs = 0
     for t, row in enumerate(update.coefficients):
         outputs += any(plan.stack[t] in ".S" for plan in s.transformers.values())
-        if not all(is_number(c) and math.isfinite(c) and float(f"{c:.9g}") == c for c in row):
+        if not all(_is_finite(c) and float(f"{c:.9g}") == c for c in row):
             yield f"an update coefficient at step {t} that is no number of at most 9 significant digits"
         elif any(row[1 + outputs :]):
             yield f"an update at step {t} that weighs outputs that do not exist yet"
@@ -229,32 +233,25 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
     update_is_complete,
 )
 
-OBSERVED = {  # base of a token rule -> kind of the site whose attention it is a statistic of
-    "attention_received": "attn",
-    "value_norm": "attn",
-    "cross_attention_entropy": "cross_attn",
-}
-MAPPED = ("attention_received", "cross_attention_entropy")  # those that need the attention weights themselves
-
 
 def source_of(plan: Plan, site: str, base: str) -> str | None:
-    """Returns the site in the block of `site` that `base` is observed at; None where the block has none of its kind."""
-    block = site.split(".")[:2]
+    """Returns the site whose attention `base` reads for `site`, one of the same block; None if the block has none."""
+    block = SiteKey.parse(site).block
     for key in plan.rows:
-        if key.split(".")[:2] == block and plan.kind(key) == OBSERVED[base]:
+        if SiteKey.parse(key).block == block and plan.kind(key) == OBSERVED[base]:
             return key
     return None
 
 
 def chooses(plan: Plan, site: str, step: int) -> bool:
-    """Whether the site has to choose among its tokens at `step`: a P cell of neither none nor all of them."""
+    """Returns whether the site has to choose among its tokens at `step`: a P cell of neither none nor all of them."""
     if plan.rows[site][step] != "P":
         return False
     return 0 < plan.k[site][plan.cell(site, step, "P")] < plan.tokens(site)
 
 
 def observed_steps(plan: Plan, base: str) -> dict[str, frozenset[int]]:
-    """Returns, for each site that scores are taken from, the steps (C or P) at which its statistic has to be taken."""
+    """Returns, for each site whose attention is read, the steps (C or P) at which its statistic has to be recorded."""
     if base not in OBSERVED:
         return {}
     order = {key: i for i, key in enumerate(plan.rows)}
@@ -268,7 +265,7 @@ def observed_steps(plan: Plan, base: str) -> dict[str, frozenset[int]]:
 
 def _observed(plan: Plan, source: str, readers: list[str], order: dict[str, int]) -> frozenset[int]:
     row, steps = plan.rows[source], set()
-    wanted = False  # whether a later cell reads what stands now, before all of it is taken anew
+    wanted = False  # whether a later cell reads the statistic as it is after this step, before a C replaces all of it
     for step in reversed(range(len(row))):
         reading = [site for site in readers if chooses(plan, site, step)]
         after = any(order[site] > order[source] for site in reading)

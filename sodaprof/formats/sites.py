@@ -1,22 +1,55 @@
-"""Sites: one module (self-attention, cross-attention, feed-forward, …) of one layer of a transformer."""
+"""Sites, transformers, models and samplers: what a profile and a schedule belong to. model.json and sampler.json."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
-from ..errors import FormatError
-from .files import exact_keys, is_number, of_type
+from msgspec import Meta, field
 
-FIELDS = {  # of a site in a file
-    "stack": str, "layer": int, "module": str, "kind": str, "tokens": int, "width": int, "prunable": bool, "call": int,
-}  # fmt: skip
+from .files import Number, Record, decode, encode
+
 KINDS = ("attn", "joint_attn", "cross_attn", "mlp", "fused")  # canonical, in the order in which blocks run them
+AGAIN = "Profile again, or run `sodaprof inspect` again."
+GuidanceForm = Literal["halves", "passes", "none"]  # both branches in one batch; one call each; one branch
+PositiveInt = Annotated[int, Meta(gt=0)]
 
 
-@dataclass(frozen=True)
-class Site:
+class SiteKey(NamedTuple):
+    """The parts of a site's name in files: `transformer_blocks.3.attn1`, with `#1` for a second call of the module."""
+
+    stack: str
+    layer: int
+    module: str
+    call: int = 0
+
+    @classmethod
+    def parse(cls, key: str) -> SiteKey:
+        """Raises ValueError if `key` is not stack.layer.module, with a number after a `#`, if there is one."""
+        path, mark, call = key.partition("#")
+        stack, layer, module = path.split(".", 2)
+        return cls(stack, int(layer), module, int(call) if mark else 0)
+
+    @property
+    def block(self) -> str:
+        """Path of the block inside the transformer."""
+        return f"{self.stack}.{self.layer}"
+
+    @property
+    def path(self) -> str:
+        """Path of the module inside the transformer; all calls of the module share it."""
+        return f"{self.stack}.{self.layer}.{self.module}"
+
+    @property
+    def name(self) -> str:
+        """The site within its block: the module, and which call of it."""
+        return self.module + (f"#{self.call}" if self.call else "")
+
+    def __str__(self) -> str:
+        return f"{self.block}.{self.name}"
+
+
+class Site(Record, frozen=True):
     """One row of a schedule. `tokens` and `width` are N and D of the module's output [B, N, D]."""
 
     stack: str  # attribute of the transformer that holds the blocks, e.g. "transformer_blocks"
@@ -30,113 +63,143 @@ class Site:
 
     @property
     def key(self) -> str:
-        """The site's name in files: the module path, with `#1` for a second call."""
-        return f"{self.stack}.{self.layer}.{self.module}" + (f"#{self.call}" if self.call else "")
+        """The site's name in files; see `SiteKey`."""
+        return str(SiteKey(self.stack, self.layer, self.module, self.call))
 
     @property
     def path(self) -> str:
-        return f"{self.stack}.{self.layer}.{self.module}"
+        """Path of the module inside the transformer."""
+        return SiteKey(self.stack, self.layer, self.module).path
 
 
-@dataclass(frozen=True)
-class Transformer:
-    """What the compiler knows of one transformer: its class, a readable fingerprint, its sites in execution order."""
+class Structure(Record, frozen=True):
+    """The class of a transformer, and its fingerprint: what a schedule says about the modules of the network."""
 
-    class_name: str
+    class_name: str = field(name="class")
     fingerprint: dict[str, Any]
-    sites: tuple[Site, ...]
-    called: tuple[int, ...] = ()  # the steps at which the pipeline calls it; () stands for all of them
+
+    def tokens(self, site: str) -> int:
+        """Returns N of the site: recorded by module, and by site if it has another number. KeyError if not recorded."""
+        module, tokens = _module(site), self.fingerprint["tokens"]
+        return tokens[site if site in tokens else module]
+
+    def kind(self, site: str) -> str | None:
+        """Returns the kind of the site, one of KINDS; None if the fingerprint does not record it."""
+        kinds: dict[str, str] = self.fingerprint.get("kinds", {})
+        return kinds.get(_module(site))
+
+    def layout(self, site: str) -> str:
+        """Returns how the site's output holds its tokens, a name in `pipelines.probe.LAYOUTS`; "" is [B, N, D]."""
+        layouts: dict[str, str] = self.fingerprint.get("layouts", {})
+        return layouts.get(_module(site), "")
+
+    def holds_text(self, site: str) -> bool:
+        """Returns whether the site's tokens are, or contain, those of the text: their number depends on the prompt."""
+        key = SiteKey.parse(site)
+        return f"{key.stack}.{key.name}" in self.fingerprint.get("text", ())
+
+
+def _module(site: str) -> str:
+    """Returns the name that fingerprints have for the site's module in any layer."""
+    key = SiteKey.parse(site)
+    return f"{key.stack}.{key.module}"
+
+
+class Transformer(Structure, frozen=True, omit_defaults=True):
+    """One transformer of a model: class, fingerprint, and sites in execution order."""
+
+    sites: Annotated[tuple[Site, ...], Meta(min_length=1)]
+    called: Annotated[tuple[int, ...], Meta(min_length=1)] = ()  # the steps at which the pipeline calls it; () is all
+
+    def __post_init__(self) -> None:
+        if list(self.called) != sorted({*self.called}) or min(self.called, default=0) < 0:
+            raise ValueError(f"`called` is {list(self.called)}; expected steps in rising order")
 
     def past(self, steps: int) -> list[int]:
-        """How many steps of its turn went before each step, as `turn_ages` counts them."""
+        """Returns how many steps of its turn precede each step, as `turn_ages` counts them."""
         return turn_ages(not self.called or step in self.called for step in range(steps))
 
-    def layout(self, site: Site) -> str:
-        """How the site's output holds its tokens, a name in `models.layout.LAYOUTS`; "" is [B, N, D]."""
-        layout: str = self.fingerprint.get("layouts", {}).get(f"{site.stack}.{site.module}", "")
-        return layout
 
-    def holds_text(self, site: Site) -> bool:
-        """Whether the site's tokens are, or hold, those of the text: as many as the prompt is long."""
-        module = site.key.split(".", 2)[2]  # with its call
-        return f"{site.stack}.{module}" in self.fingerprint.get("text", ())
+def turn_ages(calls: Iterable[bool]) -> list[int]:
+    """Returns for each step how many steps precede it in the same turn, −1 if the transformer is not called.
 
-
-def turn_ages(at_work: Iterable[bool]) -> list[int]:
-    """Returns for each step how many steps went before it in the same turn, −1 where the transformer is not called.
-
-    A turn is a run of consecutive steps at which the pipeline calls one transformer; what a cache holds is its turn's.
+    calls: whether the transformer is called at each step. A turn is a run of consecutive steps at which the pipeline calls
+    one transformer; its caches are valid within the turn.
     """
     ages: list[int] = []
-    for works in at_work:
-        ages.append(-1 if not works else ages[-1] + 1 if ages else 0)
+    for called in calls:
+        ages.append(-1 if not called else ages[-1] + 1 if ages else 0)
     return ages
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """The sampler a profile or schedule belongs to; `timesteps` in execution order, step 0 the noisiest."""
+class Shape(Record, frozen=True):
+    """The shape that a model was inspected with."""
 
-    class_name: str
+    latent: Annotated[list[PositiveInt], Meta(min_length=1)]  # [C, H, W] or [C, T, H, W]
+    tokens: PositiveInt
+    batch_profiled: PositiveInt
+    dtype: str
+
+
+class Model(Record, frozen=True):
+    """What `sodaprof inspect` finds: the transformers of a pipeline, and the shape that it was inspected with."""
+
+    name: str
+    pipeline: str
+    transformers: Annotated[dict[str, Transformer], Meta(min_length=1)]
+    shape: dict[str, Any]  # see `Shape`
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of model.json."""
+        return encode(self)
+
+
+def model_from_json(data: Any, where: str) -> Model:
+    """Returns the model written by `Model.to_json`; FormatError for anything else."""
+    model = decode(data, Model, where, AGAIN)
+    decode(model.shape, Shape, f"{where}: shape", AGAIN)
+    return model
+
+
+class Guidance(Record, frozen=True):
+    """How the branches of guidance reach the network, and the guidance scale."""
+
+    form: GuidanceForm
+    scale: Number | None
+
+
+class Sampler(Record, frozen=True):
+    """The sampler of a profile or schedule; `timesteps` in execution order, step 0 is the noisiest."""
+
+    class_name: str = field(name="class")
     config: dict[str, Any]
-    timesteps: tuple[float, ...]
-    guidance_form: str  # "halves" (both in one batch), "passes" (one call each), "none"
-    guidance_scale: float | None
+    timesteps: Annotated[tuple[Number, ...], Meta(min_length=1)]
+    guidance: Guidance
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
 
-    def to_json(self) -> dict[str, Any]:
-        guidance = {"form": self.guidance_form, "scale": self.guidance_scale}
-        return {
-            "class": self.class_name,
-            "config": self.config,
-            "timesteps": list(self.timesteps),
-            "guidance": guidance,
-        }
+    @property
+    def guidance_form(self) -> str:
+        return self.guidance.form
 
-
-@dataclass(frozen=True)
-class Model:
-    """What `sodaprof inspect` finds: the transformers of a pipeline and the shape it was looked at with."""
-
-    name: str
-    pipeline: str
-    transformers: dict[str, Transformer]
-    shape: dict[str, Any]  # latent [C, H, W], tokens, batch_profiled, dtype
+    @property
+    def guidance_scale(self) -> Number | None:
+        return self.guidance.scale
 
     def to_json(self) -> dict[str, Any]:
-        transformers = {
-            name: {"class": t.class_name, "fingerprint": t.fingerprint, "sites": [asdict(s) for s in t.sites]}
-            | ({"called": list(t.called)} if t.called else {})
-            for name, t in self.transformers.items()
-        }
-        return {"name": self.name, "pipeline": self.pipeline, "transformers": transformers, "shape": self.shape}
+        """Returns the content of sampler.json."""
+        return encode(self)
 
 
 def sampler_from_json(data: Any, where: str) -> Sampler:
-    """Returns the sampler written by `Sampler.to_json`; FormatError on anything else."""
-    exact_keys(data, {"class", "config", "timesteps", "guidance"}, where)
-    guidance = exact_keys(data["guidance"], {"form", "scale"}, f"{where}: guidance")
-    if guidance["form"] not in ("halves", "passes", "none"):
-        raise FormatError(
-            f"{where}: guidance form {guidance['form']!r}; expected halves, passes or none. Write the file again."
-        )
-    if guidance["scale"] is not None and not is_number(guidance["scale"]):
-        raise FormatError(
-            f"{where}: guidance scale {guidance['scale']!r}; expected a number or null. Write the file again."
-        )
-    timesteps = data["timesteps"]
-    if not isinstance(timesteps, list) or not timesteps or not all(is_number(t) for t in timesteps):
-        raise FormatError(f"{where}: timesteps must be a list of at least one number. Write the file again.")
-    if not isinstance(data["config"], dict) or not isinstance(data["class"], str):
-        raise FormatError(f"{where}: class must be a string and config an object. Write the file again.")
-    return Sampler(data["class"], data["config"], tuple(timesteps), guidance["form"], guidance["scale"])
+    """Returns the sampler written by `Sampler.to_json`; FormatError for anything else."""
+    return decode(data, Sampler, where)
 
 
 def raster_of(latent: Sequence[int], patch: int | Sequence[int], tokens: int) -> tuple[int, int, int] | None:
-    """Returns frames, rows and columns of a site's tokens, None where they are not those of the latents [C, (T,) H, W]."""
+    """Returns frames, rows and columns of a site's tokens; None if they are not those of the latents [C, (T,) H, W]."""
     sides = [patch, patch] if isinstance(patch, int) else list(patch)[-2:]
     if len(latent) < 3 or len(sides) != 2:
         return None
@@ -144,42 +207,3 @@ def raster_of(latent: Sequence[int], patch: int | Sequence[int], tokens: int) ->
     frames = tokens // (rows * columns)
     most = latent[-3] if len(latent) > 3 else 1
     return (frames, rows, columns) if 0 < frames <= most and frames * rows * columns == tokens else None
-
-
-def shape_from_json(data: Any, where: str) -> dict[str, Any]:
-    """Returns the shape that a model was looked at with, of a model or a schedule; FormatError on anything else."""
-    exact_keys(data, {"latent", "tokens", "batch_profiled", "dtype"}, where)
-    of_type(data["dtype"], str, f"{where}: dtype")
-    numbers = [*of_type(data["latent"], list, f"{where}: latent"), data["tokens"], data["batch_profiled"]]
-    if not data["latent"] or not all(type(n) is int and n > 0 for n in numbers):
-        raise FormatError(f"{where}: latent, tokens and batch_profiled must be whole numbers above 0. Profile again.")
-    return dict(data)
-
-
-def model_from_json(data: Any, where: str) -> Model:
-    """Returns the model written by `Model.to_json`; FormatError on anything else."""
-    exact_keys(data, {"name", "pipeline", "transformers", "shape"}, where)
-    transformers = {}
-    for name, entry in data["transformers"].items():
-        at = f"{where}: transformer {name}"
-        turns = {"called"} & set(entry)  # only there where the transformer is not called at each step
-        exact_keys(entry, {"class", "fingerprint", "sites"} | turns, at)
-        for s in entry["sites"]:
-            exact_keys(s, set(FIELDS), f"{at}: site")
-            for key, kind in FIELDS.items():
-                of_type(s[key], kind, f"{at}: site: {key}")
-        of_type(entry["class"], str, f"{at}: class")
-        of_type(entry["fingerprint"], dict, f"{at}: fingerprint")
-        sites = tuple(Site(**s) for s in entry["sites"])
-        if not sites:
-            raise FormatError(f"{at}: no sites. Run `sodaprof inspect` again.")
-        called = tuple(of_type(step, int, f"{at}: called") for step in entry["called"]) if turns else ()
-        if turns and (not called or sorted({*called}) != list(called) or called[0] < 0):
-            raise FormatError(f"{at}: called is {list(called)}; expected steps in rising order. Profile again.")
-        transformers[name] = Transformer(entry["class"], entry["fingerprint"], sites, called)
-    if not transformers:
-        raise FormatError(f"{where}: no transformers. Run `sodaprof inspect` again.")
-    shape = shape_from_json(data["shape"], f"{where}: shape")
-    for key in ("name", "pipeline"):
-        of_type(data[key], str, f"{where}: {key}")
-    return Model(data["name"], data["pipeline"], transformers, shape)

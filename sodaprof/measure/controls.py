@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from ..compiler.policies.fora import compile_fora
+from ..compiler.policies.fora import ForaKnobs, compile_fora
+from ..compiler.problem import Problem
 from ..errors import BudgetError
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
@@ -109,7 +110,7 @@ def fora_at(schedule: Schedule, model: Model, cost: CostModel, speedup: float) -
     if schedule.policy["name"] == "fora":
         return None
     try:
-        return compile_fora(model, schedule.sampler, None, cost, speedup, {})
+        return compile_fora(Problem(model, schedule.sampler, cost, speedup), ForaKnobs())
     except BudgetError:
         return None
 

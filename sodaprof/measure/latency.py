@@ -9,10 +9,10 @@ are what is measured, since they are what runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..compiler.problem import draw_schedule
 from ..errors import SodaprofError, UnsupportedModelError

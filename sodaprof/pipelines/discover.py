@@ -6,14 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from ..formats.sites import Model, Sampler, Site, Transformer
+from ..formats.sites import Guidance, GuidanceForm, Model, Sampler, Site, SiteKey, Transformer
 from .load import OwnCall, default_prompts
 from .probe import as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
 from .recording import Step, is_halved, latents_of, record_step, tapped
@@ -56,16 +57,17 @@ def inspect_pipeline(
     }
     form = guidance_form(pipe, step)
     model = Model(name, type(pipe).__name__, transformers, shape)
-    sampler = Sampler(type(pipe.scheduler).__name__, config_of(pipe.scheduler), step.timesteps, form, guidance_scale)
+    guidance = Guidance(form, guidance_scale)
+    sampler = Sampler(type(pipe.scheduler).__name__, config_of(pipe.scheduler), step.timesteps, guidance)
     return model, sampler, step
 
 
-def guidance_form(pipe: Any, step: Step) -> str:
+def guidance_form(pipe: Any, step: Step) -> GuidanceForm:
     """Returns how a step calls the network: "halves" (both branches in one batch), "passes" or "none".
 
     Raises UnsupportedModelError where networks that take turns are not called alike.
     """
-    forms = {}
+    forms: dict[str, GuidanceForm] = {}
     for name, args, kwargs in step.calls:
         halved = is_halved(latents_of(pipe.components[name], args, kwargs))
         forms[name] = "passes" if name in forms else "halves" if halved else "none"
@@ -98,7 +100,7 @@ class _Seen:
     @property
     def name(self) -> str:
         """Which site of a block it is, whatever the layer."""
-        return f"{self.stack}.{self.module}" + (f"#{self.call}" if self.call else "")
+        return f"{self.stack}.{SiteKey(self.stack, self.layer, self.module, self.call).name}"
 
 
 def find_sites(pipe: Any, name: str, step: Step) -> Transformer:

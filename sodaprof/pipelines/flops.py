@@ -137,7 +137,7 @@ def _count(shell: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) ->
         return out
 
     paths = {site.path for site in sites}
-    stacks = {path.split(".")[0] for path in paths}
+    stacks = {site.stack for site in sites}
     with torch.no_grad(), _frozen(shell), ExitStack() as stack, _counter() as counter:
         for path in paths:
             stack.enter_context(tapped(found[path][4], tap(path), "sodaprof.count"))

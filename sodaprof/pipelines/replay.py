@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from ..compiler.fit import StateSpace
 from ..errors import MismatchError, UnsupportedModelError
-from ..formats.sampler import RIDGE, OwnUpdate, own_weights, ridge_solve, rounded
-from ..formats.sites import Sampler
+from ..formats.sampler import OwnUpdate
+from ..formats.sites import Sampler, SiteKey
 from .clock import Clock
 from .guidance import combined, guidance_of
 from .load import OwnCall, call, transformers_of
@@ -130,16 +131,6 @@ class Replay:
     def steps(self) -> int:
         return self.sampler.steps
 
-    def noise(self, step: int) -> torch.Tensor:
-        """Returns what the scheduler's own noise added to the plain run at a step, [B, …]; zeros where it draws none."""
-        own = self.update
-        if not own.noise[step]:
-            return torch.zeros_like(self.states[0])
-        row, known = own.coefficients[step], range(step, max(-1, step - own.history), -1)
-        values = [own.data[t][0] * self.states[t] + own.data[t][1] * self.outputs[t] for t in known]
-        moved = row[0] * self.states[step] + sum(c * v for c, v in zip(row[1:], values, strict=False))
-        return self.states[step + 1] - moved
-
     @torch.no_grad()
     def output(self, step: int, x: torch.Tensor, clock: Clock | None = None) -> torch.Tensor:
         """Returns the guided output [B, …] float32 of the network at a step for latents x.
@@ -195,13 +186,13 @@ class Replay:
         """
         if step not in self._sites:
             calls: dict[str, list[torch.Tensor]] = {}
-            paths = dict.fromkeys(site.split("#")[0] for site in layouts)
+            paths = dict.fromkeys(SiteKey.parse(site).path for site in layouts)
             order: Counter[str] = Counter()
 
             def hear(path: str) -> Callable[..., Any]:
                 def tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                     out = forward(*args, **kwargs)
-                    site = path + (f"#{order[path]}" if order[path] else "")
+                    site = str(SiteKey.parse(path)._replace(call=order[path]))
                     order[path] += 1
                     if site in layouts:
                         calls.setdefault(site, []).append(out)
@@ -251,50 +242,41 @@ class Replay:
 
 
 @dataclass(frozen=True)
-class At:
-    """Where an accelerated run of some generations stands: the latents before a step, the newest outputs and their steps."""
+class ReplaySpace(StateSpace[Tensor]):
+    """Latents and outputs of a replay, [B, …], for the fit of an update.
 
-    x: Tensor
-    outputs: tuple[Tensor, ...] = ()
-    sources: tuple[int, ...] = ()
+    clock: that of a schedule on the pipeline. before: called with a step ahead of its network call.
+    """
 
-    def regressors(self) -> Tensor:
-        """Latents and outputs, [1 + outputs, B, …]."""
-        return torch.stack([self.x, *self.outputs])
+    replay: Replay
+    clock: Clock | None = None
+    before: Callable[[int], None] = lambda step: None
 
+    @property
+    def own(self) -> OwnUpdate:  # type: ignore[override]
+        return self.replay.update
 
-class Stepper:
-    """Takes the steps of a schedule on a replay's generations, under its update or under one that is fitted on the way."""
+    def state(self, step: int) -> Tensor:
+        return self.replay.states[step]
 
-    def __init__(self, replay: Replay, history: int, ridge: float = RIDGE) -> None:
-        self.replay, self.history, self.ridge = replay, history, ridge
+    def full_output(self, step: int) -> Tensor:
+        of_state, of_output = self.own.data[step]
+        return of_state * self.replay.states[step] + of_output * self.replay.outputs[step]
 
-    def start(self) -> At:
-        return At(self.replay.states[0])
+    def output(self, step: int, x: Tensor) -> Tensor:
+        self.before(step)
+        return self.in_basis(step, x, self.replay.output(step, x, self.clock))
 
-    def computed(self, at: At, step: int, clock: Clock | None = None) -> At:
-        """Returns the run with the network's output at this step as its newest."""
-        return self.with_output(at, step, self.replay.output(step, at.x, clock))
+    def in_basis(self, step: int, x: Tensor, output: Tensor) -> Tensor:
+        """Returns a guided output at a step in the basis of the update."""
+        of_state, of_output = self.own.data[step]
+        return of_state * x + of_output * output if of_state else of_output * output
 
-    def with_output(self, at: At, step: int, output: Tensor) -> At:
-        """Returns the run with a guided output at this step as its newest."""
-        of_state, of_output = self.replay.update.data[step]
-        value = of_state * at.x + of_output * output if of_state else of_output * output
-        return At(at.x, (value, *at.outputs)[: self.history], (step, *at.sources)[: self.history])
-
-    def fitted(self, at: At, step: int) -> tuple[tuple[float, ...], At]:
-        """Returns the coefficients [1 + history] of this step and the run after it."""
-        regressors = at.regressors()
-        target = self.replay.states[step + 1] - self.replay.noise(step)
-        flat = torch.stack([*regressors, target]).flatten(1).double()
+    def inner(self, vectors: Sequence[Tensor], target: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        flat = torch.stack([*vectors, target]).flatten(1).double()
         products = (flat @ flat.T).cpu().numpy()
-        prior = own_weights(self.replay.update, step, at.sources)
-        weights = ridge_solve(products[:-1, :-1], products[:-1, -1], prior, self.ridge)
-        (row,) = rounded([[*weights, *[0.0] * (1 + self.history - len(weights))]])
-        return row, self.moved(at, step, row)
+        return products[:-1, :-1], products[:-1, -1]
 
-    def moved(self, at: At, step: int, row: tuple[float, ...]) -> At:
-        """Returns the run after a step under given coefficients."""
-        weights = torch.tensor(row[: 1 + len(at.outputs)], dtype=torch.float32, device=at.x.device)
-        x = torch.tensordot(weights, at.regressors(), 1) + self.replay.noise(step)
-        return At(x, at.outputs, at.sources)
+    def weighted(self, weights: Sequence[float], vectors: Sequence[Tensor]) -> Tensor:
+        row = torch.tensor(weights, dtype=torch.float32, device=vectors[0].device)
+        return torch.tensordot(row, torch.stack(list(vectors)), 1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
-from ..formats.sampler import MAX_HISTORY, OwnUpdate
+from ..formats.sampler import MAX_HISTORY, Basis, OwnUpdate
 
 LOOP_SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {  # made for a captured step, and what their config may say
     "DDIMScheduler": {},
@@ -82,7 +82,7 @@ def own_update(scheduler: Any, timesteps: Any) -> OwnUpdate:
     return found
 
 
-def basis_of(scheduler: Any) -> str:
+def basis_of(scheduler: Any) -> Basis:
     """Returns what the scheduler's steps are weighted sums of: `data` where it keeps data predictions of its outputs."""
     return "output" if getattr(scheduler, "model_outputs", None) is None else "data"
 

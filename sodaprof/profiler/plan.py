@@ -61,7 +61,7 @@ class ProfilePlan:
     def varying(self) -> frozenset[int]:
         """Numbers of the sites whose tokens are as many as the prompt is long."""
         return frozenset(
-            i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site)
+            i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site.key)
         )
 
     @property

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..compiler.fit import Stepper
 from ..errors import UnsupportedModelError
 from ..formats.sampler import MAX_HISTORY
-from ..pipelines.replay import Replay, Stepper
+from ..pipelines.replay import Replay, ReplaySpace
 from .plan import ProfilePlan
 
 EVERY = 3  # the accelerated run calls the network at every third step
@@ -35,7 +36,8 @@ def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, flo
         replay = Replay(pipe, plan.sampler, entries, [request["seed"] + i for i in range(count)], own=plan.own)
     except UnsupportedModelError:  # the update, which alone asks for it, is refused there by name
         return None
-    stepper = Stepper(replay, MAX_HISTORY)
+    space = ReplaySpace(replay)
+    stepper = Stepper(space, MAX_HISTORY)
     at, found = stepper.start(), dict[int, tuple[float, float]]()
     full, interval = range(0, replay.steps, EVERY), max(1, min(EVERY, replay.steps // POINTS))
     measured = {*full, *range(0, replay.steps, interval), replay.steps - 1}
@@ -46,6 +48,6 @@ def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, flo
                 away, moved = (at.x - replay.states[step]).double(), (output - replay.outputs[step]).double()
                 found[step] = float(away.square().sum()), float((away * moved).sum())
         if step in full:
-            at = stepper.with_output(at, step, output)
+            at = stepper.with_output(at, step, space.in_basis(step, at.x, output))
         _, at = stepper.fitted(at, step)
     return found

@@ -160,7 +160,7 @@ class Taps:
         branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
         name, known = self.sites[site]
         whole = out
-        out = as_tokens(out, self.plan.model.transformers[name].layout(known))
+        out = as_tokens(out, self.plan.model.transformers[name].layout(known.key))
         if out.shape[0] % self.rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
             raise MismatchError(
                 f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {self.rows} generations, halves counted; "

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..formats.cost import CostModel
-from ..formats.sites import Model, Sampler
+from ..formats.sites import Model, Sampler, SiteKey
 
 SIDES = {"full": "the full run", "data": "the data"}
 
@@ -107,8 +107,7 @@ def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> Renderab
             table.add_column(column, justify="left" if column in ("module", "kind") else "right")
         groups: dict[tuple[str, str, str], list[Any]] = {}
         for site in transformer.sites:
-            call = f"#{site.call}" if site.call else ""
-            groups.setdefault((site.stack, site.module + call, site.kind), []).append(site)
+            groups.setdefault((site.stack, SiteKey.parse(site.key).name, site.kind), []).append(site)
         for (stack, module, kind), sites in groups.items():
             flops = sum(table_cost.sites[s.key].C for s in sites)
             table.add_row(

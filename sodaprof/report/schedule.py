@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..formats.files import encode
 from ..formats.schedule import Plan, Schedule, Update
+from ..formats.sites import SiteKey
 
 STYLES = {
     "C": "bold black on green",
@@ -44,7 +45,7 @@ def schedule_data(schedule: Schedule) -> dict[str, Any]:
         "policy": schedule.policy,
         "steps": schedule.steps,
         "predicted": schedule.predicted,
-        "update": None if schedule.update is None else asdict(schedule.update),
+        "update": None if schedule.update is None else encode(schedule.update),
         "measured": list(schedule.measured),
         "counts": dict(schedule.counts()),
         "digest": schedule.digest(),
@@ -128,8 +129,8 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
 
 
 def _label(plan: Plan, site: str) -> str:
-    stacks = {s.split(".")[0] for s in plan.rows}
-    return site if len(stacks) > 1 else site.split(".", 1)[1]
+    key, stacks = SiteKey.parse(site), {SiteKey.parse(s).stack for s in plan.rows}
+    return site if len(stacks) > 1 else f"{key.layer}.{key.name}"
 
 
 def _intervals(plan: Plan) -> list[int]:
@@ -140,14 +141,14 @@ def _intervals(plan: Plan) -> list[int]:
 
 def _prune_table(plan: Plan) -> Table:
     """Mean prune rate over the P cells, by layer and module."""
-    modules = list(dict.fromkeys(site.split(".", 2)[2] for site in plan.rows))
+    modules = list(dict.fromkeys(SiteKey.parse(site).name for site in plan.rows))
     table = Table("layer", *modules, title="mean prune rate of pruned cells (number of cells)", box=None)
     layers: dict[str, dict[str, list[float]]] = {}
     for site in plan.rows:
-        stack, layer, module = site.split(".", 2)
+        key = SiteKey.parse(site)
         rates = [1 - k / plan.tokens(site) for _, k in _pruned(plan, site)]
-        layers.setdefault(f"{stack}.{layer}", {})[module] = rates
-        layers.setdefault("all", {}).setdefault(module, []).extend(rates)
+        layers.setdefault(key.block, {})[key.name] = rates
+        layers.setdefault("all", {}).setdefault(key.name, []).extend(rates)
     layers["all"] = layers.pop("all")
     for layer, cells in layers.items():
         shown = [cells.get(m) for m in modules]

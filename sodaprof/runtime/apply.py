@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import MismatchError, SodaprofError
 from ..formats.rules import verify
-from ..formats.schedule import Plan, Schedule, load_schedule
+from ..formats.schedule import Plan, Schedule
+from ..formats.schedule_file import load_schedule
 from ..pipelines.clock import Clock, Moment, TransformerHook
 from .checks import HOOK, check_fits, rows_by_module
 from .compiled.conditioning import Tables

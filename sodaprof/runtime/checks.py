@@ -12,6 +12,7 @@ import torch
 from ..errors import MismatchError
 from ..formats.rules import OBSERVED, observed_steps, source_of
 from ..formats.schedule import Plan, Schedule
+from ..formats.sites import SiteKey
 from ..pipelines.discover import config_of, fingerprint
 from ..pipelines.load import transformers_of
 from ..pipelines.structure import find_modules
@@ -116,9 +117,9 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
                 f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
             )
     known = find_modules(transformer)
-    if missing := [site for site in plan.rows if site.split("#")[0] not in known]:
+    if missing := [site for site in plan.rows if SiteKey.parse(site).path not in known]:
         raise MismatchError(f"{name} has no module {missing[0]}, which the schedule drives. Compile for this model.")
-    if missing := sorted(set(known) - {site.split("#")[0] for site in plan.rows}):
+    if missing := sorted(set(known) - {SiteKey.parse(site).path for site in plan.rows}):
         raise MismatchError(
             f"{name} has the site {missing[0]}, the schedule has no row for it. Compile for this model."
         )
@@ -130,7 +131,7 @@ def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str
     observed = observed_steps(plan, rule.base) if rule is not None else {}
     rows = {}
     for site, actions in plan.rows.items():
-        kind, module = known[site.split("#")[0]][3:]
+        kind, module = known[SiteKey.parse(site).path][3:]
         blocks = (
             raster(schedule, plan, site, rule.bonus_grid)
             if rule is not None and rule.bonus and "P" in actions
@@ -142,7 +143,7 @@ def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str
             row.scored_by = rows[source_of(plan, site, rule.base) or site] if row.prunes else None
     modules: dict[str, list[SiteRow]] = {}
     for site, row in rows.items():
-        modules.setdefault(site.split("#")[0], []).append(row)
+        modules.setdefault(SiteKey.parse(site).path, []).append(row)
     return modules
 
 

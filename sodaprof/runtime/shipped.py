@@ -8,7 +8,8 @@ from typing import Any
 from ..errors import MismatchError, SodaprofError
 from ..formats.files import replacing
 from ..formats.rules import verify
-from ..formats.schedule import Schedule, load_schedule
+from ..formats.schedule import Schedule
+from ..formats.schedule_file import load_schedule
 from ..pipelines.load import find_model, load_pipeline
 from .checks import check_fits
 

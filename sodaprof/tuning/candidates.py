@@ -1,19 +1,21 @@
 """Policy `mix`: schedules of every action under one budget, measured on the model; the one nearest to the full run is taken.
 
-Steps without network (solver), skipped stacks (drift), forecast sites (fit), reuse and pruning (soda), with a fitted update and
-without: which of them a model and a budget favour is not in any table, so each candidate's own trajectory decides.
+Steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda), with a fitted
+update and without: which of them a model and a budget favour is not in any table, so each candidate's own trajectory decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from ..compiler import compile_schedule
+from ..compiler.policies import POLICIES
 from ..errors import BudgetError, UnsupportedModelError
 from ..formats.cost import cost_of
 from ..formats.profile import load_profile
@@ -22,14 +24,11 @@ from ..measure.metrics import worst_decile
 from ..runtime.checks import check_fits
 from .closed_loop import SAMPLES, calibration_replay, counting, fit_update, joint, play, priced
 
-CANDIDATES = (  # policy, whether an update is fitted beside it
-    ("solver", True),
-    ("drift", True),
-    ("drift", False),
-    ("fit", True),
-    ("fit", False),
-    ("soda", True),
-    ("soda", False),
+CANDIDATES = tuple(  # policy, whether an update is fitted in addition
+    (name, updated)
+    for name, policy in POLICIES.items()
+    for updated in (True, False)
+    if policy.mixed and (updated or not policy.fits_update)
 )
 
 

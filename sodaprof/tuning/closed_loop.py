@@ -9,13 +9,14 @@ what an error weighs in the picture. Closed form, one run of the accelerated loo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
+from ..compiler.fit import RunState, Stepper
 from ..compiler.forecasts import DIGITS, ridge
 from ..formats.cost import CostModel
 from ..formats.profile import Profile
@@ -23,7 +24,7 @@ from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
 from ..formats.schedule import Forecast, Schedule, Update
 from ..measure.metrics import worst_decile
 from ..pipelines.clock import Clock
-from ..pipelines.replay import At, Replay, Stepper
+from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
 from ..runtime.checks import check_fits
 from ..runtime.hooks.sites import SiteRow
@@ -48,9 +49,8 @@ class Fit:
         resumable: bool = False,
     ) -> None:
         self.replay, self.schedule, self.history, self.strength = replay, schedule, history, strength
-        self.stepper = Stepper(replay, history, strength)
         self.resumable = resumable
-        self.ats: list[At] = [self.stepper.start()]  # before each step taken and after the last
+        self.ats: list[RunState[Tensor]] = [RunState(replay.states[0])]  # before each step taken and after the last
         self.rows: list[tuple[float, ...]] = []  # of the update
         self.cells: dict[int, Forecast] = {}  # S step -> its forecast
         self.at_sites: dict[int, dict[str, Forecast]] = {}  # step -> site -> the forecast of its F cell
@@ -75,15 +75,15 @@ class Fit:
                 if self.resumable:
                     skips.keep_all()
             rows = attached.handle.rows if attached.handle else []
-            for step in range(len(self.rows), self.replay.steps):
-                at = self.ats[-1]
+
+            def fit_forecasts(step: int) -> None:
                 if step in site_targets:
                     self.at_sites[step] = self._weighed_sites(rows, step, site_targets[step])
                 if skips is not None and row[step] == "S":
                     self.cells[step] = self._weighed_stack(skips, step, targets[step])
-                if row[step] != "-":
-                    at = self.stepper.computed(at, step, clock)
-                coefficients, at = self.stepper.fitted(at, step)
+
+            stepper = Stepper(ReplaySpace(self.replay, clock, fit_forecasts), self.history, self.strength)
+            for coefficients, at in stepper.fit_update(lambda step: row[step] != "-", self.ats[-1], len(self.rows)):
                 self.rows.append(coefficients)
                 self.ats.append(at)
                 self.kept.append(skips.snapshot() if skips is not None and self.resumable else {})
@@ -237,12 +237,12 @@ def play(replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambd
     """Returns each generation's distance to the full run under a schedule, dB; without an update the sampler's own steps."""
     own, update, stack = replay.update, schedule.update, network_row(schedule)
     history, rows = (update.history, update.coefficients) if update else (own.history, rounded(own.coefficients))
-    stepper = Stepper(replay, history)
     with played(replay, schedule) as clock:
+        stepper = Stepper(ReplaySpace(replay, clock), history)
         at = stepper.start()
         for step in range(replay.steps):
             if stack[step] != "-":
-                at = stepper.computed(at, step, clock)
+                at = stepper.computed(at, step)
             at = stepper.moved(at, step, rows[step])
             on_step()
     return fidelity_db(at.x, replay)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from ..errors import UnsupportedModelError
 from ..formats.sampler import MAX_HISTORY
@@ -38,8 +39,8 @@ def columns_of(schedule: Schedule) -> str:
         if (found, plan.stack[step]) not in LETTERS:
             raise UnsupportedModelError(
                 "refine takes steps that compute (C), reuse (R) or forecast (F) at every site, skip the stack (S) or the "
-                f"network (-); step {step} holds {found} (stack {plan.stack[step]}). Give a schedule of --policy solver, fit, "
-                "drift, taylor, dpcache, magcache, fora, soda --knob uas=none, or one of mix that is made of such steps."
+                f"network (-); step {step} holds {found} (stack {plan.stack[step]}). Give a schedule of --policy solver, "
+                "forecast, drift, taylor, dpcache, magcache, fora, soda --knob uas=none, or one of mix that has only such steps."
             )
         columns += LETTERS[found, plan.stack[step]]
     if len(forms := {cell.form for cell in plan.stack_forecasts}) > 1:

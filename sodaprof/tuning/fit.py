@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..compiler import RELEASED, compile_schedule
+from ..compiler import compile_schedule
+from ..compiler.policies import RELEASED
 from ..errors import BudgetError, FormatError
 from ..formats.schedule import Schedule
 from ..measure.contenders import Contender, Run, nearness_db

@@ -8,12 +8,13 @@ import shutil
 import pytest
 
 import sodaprof
+from sodaprof.compiler.fit import Stepper
+from sodaprof.compiler.policies import POLICIES
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.profile import load_profile
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.load import load_pipeline
-from sodaprof.tuning.closed_loop import Stepper
 from tests.tiny_pipelines import tiny_pipe
 
 STEPS, SAMPLES = 8, 4
@@ -197,24 +198,37 @@ def test_a_mix_leaves_out_what_the_bound_excludes(command, model, profiled, targ
     ("arguments", "message"),
     [
         (("--knob", "history=5"), "Knob history is 5; expected 1 to 4"),
-        (("--knob", "history=0"), "Knob history is 0; expected at least 1"),
+        (("--knob", "history=0"), "Knob history is 0; expected 1 to 4"),
         (("--knob", "history=two"), "Knob history is 'two'; expected int"),
         (("--knob", "K=2"), "Policy solver has no knob 'K'; it has anchors"),
-        (("--policy", "fit", "--knob", "K=5"), "Knob K is 5; expected one of 1, 2, 3, 4"),
+        (("--policy", "forecast", "--knob", "K=5"), "Knob K is 5; expected one of 1, 2, 3, 4"),
         (("--policy", "drift", "--knob", "K=0"), "Knob K is 0; expected one of 1, 2, 3, 4"),
         (("--policy", "taylor", "--knob", "order=3"), "Knob order is 3; expected one of 1, 2"),
-        (("--policy", "fit", "--budget", "6x"), "A budget of 6x cannot be met"),  # full steps at most 4 apart
+        (("--policy", "forecast", "--budget", "6x"), "A budget of 6x cannot be met"),  # full steps at most 4 apart
     ],
 )
 def test_more_history_than_there_is(refused, profiled, target, arguments, message):
     assert message in refused("compile", profiled, *arguments, output=target)
 
 
+def test_the_former_name_of_a_policy_is_accepted_with_a_note(command, profiled, target):
+    code, out, _ = command("compile", profiled, "--policy", "fit", "-o", target)
+    assert code == 0
+    assert "Policy fit is called forecast now." in out
+    assert load_schedule(target).policy["name"] == "forecast"
+
+
+def test_the_help_lists_the_policies_of_the_registry(command):
+    _, out, _ = command("compile", "--help")
+    assert all(f"  {name} " in out and policy.help in out for name, policy in POLICIES.items())
+
+
 # ---- profiles that lack something -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "policy", [("solver",), ("fit",), ("drift",), ("dpcache",), ("magcache",), ("taylor", "--knob", "placement=dp")]
+    "policy",
+    [("solver",), ("forecast",), ("drift",), ("dpcache",), ("magcache",), ("taylor", "--knob", "placement=dp")],
 )
 def test_a_profile_without_products_says_how_to_get_them(refused, without_gram, target, policy):
     said = refused("compile", without_gram, "--policy", *policy, output=target)
@@ -232,7 +246,7 @@ def test_the_default_for_a_profile_without_products_is_told(command, without_gra
 
 
 @pytest.mark.parametrize(
-    ("policy", "message"), [("soda", "--states-only"), ("fit", "states alone"), ("drift", "states alone")]
+    ("policy", "message"), [("soda", "--states-only"), ("forecast", "states alone"), ("drift", "states alone")]
 )
 def test_a_profile_of_states_alone_carries_the_update_only(command, refused, states_alone, target, policy, message):
     assert message in refused("compile", states_alone, "--policy", policy, output=target)

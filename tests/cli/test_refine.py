@@ -9,7 +9,7 @@ import pytest
 
 import sodaprof
 from sodaprof.cli import refine as refining
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from tests.tiny_pipelines import tiny_pipe
 
 STEPS = 8

@@ -9,7 +9,7 @@ import pytest
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.forecasts import forecasts_at, sources_of, taylor
-from sodaprof.compiler.policies.magcache import computed, smallest
+from sodaprof.compiler.policies.magcache import full_steps
 from sodaprof.compiler.policies.smoothcache import row_of
 from sodaprof.errors import BudgetError
 from sodaprof.formats.cost import load_cost
@@ -52,7 +52,7 @@ def test_taylor_computes_the_first_steps_and_then_every_nth(random_profile, orde
     assert schedule.predicted["error"] is None
 
 
-def test_taylor_extrapolates_from_the_last_anchors(random_profile):
+def test_taylor_extrapolates_from_the_last_full_steps(random_profile):
     schedule = compile_schedule(random_profile, 1.0, "taylor", knobs={"order": 2, "N": 4, "first": 1})
     cells = next(iter(schedule.transformers["t"].forecasts.values()))  # anchors 0, 4, 8
     steps = [1, 2, 3, 5, 6, 7, 9, 10, 11]
@@ -132,7 +132,7 @@ def test_taylor_is_exact_on_polynomials_of_its_order(random_profile, monkeypatch
         ({"N": 2}, "N=2 gives 1.[0-9]+x, the budget is 2x"),
     ],
 )
-def test_knobs_of_taylor_that_make_no_sense(random_profile, knobs, message):
+def test_wrong_knobs_of_taylor(random_profile, knobs, message):
     with pytest.raises(BudgetError, match=message):
         compile_schedule(random_profile, 2.0, "taylor", knobs=knobs)
 
@@ -141,7 +141,7 @@ def test_knobs_of_taylor_that_make_no_sense(random_profile, knobs, message):
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_dpcache_extrapolates_the_last_block_from_two_anchors(random_profile, values, first):
+def test_dpcache_extrapolates_the_last_block_from_two_full_steps(random_profile, values, first):
     schedule = compile_schedule(random_profile, 2.0, "dpcache", knobs={"first": first})
     plan, stack = schedule.transformers["t"], values[:, [0]]
     anchors = plan.anchors()
@@ -171,17 +171,12 @@ def test_dpcache_extrapolates_the_last_block_from_two_anchors(random_profile, va
 def test_magcache_accumulates_the_change_of_size_since_the_last_computed_step():
     """From size 1: |1 − 0.9| + |1 − 0.8| reaches 0.3 at step 2; from there |1 − 0.7/0.8| stays below."""
     sizes = np.array([1.0, 0.9, 0.8, 0.7, 0.7, 0.7])
-    assert computed(sizes, 0.29, 9, 0.0) == [0, 2, 5]  # 1/8 + 1/8, and the third reaches it
-    assert computed(sizes, 0.31, 9, 0.0) == [0, 3]
-    assert computed(sizes, 0.05, 9, 0.0) == [0, 1, 2, 3]
-    assert computed(sizes, 0.0, 9, 0.0) == [0, 1, 2, 3, 4, 5]
-    assert computed(sizes, 9.0, 2, 0.0) == [0, 3]
-    assert computed(sizes, 9.0, 9, 0.5) == [0, 1, 2]
-
-
-def test_the_smallest_threshold():
-    assert smallest(lambda threshold: threshold >= 0.1234567) == pytest.approx(0.1234567, rel=2e-6)
-    assert smallest(lambda threshold: True) == 0.0
+    assert full_steps(sizes, 0.29, 9, 0.0) == [0, 2, 5]  # 1/8 + 1/8, and the third reaches it
+    assert full_steps(sizes, 0.31, 9, 0.0) == [0, 3]
+    assert full_steps(sizes, 0.05, 9, 0.0) == [0, 1, 2, 3]
+    assert full_steps(sizes, 0.0, 9, 0.0) == [0, 1, 2, 3, 4, 5]
+    assert full_steps(sizes, 9.0, 2, 0.0) == [0, 3]
+    assert full_steps(sizes, 9.0, 9, 0.5) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("budget", [1.0, 1.5, 2.0, 2.6])
@@ -189,13 +184,13 @@ def test_magcache_reuses_the_newest_drift(random_profile, values, budget):
     schedule = compile_schedule(random_profile, budget, "magcache")
     plan, knobs = schedule.transformers["t"], schedule.policy["knobs"]
     sizes = np.sqrt((values[:, 1] ** 2).sum(-1).mean(0))
-    anchors = computed(sizes, knobs["threshold"], knobs["skips"], knobs["retain"])
+    anchors = full_steps(sizes, knobs["threshold"], knobs["skips"], knobs["retain"])
     assert plan.anchors() == anchors
     assert speedup(random_profile, schedule) >= budget
     for step, cell in zip([t for t in range(STEPS) if t not in anchors], plan.stack_forecasts, strict=True):
         assert (cell.sources, cell.weights, cell.form) == ((max(a for a in anchors if a < step),), (1.0,), "drift")
     if budget > 1:
-        with pytest.raises(BudgetError, match="Leave it out"):
+        with pytest.raises(BudgetError, match="Leave out --knob threshold"):
             compile_schedule(random_profile, budget, "magcache", knobs=knobs | {"threshold": knobs["threshold"] * 0.99})
 
 
@@ -236,7 +231,7 @@ def test_smoothcache_decides_a_kind_at_a_time(make_profile, random_errors):
         assert speedup(folder, schedule) >= budget
         if budget > 1:
             assert rows["blocks.0.attn1"].count("C") < rows["blocks.0.ff"].count("C")
-            with pytest.raises(BudgetError, match="Leave it out"):
+            with pytest.raises(BudgetError, match="Leave out --knob threshold"):
                 compile_schedule(folder, budget, "smoothcache", knobs={"threshold": threshold * 0.99})
 
 
@@ -247,6 +242,6 @@ def test_smoothcache_reads_the_relative_l1_error(make_profile, random_errors):
     assert mixed.transformers == alone.transformers
 
 
-def test_budgets_out_of_reach_of_smoothcache(random_profile):
+def test_an_unreachable_budget_of_smoothcache(random_profile):
     with pytest.raises(BudgetError, match=r"A budget of 9x cannot be met: at most 3\.\d+x"):
         compile_schedule(random_profile, 9.0, "smoothcache")

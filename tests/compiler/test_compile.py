@@ -1,4 +1,4 @@
-"""Compilers on synthetic profiles: the budget, the anchors, the prunes, and what they refuse."""
+"""FORA and SODA on synthetic profiles: budget, full steps and pruning; what is refused in arguments and in the folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from msgspec.structs import replace
 
 from sodaprof import load_profile, load_schedule
 from sodaprof.compiler import compile_schedule, parse_budget
@@ -23,6 +23,7 @@ from sodaprof.errors import BudgetError, FormatError, MismatchError, SodaprofErr
 from sodaprof.formats.cost import CostModel, load_cost, save_cost
 from sodaprof.formats.profile import load_inspection
 from sodaprof.formats.schedule import Schedule
+from sodaprof.formats.schedule_file import schedule_to_json
 from sodaprof.formats.tables import TABLES
 
 STEPS, SITES, LONGEST, TOKENS = 12, 4, 5, 16  # the sizes of `random_errors`; LONGEST is max_interval
@@ -69,12 +70,12 @@ def caching_at(errors: np.ndarray, ages: np.ndarray) -> np.ndarray:
 
 
 def spent(count: int) -> float:
-    """What `count` anchors cost with everything else reused."""
+    """Returns the cost of `count` full steps with everything else reused."""
     return STEPS * LOOP + count * FULL + (STEPS - count) * CACHED
 
 
 def subsets(count: int) -> list[tuple[int, ...]]:
-    """Returns all placements of `count` anchors with step 0 among them and no interval above LONGEST."""
+    """Returns all placements of `count` anchors with step 0 among them and no interval longer than LONGEST."""
     every = [(0, *others) for others in combinations(range(1, STEPS), count - 1)]
     return [a for a in every if np.diff([*a, STEPS]).max() <= LONGEST]
 
@@ -92,7 +93,7 @@ def reuse_error(errors: np.ndarray, anchors: tuple[int, ...], endpoint: bool = F
 
 
 @pytest.mark.parametrize("count", range(1, STEPS + 1))
-def test_fora_spreads_its_anchors_evenly(folder, count):
+def test_fora_spreads_its_full_steps_evenly(folder, count):
     schedule = compile_schedule(folder, 1.0, "fora", knobs={"anchors": count})
     expected = [round(i * STEPS / count) for i in range(count)]
     assert anchors_of(schedule) == expected
@@ -102,7 +103,7 @@ def test_fora_spreads_its_anchors_evenly(folder, count):
 
 
 @pytest.mark.parametrize(("budget", "count"), [("1x", 12), ("1.1x", 10), ("2.0x", 5), ("2.5x", 4), ("8x", 1)])
-def test_fora_takes_the_most_anchors_that_the_budget_allows(folder, budget, count):
+def test_fora_takes_the_most_full_steps_that_the_budget_allows(folder, budget, count):
     """Full: 12 · 342 = 4104; k anchors cost 168 + 328 k."""
     schedule = compile_schedule(folder, budget, "fora")
     assert len(anchors_of(schedule)) == count
@@ -118,7 +119,7 @@ def test_fora_needs_no_tables(folder):
     schedule = compile_schedule(folder, "2x", "fora")
     assert len(anchors_of(schedule)) == 5
     assert schedule.profile is None
-    with pytest.raises(FormatError, match="sodaprof profile MODEL"):
+    with pytest.raises(BudgetError, match="sodaprof profile MODEL"):
         compile_schedule(folder, "2x", "soda")
 
 
@@ -156,7 +157,7 @@ def test_predicted_error_is_the_sum_over_cached_cells(folder, random_errors, bud
 
 
 @pytest.mark.parametrize("uas", ["priced", "paper", "none"])
-def test_the_number_of_anchors_with_the_least_error_wins(folder, uas):
+def test_the_number_of_full_steps_with_the_least_error_is_taken(folder, uas):
     best = compile_schedule(folder, 2.0, knobs={"uas": uas})
     each = {n: compile_schedule(folder, 2.0, knobs={"uas": uas, "anchors": n}) for n in (3, 4, 5)}
     assert [len(anchors_of(s)) for s in each.values()] == [3, 4, 5]
@@ -178,7 +179,7 @@ def test_a_larger_budget_means_no_less_error(folder):
     assert errors[0] == 0 < errors[1]
 
 
-def test_what_the_schedule_remembers(folder):
+def test_a_schedule_names_its_profile_policy_and_sampler(folder):
     schedule = compile_schedule(folder, "2x")
     profile = load_profile(folder)
     assert schedule.profile == {"digest": profile.digest(), "seed": 7, "samples": 3}
@@ -186,23 +187,22 @@ def test_what_the_schedule_remembers(folder):
     assert schedule.predicted["cache_bytes"] == SITES * TOKENS * 8 * 4 * 2  # width 8, float32, both branches
     assert schedule.sampler == profile.sampler
     assert schedule.digest() == compile_schedule(folder, 2.0).digest()
-    assert json.dumps(schedule.to_json(), allow_nan=False)
+    assert json.dumps(schedule_to_json(schedule), allow_nan=False)
 
 
 @pytest.mark.parametrize("policy", ["soda", "fora"])
-def test_a_compiled_schedule_survives_its_file(folder, tmp_path, policy):
+def test_a_compiled_schedule_is_read_back_equal(folder, tmp_path, policy):
     schedule = compile_schedule(folder, "2x", policy)
     schedule.save(tmp_path / "s.json")
     assert load_schedule(tmp_path / "s.json") == schedule
 
 
-# ---- soda: the anchors ------------------------------------------------------------------------------------------------
+# ---- soda: the full steps ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", [1.2, 2.0, 3.0])
-def test_anchors_are_the_best_of_all_subsets(make_profile, seed, budget):
-    errors = np.random.default_rng(seed).random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64)
+def test_full_steps_are_the_best_of_all_placements(make_profile, budget):
+    errors = np.random.default_rng(0).random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64)
     schedule = compile_schedule(make_profile(errors), budget, knobs={"uas": "none"})
     most = max(n for n in range(1, STEPS + 1) if spent(n) <= 4104 / budget)
     every = [a for n in range(1, most + 1) for a in subsets(n)]
@@ -220,7 +220,7 @@ def test_no_interval_is_longer_than_profiled(folder, uas):
         assert np.diff([*anchors_of(schedule), STEPS]).max() <= LONGEST
 
 
-def test_the_endpoint_reading_places_by_the_last_served_step(folder, random_errors):
+def test_segment_endpoint_places_by_the_last_step_of_an_interval(folder, random_errors):
     placed = {}
     for endpoint in (False, True):
         knobs = {"uas": "none", "anchors": 4, "segment": "endpoint" if endpoint else "sum"}
@@ -233,7 +233,7 @@ def test_the_endpoint_reading_places_by_the_last_served_step(folder, random_erro
     assert placed[False] != placed[True]
 
 
-def test_the_metric_places_the_anchors_and_predicts_nothing(make_profile):
+def test_the_metric_places_full_steps_and_predicts_nothing(make_profile):
     rng = np.random.default_rng(8)
     drawn = {m: rng.random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64) for m in ("cos", "l1", "l2")}
     folder = make_profile(drawn)
@@ -291,7 +291,7 @@ def test_paper_keeps_tokens_by_the_linear_rule(folder, random_errors, scale):
         assert len(set(share)) > 1
 
 
-def test_the_two_readings_differ(folder):
+def test_priced_and_paper_differ(folder):
     rows = {uas: compile_schedule(folder, 2.0, knobs={"uas": uas, "anchors": 4}) for uas in ("paper", "priced")}
     assert anchors_of(rows["paper"]) == anchors_of(rows["priced"])
     assert kept(rows["paper"]).tolist() != kept(rows["priced"]).tolist()
@@ -299,7 +299,7 @@ def test_the_two_readings_differ(folder):
 
 
 def test_paper_reads_pruning_at_age_one_and_priced_at_the_true_age(make_profile, random_errors):
-    """Site 1 suffers from pruning at age 1 only: the published test keeps away from it, the price does not."""
+    """Pruning site 1 has a large error at age 1 only: the published rule avoids it, the price does not."""
     pruning = random_errors[..., None] * RATES**2
     pruning[:, 1, 1] = 10.0
     pruning[:, 1, 2:] = 0.0
@@ -341,7 +341,7 @@ def test_sites_that_cannot_be_pruned_are_not(make_profile, make_model, random_er
 
 @pytest.mark.parametrize("noise", [0.0, 1e-8])
 def test_few_tokens_leave_rates_that_keep_none(make_profile, make_model, make_cost, random_errors, noise):
-    """With 4 tokens the rate 0.9375 keeps none: E_p is E_c but for rounding, and that must not swallow the budget."""
+    """With 4 tokens the rate 0.9375 keeps none: E_p is E_c up to rounding, and that must not use up the budget."""
     rates = (0.25, 0.5, 0.75, 0.9375)
     model = make_model(tokens=4)
     pruning = random_errors[..., None] * np.array([*np.square(rates[:3]), 1.0])
@@ -351,10 +351,10 @@ def test_few_tokens_leave_rates_that_keep_none(make_profile, make_model, make_co
     cost = load_cost(folder / "cost.flops.json")
     assert cost.speedup(schedule) >= 2.0 * (1 - 1e-9)
     assert cost.schedule(schedule) > 4104 / 2 - (FULL + LOOP)
-    assert 0 not in kept(schedule)  # it would cost like R, and draw its whole column out of "all cached"
+    assert 0 not in kept(schedule)  # it would cost what R costs, and its whole column would no longer be "all cached"
 
 
-def test_prunes_that_cost_no_more_than_reuse_are_taken(make_profile, make_model, make_cost, random_errors):
+def test_cells_whose_pruning_costs_no_more_than_reuse_are_pruned(make_profile, make_model, make_cost, random_errors):
     """Measured in ms, recomputing few tokens can look free; the rest of the budget is still spent on the others."""
     model = make_model()
     table = make_cost(model)
@@ -380,10 +380,9 @@ def test_a_perfect_profile_needs_no_prunes(make_profile):
 
 
 @pytest.mark.parametrize("budget", ["0", "-1x", "abc", "nan", "inf", "", "x", "0.5x", "2.0y", "2,0x", 0, -1.0])
-@pytest.mark.parametrize("policy", ["soda", "fora"])
-def test_budgets_that_make_no_sense(folder, budget, policy):
+def test_wrong_budgets(budget):
     with pytest.raises(BudgetError, match=r"at least 1, as in --budget 2\.0x"):
-        compile_schedule(folder, budget, policy)
+        parse_budget(budget)
 
 
 @pytest.mark.parametrize("text", ["2", "2.0", "2x", " 2.0x ", "2X", 2, 2.0])
@@ -392,7 +391,7 @@ def test_budgets_may_be_written_in_several_ways(text):
 
 
 @pytest.mark.parametrize(("policy", "count"), [("soda", 3), ("fora", 1)])
-def test_a_budget_out_of_reach_says_what_is_in_reach(folder, policy, count):
+def test_the_error_of_an_unreachable_budget_says_what_is_reachable(folder, policy, count):
     """soda needs ceil(12 / 5) = 3 anchors, fora one."""
     with pytest.raises(BudgetError) as caught:
         compile_schedule(folder, "1000x", policy)
@@ -412,24 +411,16 @@ def test_a_budget_out_of_reach_says_what_is_in_reach(folder, policy, count):
         ("soda", {"uas": "loud"}, "'loud'; expected one of priced, paper, none"),
         ("soda", {"segment": "mean"}, "'mean'; expected one of sum, endpoint"),
         ("soda", {"metric": "l3"}, "'l3'; expected one of cos, l1, l2"),
-        ("soda", {"anchors": "many"}, "'many'; expected int"),
-        ("soda", {"anchors": None}, "None; expected int"),
-        ("soda", {"anchors": math.inf}, "inf; expected int"),
-        ("soda", {"anchors": 2.5}, "2.5; expected int"),
-        ("soda", {"scale": "much"}, "'much'; expected float"),
-        ("soda", {"scale": []}, "expected float"),
-        ("soda", {"scale": "nan"}, "'nan'; expected"),
-        ("soda", {"scale": math.inf, "uas": "paper"}, "inf; expected"),
-        ("soda", {"anchors": 2}, "3 to 5 do"),
-        ("soda", {"anchors": 6}, "3 to 5 do"),
-        ("soda", {"anchors": -1}, "3 to 5 do"),
-        ("fora", {"anchors": 6}, "the budget is 2x"),
+        ("soda", {"anchors": 2}, "3 to 5 full steps meet a budget of 2x."),
+        ("soda", {"anchors": 6}, "3 to 5 full steps meet a budget of 2x."),
+        ("soda", {"anchors": -1}, "Knob anchors is -1; expected at least 0"),
+        ("fora", {"anchors": 6}, "Knob anchors is 6; 1 to 5 full steps meet a budget of 2x."),
         ("fora", {"anchors": -1}, "anchors"),
-        ("fora", {"anchors": 13}, "anchors"),
+        ("fora", {"anchors": 13}, "1 to 5 full steps"),
     ],
     ids=str,
 )
-def test_knobs_that_make_no_sense(folder, policy, knobs, found):
+def test_wrong_knobs(folder, policy, knobs, found):
     with pytest.raises(BudgetError) as caught:
         compile_schedule(folder, 2.0, policy, knobs=knobs)
     assert found in str(caught.value)
@@ -479,7 +470,7 @@ def test_another_cost_table_makes_another_schedule(folder, tmp_path):
     assert len(anchors_of(compile_schedule(folder, 1.2, "fora"))) == 9
 
 
-def test_a_budget_that_flops_would_allow_is_told_from_one_that_nothing_allows(folder, tmp_path):
+def test_the_error_of_a_budget_in_ms_says_if_flops_would_allow_it(folder, tmp_path):
     cost = load_cost(folder / "cost.flops.json")
     step = replace(cost.transformers["t"].step, all_cached=200.0)
     dear: CostModel = replace(cost, unit="ms", transformers={"t": replace(cost.transformers["t"], step=step)})
@@ -592,7 +583,7 @@ def test_missing_parts(folder, name):
 
 def test_missing_manifest_and_folder(folder, tmp_path):
     (folder / "manifest.json").unlink()
-    with pytest.raises(FormatError, match=r"manifest\.json: no such file"):
+    with pytest.raises(BudgetError, match=r"no manifest\.json. Measure them: sodaprof profile"):
         compile_schedule(folder, 2.0)
     with pytest.raises(FormatError, match="no such folder"):
         compile_schedule(tmp_path / "none", 2.0)
@@ -607,16 +598,16 @@ def test_missing_manifest_and_folder(folder, tmp_path):
         ("format", "sodaprof.cost", "expected 'sodaprof.profile'"),
         ("tables", {"sites": 1, "caching": 2, "pruning": 1}, "table caching has version 2"),
         ("tables", {"sites": 1, "caching": 1}, "table pruning has version None"),
-        ("tables", {"sites": 1, "caching": True, "pruning": 1}, "table caching has version True"),
-        ("tables", ["caching"], "has version None"),
-        ("max_interval", 1, "at least 2"),
-        ("max_interval", "5", "at least 2"),
+        ("tables", {"sites": 1, "caching": True, "pruning": 1}, "Expected `int`, got `bool` - at `$.tables"),
+        ("tables", ["caching"], "Expected `object`, got `array` - at `$.tables`"),
+        ("max_interval", 1, "Expected `int` >= 2 - at `$.max_interval`"),
+        ("max_interval", "5", "Expected `int`, got `str` - at `$.max_interval`"),
         ("max_interval", 2, "outside the profile"),
         ("max_interval", 6, "rows are missing at age 5"),
-        ("samples", 0, "at least 1"),
-        ("samples", True, "whole number"),
-        ("seed", None, "at least 0"),
-        ("colour", 1, "unknown key 'colour'"),
+        ("samples", 0, "Expected `int` >= 1 - at `$.samples`"),
+        ("samples", True, "Expected `int`, got `bool` - at `$.samples`"),
+        ("seed", None, "Expected `int`, got `null` - at `$.seed`"),
+        ("colour", 1, "unknown field `colour`"),
     ],
 )
 def test_broken_manifests(folder, key, value, found):

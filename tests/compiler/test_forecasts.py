@@ -1,13 +1,16 @@
-"""Forecasts: weights and errors from inner products, anchors for them, the policies fit and drift, what they keep."""
+"""Forecasts: weights and errors from inner products, full steps for them, the policies forecast and drift, their caches."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.forecasts import (
@@ -19,15 +22,24 @@ from sodaprof.compiler.forecasts import (
     sources_of,
     taylor,
 )
-from sodaprof.compiler.placement import place_with_history
+from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, UnsupportedModelError
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.rules import verify
-from sodaprof.formats.schedule import Schedule, Update, load_schedule
+from sodaprof.formats.schedule import Schedule, Update
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.runtime.hooks.cells import dropped_at, last_uses
-from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
+from tests.compiler.trajectories import (
+    error_in,
+    error_of,
+    known_products,
+    polynomial,
+    products,
+    segment_error,
+    wandering,
+)
 
 STEPS, SITES, LONGEST = 12, 4, 5  # of `random_profile`
 EXACT = ridge(1e-12)
@@ -95,7 +107,7 @@ def test_three_sources_are_exact_on_what_is_quadratic_in_time():
     assert forecast_error(table, sources[:2], targets, two).min() > 1e-2
 
 
-def test_the_published_second_order_lags_behind_a_quadratic():
+def test_the_published_second_order_is_late_on_a_quadratic():
     """On t² with anchors d apart, x steps ahead: (a + x)² − x · d, for a backward difference is the slope half a gap ago."""
     apart, newest = 3, 7
     sources = np.array([newest, newest - apart, newest - 2 * apart])
@@ -106,7 +118,7 @@ def test_the_published_second_order_lags_behind_a_quadratic():
 
 
 def test_differences_are_over_the_distance_of_the_anchors():
-    """Steps 9, 8 and 4: Δ¹ = Y9 − Y8, Δ² = (Δ¹ − (Y8 − Y4) / 4) / 1, published; two steps ahead Y + 2 Δ¹ + 2 Δ²."""
+    """Of steps 9, 8 and 4: Δ¹ = Y9 − Y8, Δ² = (Δ¹ − (Y8 − Y4) / 4) / 1, published; two steps ahead Y + 2 Δ¹ + 2 Δ²."""
     weights = taylor("published")(np.zeros((1, 0, 0)), np.array([9, 8, 4]), np.array([11]))[0, :, 0]
     assert weights.tolist() == [1 + 2 + 2, -2 - 2 - 0.5, 0.5]
 
@@ -126,7 +138,7 @@ def test_errors_equal_those_of_the_vectors(count):
             assert absolute[site, i] == pytest.approx(expected * size, rel=1e-6)
 
 
-# ---- anchors ----------------------------------------------------------------------------------------------------------
+# ---- full steps ----------------------------------------------------------------------------------------------------------
 
 
 def placements(steps: int, count: int, longest: int) -> Iterator[list[int]]:
@@ -159,29 +171,28 @@ class Prices:
         return self.cells[step, sources]
 
 
-@pytest.mark.parametrize("power", [1.0, 2.5])
-@pytest.mark.parametrize("band", [4, 9])
-@pytest.mark.parametrize("history", [1, 2, 3, 4])
-def test_anchors_are_the_best_of_all(history, band, power):
-    """Against every placement, each priced from the vectors; with a band, old sources drop out of the far forecasts."""
-    steps, longest = 10, 5
-    values = wandering(2, steps, seed=history)
-    weigh = ridge(1e-3)
-    price = Prices(values, history, weigh, band, power)
-    found = place_with_history(segment_costs(products(values, band), history, longest, weigh, power))
-    assert set(found) == set(range(2, steps + 1))
-    for count in (2, 3, 4, 5, 8):
-        priced = {tuple(a): price(a) for a in placements(steps, count, longest)}
-        best = min(priced, key=lambda anchors: priced[anchors])
-        anchors, error = found[count]
-        assert error == pytest.approx(priced[best], rel=1e-6)
-        assert priced[tuple(anchors)] == pytest.approx(priced[best], rel=1e-6)
-    assert found[steps] == (list(range(steps)), 0.0)
+@given(
+    st.integers(1, 4),
+    st.sampled_from([4, 9]),
+    st.sampled_from([1.0, 2.5]),
+    st.sets(st.integers(1, 9)),
+    st.integers(0, 3),
+)
+@settings(derandomize=True, max_examples=60, deadline=None)
+def test_segments_are_the_errors_of_the_vectors(history, band, power, others, seed):
+    """Of any full steps; with a band, old sources drop out of the far forecasts. What is not known is refused."""
+    anchors, longest, values = [0, *sorted(others)], 6, wandering(2, 10, seed)
+    segment = segment_costs(products(values, band), history, longest, ridge(1e-3), power)
+    found = segment_error(segment, anchors)
+    if np.diff([*anchors, 10]).max() <= min(longest, band + 1):
+        assert found == pytest.approx(Prices(values, history, ridge(1e-3), band, power)(anchors), rel=1e-6)
+    else:
+        assert found == math.inf
 
 
-def test_at_most_so_many_anchors():
+def test_a_limit_on_full_steps_changes_no_placement():
     segment = segment_costs(products(wandering(1, 10)), 2, 4, ridge(1e-4))
-    few, all_ = place_with_history(segment, 4), place_with_history(segment)
+    few, all_ = place_full_steps(segment, 4), place_full_steps(segment)
     assert set(few) == {3, 4}
     assert few == {count: all_[count] for count in few}
 
@@ -201,13 +212,13 @@ def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
     assert {1, 2} < set(asked)
 
 
-def test_the_pair_of_anchors_matters():
-    """Knowing the weights moves the anchors: those placed for reuse forecast worse."""
+def test_full_steps_placed_for_reuse_forecast_worse():
+    """Than those placed for the weights that they have."""
     values = wandering(3, 14, seed=4)
     table, weigh = products(values), ridge(1e-4)
     price = Prices(values, 2, weigh, 13)
-    for_reuse = place_with_history(segment_costs(table, 1, 8, weigh))
-    known = place_with_history(segment_costs(table, 2, 8, weigh))
+    for_reuse = place_full_steps(segment_costs(table, 1, 8, weigh))
+    known = place_full_steps(segment_costs(table, 2, 8, weigh))
     assert all(price(known[n][0]) <= price(for_reuse[n][0]) * (1 + 1e-6) for n in range(3, 12))
     assert sum(price(known[n][0]) for n in range(3, 12)) < 0.9 * sum(price(for_reuse[n][0]) for n in range(3, 12))
 
@@ -226,8 +237,8 @@ def values(monkeypatch) -> np.ndarray:
 
 @pytest.mark.parametrize("history", [1, 2, 3, 4])
 @pytest.mark.parametrize("budget", [1.0, 1.3, 2.0, 3.0])
-def test_fit_meets_the_budget_with_the_least_error(random_profile, values, tmp_path, budget, history):
-    schedule = compile_schedule(random_profile, budget, "fit", knobs={"K": history})
+def test_forecast_meets_the_budget_with_the_least_error(random_profile, values, tmp_path, budget, history):
+    schedule = compile_schedule(random_profile, budget, "forecast", knobs={"K": history})
     cost = load_cost(random_profile / "cost.flops.json")
     plan = schedule.transformers["t"]
     anchors = plan.anchors()
@@ -265,8 +276,8 @@ def test_drift_meets_the_budget_with_the_least_error(random_profile, values, for
     assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
 
 
-@pytest.mark.parametrize(("policy", "budget"), [("fit", 1.5), ("drift", 2.0)])
-def test_first_steps_may_be_computed_in_any_case(random_profile, values, policy, budget):
+@pytest.mark.parametrize(("policy", "budget"), [("forecast", 1.5), ("drift", 2.0)])
+def test_first_steps_may_be_full_in_any_case(random_profile, values, policy, budget):
     free = compile_schedule(random_profile, budget, policy)
     bound = compile_schedule(random_profile, budget, policy, knobs={"first": 4})
     assert bound.anchors()[:4] == (0, 1, 2, 3)
@@ -276,62 +287,63 @@ def test_first_steps_may_be_computed_in_any_case(random_profile, values, policy,
 
 def test_more_sources_predict_less_error(random_profile, values):
     errors = [
-        compile_schedule(random_profile, 2, "fit", knobs={"K": k, "anchors": 5}).predicted["error"] for k in (1, 2, 3)
+        compile_schedule(random_profile, 2, "forecast", knobs={"K": k, "anchors": 5}).predicted["error"]
+        for k in (1, 2, 3)
     ]
     assert errors[0] > errors[1] > errors[2]
 
 
 @pytest.mark.parametrize("degree", [1, 2])
 def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, degree):
-    """But for the first steps, which have fewer anchors behind them."""
+    """Except at the first steps, which have fewer full steps before them."""
     made = polynomial(degree, SITES, STEPS)
     known_products(monkeypatch, {"t": products(made)})
-    schedule = compile_schedule(random_profile, 2.0, "fit", knobs={"K": degree + 1, "ridge": 1e-12})
+    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree + 1, "ridge": 1e-12})
     assert schedule.anchors()[: degree + 1] == tuple(range(degree + 1))
     assert len(schedule.anchors()) < STEPS - 4
     assert schedule.predicted["error"] < 1e-6
-    fewer = compile_schedule(random_profile, 2.0, "fit", knobs={"K": degree, "ridge": 1e-12})
+    fewer = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree, "ridge": 1e-12})
     assert fewer.predicted["error"] > 1e3 * schedule.predicted["error"]
 
 
-def test_the_number_of_anchors_may_be_chosen(random_profile, values):
-    schedule = compile_schedule(random_profile, 2.0, "fit", knobs={"anchors": 4})
+def test_the_number_of_full_steps_may_be_given(random_profile, values):
+    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 4})
     assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
-    with pytest.raises(BudgetError, match="9 anchors do not fit 2x with anchors at most 5 steps apart; 3 to 5 do"):
-        compile_schedule(random_profile, 2.0, "fit", knobs={"anchors": 9})
+    with pytest.raises(BudgetError, match=r"Knob anchors is 9; 3 to 5 full steps meet a budget of 2x\."):
+        compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 9})
 
 
 @pytest.mark.parametrize(
     ("policy", "knobs", "message"),
     [
-        ("fit", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
-        ("fit", {"K": 0}, "Knob K is 0"),
-        ("fit", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
-        ("fit", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
-        ("fit", {"power": -1}, "Knob power is -1"),
+        ("forecast", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
+        ("forecast", {"K": 0}, "Knob K is 0"),
+        ("forecast", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
+        ("forecast", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
+        ("forecast", {"power": -1}, "Knob power is -1"),
         ("drift", {"form": "velocity"}, "expected one of drift, output"),
         ("drift", {"N": 3}, "no knob 'N'"),
     ],
 )
-def test_knobs_that_make_no_sense(random_profile, values, policy, knobs, message):
+def test_wrong_knobs(random_profile, values, policy, knobs, message):
     with pytest.raises(BudgetError, match=message):
         compile_schedule(random_profile, 2.0, policy, knobs=knobs)
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache"])
-def test_budgets_out_of_reach(random_profile, values, policy):
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache"])
+def test_unreachable_budgets(random_profile, values, policy):
     """Anchors are at most 5 steps apart, so there are at least 3 of 12."""
     with pytest.raises(BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can"):
         compile_schedule(random_profile, 4.0, policy, knobs={"first": 1} if policy == "dpcache" else {})
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache"])
 def test_a_profile_without_inner_products(random_profile, policy):
     with pytest.raises(FormatError, match=r"Profile again|--no-gram"):
         compile_schedule(random_profile, 2.0, policy)
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache", "smoothcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache", "smoothcache"])
 def test_an_inspection_without_tables(make_profile, random_errors, policy):
     folder = make_profile(random_errors)
     (folder / "manifest.json").unlink()
@@ -340,19 +352,19 @@ def test_an_inspection_without_tables(make_profile, random_errors, policy):
 
 
 @pytest.mark.parametrize("policy", ["drift", "dpcache", "magcache"])
-def test_stacks_that_hand_on_several_tensors(random_profile, monkeypatch, policy):
+def test_stacks_that_return_several_tensors(random_profile, monkeypatch, policy):
     known_products(monkeypatch, stacks={})
     with pytest.raises(UnsupportedModelError, match="no products of the stack of t"):
         compile_schedule(random_profile, 2.0, policy)
 
 
 def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
-    """A band of 12 steps: where the oldest source is further away the forecast does without it."""
+    """A band of 12 steps: a source further away is left out of the forecast."""
     errors = np.full((250, 2, 10), 0.1)
     made = wandering(2, 250)
     known_products(monkeypatch, {"t": products(made, 12)}, {"t": {"drift": products(made, 12)[0]}})
     folder = make_profile(errors)
-    for policy, knobs in (("fit", {"K": 2}), ("fit", {"K": 3}), ("drift", {"K": 3})):
+    for policy, knobs in (("forecast", {"K": 2}), ("forecast", {"K": 3}), ("drift", {"K": 3})):
         schedule = compile_schedule(folder, 3.0, policy, knobs=knobs)
         assert schedule.predicted["speedup"] >= 3
         assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", made), rel=1e-5)
@@ -362,8 +374,8 @@ def test_two_hundred_and_fifty_steps(make_profile, monkeypatch):
 # ---- transformers that take turns -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["fit", "drift", "dpcache", "magcache", "taylor", "smoothcache"])
-def test_each_turn_begins_anew(make_profile, make_model, random_errors, monkeypatch, policy):
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache", "taylor", "smoothcache"])
+def test_each_turn_begins_with_a_full_step(make_profile, make_model, random_errors, monkeypatch, policy):
     model = make_model(names=("high", "low"))
     calls = {"high": tuple(range(5)), "low": tuple(range(5, STEPS))}
     model = replace(model, transformers={n: replace(t, called=calls[n]) for n, t in model.transformers.items()})
@@ -408,12 +420,13 @@ def most_kept(schedule: Schedule) -> int:
 
 
 @pytest.mark.parametrize(
-    ("policy", "knobs"), [("fit", {"K": 1}), ("fit", {"K": 2}), ("fit", {"K": 4}), ("drift", {"K": 3}), ("dpcache", {})]
+    ("policy", "knobs"),
+    [("forecast", {"K": 1}), ("forecast", {"K": 4}), ("drift", {"K": 3}), ("dpcache", {})],
 )
-def test_cache_bytes_count_the_outputs_that_are_alive(random_profile, values, policy, knobs):
+def test_cache_bytes_count_the_outputs_that_later_forecasts_need(random_profile, values, policy, knobs):
     schedule = compile_schedule(random_profile, 2.0, policy, knobs=knobs)
     assert schedule.predicted["cache_bytes"] == most_kept(schedule)
-    if policy == "fit":
+    if policy == "forecast":
         assert most_kept(schedule) == SITES * knobs["K"] * 1024
 
 
@@ -429,18 +442,18 @@ def test_cache_bytes_count_reuse_and_forecasts_of_one_site(schedule, make_model)
     assert cache_bytes(updated, model) == len(plan.rows) * 3 * 1024 + 3 * 4 * 8 * 8 * 4
 
 
-def test_a_bound_on_what_is_kept(random_profile, values):
-    three = compile_schedule(random_profile, 2.0, "fit", knobs={"K": 3}, max_cache=SITES * 3 * 1024)
+def test_a_limit_on_the_caches(random_profile, values):
+    three = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": 3}, max_cache=SITES * 3 * 1024)
     assert three.policy["knobs"]["K"] == 3
-    free = compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 2 * 1024)
-    assert free == compile_schedule(random_profile, 2.0, "fit")
-    one = compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 2 * 1024 - 1)
+    free = compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 2 * 1024)
+    assert free == compile_schedule(random_profile, 2.0, "forecast")
+    one = compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 2 * 1024 - 1)
     assert one.policy["knobs"]["K"] == 1
     assert one.predicted["cache_bytes"] == SITES * 1024
     with pytest.raises(BudgetError, match=r"take 4,096 bytes, at most 4,095 are allowed \(--max-cache\)"):
-        compile_schedule(random_profile, 2.0, "fit", max_cache=SITES * 1024 - 1)
+        compile_schedule(random_profile, 2.0, "forecast", max_cache=SITES * 1024 - 1)
     with pytest.raises(BudgetError, match="take 8,192 bytes"):
-        compile_schedule(random_profile, 2.0, "fit", knobs={"K": 2}, max_cache=SITES * 2 * 1024 - 1)
+        compile_schedule(random_profile, 2.0, "forecast", knobs={"K": 2}, max_cache=SITES * 2 * 1024 - 1)
     order = compile_schedule(random_profile, 2.0, "taylor", knobs={}, max_cache=SITES * 2 * 1024)
     assert order.policy["knobs"]["order"] == 1
     with pytest.raises(BudgetError, match="--max-cache"):
@@ -448,4 +461,4 @@ def test_a_bound_on_what_is_kept(random_profile, values):
 
 
 def test_the_reference_of_a_profile_is_kept(random_profile, values):
-    assert compile_schedule(random_profile, 2.0, "fit").profile == load_profile(random_profile).reference()
+    assert compile_schedule(random_profile, 2.0, "forecast").profile == load_profile(random_profile).reference()

@@ -1,49 +1,41 @@
-"""The dynamic program that places anchors, against brute force over all subsets of steps."""
+"""The dynamic program that places full steps, against every placement; segments of reuse."""
 
 from __future__ import annotations
 
+import math
 import time
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sodaprof.compiler.placement import ages_since, place_anchors, reuse_segment_costs
+from sodaprof.compiler.placement import ages_since, place_full_steps, reuse_segment_costs
+from tests.compiler.trajectories import segment_error
 
 
-def brute_force(segment: np.ndarray, steps: int) -> dict[int, tuple[list[int], float]]:
-    """Returns {count: (anchors, cost)} by trying every subset of steps that holds step 0."""
-    longest = segment.shape[1] - 1
-    found: dict[int, tuple[list[int], float]] = {}
+@given(st.integers(1, 8), st.integers(1, 9), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@settings(derandomize=True, max_examples=80, deadline=None)
+def test_each_number_of_full_steps_has_the_best_of_all_placements(steps, longest, history, seed):
+    """Whole numbers of either sign, so that ties and gains occur."""
+    shape = (steps, *[longest + 1] * history)
+    segment = np.random.default_rng(seed).integers(-9, 10, shape).astype(float)
+    found = place_full_steps(segment)
     for count in range(1, steps + 1):
-        for others in combinations(range(1, steps), count - 1):
-            anchors = [0, *others]
-            lengths = np.diff([*anchors, steps])
-            if lengths.max() <= longest:
-                cost = sum(segment[t, n] for t, n in zip(anchors, lengths, strict=True))
-                if count not in found or cost < found[count][1]:
-                    found[count] = anchors, cost
-    return found
-
-
-@pytest.mark.parametrize("steps", range(1, 10))
-@pytest.mark.parametrize("longest", [1, 2, 3, 5, 9])
-def test_the_best_of_all_subsets_for_every_count(steps, longest):
-    rng = np.random.default_rng(100 * steps + longest)
-    for scale in (1.0, -1.0):  # costs need not be positive
-        segment = scale * rng.random((steps, longest + 1))
-        expected, found = brute_force(segment, steps), place_anchors(segment, steps)
-        assert found.keys() == expected.keys()
-        for count, (anchors, cost) in found.items():
-            assert cost == pytest.approx(expected[count][1], abs=1e-12)
-            assert anchors == expected[count][0]
+        best = min(segment_error(segment, [0, *others]) for others in combinations(range(1, steps), count - 1))
+        assert (count in found) == (best < math.inf)
+        if count in found:
+            anchors, error = found[count]
+            assert len(anchors) == count
+            assert error == best == segment_error(segment, anchors)
 
 
 def test_counts_run_from_the_longest_segments_to_every_step():
-    found = place_anchors(np.ones((9, 5)), 9)  # n_max = 4
+    found = place_full_steps(np.ones((9, 5)))  # n_max = 4
     assert list(found) == [3, 4, 5, 6, 7, 8, 9]
     assert found[9] == (list(range(9)), 9.0)
-    assert list(place_anchors(np.ones((9, 5)), 9, most=4)) == [3, 4]
+    assert list(place_full_steps(np.ones((9, 5)), most=4)) == [3, 4]
 
 
 def test_nothing_is_read_beyond_the_last_step():
@@ -53,14 +45,14 @@ def test_nothing_is_read_beyond_the_last_step():
     poisoned = segment.copy()
     for t in range(7):
         poisoned[t, 7 - t + 1 :] = -1e9
-    assert place_anchors(poisoned, 7) == place_anchors(segment, 7)
+    assert place_full_steps(poisoned) == place_full_steps(segment)
 
 
-def test_an_anchor_stands_right_before_the_expensive_step():
+def test_the_step_whose_reuse_is_expensive_is_full():
     """Reuse costs nothing except across step 5: with two anchors, 5 is one of them."""
     error = np.zeros((8, 8))
     error[5, 1:] = 1.0
-    anchors, cost = place_anchors(reuse_segment_costs(error), 8)[2]
+    anchors, cost = place_full_steps(reuse_segment_costs(error))[2]
     assert (anchors, cost) == ([0, 5], 0.0)
 
 
@@ -68,7 +60,7 @@ def test_segment_costs_by_hand():
     error = np.array([[9, 9, 9], [9, 1, 9], [9, 10, 100], [9, 1000, 10000]], dtype=float)  # [T = 4, ages 0..2]
     summed = reuse_segment_costs(error)
     assert summed.shape == (4, 4)
-    assert summed[:, :2].tolist() == [[0, 0]] * 4  # an anchor alone serves nothing
+    assert summed[:, :2].tolist() == [[0, 0]] * 4  # a full step alone serves nothing
     assert summed[:3, 2].tolist() == [1, 10, 1000]  # age 1 at step t + 1
     assert summed[:2, 3].tolist() == [1 + 100, 10 + 10000]  # and age 2 at step t + 2
     last = reuse_segment_costs(error, last_only=True)
@@ -97,11 +89,11 @@ def test_250_steps_all_counts_take_less_than_a_second():
     rng = np.random.default_rng(3)
     segment = reuse_segment_costs(rng.random((250, 8)))
     began = time.perf_counter()
-    found = place_anchors(segment, 250)
+    found = place_full_steps(segment)
     assert time.perf_counter() - began < 1.0
     assert list(found) == list(range(32, 251))
     costs = [cost for _, cost in found.values()]
-    assert all(a >= b for a, b in pairwise(costs))  # one more anchor never hurts here
+    assert all(a >= b for a, b in pairwise(costs))  # one more full step never adds error here
     for count, (anchors, cost) in found.items():
         lengths = np.diff([*anchors, 250])
         assert len(anchors) == count

@@ -1,15 +1,12 @@
-"""The fitted update from inner products alone: jumps, anchors against brute force, weights against explicit vectors."""
+"""The update fitted from inner products alone: jumps and weights against explicit vectors, the polish, the response."""
 
 from __future__ import annotations
-
-from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 
 from sodaprof.compiler import compile_schedule, default_policy
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
-from sodaprof.compiler.placement import place_with_history
 from sodaprof.compiler.policies import solver
 from sodaprof.compiler.policies.solver import polished
 from sodaprof.errors import FormatError
@@ -94,22 +91,6 @@ def test_jump_costs_are_least_squares_residuals():
     assert np.isinf(missed[3, 4, 1])
 
 
-def test_anchors_are_those_of_brute_force():
-    states, outputs, own = trajectory(steps=9, seed=3)
-    missed = jump_costs(span_of(states, outputs, own), 9)
-
-    def cost(anchors: tuple[int, ...]) -> float:
-        ends = [*anchors[1:], 9]
-        gaps = [0, *(b - a for a, b in pairwise(anchors))]
-        return sum(missed[a, g, e - a] for a, g, e in zip(anchors, gaps, ends, strict=True))
-
-    placed = place_with_history(missed)
-    for count in range(1, 10):
-        wanted = min(cost((0, *rest)) for rest in combinations(range(1, 9), count - 1))
-        assert placed[count][1] == pytest.approx(wanted, rel=1e-9, abs=1e-15)
-        assert cost(tuple(placed[count][0])) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
-
-
 def test_the_weights_of_missing_outputs_go_to_the_newest_before_them():
     own = OwnUpdate("data", ((0.9, 1.5, -0.5),) * 6, ((1.0, -1.0),) * 6, (0.0,) * 6)
     assert own_weights(own, 4, [4, 3]).tolist() == [0.9, 1.5, -0.5]
@@ -188,7 +169,7 @@ def test_the_response_is_interpolated_between_the_steps_that_measured_it(tmp_pat
     assert dense.response({name: column[some] for name, column in table.items()}, 6, tmp_path) is None
 
 
-def test_long_runs_are_polished_less(profile, monkeypatch):
+def test_fewer_placements_are_tried_for_long_runs(profile, monkeypatch):
     allowed = []
     monkeypatch.setattr(solver, "polished", lambda anchors, steps, error, tries: allowed.append(tries) or anchors)
     compile_schedule(profile, "2.0x")

@@ -6,21 +6,23 @@ Counters `s` and FLOP rules are those of the published code; DiT's counter runs 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sodaprof import load_schedule
-from sodaprof.compiler.policies.toca import FAMILIES, compile_duca, compile_toca
-from sodaprof.compiler.policies.toca_steps import RATIOS
+from sodaprof.compiler.knobs import read_knobs
+from sodaprof.compiler.policies import POLICIES
+from sodaprof.compiler.policies.toca import FAMILIES, RATIOS, ToCaKnobs, compile_toca
+from sodaprof.compiler.problem import Problem
 from sodaprof.errors import BudgetError, MismatchError, UnsupportedModelError
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Plan, Schedule
-from sodaprof.formats.sites import Model, Site, Transformer
+from sodaprof.formats.sites import Guidance, Model, Site, Transformer
 
 LAYERS, WIDTH = 28, 1152
-COMPILE = {"toca": compile_toca, "duca": compile_duca}
+COMPILE = ("toca", "duca")
 STACKS = {"PixArtTransformer2DModel": ("transformer_blocks",), "STDiT3": ("spatial_blocks", "temporal_blocks")}
 MODULES = {
     "PixArtTransformer2DModel": (("attn1", "attn"), ("attn2", "cross_attn"), ("ff", "mlp")),
@@ -85,7 +87,8 @@ def draw(make_sampler, make_cost) -> Callable[..., Schedule]:
     """A function (policy, model, steps, budget, **knobs) -> a legal schedule."""
 
     def make(policy: str, model: Model, steps: int, budget: float = 0, **knobs: Any) -> Schedule:
-        schedule = COMPILE[policy](model, make_sampler(steps), None, make_cost(model), budget, knobs)
+        chosen, problem = POLICIES[policy], Problem(model, make_sampler(steps), make_cost(model), budget)
+        schedule = chosen.compile(problem, read_knobs(policy, chosen.knobs, knobs))
         verify(schedule)
         return schedule
 
@@ -381,8 +384,8 @@ def test_knobs_of_the_token_rule(dit, pixart, opensora, draw):
 
 @pytest.mark.parametrize("form", ["none", "passes"])
 def test_nothing_is_shared_where_no_batch_holds_both_halves(pixart, make_sampler, make_cost, form):
-    sampler = replace(make_sampler(20), guidance_form=form)
-    schedule = compile_toca(pixart, sampler, None, make_cost(pixart), 0, {})
+    sampler = replace(make_sampler(20), guidance=Guidance(form, 4.0))
+    schedule = compile_toca(Problem(pixart, sampler, make_cost(pixart), 0), ToCaKnobs())
     assert not schedule.token_rule.share_halves
 
 
@@ -390,7 +393,7 @@ def test_nothing_is_shared_where_no_batch_holds_both_halves(pixart, make_sampler
 
 
 def dit_flops(schedule: Schedule) -> float:
-    """TFLOPs of the blocks by the published code's rules, both guidance halves; from the picture alone."""
+    """TFLOPs of the blocks by the published code's rules, both guidance halves; from the rows alone."""
     b, n, c, h = 2, 256, WIDTH, 16
     plan = plan_of(schedule)
     every = 2 * b * n * c + b * c + 6 * b * c**2
@@ -494,7 +497,7 @@ def test_a_budget_that_only_reuse_meets(dit, draw, make_cost):
     assert draw("toca", model, 50, (least + none) / 2).policy["knobs"]["R"] == 0.0
 
 
-def test_budgets_out_of_reach(dit, draw, make_cost):
+def test_unreachable_budgets(dit, draw, make_cost):
     model = dit(layers=4)
     most = make_cost(model).speedup(draw("toca", model, 50, R=0))
     with pytest.raises(BudgetError, match=rf"5x cannot be met with N=3: at most {most:.3g}x .* larger --knob N"):
@@ -510,9 +513,8 @@ def test_a_budget_holds_the_given_ratio_to_it(dit, draw):
 
 
 def test_a_cost_table_of_another_model(dit, make_sampler, make_cost):
-    for budget in (0, 2.0):
-        with pytest.raises(MismatchError):
-            compile_toca(dit(), make_sampler(50), None, make_cost(dit(layers=4)), budget, {})
+    with pytest.raises(MismatchError):
+        Problem(dit(), make_sampler(50), make_cost(dit(layers=4)), 2.0)
 
 
 # ---- files and refusals -----------------------------------------------------------------------------------------------
@@ -520,7 +522,7 @@ def test_a_cost_table_of_another_model(dit, make_sampler, make_cost):
 
 @pytest.mark.parametrize("policy", COMPILE)
 @pytest.mark.parametrize("class_name", FAMILIES)
-def test_schedules_survive_the_file(dit, pixart, opensora, draw, tmp_path, policy, class_name):
+def test_schedules_are_read_back_equal(dit, pixart, opensora, draw, tmp_path, policy, class_name):
     model = {"D": dit(), "P": pixart, "S": opensora}[class_name[0]]
     schedule = draw(policy, model, 30)
     assert schedule.transformers["t"].class_name == class_name
@@ -548,31 +550,23 @@ def test_a_schedule_of_ratios_brings_its_own_period(dit, draw):
     ("knobs", "found"),
     [
         ({"N": 0}, "Knob N is 0; expected at least 1"),
-        ({"N": -3}, "Knob N is -3"),
-        ({"N": 2.5}, "2.5; expected int"),
-        ({"N": "many"}, "'many'; expected int"),
         ({"R": -0.1}, "Knob R is -0.1; expected at least 0"),
-        ({"R": "nan"}, "'nan'; expected float"),
-        ({"lambda3": -1}, "lambda3"),
         ({"once_per_step": 2}, "once_per_step is 2; expected one of 0, 1"),
         ({"score": "loud"}, "'loud'; expected one of feature_mean"),
-        ({"ratio": "fast"}, "'fast'; expected one of ddim50"),
-        ({"ratio": ""}, "expected one of ddim50"),
+        ({"ratio": ""}, "''; expected one of ddim50"),
         ({"k": 3}, "no knob 'k'; it has N, R, score"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("policy", COMPILE)
-def test_knobs_that_make_no_sense(dit, draw, policy, knobs, found):
-    with pytest.raises(BudgetError) as caught:
-        draw(policy, dit(), 50, **knobs)
-    assert found in str(caught.value)
+def test_wrong_knobs(dit, draw, knobs, found):
+    with pytest.raises(BudgetError, match=found):
+        draw("toca", dit(layers=1), 50, **knobs)
 
 
 @pytest.mark.parametrize(
     "knobs", [{"ratio": "pixart"}, {"ratio": "opensora"}, {"score": "cross_attention_entropy"}], ids=str
 )
-def test_rules_for_cross_attention_need_it(dit, draw, knobs):
+def test_rules_for_cross_attention_need_such_sites(dit, draw, knobs):
     with pytest.raises(UnsupportedModelError, match="Leave out these knobs"):
         draw("toca", dit(), 50, **knobs)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -68,4 +70,16 @@ def error_in(schedule: Schedule, name: str, values: np.ndarray) -> float:
         total += sum(
             error_of(values[:, i], t, c.sources, c.weights) ** power for t, c in zip(steps, cells, strict=True)
         )
+    return total
+
+
+def segment_error(segment: np.ndarray, anchors: list[int]) -> float:
+    """Sums the errors of the segments between full steps; inf if an interval is longer than there are entries."""
+    steps, longest, gaps = len(segment), segment.shape[-1] - 1, segment.ndim - 2
+    total = 0.0
+    for i, (anchor, end) in enumerate(pairwise([*anchors, steps])):
+        before = [b - a for a, b in pairwise(anchors[: i + 1])][::-1][:gaps]
+        if end - anchor > longest:
+            return math.inf
+        total += segment[(anchor, *before, *[0] * (gaps - len(before)), end - anchor)]
     return total

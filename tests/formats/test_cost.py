@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sodaprof.errors import FormatError, MismatchError
 from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, load_cost, save_cost
 from sodaprof.formats.schedule import TokenRule
+from tests.strategies import at, broken
 
 SITES = {f"transformer_blocks.{i}.{m}": m for i in range(2) for m in ("attn1", "ff")}
 ATTN = SiteCost(60.0, 1.0, (2.0, 3.0, 4.0, 5.0), ((2, 20.0), (10, 40.0), (16, 60.0)))
@@ -21,19 +23,23 @@ STEP = StepCost(fixed=20.0, all_cached=12.0, stack=(7.0, 8.0, 9.0, 10.0))
 FULL = 20 + 60 + 100 + 60 + 100  # a step with every site C
 
 
-@pytest.fixture
-def cost() -> CostModel:
-    table = TransformerCost(STEP, {site: ATTN if module == "attn1" else FF for site, module in SITES.items()})
+def cost_of(transformers: dict[str, TransformerCost]) -> CostModel:
     return CostModel(
         unit="ms",
         device="cpu",
         dtype="float32",
         batch=1,
         tokens=16,
-        transformers={"transformer": table, "high": table, "low": table},
+        transformers=transformers,
         loop={"scheduler": 2.0, "update": 1.0, "guidance": 0.5},
         outside={"text_encoder": None, "vae": 3.0},
     )
+
+
+@pytest.fixture
+def cost() -> CostModel:
+    table = TransformerCost(STEP, {site: ATTN if module == "attn1" else FF for site, module in SITES.items()})
+    return cost_of({"transformer": table, "high": table, "low": table})
 
 
 def with_rows(schedule, *rows: str, **changes: Any):
@@ -55,7 +61,7 @@ def test_fully_cached_steps_have_a_cost_of_their_own(schedule, cost):
     assert cost.speedup(reuse) == pytest.approx(2055 / 743)
 
 
-def test_one_site_at_work_pays_the_fixed_part(schedule, cost):
+def test_one_computed_site_pays_the_fixed_part(schedule, cost):
     mixed = with_rows(schedule, "CRRRRR", "CRRRRR", "CRRRRC", "CRRRRR")
     assert cost.schedule(mixed) == FULL + 4 * 12 + (20 + 1 + 2 + 60 + 2) + 6 * 2.5
 
@@ -81,7 +87,7 @@ def test_each_prune_has_its_own_k(schedule, cost):
     assert cost.schedule(pruned) == FULL + 3 * (20 + 2 + 1 + 2) + 20 + 40 + 60 + 2 * 12 + 6 * 2.5
 
 
-def test_attention_weights_are_charged_where_a_later_prune_reads_them(schedule, cost):
+def test_attention_weights_are_charged_if_a_later_prune_reads_them(schedule, cost):
     """Of ff's cells, the P of step 2 reads the attention of step 0 and the P of step 4 that of step 3; k = N reads none."""
     rows = ["CRRCRR", "CRPRPR", "CRRCRR", "CRPRRR"]
     keys = list(SITES)
@@ -116,17 +122,17 @@ def test_skipped_and_uncalled_steps(skipping, cost):
     assert cost.speedup(skipping) == pytest.approx(2055 / 854)
 
 
-def test_a_transformer_costs_nothing_where_another_is_called(relay, cost):
+def test_a_transformer_costs_nothing_while_another_is_called(relay, cost):
     assert cost.schedule(relay) == 2 * (FULL + 2 * 12) + 6 * 2.5
     assert cost.all_compute(relay) == 2055
 
 
 def test_outside_is_not_part_of_the_loop(schedule, cost):
-    dearer = replace(cost, outside={"text_encoder": 1e9, "vae": 1e9})
-    assert dearer.schedule(schedule) == cost.schedule(schedule)
+    expensive = replace(cost, outside={"text_encoder": 1e9, "vae": 1e9})
+    assert expensive.schedule(schedule) == cost.schedule(schedule)
 
 
-def test_missing_sites_are_told(schedule, cost):
+def test_missing_sites_are_reported(schedule, cost):
     table = cost.transformers["transformer"]
     fewer = replace(table, sites={site: c for site, c in table.sites.items() if not site.endswith("ff")})
     with pytest.raises(MismatchError, match=r"transformer/transformer_blocks\.0\.ff \(2 sites missing\)"):
@@ -142,88 +148,45 @@ def test_round_trip(cost, tmp_path):
         save_cost(cost, tmp_path / "cost.json")
 
 
-def short(value: Any) -> str:
-    """Returns a readable test id."""
-    return ".".join(map(str, value[-2:])) if isinstance(value, tuple) else repr(value)[:20]
+@settings(max_examples=80)
+@given(st.data())
+def test_another_type_an_unknown_key_and_a_missing_key_are_refused(tmp_path_factory, data):
+    table = TransformerCost(STEP, {site: ATTN if module == "attn1" else FF for site, module in SITES.items()})
+    path = tmp_path_factory.getbasetemp() / "cost.json"
+    path.write_text(json.dumps(data.draw(broken(cost_of({"transformer": table}).to_json()))))
+    with pytest.raises(FormatError, match=r"cost\.json"):
+        load_cost(path)
 
 
-FF0 = ("transformers", "transformer", "sites", "transformer_blocks.0.ff")
+SITE = ("transformers", "transformer", "sites", "transformer_blocks.0.ff")
 STEP0 = ("transformers", "transformer", "step")
 
 
 @pytest.mark.parametrize(
-    ("where", "value"),
+    ("path", "value", "found"),
     [
-        ((*FF0, "C"), -1.0),
-        ((*FF0, "R"), -1e-9),
-        ((*FF0, "C"), None),
-        ((*FF0, "C"), "100"),
-        ((*FF0, "C"), True),
-        ((*FF0, "C"), [1.0]),
-        ((*FF0, "C"), 10**400),
-        ((*FF0, "F"), [1.0, 2.0, 3.0]),
-        ((*FF0, "F"), [1.0, 2.0, 3.0, 4.0, 5.0]),
-        ((*FF0, "F"), [1.0, 2.0, 3.0, -4.0]),
-        ((*FF0, "F"), []),
-        ((*FF0, "F"), 3.0),
-        ((*FF0, "P"), []),
-        ((*FF0, "P"), [[16, 100.0], [1, 10.0]]),
-        ((*FF0, "P"), [[1, -10.0], [16, 100.0]]),
-        ((*FF0, "P"), [[1], [16]]),
-        ((*FF0, "P"), [[1, 10.0, 3.0], [16, 100.0, 4.0]]),
-        ((*FF0, "P"), [[1.5, 10.0], [16, 100.0]]),
-        ((*FF0, "P"), [["1", 10.0], [16, 100.0]]),
-        ((*FF0, "P"), [1, 10.0]),
-        ((*FF0, "colour"), 1.0),
-        ((*STEP0, "fixed"), -20.0),
-        ((*STEP0, "all_cached"), None),
-        ((*STEP0, "stack"), [7.0, 8.0, 9.0]),
-        ((*STEP0, "stack"), []),
-        ((*STEP0, "stack"), [7.0, 8.0, 9.0, "10"]),
-        ((*STEP0, "colour"), 1.0),
-        (("transformers",), []),
-        (("transformers", "transformer"), None),
-        (("transformers", "transformer", "sites"), []),
-        (("loop", "update"), -1.0),
-        (("loop", "update"), None),
-        (("loop", "colour"), 1.0),
-        (("outside", "vae"), -1.0),
-        (("outside", "colour"), 1.0),
-        (("unit",), "seconds"),
-        (("batch",), "many"),
-        (("version",), 2),
-        (("format",), "sodaprof.schedule"),
-        (("colour",), 1),
+        ((*SITE, "C"), -1.0, "Expected `float` >= 0"),
+        ((*SITE, "R"), -1, "Expected `int` >= 0"),
+        ((*SITE, "C"), 10**400, "is not a finite number"),
+        ((*SITE, "F"), [1.0, 2.0, 3.0], "Expected `array` of length 4|length >= 4"),
+        ((*SITE, "F"), [1.0] * 5, "length"),
+        ((*SITE, "P"), [], "length >= 1"),
+        ((*SITE, "P"), [[16, 100.0], [1, 10.0]], "rising order of k"),
+        ((*SITE, "P"), [[1, -10.0], [16, 100.0]], ">= 0"),
+        ((*SITE, "P"), [[1, 10.0, 3.0], [16, 100.0, 4.0]], "length 2"),
+        ((*SITE, "P"), [[1.5, 10.0], [16, 100.0]], "Expected `int`, got `float`"),
+        ((*STEP0, "stack"), [7.0, 8.0, 9.0], "length"),
+        (("loop", "colour"), 1.0, "Invalid enum value 'colour'"),
+        (("outside", "vae"), -1.0, ">= 0"),
+        (("unit",), "seconds", "Invalid enum value 'seconds'"),
+        (("version",), 2, "Upgrade sodaprof"),
+        (("format",), "sodaprof.schedule", "found format 'sodaprof.schedule'"),
+        (("colour",), 1, "unknown field `colour`"),
     ],
-    ids=short,
 )
-def test_broken_tables_are_refused(cost, tmp_path, where, value):
-    data = copy.deepcopy(cost.to_json())
-    parent = data
-    for key in where[:-1]:
-        parent = parent[key]
-    parent[where[-1]] = value
-    (tmp_path / "cost.json").write_text(json.dumps(data))
-    with pytest.raises(FormatError):
-        load_cost(tmp_path / "cost.json")
-
-
-@pytest.mark.parametrize("word", ["NaN", "Infinity", "1e400"])
-def test_costs_are_finite(cost, tmp_path, word):
-    save_cost(cost, tmp_path / "cost.json")
-    text = (tmp_path / "cost.json").read_text()
-    (tmp_path / "cost.json").write_text(text.replace('"fixed": 20.0', f'"fixed": {word}'))
-    with pytest.raises(FormatError):
-        load_cost(tmp_path / "cost.json")
-
-
-@pytest.mark.parametrize("where", [("loop", "guidance"), FF0[:-1], (*FF0, "R"), (*STEP0, "stack"), ("outside", "vae")])
-def test_missing_keys_are_refused(cost, tmp_path, where):
+def test_the_message_says_what_was_found(cost, tmp_path, path, value, found):
     data = json.loads(json.dumps(cost.to_json()))
-    parent = data
-    for key in where[:-1]:
-        parent = parent[key]
-    del parent[where[-1]]
+    at(data, path[:-1])[path[-1]] = value
     (tmp_path / "cost.json").write_text(json.dumps(data))
-    with pytest.raises(FormatError, match="is missing"):
+    with pytest.raises(FormatError, match=found):
         load_cost(tmp_path / "cost.json")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sodaprof.errors import FormatError
+from sodaprof.formats import files
 from sodaprof.formats.files import layout, read_json, replacing, write_json, write_text
 
 
@@ -69,7 +70,7 @@ def test_success_replaces_the_file_and_leaves_nothing_else(old):
     assert stat.S_IMODE(old.stat().st_mode) == 0o644
 
 
-def test_the_old_file_stands_until_the_new_one_is_whole(old):
+def test_the_old_file_is_kept_until_the_new_one_is_complete(old):
     with replacing(old, force=True) as temporary:
         temporary.write_text("new")
         assert old.read_text() == "old"
@@ -95,14 +96,41 @@ def test_nan_is_not_written(old):
     assert list(old.parent.iterdir()) == [old]
 
 
-@pytest.mark.parametrize("text", ["NaN", "[Infinity]", '{"a": -Infinity}', "1e400", "[1, -2e308]", "{", "", "1 2"])
-def test_broken_numbers_and_json_are_refused(tmp_path, text):
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        *(
+            (text, "is not a finite number")
+            for text in ("NaN", "[Infinity]", '{"a": -Infinity}', "1e400", "[1, -2e308]")
+        ),
+        ("1" * 400, "is not a finite number"),
+        *((text, "") for text in ("{", "", "1 2", "'a'")),
+        ('{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', "the key 'c' occurs twice"),
+        ("[" * 66 + "]" * 66, "nested more than 64 deep"),
+        ('{"a":' * 70 + "1" + "}" * 70, "nested more than 64 deep"),
+        ("[" * 100_000, "recursion"),
+    ],
+)
+def test_broken_json_is_refused(tmp_path, text, found):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(FormatError, match=r"a\.json"):
+    with pytest.raises(FormatError, match=rf"a\.json: not readable as JSON.*{found}"):
         read_json(tmp_path / "a.json")
 
 
-def test_layout_is_json_with_an_entry_a_line():
+def test_depth_and_size_are_bounded(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("[" * 64 + "1" + "]" * 64)
+    assert json.dumps(read_json(tmp_path / "a.json")) == "[" * 64 + "1" + "]" * 64
+    monkeypatch.setattr(files, "MAX_BYTES", 100)
+    with pytest.raises(FormatError, match="larger than"):
+        read_json(tmp_path / "a.json")
+
+
+def test_numbers_keep_their_kind(tmp_path):
+    (tmp_path / "a.json").write_text("[1, 1.0, -0.0, 18446744073709551616, 1e3]")
+    assert repr(read_json(tmp_path / "a.json")) == "[1, 1.0, -0.0, 18446744073709551616, 1000.0]"
+
+
+def test_the_layout_is_json_with_one_entry_a_line():
     data = {
         "rows": {"a": "CRR", "b": "CCR"},
         "list": [1, [2, 3]],

@@ -143,7 +143,7 @@ def test_steps_without_the_network_are_no_anchors():
 
 
 def test_solvers_go_by_the_samplers_family():
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     diffusion = schedule_for(tiny_pipe()).sampler
     assert solvers_for(diffusion) == tuple(DIFFUSION)

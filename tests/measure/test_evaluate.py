@@ -141,7 +141,7 @@ def test_controls_share_the_cost_and_fora_is_not_run_twice(profile):
 
 
 def test_calibration_seeds_are_refused():
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     pipe = tiny_pipe()
     schedule = replace(mixed_schedule(pipe), profile={"digest": "0", "seed": 100, "samples": 50})

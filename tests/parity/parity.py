@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+from msgspec.structs import replace
 from safetensors import safe_open
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from sodaprof.errors import FormatError, SodaprofError
 from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, save_cost
 from sodaprof.formats.files import checked, write_json
 from sodaprof.formats.schedule import Plan, Schedule
-from sodaprof.formats.sites import Model, Sampler
+from sodaprof.formats.sites import Guidance, Model, Sampler
 from sodaprof.opensora.network import STDiT3 as Network
 from sodaprof.pipelines.discover import Step, find_sites
 from tests.parity.original import load_dit, load_pixart
@@ -255,7 +256,7 @@ class OpenSoraRecording(Recording):
         if schedule.token_rule is None:
             return schedule
         period = float(self.args["fresh_threshold"])
-        return dataclasses.replace(schedule, token_rule=dataclasses.replace(schedule.token_rule, age_period=period))
+        return replace(schedule, token_rule=replace(schedule.token_rule, age_period=period))
 
     def site(self, branch: str, layer: str, module: str) -> str:
         stack = {"0": "spatial_blocks", "-1": "temporal_blocks"}[branch]
@@ -351,7 +352,7 @@ def compile_for(recording: Recording, pipe: Any) -> Schedule:
     latent = list(given["hidden_states"].shape[1:])
     shape = {"latent": latent, "tokens": transformer.sites[-1].tokens, "batch_profiled": 1, "dtype": "float64"}
     timesteps = tuple(pipe.scheduler.timesteps.tolist())
-    sampler = Sampler(Scheduler.__name__, {}, timesteps, "halves", float(recording.args["cfg_scale"]))
+    sampler = Sampler(Scheduler.__name__, {}, timesteps, Guidance("halves", float(recording.args["cfg_scale"])))
     costs = {site.key: SiteCost(1.0, 0.0, (0.0,) * 4, ((site.tokens, 1.0),)) for site in transformer.sites}
     cost = CostModel(
         "flops", "meta", "float64", 1, shape["tokens"], {NAME: TransformerCost(StepCost(0.0, 0.0, (0.0,) * 4), costs)},

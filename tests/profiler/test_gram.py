@@ -434,7 +434,7 @@ def test_a_newer_table_is_refused(copy):
     manifest = json.loads((copy / "manifest.json").read_text())
     for tables in (manifest["tables"] | {"gram": 2}, {"gram": 2}, {"gram": True}):
         write_json(copy / "manifest.json", manifest | {"tables": tables}, force=True)
-        with pytest.raises(FormatError, match="table gram has version"):
+        with pytest.raises(FormatError, match=r"table gram has version|`\$\.tables"):
             load_profile(copy)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import numpy as np
 import pytest
 from diffusers import DDIMScheduler, DiTPipeline
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof import cli

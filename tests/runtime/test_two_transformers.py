@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from collections import defaultdict
-from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
 from shutil import copytree
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from msgspec.structs import replace
 from rich.console import Console
 
 import sodaprof
@@ -24,7 +24,8 @@ from sodaprof.errors import BudgetError, FormatError, MismatchError, Unsupported
 from sodaprof.formats.cost import load_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.profile import load_inspection, load_profile
-from sodaprof.formats.schedule import Forecast, Plan, Schedule, load_schedule
+from sodaprof.formats.schedule import Forecast, Plan, Schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.flops import count_flops
 from sodaprof.profiler.plan import plan_profile

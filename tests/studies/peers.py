@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sodaprof.formats.schedule import Schedule, load_schedule
+from sodaprof.formats.schedule import Schedule
+from sodaprof.formats.schedule_file import load_schedule
 from tests.studies.peers_page import table, written
 
 SCHEDULES = ("schedules/tiny-dit/fora-2.0x.json", "schedules/tiny-dit/soda-2.0x.json")

@@ -17,7 +17,8 @@ from diffusers.models.cache_utils import CacheMixin
 import sodaprof
 from sodaprof.compiler.problem import draw_schedule
 from sodaprof.errors import SodaprofError
-from sodaprof.formats.schedule import Schedule, load_schedule
+from sodaprof.formats.schedule import Schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import call, default_guidance
 

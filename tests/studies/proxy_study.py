@@ -13,7 +13,7 @@ from scipy.stats import rankdata, spearmanr
 from sodaprof.compiler import placement as one_past
 from sodaprof.compiler.forecasts import ridge, segment_costs, taylor
 from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
-from sodaprof.compiler.placement import place_with_history
+from sodaprof.compiler.placement import place_full_steps
 from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.formats.tables import CELL, read_table, stale_errors
@@ -27,7 +27,7 @@ SOLVER, EVEN = "state-space residual, squares summed (`solver`)", "even interval
 
 @dataclass(frozen=True)
 class Predictor:
-    """A prediction that is a sum over intervals. segment: what an interval costs, as `place_with_history` takes it."""
+    """A prediction that is a sum over intervals. segment: what an interval costs, as `place_full_steps` takes it."""
 
     key: str
     name: str
@@ -39,7 +39,7 @@ class Predictor:
 
     def placed(self, count: int) -> list[int]:
         """Returns the full steps of least predicted error, as its policy would place them."""
-        return place_with_history(self.placing(), count)[count][0]
+        return place_full_steps(self.placing(), count)[count][0]
 
     def placing(self) -> np.ndarray:
         """Returns the segments as its policy prices them."""
@@ -108,11 +108,11 @@ def simulator(span: Span, family: str) -> Predict:
     """Returns the relative error of the last state with full steps somewhere, within the span of the profile's vectors.
 
     updates: the open-loop fit's own. reuse: the newest guided output held, forecasts: it and the one before weighed as
-    policy `fit` weighs sites, under the sampler's own coefficients.
+    policy `forecast` weighs sites, under the sampler's own coefficients.
     """
     if family == "updates":
         return lambda anchors: fit_open_loop(span, anchors, MAX_HISTORY)[1]
-    recorded = np.stack([span.output(step) for step in range(span.steps)])
+    recorded = np.stack([span.full_output(step) for step in range(span.steps)])
     products = (recorded @ span.products @ recorded.T)[None]
     history, weigh = (1 if family == "reuse" else 2), ridge(1e-4)
 

@@ -12,15 +12,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import forecasts_at, ridge
 from sodaprof.compiler.open_loop import Span, fit_open_loop
 from sodaprof.compiler.placement import sources_of
-from sodaprof.compiler.problem import draw_forecasts, draw_schedule
+from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.files import read_json, write_json
 from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.formats.schedule import Schedule
-from sodaprof.pipelines.replay import Replay, Stepper
+from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.runtime.hooks.cells import Cell
 from sodaprof.tuning.closed_loop import fidelity_db, played
 
@@ -119,11 +120,12 @@ class Truths:
 def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the distances of schedules that reuse every site between full steps, under the sampler's own steps."""
     own = replay.update
-    stepper, rows = Stepper(replay, own.history), own.padded(own.history)
+    rows = own.padded(own.history)
     any_reuse = draw_schedule(profile.model, profile.sampler, [0], {})
     context = played(replay, any_reuse)
     with context as clock:
         assert context.handle is not None
+        stepper = Stepper(ReplaySpace(replay, clock), own.history)
         sites = context.handle.rows
 
         def advance(state: Any, step: int, columns: str) -> Any:
@@ -134,7 +136,7 @@ def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple
                 site.cells = cells
                 site.memory = memory
                 site.memory = site.snapshot()  # what is written now is not the former state's
-            at = stepper.moved(stepper.computed(at, step, clock), step, rows[step])
+            at = stepper.moved(stepper.computed(at, step), step, rows[step])
             return at, [site.snapshot() for site in sites]
 
         begin = lambda: (stepper.start(), [{} for _ in sites])  # noqa: E731
@@ -143,28 +145,29 @@ def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple
 
 
 def forecast(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the distances of schedules that forecast every site from its last two outputs, as policy `fit` does."""
+    """Yields the distances of schedules that forecast every site from its last two outputs, as policy `forecast` does."""
     own = replay.update
-    stepper, rows = Stepper(replay, own.history), own.padded(own.history)
+    rows = own.padded(own.history)
     ((name, products),) = profile.site_products().items()
     for columns in every:
         with played(replay, forecast_schedule(profile, name, products, anchors_of(columns))) as clock:
+            stepper = Stepper(ReplaySpace(replay, clock), own.history)
             at = stepper.start()
             for step in range(replay.steps):
-                at = stepper.moved(stepper.computed(at, step, clock), step, rows[step])
+                at = stepper.moved(stepper.computed(at, step), step, rows[step])
         yield columns, fidelity_db(at.x, replay)
 
 
 def forecast_schedule(profile: Profile, name: str, products: np.ndarray, anchors: list[int]) -> Schedule:
-    """Returns the schedule of F cells between these full steps, weights as policy `fit` with its own settings."""
+    """Returns the schedule of F cells between these full steps, weights as policy `forecast` with its own settings."""
     known = ~np.isnan(products).any(axis=0)
     cells = forecasts_at(products, sources_of(anchors, range(len(known)), 2, known), ridge(1e-4))
-    return draw_forecasts(profile.model, profile.sampler, {name: anchors}, {name: cells})
+    return draw_steps(profile.model, profile.sampler, {name: anchors}, "F", {name: cells})
 
 
 def updated(replay: Replay, span: Span, every: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the distances of schedules without network between full steps, their update fitted open loop."""
-    stepper = Stepper(replay, MAX_HISTORY)
+    stepper = Stepper(ReplaySpace(replay), MAX_HISTORY)
     fits: dict[str, tuple[tuple[float, ...], ...]] = {}
 
     def advance(at: Any, step: int, columns: str) -> Any:
@@ -180,7 +183,7 @@ def updated(replay: Replay, span: Span, every: list[str]) -> Iterator[tuple[str,
 
 def refitted(calibration: Replay, held_out: Replay, every: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the distances of the same, fitted closed loop: those of the held-out generations, then of those fitted on."""
-    fitting, judging = Stepper(calibration, MAX_HISTORY), Stepper(held_out, MAX_HISTORY)
+    fitting, judging = (Stepper(ReplaySpace(one), MAX_HISTORY) for one in (calibration, held_out))
 
     def advance(state: Any, step: int, columns: str) -> Any:
         own, other = state

@@ -26,7 +26,7 @@ from diffusers.utils import logging
 
 from sodaprof.formats.cost import save_cost
 from sodaprof.formats.profile import write_inspection
-from sodaprof.formats.sites import Model, Sampler
+from sodaprof.formats.sites import Guidance, Model, Sampler
 from sodaprof.opensora.network import STDiT3
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.discover import config_of, find_sites
@@ -107,7 +107,8 @@ def published(name: str) -> tuple[Model, Sampler, Step, Any]:
         "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip
     model = Model(name, "", {"transformer": found}, shape)
-    return model, Sampler(type(scheduler).__name__, config_of(scheduler), step.timesteps, "halves", scale), step, pipe
+    guidance = Guidance("halves", scale)
+    return model, Sampler(type(scheduler).__name__, config_of(scheduler), step.timesteps, guidance), step, pipe
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sodaprof.formats.files import digest, read_json, write_json, write_text
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.measure.classifier import load_classifier
 from sodaprof.measure.contenders import FEWER
 from sodaprof.pipelines.device import device_facts
@@ -35,9 +35,9 @@ VARIANTS = (
     Variant("smoothcache", "SmoothCache", "--policy smoothcache"),
     Variant("dpcache", "DPCache", "--policy dpcache --knob first=1"),
     Variant("soda-update", "SODA + update, --fit", "--policy soda --update --fit {model}", True, latency=True),
-    Variant("forecasts", "fitted forecasts", "--policy fit", ours=True),
+    Variant("forecasts", "fitted forecasts", "--policy forecast", ours=True),
     Variant("drift", "fitted drift", "--policy drift", ours=True),
-    Variant("forecasts-update", "fitted forecasts + update, --fit", "--policy fit --update --fit {model}", True),
+    Variant("forecasts-update", "fitted forecasts + update, --fit", "--policy forecast --update --fit {model}", True),
     Variant("drift-update", "fitted drift + update, --fit", "--policy drift --update --fit {model}", True),
     Variant("solver", "update", "--policy solver", ours=True, robust=True),
     Variant("solver-fit", "update, --fit", "--policy solver --fit {model}", True, distances=True, latency=True, robust=True),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sodaprof.formats.files import digest, read_json, write_json
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.measure.evaluate import REFERENCES, evaluate
 from sodaprof.pipelines.load import load_pipeline
 

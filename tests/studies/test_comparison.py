@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import sodaprof
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from tests.studies import table
 from tests.studies.table_maker import Maker, Variant
 from tests.tiny_pipelines import STEPS, tiny_pipe

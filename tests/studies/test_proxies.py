@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 import sodaprof
+from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import ridge, segment_costs
-from sodaprof.compiler.placement import place_with_history
-from sodaprof.compiler.problem import draw_jumps, draw_schedule
+from sodaprof.compiler.placement import place_full_steps
+from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.sampler import MAX_HISTORY
-from sodaprof.pipelines.replay import Replay, Stepper
+from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.tuning.closed_loop import fidelity_db, fit_update, play, played
 from tests.studies import proxy_study, proxy_truth
 from tests.studies.proxy_page import BEGIN, END, fill, tables
@@ -122,14 +123,15 @@ def test_shared_beginnings_change_no_distance(profile, replays):
     assert list(found) == sorted(every)
     for columns in every:
         schedule = draw_schedule(profile.model, profile.sampler, anchors_of(columns), {})
-        stepper = Stepper(held_out, own.history)
         with played(held_out, schedule) as clock:
+            stepper = Stepper(ReplaySpace(held_out, clock), own.history)
             at = stepper.start()
             for step in range(STEPS):
-                at = stepper.moved(stepper.computed(at, step, clock), step, own.coefficients[step])
+                at = stepper.moved(stepper.computed(at, step), step, own.coefficients[step])
         np.testing.assert_allclose(found[columns], fidelity_db(at.x, held_out), atol=1e-4)
     for columns, distances in proxy_truth.refitted(calibration, held_out, every):
-        jumps = draw_jumps(profile.model, profile.sampler, anchors_of(columns))
+        (name,) = profile.model.transformers
+        jumps = draw_steps(profile.model, profile.sampler, {name: anchors_of(columns)}, "-")
         fitted, on_calibration = fit_update(calibration, jumps, MAX_HISTORY)
         np.testing.assert_allclose(distances, [*play(held_out, fitted), *on_calibration], atol=1e-3)
 
@@ -164,7 +166,7 @@ def test_the_sum_over_intervals_is_what_the_dynamic_program_minimises(profile):
     products = next(iter(profile.site_products().values()))
     for history in (1, 2, 3):
         segment = segment_costs(products, history, LONGEST, ridge(1e-4), 2.0)
-        anchors, cost = place_with_history(segment, FULL)[FULL]
+        anchors, cost = place_full_steps(segment, FULL)[FULL]
         assert summed(segment, anchors) == pytest.approx(cost)
         others = [summed(segment, anchors_of(columns)) for columns in random_columns(STEPS, FULL, LONGEST, 30)]
         assert min(others) >= cost * (1 - 1e-9)

@@ -9,7 +9,7 @@ import pytest
 from sodaprof.compiler import compile_schedule
 from sodaprof.formats.cost import save_cost
 from sodaprof.formats.profile import write_inspection
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.flops import count_flops
 from tests.studies.published import MODELS, published
 

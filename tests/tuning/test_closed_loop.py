@@ -10,7 +10,7 @@ import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
-from sodaprof.pipelines.replay import Replay
+from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.tuning.closed_loop import fit_to_model, fit_update, play
 from tests.tiny_pipelines import TwoPassPipeline, draw, schedule_for, tiny_pipe
 from tests.updated import RESTING, sample, set_sampler, updated
@@ -91,7 +91,7 @@ def test_the_noise_of_a_stochastic_sampler_is_kept_and_not_fitted():
     whole, resting = updated(pipe), updated(pipe, RESTING)
     torch.manual_seed(11)  # as `sample`: this pipeline hands its generator to nobody
     replay = Replay(pipe, whole.sampler, [1, 2], [0, 1])
-    assert replay.noise(2).abs().max() > 0.1
+    assert ReplaySpace(replay).noise(2).abs().max() > 0.1
     _, distances = fit_update(replay, whole, 3)
     assert distances.min() > 80
     fitted, distances = fit_update(replay, resting, 3)

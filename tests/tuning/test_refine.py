@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
-from sodaprof.formats.schedule import Forecast, load_schedule
+from sodaprof.formats.schedule import Forecast
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines import replay as replaying
 from sodaprof.pipelines.recording import tapped
 from sodaprof.pipelines.replay import Replay
@@ -67,7 +68,7 @@ def drift(profile):
 
 @pytest.fixture(scope="module")
 def forecasts(profile):
-    return compile_schedule(profile.folder, "2.0x", "fit")
+    return compile_schedule(profile.folder, "2.0x", "forecast")
 
 
 def replay_of(pipe, profile, seeds):
@@ -335,7 +336,7 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
     for number, after in ((1, False), (1, True), (2, True), (5, False)):  # before a file is written, or right after
         output = tmp_path / f"{number}{after}.json"
         with monkeypatch.context() as patch:
-            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule"):
+            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule_file"):
                 patch.setattr(f"{module}.write_json", interrupted(number, after))
             with pytest.raises(KeyboardInterrupt):
                 refine(pipe, drift, output, **settings)
@@ -459,7 +460,7 @@ def test_refine_from_the_command_line(command, model, drift, tmp_path):
     [
         ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
         ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
-        ("soda", (), "(stack .). Give a schedule of --policy solver, fit, drift"),
+        ("soda", (), "(stack .). Give a schedule of --policy solver, forecast, drift"),
         ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
         (None, (), "several transformers (high, low)"),
     ],

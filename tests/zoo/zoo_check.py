@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import sodaprof
 from sodaprof.errors import UnsupportedModelError
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
-from sodaprof.formats.sites import Model, Sampler, Site, Transformer
+from sodaprof.formats.sites import Guidance, Model, Sampler, Site, Transformer
 from sodaprof.pipelines.discover import Step, find_sites
 from sodaprof.pipelines.flops import count_flops
 from sodaprof.pipelines.probe import as_tokens
@@ -130,7 +130,7 @@ class Case:
     ) -> Schedule:  # fmt: skip
         scheduler = Scheduler()
         scheduler.set_timesteps(STEPS)
-        sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), form, 4.0)
+        sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), Guidance(form, 4.0))
         plan = Plan(self.found.class_name, self.found.fingerprint, rows, "." * STEPS, k or {}, forecasts or {})
         rule = TokenRule("feature_mean") if k else None
         policy = {"name": "test", "knobs": {}}

@@ -1,53 +1,42 @@
-"""FORA (arXiv 2407.01425): anchors spread evenly, everything reused between them. The baseline."""
+"""FORA (arXiv 2407.01425): full steps at even intervals, everything reused between them. The baseline."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, replace
 
-from ...errors import BudgetError
-from ...formats.cost import CostModel
-from ...formats.profile import Profile
 from ...formats.schedule import Schedule
-from ...formats.sites import Model, Sampler
-from ..problem import draw_schedule, reuse_only_cost, sign, take_knobs, turns_of, unreachable, within
-
-KNOBS: dict[str, Any] = {"anchors": 0}  # 0: as many as the budget allows
+from ..knobs import knob
+from ..problem import Problem, WholeSteps, draw_schedule
 
 
-def compile_fora(
-    model: Model, sampler: Sampler, profile: Profile | None, cost: CostModel, budget: float, knobs: dict[str, Any]
-) -> Schedule:
-    """Returns the schedule with anchors at round(i · T / k), k the largest within the budget (or the knob `anchors`).
+@dataclass(frozen=True)
+class ForaKnobs:
+    anchors: int = knob(0, "full steps; 0: as many as the budget allows", least=0)
 
-    Of transformers that take turns, each has its share of the anchors, spread over its own steps; see `_shares`.
+
+def compile_fora(problem: Problem, knobs: ForaKnobs) -> Schedule:
+    """Returns the schedule with full steps at round(i · T / k), k the largest within the budget (or the knob `anchors`).
+
+    Of transformers that take turns, each has its share of the full steps, spread over its own; see `_shares`.
     """
-    chosen = take_knobs("fora", KNOBS, knobs)
-    turns = [(name, turn) for name, own in turns_of(model, sampler, "fora").items() for turn in own]
-    steps, lengths = sampler.steps, [len(turn) for _, turn in turns]
-    full, spent_on = reuse_only_cost(model, sampler, cost)
+    turns = [(name, turn) for name, own in problem.turns.items() for turn in own]
+    lengths = [len(turn) for _, turn in turns]
 
-    def spent(count: int) -> float:
-        each = dict.fromkeys(model.transformers, 0)
+    def loop(count: int) -> WholeSteps:
+        full = dict.fromkeys(problem.model.transformers, 0)
         for (name, _), share in zip(turns, _shares(lengths, count), strict=True):
-            each[name] += share
-        return spent_on(each)
+            full[name] += share
+        return problem.whole_steps(full, "R")
 
-    counts = [k for k in range(len(turns), steps + 1) if within(spent(k), full / budget)]
-    if not counts:
-        raise unreachable(budget, full / spent(len(turns)), cost)
-    count = chosen["anchors"] or max(counts)
-    if not len(turns) <= count <= steps:
-        raise BudgetError(f"Knob anchors is {count}; expected {len(turns)} to {steps}.")
-    if count not in counts:
-        raise BudgetError(f"{count} anchors of {steps} give {full / spent(count):.3g}x, the budget is {budget:.3g}x.")
+    count = problem.full_steps(knobs.anchors, loop, fewest=len(turns))
     shares = zip(turns, _shares(lengths, count), strict=True)
     anchors = sorted({turn.start + round(i * len(turn) / k) for (_, turn), k in shares for i in range(k)})
-    schedule = draw_schedule(model, sampler, anchors, {})
-    return sign(schedule, "fora", {"anchors": count}, profile, model, cost, error=None)
+    schedule = draw_schedule(problem.model, problem.sampler, anchors, {})
+    return problem.signed(schedule, "fora", replace(knobs, anchors=count), None)
 
 
 def _shares(lengths: list[int], count: int) -> list[int]:
-    """Returns how many of `count` anchors each turn has: one, and each further one where intervals are longest."""
+    """Returns how many of `count` full steps each turn has: one, and each further one in the turn of longest intervals."""
     shares = [1] * len(lengths)
     for _ in range(count - len(lengths)):
         longest = max(range(len(lengths)), key=lambda i: lengths[i] / shares[i])

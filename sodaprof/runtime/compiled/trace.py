@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import SodaprofError, UnsupportedModelError
+from ...formats.sites import SiteKey
 from ...pipelines.clock import Moment
 from ..hooks.cells import CellInputs, CellResult
 from ..hooks.sites import SiteRow
@@ -168,7 +169,13 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         names = tuple(path for path, _, _ in self.tensors)
         signatures = tuple(signature_of(found[name]) for _, found, name in self.tensors)
         sites = tuple(
-            (_within_block(row), row.tokens, row.raster, row.rule, row.scored_by and _within_block(row.scored_by))
+            (
+                SiteKey.parse(row.key).name,
+                row.tokens,
+                row.raster,
+                row.rule,
+                row.scored_by and SiteKey.parse(row.scored_by.key).name,
+            )
             for row in self.rows
         )
         built = (names, signatures, build_of(self.block), sites)
@@ -228,11 +235,6 @@ def graph_of(run: Callable[..., list[Any]], inputs: list[Any]) -> fx.GraphModule
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
-
-
-def _within_block(row: SiteRow) -> str:
-    """Returns the key of a site without the path of its block."""
-    return row.key.split(".", 2)[2]
 
 
 class Bare(nn.Module):

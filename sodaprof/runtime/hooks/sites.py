@@ -14,7 +14,7 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from ...errors import MismatchError
-from ...formats.schedule import Plan, TokenRule
+from ...formats.schedule import Forecast, Plan, TokenRule
 from ...pipelines.clock import Moment
 from ...pipelines.probe import as_tokens, hidden_states, main_part, with_rows
 from .cells import Cell, CellInputs, CellResult, Output, cells_of, forecast, with_tokens
@@ -100,7 +100,8 @@ class SiteRow:
         """Replaces the weights of the F cell at `step`."""
         cell = self.cells[step]
         assert cell.forecast is not None
-        changed = replace(cell, forecast=replace(cell.forecast, weights=weights))
+        weighted = Forecast(cell.forecast.sources, weights, cell.forecast.form)
+        changed = replace(cell, forecast=weighted)
         self.cells = (*self.cells[:step], changed, *self.cells[step + 1 :])
 
     def run(self, moment: Moment, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...errors import UnsupportedModelError
 from ...formats.schedule import Plan
+from ...formats.sites import SiteKey
 from ...pipelines.clock import Moment
 from ...pipelines.probe import hidden_states
 from .cells import dropped_at, last_uses, weighted
@@ -111,7 +112,7 @@ def _kept(store: StackMemory, form: str) -> dict[int, torch.Tensor]:
 
 def block_of(site: str) -> str:
     """Returns the path of the block that holds the site."""
-    return ".".join(site.split(".")[:2])
+    return SiteKey.parse(site).block
 
 
 class BlockHook(ModelHook):  # type: ignore[misc]

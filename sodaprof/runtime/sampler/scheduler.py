@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ...errors import MismatchError, SodaprofError, UnsupportedModelError
 from ...formats.rules import verify
-from ...formats.schedule import Schedule, load_schedule
+from ...formats.schedule import Schedule
+from ...formats.schedule_file import load_schedule
 from ...formats.sites import Sampler
 from ...opensora.scheduler import RectifiedFlowScheduler
 from ...pipelines.sampler_steps import own_update

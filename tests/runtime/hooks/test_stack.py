@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import dataclasses
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
@@ -137,7 +138,7 @@ def test_observing_attention_changes_no_bit(pipe):
     schedule = replace(schedule_for(pipe, rows, {SITES[1]: (16,)}), token_rule=rule)
     with sodaprof.apply(pipe, schedule) as handle:
         for row in handle.rows:
-            row.cells = tuple(replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
+            row.cells = tuple(dataclasses.replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
         assert (draw(pipe) == plain).all()
 
 

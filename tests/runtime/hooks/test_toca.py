@@ -19,7 +19,7 @@ from sodaprof.compiler import compile_schedule
 from sodaprof.formats.cost import save_cost
 from sodaprof.formats.files import write_json
 from sodaprof.formats.schedule import Schedule
-from sodaprof.formats.sites import Model, Sampler
+from sodaprof.formats.sites import Guidance, Model, Sampler
 from sodaprof.opensora.network import STDiT3
 from sodaprof.pipelines.discover import Step, find_sites
 from tests.parity.toca_reference import Settings, Trace, recompute
@@ -166,7 +166,7 @@ def compiled(
     model = Model("tiny", "Pipeline", {"transformer": transformer}, shape)
     scheduler = Scheduler()
     scheduler.set_timesteps(case.steps)
-    sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), form, 4.0)
+    sampler = Sampler("Scheduler", {}, tuple(scheduler.timesteps.tolist()), Guidance(form, 4.0))
     write_json(folder / "model.json", model.to_json())
     write_json(folder / "sampler.json", sampler.to_json())
     save_cost(make_cost(model), folder / "cost.flops.json")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from msgspec.structs import replace
 
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
-from sodaprof.formats.schedule import load_schedule
+from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.runtime.apply import RUNTIMES
 from sodaprof.runtime.sampler.update import Jump, Ring, jumps
 from tests.runtime.hooks.test_stack import skipping

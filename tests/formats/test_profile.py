@@ -1,0 +1,112 @@
+"""A profile folder: its tables come back as arrays, and a broken part is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sodaprof.errors import FormatError, UnsupportedModelError
+from sodaprof.formats.profile import load_inspection, load_profile, write_solver
+from sodaprof.formats.sampler import OwnUpdate, own_update_from_json
+from sodaprof.formats.sites import Site, SiteKey, Transformer, model_from_json, sampler_from_json
+from tests.conftest import build_sampler
+from tests.strategies import broken, models, profiles, samplers
+
+
+@settings(max_examples=10)
+@given(profiles())
+def test_the_tables_are_read_as_they_were_written(tmp_path_factory, parts):
+    profile = load_profile(parts.write(tmp_path_factory.mktemp("profile") / "p"))
+    steps, _, ages = parts.caching.shape
+    assert profile.model == parts.model
+    reuse, (pruning, rates) = profile.caching_error()["t"], profile.pruning_error()
+    assert rates.tolist() == list(parts.rates)
+    for step in range(steps):
+        for age in range(1, ages):
+            if age <= step:
+                assert np.array_equal(reuse[step, :, age], parts.caching[step, :, age])
+                assert np.array_equal(pruning["t"][step, :, age], parts.pruning[step, :, age])
+            else:
+                assert np.isnan(reuse[step, :, age]).all()
+
+
+OWN = OwnUpdate("data", ((0.9, 1, -0.5),) * 3, ((1.0, -1),) * 3, (0.0,) * 3)
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_another_type_an_unknown_key_and_a_missing_key_are_refused(data):
+    """model.json, sampler.json and solver.json; unbroken they are read as they were written."""
+    kind = data.draw(st.sampled_from(["model", "sampler", "solver"]))
+    strategy = {"model": models(), "sampler": samplers(3), "solver": st.just(OWN)}[kind]
+    read = {"model": model_from_json, "sampler": sampler_from_json, "solver": own_update_from_json}[kind]
+    written = data.draw(strategy)
+    assert repr(read(json.loads(json.dumps(written.to_json())), "")) == repr(written)
+    with pytest.raises(FormatError, match=f"^{kind}.json: "):
+        read(data.draw(broken(written.to_json())), f"{kind}.json")
+
+
+@pytest.mark.parametrize("change", [{"coefficients": [[0.9, 1.0]] * 2}, {"coefficients": []}, {"noise": [0.0]}])
+def test_an_update_of_uneven_lengths_is_refused(change):
+    with pytest.raises(FormatError, match="length"):
+        own_update_from_json(OWN.to_json() | change, "")
+
+
+@pytest.mark.parametrize("rows", [[[0.9]] * 3, [[0.9] * 6] * 3, [[0.9, 1.0], [0.9], [0.9, 1.0]]])
+def test_an_update_has_two_to_five_coefficients_a_step(rows):
+    with pytest.raises(FormatError, match="2 to 5"):
+        own_update_from_json(OWN.to_json() | {"coefficients": rows}, "")
+
+
+def test_the_reason_for_a_sampler_without_linear_steps_is_kept(make_profile, random_errors):
+    folder = make_profile(random_errors)
+    write_solver(folder, UnsupportedModelError("clip_sample clips."))
+    with pytest.raises(UnsupportedModelError, match="clip_sample clips"):
+        load_inspection(folder).own_update()
+
+
+@pytest.mark.parametrize("called", [[], [-1, 0], [1, 0], [0, 0], [0.0], "01"])
+def test_calls_of_a_transformer_are_rising_steps(make_model, called):
+    data = json.loads(json.dumps(make_model().to_json()))
+    data["transformers"]["t"]["called"] = called
+    with pytest.raises(FormatError, match="called"):
+        model_from_json(data, "")
+    data["transformers"]["t"]["called"] = [0, 2]
+    assert model_from_json(data, "").transformers["t"].past(4) == [0, -1, 0, -1]
+
+
+@pytest.mark.parametrize("guidance", [{"form": "halves", "scale": 4}, {"form": "none", "scale": None}])
+def test_a_sampler_keeps_its_numbers(guidance):
+    data = build_sampler().to_json() | {"guidance": guidance, "timesteps": [980.5, 20]}
+    assert json.dumps(sampler_from_json(data, "").to_json()) == json.dumps(data)
+
+
+@pytest.mark.parametrize("key", ["blocks.3.attn1", "blocks.3.attn1#1", "blocks.3.mlp.out#2"])
+def test_site_keys(key):
+    parsed = SiteKey.parse(key)
+    assert str(parsed) == key
+    assert f"{parsed.block}.{parsed.name}" == key
+    assert parsed.path == key.partition("#")[0]
+    assert Site(parsed.stack, parsed.layer, parsed.module, "attn", 1, 1, True, parsed.call).key == key
+
+
+@pytest.mark.parametrize("key", ["", "ff", "blocks.ff", "blocks.x.ff", "blocks.1.ff#", "blocks.1.ff#a"])
+def test_other_strings_are_no_site_keys(key):
+    with pytest.raises(ValueError, match=r"unpack|invalid literal"):
+        SiteKey.parse(key)
+
+
+def test_what_a_fingerprint_says_of_a_site():
+    fingerprint = {
+        "tokens": {"b.ff": 16, "b.1.ff": 4}, "kinds": {"b.ff": "mlp"}, "layouts": {"b.ff": "rows"}, "text": ["b.ff#1"],
+    }  # fmt: skip
+    sites = (Site("b", 0, "ff", "mlp", 16, 8, True),)
+    found = Transformer("DiT", fingerprint, sites)
+    assert [found.tokens(key) for key in ("b.0.ff", "b.1.ff", "b.1.ff#1")] == [16, 4, 16]
+    assert (found.kind("b.0.ff#1"), found.kind("b.0.attn")) == ("mlp", None)
+    assert (found.layout("b.0.ff"), found.layout("b.0.attn")) == ("rows", "")
+    assert [found.holds_text(key) for key in ("b.0.ff", "b.0.ff#1")] == [False, True]
