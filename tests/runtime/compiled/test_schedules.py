@@ -16,7 +16,7 @@ PIPE = tiny_pipe()
 MODEL, SAMPLER, _ = inspect_pipeline(PIPE, "tiny", STEPS, 4.0, 0)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(legal_schedules(MODEL, SAMPLER, "CRFPS"))
 def test_any_legal_schedule_gives_the_same_bits_in_every_runtime(schedule):
     with sodaprof.apply(PIPE, schedule):

@@ -176,7 +176,7 @@ def test_a_block_that_branches_on_data_is_refused_by_name(pipe):
     with (
         sodaprof.apply(pipe, schedule, lower=True),
         pytest.raises(
-            UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be lowered"
+            UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be traced"
         ),
     ):
         few(pipe)
