@@ -13,6 +13,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sodaprof.runtime.compiled.engine import Compiled
+
+RUNTIMES = ("hooks", "compiled", "graphs", "whole-steps")  # "graphs": compiled, with a tape in place of CUDA graphs
+
 
 class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
@@ -81,3 +85,10 @@ class Tapes:
 
         places = iter(static)
         return replay, tree_map(lambda x: next(places) if torch.is_tensor(x) else x, result)
+
+
+def runtime(name: str) -> str | Compiled:
+    """Returns what `apply` takes as its runtime for a name of RUNTIMES."""
+    if name in ("hooks", "compiled"):
+        return name
+    return Compiled(graphs=Tapes(), whole_steps=name == "whole-steps")

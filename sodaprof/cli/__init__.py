@@ -1,11 +1,12 @@
 """The command line: from inspect and profile over compile and refine to run and eval. Errors become one message and an exit code.
 
-Exit codes: 0 done, 1 an error that sodaprof understands, 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 an error of sodaprof, 2 wrong usage, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -16,7 +17,7 @@ from ..version import __version__
 from .bench import bench
 from .compile import CompileCommand, compile_
 from .doctor import doctor
-from .eval import evaluate_
+from .eval import eval_
 from .inspect import inspect
 from .profile import profile
 from .refine import refine_
@@ -37,7 +38,7 @@ COMMANDS = (  # in the order of --help
     ("show", show, "sodaprof show schedule.json"),
     ("run", run, "sodaprof run tiny-dit schedule.json --label 5 --label 7 -o star-and-heart.png"),
     ("ship", ship, "sodaprof ship schedule.json path/to/model"),
-    ("eval", evaluate_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
+    ("eval", eval_, "sodaprof eval tiny-dit schedule.json --samples 64 --picture side-by-side.png"),
     ("bench", bench, "sodaprof bench tiny-dit schedule.json --cost cost.json"),
     ("inspect", inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
     ("doctor", doctor, "sodaprof doctor tiny-dit"),
@@ -54,34 +55,37 @@ def version(value: bool) -> None:
 
 
 @app.callback()
-def options(show_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     pass
 
 
 def main() -> None:
-    """Runs the command line; every error that sodaprof understands ends in one message, without a traceback."""
+    """Runs the command line; every error that sodaprof knows ends in one message, without a traceback."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         code = app(standalone_mode=False)
-        if code == 130:  # typer's own answer to Ctrl-C
+        if code == 130:  # what typer returns after Ctrl-C
             raise KeyboardInterrupt
     except SodaprofError as error:
         code = _fail(str(error))
     except KeyboardInterrupt:
         code = _fail(
-            "Interrupted. Nothing was left half-written; profile and refine go on when the same command is repeated, what refine "
-            "has found so far is in its file.",
+            "Interrupted. No file was left incomplete. profile and refine continue when the same command is repeated; the best "
+            "schedule that refine has found so far is in its file.",
             130,
         )
     except MemoryError:
         code = _fail("Out of memory. Lower --batch-size.")
     except OSError as error:
         reason = "The disk is full" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
-        code = _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}. Nothing was left half-written.")
+        code = _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}. No file was left incomplete.")
     except UnicodeEncodeError as error:
         shown = error.object[error.start]
-        code = _fail(
-            f"What is printed to takes {error.encoding} alone, which has no {shown!r}. Set PYTHONIOENCODING=utf-8."
-        )
+        code = _fail(f"The output takes {error.encoding} only, which has no {shown!r}. Set PYTHONIOENCODING=utf-8.")
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             print(f"sodaprof: {error.format_message()} See: sodaprof --help", file=sys.stderr)

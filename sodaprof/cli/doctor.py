@@ -1,14 +1,13 @@
-"""The command that says what will be captured: doctor."""
+"""`sodaprof doctor`."""
 
 from __future__ import annotations
 
-import json
-
-from .options import Json, Model, Steps, make_console, say_next
+from .console import make_console, print_next, print_result
+from .options import Json, Model, Steps
 
 
 def doctor(model: Model, steps: Steps = None, as_json: Json = False) -> None:
-    """Say what of a model CUDA graphs cannot hold, and what to do about it. Needs no GPU: one step runs on the CPU."""
+    """Find what keeps a model out of CUDA graphs, and say how to change it. Needs no GPU: one step runs on the CPU."""
     from ..doctor.diagnose import diagnose
     from ..pipelines.load import default_steps, load_pipeline
     from ..report.diagnosis import diagnosis_view
@@ -17,11 +16,10 @@ def doctor(model: Model, steps: Steps = None, as_json: Json = False) -> None:
     pipe = load_pipeline(model, device="cpu")
     steps = default_steps(pipe) if steps is None else steps
     result = diagnose(pipe, model, steps)
+    print_result(console, result, lambda: diagnosis_view(result), as_json)
     if as_json:
-        print(json.dumps(result))
         return
-    console.print(diagnosis_view(result))
-    refused = any(found["kind"] == "sites" for found in result["findings"])
-    say_next(
-        console, f"sodaprof inspect {model}" if refused else f"sodaprof profile {model} --steps {steps} -o profile"
+    no_sites = any(found["kind"] == "sites" for found in result["findings"])
+    print_next(
+        console, f"sodaprof inspect {model}" if no_sites else f"sodaprof profile {model} --steps {steps} -o profile"
     )

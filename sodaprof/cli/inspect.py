@@ -1,25 +1,14 @@
-"""The commands that run a model: profile, inspect, run and eval."""
+"""`sodaprof inspect`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import (
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    Scale,
-    Scheduler,
-    Steps,
-    make_console,
-    say_next,
-)
+from .console import make_console, print_next, print_result, print_wrote
+from .options import Device, Dtype, Force, Json, Model, Scale, Scheduler, Steps
 
 
 def inspect(
@@ -33,7 +22,7 @@ def inspect(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show a model's sites, shapes, FLOPs, and what can be pruned; write what compilers need that takes no sampling."""
+    """List a model's sites with shapes, FLOPs and what can be pruned. With -o write what compile reads without a profile."""
     from ..formats.files import refuse_existing
 
     if output is not None:
@@ -51,15 +40,13 @@ def inspect(
     found, sampler, step = inspect_pipeline(pipe, model, default_steps(pipe) if steps is None else steps, scale)
     cost = count_flops(pipe, found, step)
     console = make_console(stderr=as_json)
-    if as_json:
-        print(json.dumps({"model": found.to_json(), "sampler": sampler.to_json(), "cost": cost.to_json()}))
-    else:
-        console.print(inspection_view(found, sampler, cost))
+    data = {"model": found.to_json(), "sampler": sampler.to_json(), "cost": cost.to_json()}
+    print_result(console, data, lambda: inspection_view(found, sampler, cost), as_json)
     if output is not None:
         write_inspection(output, found, sampler)
         write_solver(output, solver_of(pipe, sampler))
         save_cost(cost, output / "cost.flops.json", force=True)
-        console.print(f"Wrote {output}/")
-        say_next(console, f"sodaprof compile {output} --policy fora --budget 2.0x -o fora.json")
+        print_wrote(console, f"{output}/")
+        print_next(console, f"sodaprof compile {output} --policy fora --budget 2.0x -o fora.json")
     elif not as_json:
-        say_next(console, f"sodaprof profile {model} -o profile")
+        print_next(console, f"sodaprof profile {model} -o profile")

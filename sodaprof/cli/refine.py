@@ -1,4 +1,4 @@
-"""The command that improves schedules with the model at hand: refine."""
+"""`sodaprof refine`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    Device,
-    Dtype,
-    Force,
-    Model,
-    Prompts,
-    Scheduler,
-    make_console,
-    parse_size,
-    parse_span,
-    progress,
-    say_next,
-    told,
-)
+from .console import make_console, print_next, print_wrote, progress, summary
+from .options import Cost, Device, Dtype, Force, MaxCache, Model, Prompts, Scheduler, parse_size, parse_span
 
 
 def refine_(
@@ -36,10 +24,8 @@ def refine_(
     ] = 24,
     seed: Annotated[int, typer.Option(help="Seed of the sequence of candidates.")] = 0,
     prompts: Prompts = None,
-    cost: Annotated[str, typer.Option(help="Unit of the budget: flops, or a cost.json.")] = "flops",
-    max_cache: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Limit for the caches of one generation: 2GB, 500MB.")
-    ] = None,
+    cost: Cost = "flops",
+    max_cache: MaxCache = None,
     scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -51,8 +37,7 @@ def refine_(
 
     console = make_console()
     first = load_schedule(source)
-    seconds = None if time is None else parse_span(time)
-    most = None if max_cache is None else parse_size(max_cache)
+    seconds, most = parse_span(time), parse_size(max_cache)
     from ..pipelines.load import load_pipeline, read_prompts
     from ..tuning.refine import check_search, refine
 
@@ -60,9 +45,9 @@ def refine_(
     pipe = load_pipeline(model, dtype, device, scheduler)
     with progress(console, "refine") as on_progress:
 
-        def show_scores(done: int, search: float, held: float) -> None:
+        def show_scores(done: int, search: float, validation: float) -> None:
             on_progress(done, evaluations)
-            scores.update({"search": search, "validation": held})
+            scores.update({"search": search, "validation": validation})
 
         scores: dict[str, float] = {}
         best = refine(
@@ -70,11 +55,10 @@ def refine_(
             seed=seed, force=force, prompts=None if prompts is None else read_prompts(prompts),
             cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
         )  # fmt: skip
-    done, predicted = best.policy["knobs"]["refined"], best.predicted or {}
     console.print(
-        f"{scores['search']:.2f} dB on the search generations, {scores['validation']:.2f} dB on the validation ones (mean and "
-        f"worst decile of the latents' signal to error); best found at candidate {done}; {told(best)}, "
-        f"{predicted['cache_bytes'] / 2**20:.2f} MiB of cache a generation"
+        f"{scores['search']:.2f} dB on the search generations, {scores['validation']:.2f} dB on the validation generations "
+        "(signal to error of the last latents; mean of the mean and of the worst tenth). Best found at candidate "
+        f"{best.policy['knobs']['refined']}: {summary(best)}"
     )
-    console.print(f"Wrote {output}")
-    say_next(console, f"sodaprof eval {model} {output}{'' if scheduler is None else f' --scheduler {scheduler}'}")
+    print_wrote(console, output)
+    print_next(console, f"sodaprof eval {model} {output}{'' if scheduler is None else f' --scheduler {scheduler}'}")

@@ -1,4 +1,4 @@
-"""The commands that run a model: profile, inspect, run and eval."""
+"""`sodaprof ship`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    Force,
-    make_console,
-    say_next,
-)
+from .console import make_console, print_next, print_wrote
+from .options import Force
 
 
 def ship(
@@ -19,12 +16,12 @@ def ship(
     folder: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="The pipeline's folder.")],
     force: Force = False,
 ) -> None:
-    """Put a schedule beside a model's weights, where run and apply find it, after checking that it fits."""
+    """Copy a schedule into a model's folder, where run and apply find it, after checking that it matches the model."""
     from ..formats.schedule_file import load_schedule
 
-    loaded = load_schedule(schedule)
+    steps = load_schedule(schedule).steps
     from ..runtime.shipped import ship as ship_schedule
 
     console = make_console()
-    console.print(f"Wrote {ship_schedule(schedule, folder, force=force)}")
-    say_next(console, f"sodaprof run {folder} --steps {loaded.steps} -o picture.png --prompt TEXT (or --label N)")
+    print_wrote(console, ship_schedule(schedule, folder, force=force))
+    print_next(console, f"sodaprof run {folder} --steps {steps} -o picture.png --prompt TEXT (or --label N)")

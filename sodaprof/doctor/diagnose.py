@@ -1,4 +1,4 @@
-"""Audits a pipeline for what CUDA graphs cannot hold, before there is a GPU."""
+"""Finds what keeps the parts of a pipeline out of CUDA graphs, without a GPU."""
 
 from __future__ import annotations
 
@@ -29,54 +29,56 @@ from .surroundings import Finding, built_findings, devices_of, finding, is_compi
 
 CAPTURES, IN_PART, FALLS_BACK = "captures", "captures in part", "falls back"
 HOOK = "sodaprof.doctor"
-BLOCKS_PART = ("read", "copy", "lowering")  # kinds that keep the part where they are out of a capture
-BLOCKS_ALL = ("offload", "casting", "hook", "compiled", "sites", "unseen")
+BLOCKS_PART = ("read", "copy", "lowering")  # kinds of findings that keep their module out of a graph
+BLOCKS_ALL = ("offload", "casting", "hook", "compiled", "sites", "unseen")  # the whole transformer
 HAZARDS = {  # kind -> what, effect, do
     "read": (
-        "{operator}: needs values that are on the device",
-        "the host waits for them, a capture fails: this part runs uncaptured",
-        "compute it before the loop from what the host knows, or pad to a fixed length",
+        "{operator}: reads values that are on the device",
+        "a host sync, which fails a capture: this part runs without a graph",
+        "compute it before the loop from values on the host, or pad to a fixed length",
     ),
     "copy": (
-        "{operator}: takes host data to the device",
-        "a capture fails on the copy: this part runs uncaptured",
-        "build it once, on the device, and keep it as a buffer",
+        "{operator}: copies host data to the device",
+        "a capture fails on the copy: this part runs without a graph",
+        "create it once, on the device, and keep it as a buffer",
     ),
     "random": (
         "{operator}: draws random numbers",
-        "each replay draws on: results depend on the order of replays",
-        "draw before the loop and hand the numbers in",
+        "each replay draws new numbers: results depend on the order of replays",
+        "draw before the loop and pass the numbers as an argument",
     ),
     "frozen": (
         "{operator}: takes a 0-dim tensor on the CPU",
-        "its value is frozen at capture, silently wrong if it changes later",
-        "keep it on the device, or see to it that it is a constant",
+        "its value at capture is kept; later changes are ignored without an error",
+        "keep it on the device, or make sure that it is constant",
     ),
     "mask": (
         "{operator}: has a mask",
-        "captures; attention leaves the flash kernel for a slower one",
+        "can be captured; attention runs a slower kernel than flash attention",
         "cut prompts to a fixed length and pass no mask",
     ),
 }
 
 
 def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None = None) -> dict[str, Any]:
-    """Returns what keeps CUDA graphs from a pipeline, as plain data: {format, ..., transformers, verdict, findings}.
+    """Returns what keeps a pipeline out of CUDA graphs, as plain data: {format, ..., transformers, verdict, findings}.
 
-    The pipeline, which must be on the CPU, runs to its scheduler's first step; then each transformer is followed with what
-    it was called with, and its blocks are lowered. Its verdict is `captures` where nothing keeps it from that, `captures
-    in part` where that holds of at least one block, else `falls back`. Raises UnsupportedModelError where no step can be
-    recorded, MismatchError where the pipeline carries a schedule.
+    The pipeline, which must be on the CPU, runs to its scheduler's first step; then each transformer is run again with the
+    recorded arguments under `hazards.follow`, and its blocks are traced. Its verdict is `captures` if nothing prevents a
+    graph, `captures in part` if at least one block can be captured, else `falls back`. Raises UnsupportedModelError if no
+    step can be recorded, MismatchError if the pipeline carries a schedule.
     """
     parts = transformers_of(pipe)
     for part, network in parts.items():
         if elsewhere := devices_of(network) - {torch.device("cpu")}:
             raise UnsupportedModelError(
-                f"{part} is on {elsewhere.pop()}; the doctor follows networks on the CPU, which stands for both sides of a "
-                'copy. Type: pipe.to("cpu")'
+                f"{part} is on {elsewhere.pop()}; the doctor examines networks on the CPU, where it simulates a device. "
+                'Type: pipe.to("cpu")'
             )
     if "_sodaprof" in vars(pipe.scheduler):
-        raise MismatchError("The pipeline carries a schedule; the doctor wants it plain. Take it off: handle.remove()")
+        raise MismatchError(
+            "The pipeline carries a schedule; the doctor examines it without one. Type: handle.remove()"
+        )
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
     compiled = any(is_compiled(network) for network in parts.values())
     with (
@@ -120,9 +122,11 @@ def audit(name: str, network: nn.Module, calls: list[Call]) -> tuple[dict[str, A
         hazards, inputs = follow(network, calls, blocks)
         with _quiet():
             refused = refusals(network, found, inputs) if blocks else {}
-    except Exception as error:  # whatever an operator says that knows no stand-in of a device
-        what = f"its forward could not be followed ({type(error).__name__}: {_first_line(error)})"
-        findings.append(finding(name, "unseen", what, "nothing is known of it", "try on a GPU, without a graph first"))
+    except Exception as error:  # operators that do not support the simulated device raise all kinds
+        what = f"its forward could not be examined ({type(error).__name__}: {_first_line(error)})"
+        findings.append(
+            finding(name, "unseen", what, "nothing is known about it", "try on a GPU, without graphs first")
+        )
     findings += _hazard_findings(name, hazards) + _refusal_findings(name, refused, hazards)
     held = {h.module for h in hazards if h.kind in BLOCKS_PART} | set(refused)
     free = [block for block in blocks if not any(_is_in(path, block) for path in held)]
@@ -134,7 +138,7 @@ def audit(name: str, network: nn.Module, calls: list[Call]) -> tuple[dict[str, A
 
 
 def refusals(network: nn.Module, found: Transformer, inputs: dict[str, Call]) -> dict[str, str]:
-    """Returns why blocks cannot be lowered, by path, of those that cannot; inputs: what each block is called with."""
+    """Returns for each block that cannot be traced the reason, by path; inputs: what each block is called with."""
     plan = Plan(found.class_name, found.fingerprint, {site.key: "C" for site in found.sites}, ".")
     known, moment = find_modules(network), Moment()
     programs: dict[Any, Program] = {}
@@ -161,7 +165,7 @@ def refusals(network: nn.Module, found: Transformer, inputs: dict[str, Call]) ->
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch from logging a traceback for each operator that it cannot trace, while the block runs."""
+    """Disables the logging of tracebacks of operators that cannot be traced, while the block runs."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -171,7 +175,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _hazard_findings(name: str, hazards: list[Hazard]) -> list[Finding]:
-    """Returns one finding for each thing done at a line of code, whichever layers do it."""
+    """Returns one finding for each hazard at a line of code, over all layers."""
     groups: dict[tuple[str, str, str, str], list[Hazard]] = {}
     for hazard in hazards:
         groups.setdefault((hazard.kind, hazard.operator, _any_layer(hazard.module), hazard.source), []).append(hazard)
@@ -190,16 +194,16 @@ def _hazard_findings(name: str, hazards: list[Hazard]) -> list[Finding]:
 
 
 def _refusal_findings(name: str, refused: dict[str, str], hazards: list[Hazard]) -> list[Finding]:
-    """Returns one finding for each reason that blocks are not lowered for."""
+    """Returns one finding for each reason that blocks cannot be traced for."""
     groups: dict[tuple[str, str], list[str]] = {}
     for block, reason in refused.items():
         if any(h.kind == "read" and _is_in(h.module, block) for h in hazards):
             reason = "it depends on the values that it reads"
         groups.setdefault((_any_layer(block), reason), []).append(block)
-    effect = "runs through the hooks, neither lowered nor captured"
-    do = "mend what is found in it; without lower=True every schedule runs"
+    effect = "runs through the hooks, neither traced nor captured"
+    do = "remove the findings in it; with runtime hooks every schedule runs"
     return [
-        finding(_where(name, blocks), "lowering", f"does not lower: {reason}", effect, do, modules=blocks)
+        finding(_where(name, blocks), "lowering", f"cannot be traced: {reason}", effect, do, modules=blocks)
         for (_, reason), blocks in groups.items()
     ]
 

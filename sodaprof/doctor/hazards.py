@@ -1,7 +1,7 @@
 """Finds what a network's forward does that a CUDA graph cannot hold. Needs no GPU.
 
-The network runs on its own numbers, but its parameters, its inputs and all that comes of them say that they are on the
-meta device, which stands for CUDA. So whatever passes between host and device shows, with the line of code that does it.
+The network computes with its real values on the CPU, but its parameters, its inputs and all results report the meta device,
+which represents CUDA. So every transfer between host and device is seen, with the line of code that makes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUILDERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tenso
 
 
 class Hazard(NamedTuple):
-    """One thing that a forward does: `read`, `copy`, `random`, `frozen` or `mask`; doctor.py says what each means."""
+    """One thing that a forward does: `read`, `copy`, `random`, `frozen` or `mask`, explained in `diagnose.HAZARDS`."""
 
     kind: str
     operator: str
@@ -40,7 +40,7 @@ class Hazard(NamedTuple):
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is on the device; its values are in `host`."""
+    """A tensor that reports the device; its values are in `host`."""
 
     host: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -60,7 +60,7 @@ class OnDevice(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise RuntimeError(f"{func} was called after the network was followed.")
+        raise RuntimeError(f"{func} was called after the network was examined.")
 
 
 def place(tree: Any) -> Any:
@@ -74,7 +74,7 @@ def take_back(tree: Any) -> Any:
 
 
 class Watch(TorchDispatchMode):
-    """Runs every operator on the host's values, and notes what it would do on a device."""
+    """Runs every operator on the host's values, and records what it would do on a device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,14 +107,14 @@ class Watch(TorchDispatchMode):
 def _kind(
     func: Any, args: Any, kwargs: Any, placed: list[OnDevice], hosts: list[torch.Tensor], on_device: bool
 ) -> str | None:
-    """Returns the kind of hazard that an operator is, None where it is none."""
+    """Returns the kind of hazard of an operator, None if it is none."""
     name = func.overloadpacket.__name__
     if not placed:
         if on_device and hosts and name == "_to_copy":
             return "copy"
     elif name in ("index", "index_put", "index_put_"):
         masks = [x for x in tree_leaves(args[1]) if torch.is_tensor(x) and x.dtype in (torch.bool, torch.uint8)]
-        # one number written at a mask is a masked fill, which looks at nothing
+        # one number written at a mask is a masked fill, which reads no values
         if masks and not (name.startswith("index_put") and args[2].numel() == 1):
             return "read"
     elif not on_device or (any(tag in func.tags for tag in SHAPES) and kwargs.get("output_size") is None):
@@ -127,7 +127,7 @@ def _kind(
 
 
 class Autocast(torch.autocast):
-    """Autocast of the device, which torch does not know for the meta device, as the host's."""
+    """Autocast on the host for the meta device, which torch has no autocast for."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(HOST.type if device_type == DEVICE.type else device_type, *args, **kwargs)
@@ -135,7 +135,7 @@ class Autocast(torch.autocast):
 
 @contextmanager
 def autocast_anywhere() -> Iterator[None]:
-    """Lets `torch.autocast` take the device that the network is on, while the block runs."""
+    """Makes `torch.autocast` accept the meta device while the block runs."""
     own = torch.autocast
     torch.autocast = Autocast  # type: ignore[misc]
     try:
@@ -145,7 +145,7 @@ def autocast_anywhere() -> Iterator[None]:
 
 
 class Above(TorchFunctionMode):
-    """What the dispatcher does not see of a device that is the meta device: lists to tensors, tensors to lists, masks."""
+    """Records what the dispatcher does not see on the meta device: lists to tensors, tensors to lists, masks."""
 
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Above(TorchFunctionMode):
 
 
 def _line() -> tuple[str, str]:
-    """Returns where the running forward is, outside torch and this module: "module:line", and the code there."""
+    """Returns the running line outside torch and this module as "module:line", and its code."""
     frame: Any = sys._getframe(1)
     while frame.f_back and (frame.f_globals.get("__name__") == __name__ or _is_torch(frame)):
         frame = frame.f_back
@@ -187,8 +187,8 @@ def _is_torch(frame: Any) -> bool:
 def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[list[Hazard], dict[str, Call]]:
     """Returns the hazards of the calls, and what each of the blocks is first called with (on the host).
 
-    The calls run twice, on a copy that shares the weights and has no hooks; the second run counts, for many networks upload
-    tables at their first call and keep them. Raises what the network raises where it cannot run this way.
+    The calls run twice, on a copy that shares the weights and has no hooks; the second run counts, since many networks
+    upload tables at their first call and keep them. Raises what the network raises if it cannot run this way.
     """
     shell, watch, inputs = _shell(network), Watch(), {}
     for path, module in shell.named_modules():
@@ -201,7 +201,7 @@ def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[li
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(lambda *_: watch.path.pop() and None, always_call=True)
     with torch.no_grad(), warnings.catch_warnings(), ExitStack() as stack:
-        warnings.simplefilter("ignore")  # the pipeline gave the same a moment ago
+        warnings.simplefilter("ignore")  # the pipeline itself has given the same warnings
         stack.enter_context(autocast_anywhere())
         stack.enter_context(watch)
         stack.enter_context(Above(watch))
@@ -213,7 +213,7 @@ def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[li
 
 
 def _shell(network: nn.Module) -> nn.Module:
-    """Returns a copy of the network whose parameters and buffers are its own, on the device; without hooks."""
+    """Returns a copy of the network without hooks, with the same parameters and buffers as tensors on the device."""
     memo: dict[int, Any] = {}
     for module in network.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):

@@ -1,27 +1,27 @@
-"""What stands around a pipeline's transformers, and what was put into them, that decides how a CUDA graph can be used."""
+"""What the scheduler, the pipeline, and hooks or adapters in the transformers mean for CUDA graphs."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..pipelines.patch import patched
 from ..pipelines.sampler_steps import LOOP_SCHEDULERS, in_loop
 
 Finding = dict[str, Any]  # where, kind, what, effect, do, and what else is known
 HOOKS = {  # a part of a hook's name -> kind, effect, do
-    "offload": ("offload", "weights move at each call: nothing captures", "leave offload off"),
+    "offload": ("offload", "weights move at each call: nothing is captured", "turn offload off"),
     "casting": (
         "casting",
-        "weights are cast at each call: nothing captures",
+        "weights are cast at each call: nothing is captured",
         "load the weights in the dtype they run in",
     ),
-    "": ("hook", "its Python decides at each call, a capture freezes that: nothing captures", "take it off"),
+    "": ("hook", "its Python runs at each call, which a graph cannot hold: nothing is captured", "remove it"),
 }
 
 
@@ -32,28 +32,20 @@ def finding(where: str, kind: str, what: str, effect: str, do: str, **more: Any)
 
 @contextmanager
 def timesteps_asked(scheduler: Any) -> Iterator[list[bool]]:
-    """Yields a list that grows, at each `set_timesteps` of this instance, by whether a device was asked for."""
+    """Yields a list that gets, at each `set_timesteps` of this instance, whether a device was passed."""
     asked: list[bool] = []
-    own, set_timesteps = vars(scheduler).get("set_timesteps"), scheduler.set_timesteps
 
-    @functools.wraps(set_timesteps)
-    def listen(*args: Any, **kwargs: Any) -> Any:
+    def listen(set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(set_timesteps).bind(*args, **kwargs).arguments
         asked.append(bound.get("device") is not None)
         return set_timesteps(*args, **kwargs)
 
-    scheduler.set_timesteps = listen
-    try:
+    with patched(scheduler, "set_timesteps", listen):
         yield asked
-    finally:
-        if own is None:
-            del scheduler.set_timesteps
-        else:
-            scheduler.set_timesteps = own
 
 
 def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
-    """Returns what of the scheduler keeps a step from being one graph; `asked` is of `timesteps_asked`, after a step."""
+    """Returns what keeps a step with this scheduler from being one graph; `asked`: of `timesteps_asked`, after a step."""
     name, found = type(scheduler).__name__, []
     loop = in_loop(scheduler)
     if not loop:
@@ -63,9 +55,9 @@ def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
         )
         found.append(
             finding(
-                "scheduler", "scheduler", f"{name}{f' with {odd}' if odd else ''}: its step stays Python",
+                "scheduler", "scheduler", f"{name}{f' with {odd}' if odd else ''}: its step runs in Python",
                 "the transformer's calls can be captured, not the whole step",
-                f"take DPMSolverMultistepScheduler (2M), DDIM or flow-match Euler: {name} runs between the captures",
+                "for --runtime whole-steps take DPMSolverMultistepScheduler (2M), DDIM or flow-match Euler",
             )
         )  # fmt: skip
     if asked and not asked[-1]:
@@ -73,23 +65,23 @@ def scheduler_findings(scheduler: Any, asked: list[bool]) -> list[Finding]:
             finding(
                 "scheduler", "timesteps", "the pipeline leaves the timesteps on the CPU (set_timesteps without a device)",
                 "each step copies one to the device, outside the transformer"
-                + (": not where the whole step is captured" if loop else ""),
-                "nothing" if loop else "pass device= to set_timesteps",
+                + (", unless the whole step is captured" if loop else ""),
+                "no change is needed" if loop else "pass device= to set_timesteps",
             )
         )  # fmt: skip
     if name.startswith("FlowMatchEuler") and getattr(scheduler, "begin_index", None) is None:
         found.append(
             finding(
                 "scheduler", "begin_index", "the pipeline does not call set_begin_index",
-                "its first step looks up its index on the device: the host waits once a run",
-                "nothing" if loop else "call scheduler.set_begin_index(0) after set_timesteps",
+                "its first step looks up its index on the device: one host sync a run",
+                "no change is needed" if loop else "call scheduler.set_begin_index(0) after set_timesteps",
             )
         )  # fmt: skip
     return found
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile was applied to the module, or in place to any in it."""
+    """Whether torch.compile was applied to the module, or in place to a module in it."""
     return hasattr(module, "_orig_mod") or any(m._compiled_call_impl is not None for m in module.modules())
 
 
@@ -100,8 +92,8 @@ def built_findings(name: str, network: nn.Module) -> list[Finding]:
         found.append(
             finding(
                 name, "compiled", "torch.compile was applied to it",
-                "its modules run inside compiled code, where no schedule reaches them: nothing captures",
-                "leave torch.compile off, or apply the schedule to the module as it was (._orig_mod)",
+                "its modules run inside compiled code, which ignores schedules: nothing is captured",
+                "do without torch.compile, or apply the schedule to the original module (._orig_mod)",
             )
         )  # fmt: skip
     network = getattr(network, "_orig_mod", network)
@@ -122,11 +114,11 @@ def built_findings(name: str, network: nn.Module) -> list[Finding]:
         found.append(finding(f"{name}.{paths[0]}".rstrip("."), kind, what, effect, do, modules=paths))
     if adapters:
         what = f"{len(adapters)} adapter modules (peft)"
-        effect = "captures with them; weights changed after the capture are noticed"
-        found.append(finding(f"{name}.{adapters[0]}", "adapter", what, effect, "nothing", modules=adapters))
+        effect = "can be captured; weights changed after the capture are detected"
+        found.append(finding(f"{name}.{adapters[0]}", "adapter", what, effect, "no change is needed", modules=adapters))
     return found
 
 
 def devices_of(network: nn.Module) -> set[torch.device]:
-    """Returns where the network's parameters are."""
+    """Returns the devices of the network's parameters."""
     return {parameter.device for parameter in network.parameters()}

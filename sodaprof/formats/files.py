@@ -98,7 +98,16 @@ def decode(data: Any, kind: type[T], where: str, advice: str = REWRITE) -> T:
 
 def encode(value: Any) -> Any:
     """Returns the JSON value of a `Record`: objects, lists, strings, numbers."""
-    return msgspec.to_builtins(value, enc_hook=lambda scalar: scalar.item())
+    return msgspec.to_builtins(value, enc_hook=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value of a subclass (numpy.float64, TorchVersion) as the JSON type that it is."""
+    kinds: tuple[Any, ...] = (str, int, float, list, dict)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 def _keys(value: Any, place: str = "$") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The small classifier that ships with a reference model: its verdict and its features judge generated pictures."""
+"""The small classifier of a reference model: class accuracy and the feature space of distances between sets of pictures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FEATURES = 32  # width of the penultimate layer: the feature space of the Fréch
 class Classifier(nn.Module):
     """RGB [B, 3, H, W] in [-1, 1] -> logits [B, classes]; `features` gives the penultimate [B, 32].
 
-    heads: how many of the classes, in order, answer each question about a picture; by default all answer one.
-    grid: the strongest responses are taken over grid x grid parts of the picture, so that above 1 places matter.
+    heads: how many of the classes, in order, belong to each question about a picture; by default all belong to one.
+    grid: the maxima are taken over grid x grid parts of the picture; above 1 the features depend on places.
     """
 
     def __init__(
@@ -40,17 +40,17 @@ class Classifier(nn.Module):
 
     def features(self, pictures: torch.Tensor) -> torch.Tensor:
         maps = self.body(pictures)
-        strongest = nn.functional.adaptive_max_pool2d(maps, self.grid).flatten(1)
-        return torch.relu(self.embed(torch.cat([strongest, maps.mean((2, 3))], dim=1)))
+        maxima = nn.functional.adaptive_max_pool2d(maps, self.grid).flatten(1)
+        return torch.relu(self.embed(torch.cat([maxima, maps.mean((2, 3))], dim=1)))
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.head(self.features(pictures))
 
-    def verdicts(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Returns the answer to each question, counted from 0 within its classes: [B, heads] int64."""
+    def predictions(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Returns the class found for each question, counted from 0 within its classes: [B, heads] int64."""
         with torch.no_grad():
             logits = self(pictures).split(self.heads, dim=1)
-        return torch.stack([answer.argmax(1) for answer in logits], dim=1)
+        return torch.stack([of_head.argmax(1) for of_head in logits], dim=1)
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Writes config.json and model.safetensors, its weights in `dtype`, to `folder`."""
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(folder: Path) -> Classifier | None:
-    """Returns the classifier in `folder`/classifier, in eval mode, or None where the model ships none."""
+    """Returns the classifier in `folder`/classifier, in eval mode, or None if the model has none."""
     folder = folder / "classifier"
     if not folder.is_dir():
         return None

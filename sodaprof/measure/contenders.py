@@ -1,10 +1,10 @@
-"""The ways of sampling that an evaluation compares, and the run that samples them in turn on the same seeds."""
+"""The ways of sampling that an evaluation compares, and the comparison that samples them in turn on the same seeds."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model
 from ..pipelines.load import call, pictures_of, takes_labels
-from ..runtime.apply import Handle, apply_with
+from ..pipelines.patch import patched
+from ..runtime.apply import Handle, apply, runtime_settings
 from .classifier import Classifier
 from .controls import FewerSteps, fewer_steps_at, fora_at, full_steps
 from .metrics import psnr_db
@@ -24,9 +25,9 @@ from .metrics import psnr_db
 FEWER = "fewer steps, "  # with the solver: the name of a control that takes fewer sampler steps
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Contender:
-    """One way of sampling: the plain pipeline, a schedule, or fewer steps."""
+    """One way of sampling: a schedule, a control of fewer steps, or with neither the plain pipeline."""
 
     name: str
     detail: str
@@ -34,109 +35,111 @@ class Contender:
     speedup: float  # FLOPs
     schedule: Schedule | None = None
     control: FewerSteps | None = None
-    runtime: str = "hooks"
-    handle: Handle | None = None
-    beside: int = 0  # for controls: full steps at the cost of the schedules that they stand beside
-    seconds: float = 0.0
-    executed: dict[str, int] | None = None
-    pictures: list[np.ndarray] = field(default_factory=list)
+    count: int = 0  # of a control: how many full steps the cost allows; spacings of one count are alternatives
+
+
+@dataclass
+class Samples:
+    """What a contender sampled, batch by batch, and how long it took."""
+
+    seconds: float = 0.0  # of the denoising loop
+    executed: dict[str, int] | None = None  # cells of the last batch, by action
+    pictures: list[np.ndarray] = field(default_factory=list)  # [n, H, W, 3] or [n, F, H, W, 3] in [0, 1]
     latents: list[np.ndarray] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)
-    hits: list[np.ndarray] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)  # [n, FEATURES] of the model's classifier
+    hits: list[np.ndarray] = field(default_factory=list)  # [n] whether the classifier finds the label
 
-    def on(self, pipe: Any) -> AbstractContextManager[Handle | None]:
-        if self.schedule is not None:
-            self.handle = self.handle or apply_with(pipe, self.schedule, self.runtime)
-            return self.handle
-        return nullcontext() if self.control is None else self.control.on(pipe)
-
-    def clear(self) -> None:
-        self.seconds = 0.0
-        for kept in (self.pictures, self.latents, self.features, self.hits):
-            kept.clear()
+    def psnr_db(self, full: Samples) -> np.ndarray:
+        """Returns the PSNR of each picture to the full run's picture of the same seed, dB, [n]."""
+        return psnr_db(np.concatenate(self.pictures), np.concatenate(full.pictures))
 
 
-class Run:
-    """Samples batch after batch, every contender in turn on the same seeds, so that drifts of the machine hit all."""
+@dataclass
+class Comparison:
+    """Samples batch after batch, every contender in turn on the same seeds, so that drifts of the machine hit all alike."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        entries: list[Any],
-        batch_size: int,
-        scale: float | None,
-        classifier: Classifier | None,
-        on_progress: Callable[[int, int], None],
-    ) -> None:
-        if batch_size < 1:
-            raise SodaprofError(f"--batch-size is {batch_size}; expected at least 1.")
-        self.pipe, self.entries, self.batch_size, self.scale = pipe, entries, batch_size, scale
-        self.classifier, self.on_progress = classifier, on_progress
-        self.done, self.total = 0, 0
+    pipe: Any
+    entries: Sequence[int | str]
+    batch_size: int
+    guidance_scale: float | None
+    classifier: Classifier | None = None
+    runtime: str = "hooks"
+    graphs: bool = True
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    total: int = 0  # generations in all, of every contender: set by the caller
+    done: int = 0
+    _handles: dict[Contender, Handle] = field(default_factory=dict)
 
-    def all(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> None:
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise SodaprofError(f"--batch-size is {self.batch_size}; expected at least 1.")
+
+    def sample(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> list[Samples]:
+        """Returns the samples of each contender on the same seeds, in the order of the contenders."""
+        found = [Samples() for _ in contenders]
         for start in range(0, len(seeds), self.batch_size):
             batch = list(seeds[start : start + self.batch_size])
             entries = [self.entries[(start + i) % len(self.entries)] for i in range(len(batch))]
-            for contender in contenders:
-                with contender.on(self.pipe) as handle:
-                    self._sample(contender, entries, batch)
+            for contender, samples in zip(contenders, found, strict=True):
+                with self._attached(contender) as handle:
+                    self._sample_batch(contender.steps, entries, batch, samples)
                 if handle is not None:
-                    contender.executed = handle.report().executed
+                    samples.executed = handle.report().executed
                 self.done += len(batch)
                 self.on_progress(min(self.done, self.total), self.total)
+        return found
 
-    def _sample(self, contender: Contender, entries: list[Any], seeds: list[int]) -> None:
-        with _latents_of(self.pipe) as door:
+    def _attached(self, contender: Contender) -> Any:
+        """Returns a context that puts the contender on the pipeline and yields its handle, None of other than schedules."""
+        if contender.schedule is None:
+            return nullcontext() if contender.control is None else contender.control.on(self.pipe)
+        if contender not in self._handles:
+            settings = runtime_settings(self.runtime, self.graphs) or self.runtime
+            self._handles[contender] = apply(self.pipe, contender.schedule, runtime=settings)
+        return self._handles[contender]
+
+    def _sample_batch(self, steps: int, entries: list[int | str], seeds: list[int], samples: Samples) -> None:
+        with _decoded_latents(self.pipe) as decoded:
             began = time.perf_counter()
-            out = call(self.pipe, entries, seeds, contender.steps, self.scale, output_type="np")
-            contender.seconds += (door[0][1] if door else time.perf_counter()) - began
+            out = call(self.pipe, entries, seeds, steps, self.guidance_scale, output_type="np")
+            samples.seconds += (decoded[0][1] if decoded else time.perf_counter()) - began
         pictures = pictures_of(out)
-        contender.pictures.append(pictures)
-        contender.latents += [latent for latent, _ in door]
+        samples.pictures.append(pictures)
+        samples.latents += [latents for latents, _ in decoded]
         if self.classifier is not None:
             features = features_of(self.classifier, pictures)
-            contender.features.append(features.double().numpy())
+            samples.features.append(features.double().numpy())
             if takes_labels(self.pipe):
                 with torch.no_grad():
-                    guess = self.classifier.head(features).argmax(1).numpy()
-                contender.hits.append(guess == np.array(entries))
+                    labels = self.classifier.head(features).argmax(1).numpy()
+                samples.hits.append(labels == np.array(entries))
 
 
 def features_of(classifier: Classifier, pictures: np.ndarray) -> torch.Tensor:
-    """Returns what the classifier sees in pictures [n, H, W, 3] in [0, 1]: [n, FEATURES] float32."""
+    """Returns the classifier's features of pictures [n, H, W, 3] in [0, 1]: [n, FEATURES] float32."""
     x = torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1
     with torch.no_grad():
         return classifier.features(x)
 
 
 @contextmanager
-def _latents_of(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
-    """Yields a list that fills with (latents, time) at the VAE's door; the copy is taken after the clock is read."""
+def _decoded_latents(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
+    """Yields a list that gets (latents, time) at each call of the VAE's decoder, the time read before the copy is made."""
     found: list[tuple[np.ndarray, float]] = []
     vae = getattr(pipe, "vae", None)
     if vae is None:
         yield found
         return
-    decode = vae.decode
 
-    def tap(z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def record(decode: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if z.is_cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
         found.append((z.detach().float().cpu().numpy(), now))
         return decode(z, *args, **kwargs)
 
-    vae.decode = tap
-    try:
+    with patched(vae, "decode", record):
         yield found
-    finally:
-        del vae.decode
-
-
-def nearness_db(contender: Contender, full: Contender) -> float:
-    """Returns the mean PSNR of the contender's pictures to the full run's, of the same seeds."""
-    return float(psnr_db(joined(contender.pictures), joined(full.pictures)).mean())
 
 
 def control_candidates(
@@ -149,50 +152,48 @@ def control_candidates(
     found: dict[Any, Contender] = {}
     given = [s.transformers for s in schedules]
     for schedule in schedules:
-        asked = cost.speedup(schedule) if budget is None else budget
-        fora = fora_at(schedule, model, cost, asked)
+        speedup = cost.speedup(schedule) if budget is None else budget
+        fora = fora_at(schedule, model, cost, speedup)
         if fora is not None and fora.transformers not in given:
             found[fora.digest()] = Contender("fora", describe(fora), fora.steps, cost.speedup(fora), fora)
-        count = full_steps(schedule.steps, asked)
+        count = full_steps(schedule.steps, speedup)
         for control in fewer_steps_at(schedule, count):
-            speedup = schedule.steps / control.steps
-            detail = f"{control.steps} steps, {control.spacing}"
-            found[control, count] = Contender(
-                FEWER + control.solver, detail, control.steps, speedup, control=control, beside=count
-            )
+            name, detail = FEWER + control.solver, f"{control.steps} steps, {control.spacing}"
+            ratio = schedule.steps / control.steps
+            found[control, count] = Contender(name, detail, control.steps, ratio, control=control, count=count)
     return [c for c in found.values() if wanted is True or (wanted and c.name in wanted)]
 
 
-def choose(
-    run: Run, full: Contender, fewer: list[Contender], seeds: Sequence[int]
+def choose_spacings(
+    comparison: Comparison, full: Contender, fewer: list[Contender], seeds: Sequence[int]
 ) -> tuple[list[Contender], list[dict[str, Any]]]:
-    """Returns for each solver and cost the spacing that comes nearest to the full run on `seeds`, and all that were tried."""
+    """Returns for each solver and cost the spacing that is nearest to the full run on `seeds`, and all that were tried."""
     if not fewer:
         return [], []
-    run.all([full, *fewer], seeds)
+    reference, *others = comparison.sample([full, *fewer], seeds)
     tried: list[dict[str, Any]] = []
     best: dict[tuple[str, int], tuple[float, Contender]] = {}
-    for c in fewer:
-        quality = nearness_db(c, full)
-        tried.append({"name": c.name, "detail": c.detail, "steps": c.steps, "psnr_db": round(quality, 3)})
-        if quality > best.get((c.name, c.beside), (-1.0, c))[0]:
-            best[c.name, c.beside] = quality, c
-    for c in (full, *fewer):
-        c.clear()
-    return [c for _, c in best.values()], tried
+    for contender, samples in zip(fewer, others, strict=True):
+        quality = float(samples.psnr_db(reference).mean())
+        about = {"name": contender.name, "detail": contender.detail, "steps": contender.steps}
+        tried.append(about | {"psnr_db": round(quality, 3)})
+        key = contender.name, contender.count
+        if key not in best or quality > best[key][0]:
+            best[key] = quality, contender
+    return [contender for _, contender in best.values()], tried
 
 
 def describe(schedule: Schedule) -> str:
-    """Returns what sets a schedule apart, in a few words."""
+    """Returns how many full steps, pruned cells and skipped stacks a schedule has, in words."""
     pruned, skipped = schedule.counts()["P"], sum(plan.stack.count("S") for plan in schedule.transformers.values())
-    parts = [f"{len(schedule.anchors())} anchors"]
+    parts = [f"{len(schedule.anchors())} full steps"]
     parts += [f"{pruned} pruned cells"] if pruned else []
-    parts += [f"{skipped} skipped steps"] if skipped else []
+    parts += [f"{skipped} skipped stacks"] if skipped else []
     return ", ".join(parts)
 
 
 def works_by(contender: Contender) -> list[str]:
-    """Returns what does the work at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
+    """Returns what replaces the computation at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
     if contender.schedule is None:
         return ["fewer steps"] if contender.control is not None else []
     counts, plans = contender.schedule.counts(), contender.schedule.transformers.values()
@@ -204,8 +205,3 @@ def works_by(contender: Contender) -> list[str]:
         "update": contender.schedule.update is not None,
     }
     return [what for what, used in found.items() if used]
-
-
-def joined(parts: list[np.ndarray]) -> np.ndarray:
-    """Returns the batches as one array."""
-    return np.concatenate(parts)

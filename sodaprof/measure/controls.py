@@ -1,15 +1,14 @@
-"""The controls of an evaluation: what the same cost buys without a compiled schedule.
+"""The controls of an evaluation: baselines at equal cost without a compiled schedule.
 
 FORA at the same cost, and fewer sampler steps: DDIM, DPM-Solver++ 2M and UniPC for discrete diffusions, Euler and the
-two-step Adams-Bashforth formula for flows, on subsets of the full run's own timesteps with the same first one (even, and the
-schedules' anchors), beside the schedulers' stock spacings.
+two-step Adams-Bashforth formula for flows. Their timesteps are subsets of the full run's own with the same first one (evenly
+spaced, or the schedule's full steps), or the scheduler's stock spacing.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ from ..errors import BudgetError
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler
+from ..pipelines.patch import patched
 
 DPM = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
 DIFFUSION: dict[str, tuple[Any, dict[str, Any]]] = {  # first-order DPM-Solver++ is DDIM (Lu et al. 2022, 4.1)
@@ -36,7 +36,7 @@ FLOW_SCHEDULERS = ("RectifiedFlowScheduler", "FlowMatchEulerDiscreteScheduler")
 
 @dataclass(frozen=True)
 class FewerSteps:
-    """A sampler with fewer steps in place of the pipeline's own. `timesteps` None: the scheduler's stock spacing."""
+    """A sampler with fewer steps instead of the pipeline's own. `timesteps` None: the scheduler's stock spacing."""
 
     solver: str
     spacing: str
@@ -45,11 +45,16 @@ class FewerSteps:
 
     @contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
-        """Puts the sampler in place of the pipeline's scheduler while the block runs."""
+        """Replaces the pipeline's scheduler by this sampler while the block runs."""
         own = pipe.scheduler
-        pipe.scheduler = self._scheduler(own)
+        pipe.scheduler = scheduler = self._scheduler(own)
         try:
-            yield
+            with ExitStack() as patches:
+                if self.timesteps is not None:
+                    patches.enter_context(_pinned(scheduler, self.timesteps))
+                if self.solver == "Adams-Bashforth":
+                    patches.enter_context(_extrapolated(scheduler))
+                yield
         finally:
             pipe.scheduler = own
 
@@ -57,56 +62,54 @@ class FewerSteps:
         if self.solver in DIFFUSION:
             kind, settings = DIFFUSION[self.solver]
             spacing = {} if self.timesteps else {"timestep_spacing": self.spacing.removeprefix("stock ")}
-            scheduler = kind.from_config(own.config, **settings, **spacing)
-        else:
-            scheduler = type(own).from_config(own.config)
-        if self.timesteps is not None:
-            _pin(scheduler, self.timesteps)
-        if self.solver == "Adams-Bashforth":
-            _extrapolate(scheduler)
-        return scheduler
+            return kind.from_config(own.config, **settings, **spacing)
+        return type(own).from_config(own.config)
 
 
-def _pin(scheduler: Any, timesteps: tuple[float, ...]) -> None:
-    """Makes the scheduler take these timesteps whatever its own spacing is; called with as many steps."""
-    set_timesteps = scheduler.set_timesteps
+def _pinned(scheduler: Any, timesteps: tuple[float, ...]) -> AbstractContextManager[None]:
+    """Makes `set_timesteps`, called with as many steps, set these timesteps instead of the scheduler's own spacing."""
 
-    @functools.wraps(set_timesteps)  # pipelines look at its signature
-    def pinned(*args: Any, **kwargs: Any) -> None:
+    def pinned(set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         set_timesteps(*args, **kwargs)
         scheduler.timesteps = scheduler.timesteps.new_tensor(timesteps)
         if hasattr(scheduler, "sigmas"):
-            at = np.array(timesteps, dtype=np.float64)
+            sigmas = np.array(timesteps, dtype=np.float64)
             if hasattr(scheduler, "alphas_cumprod"):
                 every = np.array(((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod) ** 0.5)
-                at = np.interp(at, np.arange(len(every)), every)
+                sigmas = np.interp(sigmas, np.arange(len(every)), every)
             else:
-                at /= scheduler.config.num_train_timesteps
-            scheduler.sigmas = torch.from_numpy(np.append(at, 0.0).astype(np.float32)).to(scheduler.sigmas.device)
+                sigmas /= scheduler.config.num_train_timesteps
+            scheduler.sigmas = torch.from_numpy(np.append(sigmas, 0.0).astype(np.float32)).to(scheduler.sigmas.device)
 
-    scheduler.set_timesteps = pinned
+    return patched(scheduler, "set_timesteps", pinned)
 
 
-def _extrapolate(scheduler: Any) -> None:
-    """Turns Euler steps of a flow into steps of the two-step Adams-Bashforth formula: v + h / (2 h₋₁) · (v − v₋₁)."""
-    euler, before = scheduler.step, list[torch.Tensor]()
+def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
+    """Makes the scheduler's Euler steps follow the two-step Adams-Bashforth formula: v + h / (2 h₋₁) · (v − v₋₁)."""
+    before: list[torch.Tensor] = []
 
-    @functools.wraps(euler)
-    def step(velocity: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(
+        euler: Callable[..., Any],
+        velocity: torch.Tensor,
+        timestep: Any,
+        sample: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         grid = [*scheduler.timesteps.tolist(), 0.0]
-        at = grid.index(float(timestep))
+        i = grid.index(float(timestep))
         used = velocity
-        if at:
-            ratio = (grid[at] - grid[at + 1]) / (grid[at - 1] - grid[at])
+        if i:
+            ratio = (grid[i] - grid[i + 1]) / (grid[i - 1] - grid[i])
             used = velocity + ratio / 2 * (velocity - before[0])
         before[:] = [velocity]
         return euler(used, timestep, sample, *args, **kwargs)
 
-    scheduler.step = step
+    return patched(scheduler, "step", step)
 
 
 def fora_at(schedule: Schedule, model: Model, cost: CostModel, speedup: float) -> Schedule | None:
-    """Returns FORA at this speed-up; None where the schedule is FORA itself or FORA cannot go there."""
+    """Returns FORA at this speed-up; None if the schedule is FORA itself or FORA cannot meet it."""
     if schedule.policy["name"] == "fora":
         return None
     try:
@@ -116,12 +119,12 @@ def fora_at(schedule: Schedule, model: Model, cost: CostModel, speedup: float) -
 
 
 def full_steps(steps: int, speedup: float) -> int:
-    """Returns how many of `steps` full steps the speed-up leaves."""
+    """Returns how many of `steps` full steps the speed-up allows."""
     return int(steps / speedup + 1e-9)
 
 
 def fewer_steps_at(schedule: Schedule, count: int) -> list[FewerSteps]:
-    """Returns the candidates of at most `count` steps; none under two, or where `solvers_for` knows no solver."""
+    """Returns the candidates of at most `count` steps; none under two, or if `solvers_for` has no solver."""
     sampler = schedule.sampler
     solvers = solvers_for(sampler) if count >= 2 else ()
     flow = sampler.class_name in FLOW_SCHEDULERS
@@ -139,7 +142,7 @@ def fewer_steps_at(schedule: Schedule, count: int) -> list[FewerSteps]:
 
 
 def solvers_for(sampler: Sampler) -> tuple[str, ...]:
-    """Returns the solvers that can take the sampler's place: none where its configuration is of neither family."""
+    """Returns the solvers that can replace the sampler; none if its configuration is of neither family."""
     config = sampler.config
     if sampler.class_name in FLOW_SCHEDULERS:
         return () if config.get("invert_sigmas") or config.get("stochastic_sampling") else FLOW

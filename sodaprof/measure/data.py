@@ -1,4 +1,4 @@
-"""Pictures that samples are judged by: what a reference model was trained on, drawn anew, or a folder of files."""
+"""Pictures of the data that a model was trained on, from a folder: the other side of a distance to data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import FormatError
+from ..errors import FormatError, SodaprofError
+from . import metrics
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def pictures_in(folder: Path, least: int) -> np.ndarray:
-    """Returns the pictures of a folder [n, H, W, 3] in [0, 1]; FormatError where there are under `least`, or of two sizes."""
+def check_enough(samples: int) -> None:
+    """Raises SodaprofError if there are too few samples for a distance to data."""
+    least = metrics.LEAST_FOR_DISTANCE
+    if samples < least:
+        raise SodaprofError(f"--samples is {samples}; distances to data need at least {least}. Type: --samples {least}")
+
+
+def pictures_in(folder: Path) -> np.ndarray:
+    """Returns the pictures of a folder, [n, H, W, 3] float32 in [0, 1], in the order of their names.
+
+    Raises FormatError if there are too few for a distance, one cannot be read, or they are of several sizes.
+    """
     from PIL import Image
 
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
+    least = metrics.LEAST_FOR_DISTANCE
     if len(paths) < least:
         raise FormatError(f"{folder}: {len(paths)} pictures; distances need at least {least}. Give a folder with more.")
     found: list[np.ndarray] = []

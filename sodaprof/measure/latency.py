@@ -1,15 +1,14 @@
 """Measured costs: what each action takes on this device, in milliseconds, from steps that differ in one kind of site.
 
-A probe schedule computes everything in its first steps and then, step by step, runs one pattern each: everything
-reused, and that but for one module of all layers, which is computed, pruned to some k, or forecast. What such a step
-takes longer than one that reuses everything is that module's cost. The traced blocks with their conditioning tables
-are what is measured, since they are what runs.
+A probe schedule computes everything in its first steps. Each later step runs one pattern: every site reuses, except that one
+module of all layers is computed, pruned to some k, or forecast. The time of such a step minus the time of a step that reuses
+everything is the cost of that module. The traced blocks with their conditioning tables are measured, since they are what runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from msgspec.structs import replace
@@ -21,9 +20,8 @@ from ..formats.sampler import rounded
 from ..formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
 from ..formats.sites import Model, Sampler, Site
 from ..pipelines.discover import inspect_pipeline
-from ..pipelines.load import default_prompts
 from ..pipelines.sampler_steps import own_update
-from .bench import check_rounds, contender_of, time_runs
+from .bench import Timings, all_compute, time_runs, timings_of, work_of
 
 SOURCES = 4
 FIRST = SOURCES  # steps that compute everything, so that there are sources to forecast from
@@ -42,66 +40,79 @@ def measure_costs(
     rounds: int = 7,
     guidance_scale: float | None = None,
     prompts: Sequence[int | str] | None = None,
+    graphs: bool = True,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CostModel:
     """Returns the cost table of this pipeline on its device, in ms at this batch; medians of `rounds` runs.
 
-    Both costs of a step hold its share of filling the conditioning tables. Raises SodaprofError below 6 steps,
-    UnsupportedModelError for several transformers or blocks that cannot be lowered.
+    Both costs of a step hold its share of filling the conditioning tables. graphs: measure in CUDA graphs on a GPU. Raises
+    SodaprofError below 6 steps, UnsupportedModelError for several transformers or blocks that cannot be traced.
     """
-    check_rounds(rounds, batch_size)
+    work = work_of(pipe, prompts, batch_size, rounds, steps, guidance_scale)
     if steps < FIRST + 2:
         raise SodaprofError(f"--steps is {steps}; costs are measured over at least {FIRST + 2}.")
-    pool = default_prompts(pipe) if prompts is None else list(prompts)
-    entries = [pool[i % len(pool)] for i in range(batch_size)]
-    model, sampler, _ = inspect_pipeline(pipe, "", steps, guidance_scale, entries[0])
+    model, sampler, _ = inspect_pipeline(pipe, "", steps, guidance_scale, work.entries[0])
     if len(model.transformers) != 1:
-        raise UnsupportedModelError(f"Costs are measured of one transformer; here are {', '.join(model.transformers)}.")
+        raise UnsupportedModelError(
+            f"Costs are measured for one transformer; this pipeline has {', '.join(model.transformers)}."
+        )
     ((name, transformer),) = model.transformers.items()
     modules: dict[str, list[Site]] = {}
     for site in transformer.sites:
         modules.setdefault(f"{site.stack}.{site.module}", []).append(site)
     patterns = _patterns(modules)
     groups = [patterns[i : i + steps - FIRST] for i in range(0, len(patterns), steps - FIRST)]
-    cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
-    runs = [contender_of(pipe, "probe", _probe(model, sampler, name, modules, g), True, True, cuda) for g in groups]
-    anchors = {"full": range(steps), "half": range(0, steps, 2)}
-    whole, half = (
-        contender_of(pipe, name, draw_schedule(model, sampler, list(at), {}), True, True, cuda)
-        for name, at in anchors.items()
-    )
-    moved = _updated(pipe, draw_schedule(model, sampler, list(anchors["half"]), {}))
-    updates = [] if moved is None else [contender_of(pipe, "update", moved, True, True, cuda)]
-    time_runs(pipe, [whole, half, *runs, *updates], steps, entries, guidance_scale, rounds, on_progress)
+    switches = "captured" if work.cuda and graphs else "tables"
+    probes = [timings_of(pipe, "probe", _probe(model, sampler, name, modules, g), switches) for g in groups]
+    every_second = draw_schedule(model, sampler, list(range(0, steps, 2)), {})
+    whole = timings_of(pipe, "full", all_compute(model, sampler), switches)
+    half = timings_of(pipe, "half", every_second, switches)
+    updated = _with_own_update(pipe, every_second)
+    updates = [] if updated is None else [timings_of(pipe, "update", updated, switches)]
+    time_runs(work, [whole, half, *probes, *updates], rounds, on_progress)
 
-    took: dict[Pattern, list[float]] = {}
-    for group, run in zip(groups, runs, strict=True):
-        median = np.median(run.transformer, 0)
-        for step in range(FIRST, steps):
-            took.setdefault(group[(step - FIRST) % len(group)], []).append(float(median[step]))
-    ms = {pattern: float(np.median(values)) for pattern, values in took.items()}
-    full = float(np.median(np.median(whole.transformer, 0)[1:]))
-    # what a run's first step takes longer, for it fills the tables: with one pattern, and with two, half of the steps each
-    one, two = (max(0.0, float(np.median(run.transformer, 0)[0]) - full) / steps for run in (whole, half))
-    tables = one, max(0.0, 2 * two - one)
-    runs = [whole, half, *runs]
-    scheduler = float(np.median([run.scheduler for run in runs]))
-    update = float(np.median([run.scheduler for run in updates])) if updates else scheduler
-    rest = [
-        (loop - t.sum() - s.sum()) / steps
-        for r in runs
-        for loop, t, s in zip(r.loop, r.transformer, r.scheduler, strict=True)
-    ]
-    costs = TransformerCost(*_costs(modules, ms, full, tables))
+    full_ms = float(np.median(np.median(whole.transformer, 0)[1:]))
+    tables = _table_shares(whole, half, full_ms)
+    costs = TransformerCost(*_costs(modules, _pattern_ms(groups, probes), full_ms, tables))
     return CostModel(
         "ms", str(getattr(pipe, "device", "cpu")), model.shape["dtype"], batch_size, model.shape["tokens"], {name: costs},
-        {"scheduler": scheduler, "update": update, "guidance": max(0.0, float(np.median(rest)))},
-        {"text_encoder": None, "vae": None},
+        _loop_ms([whole, half, *probes], updates), {"text_encoder": None, "vae": None},
     )  # fmt: skip
 
 
-def _updated(pipe: Any, schedule: Schedule) -> Schedule | None:
-    """Returns the schedule with the scheduler's own steps as an update of HISTORY outputs; None where they are not linear."""
+def _pattern_ms(groups: list[list[Pattern]], probes: list[Timings]) -> dict[Pattern, float]:
+    """Returns the median time of a step of each pattern; probes: the runs of each group of patterns."""
+    found: dict[Pattern, list[float]] = {}
+    for group, probe in zip(groups, probes, strict=True):
+        for number, ms in enumerate(np.median(probe.transformer, 0)[FIRST:]):
+            found.setdefault(group[number % len(group)], []).append(float(ms))
+    return {pattern: float(np.median(values)) for pattern, values in found.items()}
+
+
+def _table_shares(whole: Timings, half: Timings, full_ms: float) -> tuple[float, float]:
+    """Returns a step's share of filling the tables, of steps that compute and of those that do not.
+
+    The tables are filled in a run's first step. whole: every step computes; half: every second one, so two patterns' tables.
+    """
+    steps = len(whole.transformer[0])
+    one, two = (max(0.0, float(np.median(run.transformer, 0)[0]) - full_ms) / steps for run in (whole, half))
+    return one, max(0.0, 2 * two - one)
+
+
+def _loop_ms(runs: list[Timings], updates: list[Timings]) -> dict[Literal["scheduler", "update", "guidance"], float]:
+    """Returns what a step of the loop takes outside the transformer: scheduler, fitted update, guidance."""
+    scheduler = float(np.median([run.scheduler for run in runs]))
+    update = float(np.median([run.scheduler for run in updates])) if updates else scheduler
+    rest = [
+        (loop - in_transformer.sum() - in_scheduler.sum()) / len(in_scheduler)
+        for run in runs
+        for loop, in_transformer, in_scheduler in zip(run.loop, run.transformer, run.scheduler, strict=True)
+    ]
+    return {"scheduler": scheduler, "update": update, "guidance": max(0.0, float(np.median(rest)))}
+
+
+def _with_own_update(pipe: Any, schedule: Schedule) -> Schedule | None:
+    """Returns the schedule with the scheduler's own steps as an update of HISTORY outputs; None if they are not linear."""
     try:
         own = own_update(pipe.scheduler, list(schedule.sampler.timesteps))
     except UnsupportedModelError:  # no schedule of this pipeline can hold an update
@@ -123,7 +134,7 @@ def _patterns(modules: dict[str, list[Site]]) -> list[Pattern]:
 def _probe(
     model: Model, sampler: Sampler, name: str, modules: dict[str, list[Site]], patterns: list[Pattern]
 ) -> Schedule:
-    """Returns a schedule that runs the patterns one a step, again and again."""
+    """Returns a schedule that runs the patterns one a step, cyclically."""
     transformer = model.transformers[name]
     rows = {site.key: ["C"] * FIRST for site in transformer.sites}
     ks: dict[str, list[int]] = {}
@@ -152,28 +163,31 @@ def _probe(
 def _costs(
     modules: dict[str, list[Site]], ms: dict[Pattern, float], full: float, tables: tuple[float, float]
 ) -> tuple[StepCost, dict[str, SiteCost]]:
-    """Returns the costs of a step and of every site; a module's cost is shared alike by its layers.
+    """Returns the costs of a step and of every site; a module's cost is divided evenly among its layers.
 
-    tables: a step's share of filling the tables, where it computes and where it does not.
+    full: ms of a full step. tables: a step's share of filling the tables, of one that computes and of one that does not.
     """
     cached = ms["", "R", 0]
-    over = lambda pattern, sites: max(0.0, ms[pattern] - cached) / len(sites)  # noqa: E731
-    computed = {name: over((name, "C", 0), sites) for name, sites in modules.items()}
+
+    def excess(name: str, action: str, number: int) -> float:
+        """Returns what a site of the module takes under an action, in ms."""
+        return max(0.0, ms[name, action, number] - cached) / len(modules[name])
+
+    computed = {name: excess(name, "C", 0) for name in modules}
     together = sum(computed[name] * len(sites) for name, sites in modules.items())
     scale = (full - cached) / together if together > 0 else 1.0  # so that both ends, all R and all C, are as measured
-    sites_costs = {}
+    site_costs = {}
     for name, sites in modules.items():
         c = computed[name] * scale
-        one, most = (over((name, "F", k), sites) for k in FORECASTS)
-        forecasts = tuple(float(v) for v in np.interp(range(1, SOURCES + 1), list(FORECASTS), (one, most)))
-        points = [
-            (k, min(c, over((name, action, k), sites))) for part, action, k in ms if part == name and action == "P"
-        ]
+        forecasts = _between([excess(name, "F", k) for k in FORECASTS])
+        pruned = sorted((k, min(c, excess(name, "P", k))) for part, action, k in ms if (part, action) == (name, "P"))
         for site in sites:
-            cost = SiteCost(
-                c, 0.0, forecasts, (*sorted((k, v) for k, v in points if k < site.tokens), (site.tokens, c))
-            )
-            sites_costs[site.key] = cost
-    stack = [ms["", "S", k] + tables[1] for k in FORECASTS]
-    skipped = tuple(float(v) for v in np.interp(range(1, SOURCES + 1), list(FORECASTS), stack))
-    return StepCost(cached + tables[0], cached + tables[1], skipped), sites_costs
+            points = (*((k, v) for k, v in pruned if k < site.tokens), (site.tokens, c))
+            site_costs[site.key] = SiteCost(c, 0.0, forecasts, points)
+    skipped = _between([ms["", "S", k] + tables[1] for k in FORECASTS])
+    return StepCost(cached + tables[0], cached + tables[1], skipped), site_costs
+
+
+def _between(ends: list[float]) -> tuple[float, ...]:
+    """Returns the costs for 1 to SOURCES sources, by interpolation between those of FORECASTS."""
+    return tuple(float(v) for v in np.interp(range(1, SOURCES + 1), list(FORECASTS), ends))

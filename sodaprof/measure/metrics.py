@@ -1,18 +1,18 @@
-"""How far pictures are from other pictures: paired, and as distributions. All in float; nothing wraps."""
+"""Distances between pictures: paired, and between sets. Integer pictures are refused, since their differences wrap."""
 
 from __future__ import annotations
 
 import numpy as np
 
-PSNR_CAP_DB = 100.0  # what equal pictures score, so that means stay finite
-FLIP_DB = 20.0  # PSNR to the full run below which a picture counts as another one: other edges, not other shades
-LEAST_FOR_DISTANCE = 1000  # samples a side below which Fréchet and kernel distances say nothing
+PSNR_CAP_DB = 100.0  # PSNR of equal pictures, so that means are finite
+FLIP_DB = 20.0  # PSNR to the full run under which a picture counts as another picture
+LEAST_FOR_DISTANCE = 1000  # samples a side under which Fréchet and kernel distances are not reported
 
 
 def psnr_db(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the peak signal-to-noise ratio of each pair, dB: pictures [n, H, W, C] in [0, 1] -> [n].
 
-    Of clips [n, F, H, W, C] over all frames.
+    For clips [n, F, H, W, C] it is computed over all frames.
     """
     from skimage.metrics import peak_signal_noise_ratio
 
@@ -28,7 +28,7 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Returns the structural similarity of each pair (Wang et al. 2004): pictures [n, H, W, C] in [0, 1] -> [n].
 
-    Of clips [n, F, H, W, C] the mean over the frames.
+    For clips [n, F, H, W, C] it is the mean over the frames.
     """
     from skimage.metrics import structural_similarity
 
@@ -49,10 +49,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     mean = a.mean(0) - b.mean(0)
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     values, vectors = np.linalg.eigh(cov_a)
-    half = (
-        vectors * np.sqrt(values.clip(0)) @ vectors.T
-    )  # the root of cov_a; features that are always 0 make it singular
-    roots = np.sqrt(np.linalg.eigvalsh(half @ cov_b @ half).clip(0))
+    root_a = vectors * np.sqrt(values.clip(0)) @ vectors.T  # features that are always 0 make cov_a singular
+    roots = np.sqrt(np.linalg.eigvalsh(root_a @ cov_b @ root_a).clip(0))
     return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * roots.sum())
 
 
@@ -63,12 +61,12 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def kernel_difference(a: np.ndarray, other: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Returns the kernel distance of a to b less that of other to b, with its 95 % interval: [n, d], [n, d], [m, d].
+    """Returns the kernel distance of a to b minus that of other to b, with its 95 % interval: [n, d], [n, d], [m, d].
 
-    a and other are paired, b is taken as given: the interval is that of the jackknife over the n pairs.
+    a and other are paired and b is fixed: the interval is that of the jackknife over the n pairs.
     """
     n = len(a)
-    left_out = []  # the distance without each sample in turn
+    left_out = []  # the distances without one sample each
     for features in (a, other):
         within, between, _ = _kernel_sums(features, b)
         without = (within.sum() - 2 * within) / ((n - 1) * (n - 2))
@@ -80,7 +78,7 @@ def kernel_difference(a: np.ndarray, other: np.ndarray, b: np.ndarray) -> dict[s
 
 
 def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Sums of k over the others of a [n], means over b [n], and the mean over pairs of b."""
+    """Returns the sums of k over the others of a [n], the means over b [n], and the mean over pairs of b."""
     m, d = len(b), a.shape[1]
     within_a, within_b, between = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     return (
@@ -109,7 +107,7 @@ def worst_decile(values: np.ndarray) -> float:
 
 
 def worst_decile_difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """Returns worst_decile(a) − worst_decile(b) of paired values [n], and its 95 % bootstrap interval, as mean_interval's."""
+    """Returns worst_decile(a) − worst_decile(b) of paired values [n], and its 95 % bootstrap interval."""
     drawn = np.random.default_rng(0).integers(len(a), size=(4000, len(a)))
     least = max(1, len(a) // 10)
     tails = [np.sort(values[drawn], axis=1)[:, :least].mean(1) for values in (a, b)]
@@ -118,7 +116,7 @@ def worst_decile_difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def flipped(quality_db: np.ndarray) -> float:
-    """Returns the share of pictures that are others than the full run's: a PSNR to it, [n], under FLIP_DB."""
+    """Returns the share of pictures with a PSNR to the full run, [n], under FLIP_DB."""
     return float((quality_db < FLIP_DB).mean())
 
 

@@ -1,1 +1,28 @@
-"""Open-Sora v1.2 as diffusers parts: the STDiT3 network and its rectified-flow scheduler."""
+"""Open-Sora v1.2 as diffusers parts. Saved pipelines name this package, and no module in it, in their model_index.json."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .autoencoder import AutoencoderKLOpenSora
+    from .network import STDiT3
+    from .pipeline import OpenSoraPipeline
+    from .scheduler import RectifiedFlowScheduler
+
+__all__ = ["AutoencoderKLOpenSora", "OpenSoraPipeline", "RectifiedFlowScheduler", "STDiT3"]
+_MODULES = {  # class -> the module that defines it; imported on first use: the scheduler alone needs no text encoder
+    "AutoencoderKLOpenSora": ".autoencoder",
+    "OpenSoraPipeline": ".pipeline",
+    "RectifiedFlowScheduler": ".scheduler",
+    "STDiT3": ".network",
+    "ModelMixin": "diffusers",  # these two: diffusers reads off them how to load a class of this package
+    "SchedulerMixin": "diffusers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

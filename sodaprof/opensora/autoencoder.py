@@ -46,9 +46,9 @@ class SpatialVAE(nn.Module):
 class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Both halves; the defaults are the published one.
 
-    Chunks of `micro_frame_size` frames know nothing of each other; None makes the whole video one chunk. Chunks change
-    numbers, `micro_batch_size` does not. `latents_mean` and `latents_std`, one number a latent channel, start the buffers
-    `shift` and `scale`, which are stored with the weights.
+    Chunks of `micro_frame_size` frames are coded independently; None makes the whole video one chunk. The size of chunks
+    changes the result, `micro_batch_size` does not. `latents_mean` and `latents_std`, one number a latent channel, are the
+    initial values of the buffers `shift` and `scale`, which are stored with the weights.
     """
 
     scale: Tensor
@@ -88,12 +88,12 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.register_buffer("scale", torch.tensor(latents_std).reshape(1, -1, 1, 1, 1))
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Returns T, H, W of a video of this many frames and pixels. What is decoded may be smaller: `decoded_size`."""
+        """Returns T, H, W of a video of this many frames and pixels. The decoded video may be smaller: `decoded_size`."""
         latents = sum(-(-frames // self.temporal_vae.rate) for frames in self._chunks(num_frames))
         return latents, height // self.spatial_rate, width // self.spatial_rate
 
     def decoded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns height and width of what the latents of such a video decode to: whole cells, never more."""
+        """Returns height and width of the decoded video: whole cells, never more."""
         return height // self.spatial_rate * self.spatial_rate, width // self.spatial_rate * self.spatial_rate
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
@@ -115,8 +115,8 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
         sizes = [-(-frames // self.temporal_vae.rate) for frames in chunks]
         if z.shape[2] != sum(sizes):
             raise SodaprofError(
-                f"{z.shape[2]} latent frames for {num_frames} frames, which have {sum(sizes)}. Give the num_frames that "
-                "the latents were made for."
+                f"{z.shape[2]} latent frames for {num_frames} frames, which have {sum(sizes)}. Give the num_frames of the "
+                "latents."
             )
         parts = (z * self.scale + self.shift).split(sizes, 2)
         for part, frames in zip(parts, chunks, strict=True):
@@ -126,12 +126,12 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
         """Returns the video [B, 3, num_frames, s · H, s · W] of normalised latents [B, C, T, H, W].
 
-        Frames are decoded as soon as their chunk is there, so only one chunk's activations are held at a time.
+        Frames are decoded chunk by chunk, so that only one chunk's activations are in memory at a time.
         """
         return torch.cat([self.spatial_vae.decode(x) for x in self.decode_spatial(z, num_frames)], 2)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Returns the video after it was encoded to its means and decoded."""
+        """Returns the video encoded to its means and decoded."""
         return self.decode(self.encode(video, sample=False), video.shape[2])
 
     def _chunks(self, num_frames: int) -> Sequence[int]:
@@ -143,7 +143,7 @@ EPS = 1e-5
 
 
 class CausalConv3d(nn.Module):
-    """A convolution that is padded with zeros: on both sides of H and W, in time in front alone."""
+    """A convolution padded with zeros: on both sides of H and W, in time before the first frame only."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class CausalConv3d(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Norm, SiLU and convolution, twice, around which x goes; its norms see all frames at once."""
+    """Norm, SiLU and convolution, twice, added to x; its norms are over all frames at once."""
 
     def __init__(self, channels: int, out: int, groups: int) -> None:
         super().__init__()
@@ -176,7 +176,7 @@ def _res_blocks(channels: int, out: int, count: int, groups: int) -> nn.Sequenti
 
 
 class Encoder(nn.Module):
-    """Halves the frames after each level that `downsample` says so."""
+    """Halves the frames after each level that `downsample` marks."""
 
     def __init__(
         self, channels: int, out: int, widths: Sequence[int], downsample: Sequence[bool], count: int, groups: int
@@ -205,7 +205,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Doubles the frames where the encoder halved them."""
+    """Doubles the frames at the levels at which the encoder halved them."""
 
     def __init__(
         self, channels: int, out: int, widths: Sequence[int], downsample: Sequence[bool], count: int, groups: int
@@ -251,7 +251,7 @@ class TemporalVAE(nn.Module):
         if len(temporal_downsample) != len(channel_multipliers) - 1:
             raise SodaprofError(
                 f"{len(temporal_downsample)} values of temporal_downsample for {len(channel_multipliers)} levels: "
-                "give one less than there are channel_multipliers."
+                "give one fewer than channel_multipliers."
             )
         self.rate = 2 ** sum(temporal_downsample)
         rest = ([filters * m for m in channel_multipliers], temporal_downsample, num_res_blocks, num_groups)
@@ -271,7 +271,7 @@ class TemporalVAE(nn.Module):
         return x[:, :, -frames % self.rate :]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the chunk after it was encoded to its mean and decoded."""
+        """Returns the chunk encoded to its mean and decoded."""
         return self.decode(self.moments(x).chunk(2, 1)[0], x.shape[2])
 
 

@@ -22,7 +22,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin, each [T, d/2]
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Returns attention [B, heads, N, d] whose softmax is computed in fp32, whatever the dtype of q, k and v.
 
-    Seen by torch function modes, as `F.scaled_dot_product_attention` is.
+    Torch function modes intercept it, as they intercept `F.scaled_dot_product_attention`.
     """
     if has_torch_function((q, k, v)):
         return handle_torch_function(attend, (q, k, v), q, k, v)
@@ -33,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Returns x [B, heads, T, d] with every pair of channels (2j, 2j + 1) turned by its angle."""
+    """Returns x [B, heads, T, d] with every pair of channels (2j, 2j + 1) rotated by its angle."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
@@ -79,12 +79,12 @@ class SelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, rope: Rope | None = None
     ) -> Tensor:
-        """Returns [B', N, D]; `encoder_hidden_states` holds all tokens where `hidden_states` are only some of them."""
+        """Returns [B', N, D]; `encoder_hidden_states` holds all tokens if `hidden_states` are some of them."""
         width = hidden_states.shape[-1]
         if encoder_hidden_states is None:
             q, k, v = self.qkv(hidden_states).split(width, -1)
         elif rope is not None:
-            raise ValueError("Attention over frames takes all frames: it cannot tell the position of some of them.")
+            raise ValueError("Attention over frames needs all frames: the positions of some of them are not known.")
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(hidden_states, weight[:width], bias[:width])
@@ -114,7 +114,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None
     ) -> Tensor:
-        """Returns [B, N, D]; text [B, L, D], mask bool [B, 1, 1, L], True where a text token counts."""
+        """Returns [B, N, D]; text [B, L, D], mask bool [B, 1, 1, L], True for text tokens that count."""
         q = self.q_linear(hidden_states)
         k, v = self.kv_linear(encoder_hidden_states).chunk(2, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
@@ -198,7 +198,7 @@ class ScalarEmbed(nn.Module):
 
 
 class TextEmbed(nn.Module):
-    """Projects text; `y_embedding` is what stands for no text."""
+    """Projects text; `y_embedding` is the embedding of no text."""
 
     y_embedding: Tensor
 
@@ -247,7 +247,7 @@ class FinalLayer(nn.Module):
     ) -> Tensor:
         """Returns [B, N, patch · channels]; e and e_kept [B, D].
 
-        Frames that x_mask keeps are modulated twice, by e and then by e_kept: the published network does so.
+        Frames that x_mask excludes are modulated twice, by e and then by e_kept, as in the published network.
         """
         x = self._modulate(tokens.unflatten(1, (frames, -1)), e)
         if x_mask is not None and e_kept is not None:

@@ -72,12 +72,12 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x_mask: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """Returns fp32 [B, 8, T, H, W]: the velocity in the first 4 channels, then what the sampler drops.
+        """Returns fp32 [B, 8, T, H, W]: the velocity in the first 4 channels, then channels that the sampler does not use.
 
         hidden_states [B, 4, T, H, W]; timestep [B], 0 to 1000; encoder_hidden_states [B, 1, L, caption_channels];
-        encoder_attention_mask [n, L], n a divisor of B, not 0 where a text token counts; fps, height and width (pixels
-        as asked for) numbers or [n], height and width read on the host: in a loop give numbers; x_mask bool [B, T], True
-        where a frame is being generated, None for all. The published script rounds height and width to bf16 (854
+        encoder_attention_mask [n, L], n a divisor of B, not 0 for text tokens that count; fps, height and width (pixels
+        as requested) numbers or [n], height and width read on the host: in a loop give numbers; x_mask bool [B, T], True
+        for frames to generate, None for all. The published script rounds height and width to bf16 (854
         becomes 856): give rounded ones to repeat it.
         """
         dtype, device = self.x_embedder.proj.weight.dtype, hidden_states.device
@@ -90,7 +90,7 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = (x.unflatten(1, (frames, -1)) + table[:, None]).flatten(1, 2)
 
         if not isinstance(fps, Tensor):
-            fps = torch.full((1,), float(fps), device=device)  # filled there, where a copy would have the host wait
+            fps = torch.full((1,), float(fps), device=device)  # filled there: a copy would be a host sync
         rates = fps.to(device, dtype).reshape(-1)
         fps_embedding = self.fps_embedder(rates.repeat(batch // rates.shape[0]))
         t = timestep.to(dtype).expand(batch)

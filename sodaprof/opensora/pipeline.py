@@ -6,6 +6,7 @@ the prompts first; there is no path without guidance, as in the published script
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,9 @@ from .network import STDiT3
 from .prompts import cleaned, size_of, with_scores
 from .scheduler import RectifiedFlowScheduler
 
-IMAGE_FPS = 120  # what the network is told of a single frame
+IMAGE_FPS = 120  # the frame rate that the network receives for a single frame
+PACKAGE = "sodaprof.opensora"  # the only name of ours in model_index.json
+MODULE = re.compile(r"sodaprof\.(models\.)?opensora(\.\w+)?")  # in those of earlier releases
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
@@ -36,10 +39,10 @@ class OpenSoraPipelineOutput(BaseOutput):  # type: ignore[misc]
 
 
 class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Samples videos. `height`, `width` and `num_frames` are what a call takes that names no size.
+    """Samples videos. `height`, `width` and `num_frames` are the defaults of a call.
 
-    clean_caption: whether the captions of the network's training set went through the cleaner. The text encoder runs in
-    its own dtype, float32 in the published script.
+    clean_caption: whether the captions of the network's training set were cleaned. The text encoder runs in its own dtype,
+    float32 in the published script.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -64,6 +67,16 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(height=height, width=width, num_frames=num_frames, clean_caption=clean_caption)
         self.video_processor = VideoProcessor(vae_scale_factor=1)
 
+    def register_to_config(self, **values: Any) -> None:
+        """Registers values for model_index.json, which names the package of our parts and not their modules."""
+        super().register_to_config(**_named_by_package(values))
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Returns the content of a model_index.json; earlier releases named modules of our parts that have moved."""
+        loaded = super().load_config(*args, **kwargs)
+        return _named_by_package(loaded) if isinstance(loaded, dict) else loaded
+
     def encode_prompt(
         self,
         prompt: str | list[str],
@@ -74,7 +87,7 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Returns embeddings [n, L, channels] and mask int64 [n, L], right padded; L is the network's model_max_length.
 
-        The end token counts as text; what is longer is cut off before it.
+        The end token counts as text; longer prompts are cut off before it.
         """
         clean_caption = self.config.clean_caption if clean_caption is None else clean_caption
         prompts = [with_scores(p, aes, flow, camera_motion) for p in ([prompt] if isinstance(prompt, str) else prompt)]
@@ -116,51 +129,27 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Returns videos as `OpenSoraPipelineOutput.frames`, a tuple of it with return_dict=False.
 
         prompt, or prompt_embeds [n, L, channels] with prompt_attention_mask [n, L]; height and width in pixels, or the
-        names resolution ("480p") and aspect_ratio ("9:16", height:width), else the pipeline's own size. What is decoded
+        names resolution ("480p") and aspect_ratio ("9:16", height:width), else the pipeline's own size. The decoded video
         has whole latent cells: 240 × 426 gives 240 × 424. generator: one, or one a generation, so that a video does not
-        depend on what else is in the batch. latents [n, C, T, H, W]: the noise to start from. aes, flow and
-        camera_motion are put behind prompts that do not name theirs. Raises SodaprofError for arguments that do not go
-        together, and for 2 to 16 frames where the scheduler transforms timesteps.
+        depend on the rest of the batch. latents [n, C, T, H, W]: the noise to start from. aes, flow and camera_motion are
+        appended to prompts that do not name theirs. Raises SodaprofError for arguments that exclude each other, and for 2
+        to 16 frames if the scheduler transforms timesteps.
         """
         height, width = self._size(height, width, resolution, aspect_ratio)
         num_frames = num_frames or self.config.num_frames
         self._check(prompt, prompt_embeds, prompt_attention_mask, output_type, callback_on_step_end_tensor_inputs)
-        device = self._execution_device
-        self.scheduler.set_timesteps(
-            num_inference_steps, device=device, height=height, width=width, num_frames=num_frames
-        )
-
+        size = {"height": height, "width": width, "num_frames": num_frames}
+        self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **size)
         if prompt is not None:
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt, aes, flow, camera_motion, clean_caption)
         assert prompt_embeds is not None
         assert prompt_attention_mask is not None
-        n, network = len(prompt_embeds), self.transformer
-        dtype = network.dtype
-        shape = (n, network.config.in_channels, *self.vae.latent_size(num_frames, height, width))
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise SodaprofError(
-                f"latents have the shape {list(latents.shape)}; {n} generations of {num_frames} frames of {height} × "
-                f"{width} pixels start from {list(shape)}."
-            )
-        latents = latents.to(device)
-        rounded = torch.tensor([height, width], dtype=getattr(torch, self.scheduler.config.size_dtype)).tolist()
-        given = {
-            "encoder_attention_mask": prompt_attention_mask.to(device),
-            "fps": float(IMAGE_FPS if num_frames == 1 else fps),
-            "height": rounded[0],
-            "width": rounded[1],
-        }
+        latents = self._latents(latents, len(prompt_embeds), generator, **size)
+        conditions = self._conditions(prompt_attention_mask, IMAGE_FPS if num_frames == 1 else fps, height, width)
         text = self._both_halves(prompt_embeds)
-
         with self.progress_bar(total=num_inference_steps) as progress:
             for i, t in enumerate(self.scheduler.timesteps):
-                both = torch.cat([latents, latents])
-                time = t.expand(2 * n)
-                out = network(both, timestep=time, encoder_hidden_states=text, **given, return_dict=False)[0]
-                with_text, without = out[:, : shape[1]].chunk(2)  # the channels behind the velocity are not used
-                velocity = without + guidance_scale * (with_text - without)
+                velocity = self._velocity(latents, t, text, conditions, guidance_scale)
                 latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
@@ -170,16 +159,53 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
                     if (embeds := changed.pop("prompt_embeds", prompt_embeds)) is not prompt_embeds:
                         prompt_embeds, text = embeds, self._both_halves(embeds)
                 progress.update()
-
-        frames: Any = latents
-        if output_type != "latent":
-            video = self.vae.decode(latents.to(self.vae.dtype), num_frames)
-            frames = self.video_processor.postprocess_video(video.float(), output_type=output_type)
+        frames = latents if output_type == "latent" else self._decoded(latents, num_frames, output_type)
         self.maybe_free_model_hooks()
         return OpenSoraPipelineOutput(frames=frames) if return_dict else (frames,)
 
+    def _decoded(self, latents: Tensor, num_frames: int, output_type: str) -> Any:
+        video = self.vae.decode(latents.to(self.vae.dtype), num_frames)
+        return self.video_processor.postprocess_video(video.float(), output_type=output_type)
+
+    def _conditions(self, mask: Tensor, fps: float, height: int, width: int) -> dict[str, Any]:
+        """Returns the network's arguments that hold for all steps; the size rounded as the scheduler rounds it."""
+        rounded = torch.tensor([height, width], dtype=getattr(torch, self.scheduler.config.size_dtype)).tolist()
+        mask = mask.to(self._execution_device)
+        return {"encoder_attention_mask": mask, "fps": float(fps), "height": rounded[0], "width": rounded[1]}
+
+    def _velocity(
+        self, latents: Tensor, t: Tensor, text: Tensor, conditions: dict[str, Any], guidance_scale: float
+    ) -> Tensor:
+        """Returns the guided velocity of the latents at a timestep."""
+        time = t.expand(2 * len(latents))
+        both = torch.cat([latents, latents])
+        out = self.transformer(both, timestep=time, encoder_hidden_states=text, **conditions, return_dict=False)[0]
+        with_text, without = out[:, : latents.shape[1]].chunk(2)  # the channels after the velocity are not used
+        return without + guidance_scale * (with_text - without)
+
+    def _latents(
+        self,
+        latents: Tensor | None,
+        n: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        height: int,
+        width: int,
+        num_frames: int,
+    ) -> Tensor:
+        """Returns the noise to start from, [n, C, T, H, W]: the caller's, or drawn in the network's dtype."""
+        device, network = self._execution_device, self.transformer
+        shape = (n, network.config.in_channels, *self.vae.latent_size(num_frames, height, width))
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=network.dtype)
+        if tuple(latents.shape) != shape:
+            raise SodaprofError(
+                f"latents have the shape {list(latents.shape)}; {n} generations of {num_frames} frames of {height} × "
+                f"{width} pixels start from {list(shape)}."
+            )
+        return latents.to(device)
+
     def _both_halves(self, embeds: Tensor) -> Tensor:
-        """Returns [2n, 1, L, channels]: the prompts' embeddings, then for each what stands for no text."""
+        """Returns [2n, 1, L, channels]: the prompts' embeddings, then for each the embedding of no text."""
         dtype, device = self.transformer.dtype, self._execution_device
         null = self.transformer.y_embedder.y_embedding.to(device, dtype)
         return torch.cat([embeds.to(device, dtype), null.expand(len(embeds), -1, -1)])[:, None]
@@ -187,7 +213,7 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _size(
         self, height: int | None, width: int | None, resolution: str | None, aspect_ratio: str | None
     ) -> tuple[int, int]:
-        """Returns height and width in pixels; SodaprofError where a size is given twice, or half of one."""
+        """Returns height and width in pixels; SodaprofError if a size is given twice, or half of one."""
         if (height is None) != (width is None) or (resolution is None) != (aspect_ratio is None):
             raise SodaprofError("Half a size: give height and width, or resolution and aspect_ratio, or none of them.")
         if resolution is not None and aspect_ratio is not None:
@@ -207,7 +233,7 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str,
         wanted: tuple[str, ...] | list[str],
     ) -> None:
-        """Raises SodaprofError for arguments of a call that do not go together."""
+        """Raises SodaprofError for arguments of a call that exclude each other."""
         if (prompt is None) == (embeds is None) or (embeds is None) != (mask is None):
             raise SodaprofError("Give a prompt, or prompt_embeds with their prompt_attention_mask.")
         length = self.transformer.config.model_max_length
@@ -219,6 +245,15 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise SodaprofError(f"output_type {output_type!r}; expected {', '.join(OUTPUT_TYPES)}.")
         if unknown := set(wanted) - set(self._callback_tensor_inputs):
             raise SodaprofError(
-                f"A callback cannot be given {', '.join(sorted(unknown))}; there are "
-                f"{', '.join(self._callback_tensor_inputs)}."
+                f"A callback cannot receive {', '.join(sorted(unknown))}; expected {', '.join(self._callback_tensor_inputs)}."
             )
+
+
+def _named_by_package(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the entries of a model_index.json in which our parts are of the package: (library, class) pairs."""
+    return {
+        name: type(value)((PACKAGE, *value[1:]))
+        if isinstance(value, tuple | list) and value and MODULE.fullmatch(str(value[0]))
+        else value
+        for name, value in values.items()
+    }

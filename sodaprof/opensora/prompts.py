@@ -1,4 +1,4 @@
-"""What Open-Sora v1.2 makes of a prompt before its tokenizer sees it."""
+"""How Open-Sora v1.2 prepares a prompt for its tokenizer, and its names of sizes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..errors import SodaprofError
 
 
 class _Cleaner:
-    """The caption cleaner of DeepFloyd as diffusers has it, without a pipeline around it."""
+    """The caption cleaner of DeepFloyd, taken from a pipeline of diffusers."""
 
     bad_punct_regex = PixArtAlphaPipeline.bad_punct_regex
     clean = PixArtAlphaPipeline._clean_caption
 
 
 def with_scores(prompt: str, aes: float | None, flow: float | None, camera_motion: str | None) -> str:
-    """Returns the prompt with the scores that the captions of the training set had, each where it has none of its own."""
+    """Returns the prompt with the scores of the training captions appended, except for those that it names itself."""
     suffixes = {
         "aesthetic score:": None if aes is None else f"{aes:.1f}",
         "motion score:": None if flow is None else f"{flow:.1f}",
@@ -31,12 +31,13 @@ def with_scores(prompt: str, aes: float | None, flow: float | None, camera_motio
 def cleaned(prompt: str) -> str:
     """Returns the prompt lower-cased and without addresses, markup and odd punctuation.
 
-    SodaprofError where the packages that this takes are missing.
+    SodaprofError if the packages that this needs are missing.
     """
     if not (is_ftfy_available() and is_bs4_available()):
         raise SodaprofError(
             "Open-Sora's prompts are cleaned with ftfy and beautifulsoup4, which are not installed. "
-            "Type: pip install ftfy beautifulsoup4 (or pass clean_caption=False, which the published weights have not seen)"
+            "Type: pip install ftfy beautifulsoup4 (or pass clean_caption=False; the published weights were trained with "
+            "cleaned captions)"
         )
     cleaner = _Cleaner()
     return cleaner.clean(cleaner.clean(prompt))

@@ -11,18 +11,18 @@ from torch import Tensor
 from ..errors import SodaprofError
 
 BASE_PIXELS = 512 * 512
-CHUNK_FRAMES, CHUNK_LATENTS = 17, 5  # pixel frames that the autoencoder takes at once, and their latent frames
+CHUNK_FRAMES, CHUNK_LATENTS = 17, 5  # pixel frames of a chunk of the autoencoder, and its latent frames
 
 
 def shift_ratio(height: float, width: float, num_frames: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Returns ρ [1], by which a request of this size (pixels, as asked for) shifts the timesteps; 1 at 512 × 512 × 1.
+    """Returns ρ [1], by which a request of this size (pixels, as requested) shifts the timesteps; 1 at 512 × 512 × 1.
 
     Every operation is rounded to `dtype`.
     """
     chunks = num_frames // CHUNK_FRAMES
     if num_frames != 1 and chunks == 0:
         raise SodaprofError(
-            f"The timestep transform of {num_frames} frames is undefined: ask for 1 or for {CHUNK_FRAMES} and more."
+            f"The timestep transform of {num_frames} frames is undefined: give 1, or {CHUNK_FRAMES} and more."
         )
     h, w = torch.tensor([height], dtype=dtype), torch.tensor([width], dtype=dtype)
     latents = torch.tensor([1 if num_frames == 1 else chunks * CHUNK_LATENTS], dtype=dtype)
@@ -32,8 +32,8 @@ def shift_ratio(height: float, width: float, num_frames: int, dtype: torch.dtype
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Euler steps along x_t = (1 − t/1000) · data + (t/1000) · noise, whose velocity is data − noise.
 
-    `size_dtype` is the dtype that the timestep transform sees the size in: the published script uses "bfloat16", which
-    moves timesteps by up to 0.8 of 1000 for videos.
+    `size_dtype` is the dtype of the size in the timestep transform: the published script uses "bfloat16", which moves
+    timesteps by up to 0.8 of 1000 for videos.
     """
 
     order = 1
@@ -54,7 +54,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         width: float | None = None,
         num_frames: int | None = None,
     ) -> None:
-        """Sets `timesteps`, fp32 [num_inference_steps], descending; size in pixels, as asked for."""
+        """Sets `timesteps`, fp32 [num_inference_steps], descending; size in pixels, as requested."""
         total = self.config.num_train_timesteps
         linear = [(1.0 - i / num_inference_steps) * total for i in range(num_inference_steps)]
         t = torch.tensor(linear, dtype=torch.float32)
@@ -68,7 +68,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = t.to(device)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Returns the sample as it is."""
+        """Returns the sample unchanged."""
         return sample
 
     def step(

@@ -1,6 +1,6 @@
-"""Reads what the authors of Open-Sora v1.2 published, under its own names, as a pipeline.
+"""Reads the files that the authors of Open-Sora v1.2 published, under their own names, as a pipeline.
 
-A folder with three folders, each as the hub has it:
+A folder with three folders, each as on the hub:
 
     OpenSora-STDiT-v3/   model.safetensors           the network (hpcai-tech/OpenSora-STDiT-v3)
     OpenSora-VAE-v1.2/   model.safetensors           both halves of the autoencoder (hpcai-tech/OpenSora-VAE-v1.2)
@@ -44,7 +44,7 @@ def load_published(folder: str | Path, dtype: torch.dtype | None = None, groups:
     """Returns the pipeline of a folder as above, in `dtype` (the stored one by default), on the CPU.
 
     The text encoder stays in float32, as the published script runs it: 19 GB for the published one, which
-    `pipe.text_encoder.to(torch.bfloat16)` halves. groups: of the autoencoder's norms, which its shapes do not tell.
+    `pipe.text_encoder.to(torch.bfloat16)` halves. groups: of the autoencoder's norms, which do not follow from its shapes.
     Raises FormatError for folders and files that are missing or of another model.
     """
     folder = Path(folder)
@@ -64,21 +64,21 @@ def load_published(folder: str | Path, dtype: torch.dtype | None = None, groups:
 
 
 def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
-    """Returns STDiT3 in evaluation mode, of a checkpoint with or without its rotary frequencies.
+    """Returns STDiT3 in evaluation mode, from a checkpoint with or without its rotary frequencies.
 
     weights: a .safetensors or .pt file, or tensors by their published names; dtype: by default the stored one. Raises
     FormatError for a file that is missing or broken and for weights of another network.
     """
-    tensors, where = read_weights(weights)
+    tensors, source = read_weights(weights)
     blocks = [name for name in tensors if name.startswith("spatial_blocks.") and name.endswith("scale_shift_table")]
     for name in ("x_embedder.proj.weight", "y_embedder.y_embedding", "spatial_blocks.0.attn.q_norm.weight"):
         if name not in tensors:
-            raise FormatError(f"{where}: no {name}; expected the weights of STDiT3 under their published names.")
-    width, channels, *patch = shape_of(tensors, "x_embedder.proj.weight", 5, where)
-    length, captions = shape_of(tensors, "y_embedder.y_embedding", 2, where)
-    head = shape_of(tensors, "spatial_blocks.0.attn.q_norm.weight", 1, where)[0]
-    hidden = shape_of(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, where)[0] if blocks else 0
-    out = shape_of(tensors, "final_layer.linear.weight", 2, where)[0]
+            raise FormatError(f"{source}: no {name}; expected the weights of STDiT3 under their published names.")
+    width, channels, *patch = shape_of(tensors, "x_embedder.proj.weight", 5, source)
+    length, captions = shape_of(tensors, "y_embedder.y_embedding", 2, source)
+    head = shape_of(tensors, "spatial_blocks.0.attn.q_norm.weight", 1, source)[0]
+    hidden = shape_of(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, source)[0] if blocks else 0
+    out = shape_of(tensors, "final_layer.linear.weight", 2, source)[0]
 
     def build() -> STDiT3:
         return STDiT3(
@@ -88,20 +88,20 @@ def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
         )  # fmt: skip
 
     # not trained, so a checkpoint may leave it out
-    return _filled(build, tensors, dtype, where, absent={"rope.freqs": RotaryEmbed(head).freqs})
+    return _filled(build, tensors, dtype, source, absent={"rope.freqs": RotaryEmbed(head).freqs})
 
 
 def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups: int = 32) -> AutoencoderKLOpenSora:
-    """Returns the autoencoder in evaluation mode; its attention may have the names that older releases of diffusers gave.
+    """Returns the autoencoder in evaluation mode; its attention may have the names of older releases of diffusers.
 
-    weights, dtype and errors as for `load_stdit3`. groups: of all norms; the shapes do not tell.
+    weights, dtype and errors as for `load_stdit3`. groups: of all norms; they do not follow from the shapes.
     """
-    tensors, where = read_weights(weights)
+    tensors, source = read_weights(weights)
     tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
-    spatial = _widths(tensors, "spatial_vae.module.encoder.down_blocks.{}.resnets.0.conv1.weight", where)
-    temporal = _widths(tensors, "temporal_vae.encoder.block_res_blocks.{}.0.conv1.conv.weight", where)
+    spatial = _widths(tensors, "spatial_vae.module.encoder.down_blocks.{}.resnets.0.conv1.weight", source)
+    temporal = _widths(tensors, "temporal_vae.encoder.block_res_blocks.{}.0.conv1.conv.weight", source)
     if any(width % temporal[0] for width in temporal):
-        raise FormatError(f"{where}: temporal levels of {temporal} channels, expected multiples of the first.")
+        raise FormatError(f"{source}: temporal levels of {temporal} channels, expected multiples of the first.")
 
     def build() -> AutoencoderKLOpenSora:
         return AutoencoderKLOpenSora(
@@ -120,7 +120,7 @@ def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups:
             latents_std=tuple(tensors["scale"].flatten().tolist()),
         )
 
-    return _filled(build, tensors, dtype, where)
+    return _filled(build, tensors, dtype, source)
 
 
 def _renamed(name: str) -> str:
@@ -129,19 +129,19 @@ def _renamed(name: str) -> str:
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """Returns for how many i, from 0 on, there is a tensor `pattern.format(i)`."""
+    """Returns how many tensors `pattern.format(i)` there are, i from 0 on without a gap."""
     count = 0
     while pattern.format(count) in tensors:
         count += 1
     return count
 
 
-def _widths(tensors: Mapping[str, Tensor], pattern: str, where: str) -> list[int]:
+def _widths(tensors: Mapping[str, Tensor], pattern: str, source: str) -> list[int]:
     """Returns the output channels of the tensors `pattern.format(i)`, i from 0 on."""
     widths = [tensors[pattern.format(i)].shape[0] for i in range(_count(tensors, pattern))]
     if not widths:
         raise FormatError(
-            f"{where}: no {pattern.format(0)}; expected Open-Sora's autoencoder under its published names."
+            f"{source}: no {pattern.format(0)}; expected Open-Sora's autoencoder under its published names."
         )
     return widths
 
@@ -150,23 +150,23 @@ def _filled(
     build: Callable[[], nn.Module],
     tensors: Mapping[str, Tensor],
     dtype: torch.dtype | None,
-    where: str,
+    source: str,
     absent: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Returns the model that `build` makes, with the tensors in place; FormatError where names or shapes do not fit.
+    """Returns the model of `build` with the tensors as its weights; FormatError for other names or shapes.
 
-    absent: what stands for tensors that need not be stored.
+    absent: values of tensors that need not be stored.
     """
     with torch.device("meta"):
-        model: nn.Module = checked(build, where)
+        model: nn.Module = checked(build, source)
     own = model.state_dict()
     tensors = dict(absent or {}) | dict(tensors)
-    check_names(tensors, own, where)
+    check_names(tensors, own, source)
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise FormatError(f"{where}: {name} has the shape {list(tensor.shape)}, expected {list(own[name].shape)}.")
+            raise FormatError(f"{source}: {name} has the shape {list(tensor.shape)}, expected {list(own[name].shape)}.")
         if not tensor.is_floating_point():
-            raise FormatError(f"{where}: {name} is of {tensor.dtype}, expected floating-point numbers.")
+            raise FormatError(f"{source}: {name} is of {tensor.dtype}, expected floating-point numbers.")
     dtype = dtype or next(tensor.dtype for name, tensor in tensors.items() if name not in (absent or {}))
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
@@ -174,19 +174,19 @@ def _filled(
 
 Weights = str | Path | Mapping[str, Tensor]
 
-NESTED = ("ema", "state_dict", "model")  # where training checkpoints hold the weights, the first one found
+NESTED = ("ema", "state_dict", "model")  # keys of the weights in training checkpoints; the first one found counts
 
 
 def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
-    """Returns the tensors by name, and what to call their source in messages."""
+    """Returns the tensors by name, and the name of their source for messages."""
     if isinstance(weights, Mapping):
         found: Any = weights
-        where = "the given weights"
+        source = "the given weights"
     else:
         path = Path(weights)
-        where = str(path)
+        source = str(path)
         if not path.is_file():
-            raise FormatError(f"{where}: no such file; expected a .pt or .safetensors checkpoint. Check the path.")
+            raise FormatError(f"{source}: no such file; expected a .pt or .safetensors checkpoint. Check the path.")
         try:
             if path.suffix == ".safetensors":
                 found = safetensors.torch.load_file(path)
@@ -197,17 +197,17 @@ def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
         except Exception as error:  # the readers raise whatever their parts raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FormatError(
-                f"{where}: not readable as weights ({reason[:200]}). Fetch the file anew, or save its tensors alone."
+                f"{source}: not readable as weights ({reason[:200]}). Fetch the file anew, or save its tensors alone."
             ) from None
     if isinstance(found, Mapping):
         nested = next((name for name in NESTED if isinstance(found.get(name), Mapping)), None)
         found = found if nested is None else found[nested]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise FormatError(f"{where}: expected tensors by name, alone or under {', '.join(NESTED)}.")
-    return dict(found), where
+        raise FormatError(f"{source}: expected tensors by name, alone or under {', '.join(NESTED)}.")
+    return dict(found), source
 
 
-def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: str) -> None:
+def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], source: str) -> None:
     """Raises FormatError unless the tensors have exactly the expected names."""
     wanted = set(expected)
     missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
@@ -215,13 +215,13 @@ def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], where: s
         lists = [f"{word} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
                  for word, names in (("missing", missing), ("unknown", unknown)) if names]  # fmt: skip
         raise FormatError(
-            f"{where}: {'; '.join(lists)}. Expected {len(wanted)} tensors under the original names, such as "
+            f"{source}: {'; '.join(lists)}. Expected {len(wanted)} tensors under the original names, such as "
             f"{', '.join(sorted(wanted)[:2])}. Is this a checkpoint of that network?"
         )
 
 
-def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int, where: str) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int, source: str) -> tuple[int, ...]:
     shape = tuple(tensors[name].shape)
     if len(shape) != axes or 0 in shape:
-        raise FormatError(f"{where}: {name} has the shape {list(shape)}, expected {axes} axes.")
+        raise FormatError(f"{source}: {name} has the shape {list(shape)}, expected {axes} axes.")
     return shape

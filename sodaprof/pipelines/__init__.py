@@ -1,1 +1,1 @@
-"""Pipelines: loading them, finding their sites, counting their FLOPs; and the reference models that ship."""
+"""What is read off a diffusers pipeline: loading, sites, FLOPs, guidance, steps; recording and replaying runs."""

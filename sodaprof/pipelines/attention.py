@@ -1,4 +1,4 @@
-"""Listens to the attention that a module computes, whatever its processor: what it hands to the attention function."""
+"""Records the attention that a module computes, whatever its processor: the arguments of the attention function."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..opensora.layers import attend
 FUNCTIONS = (torch.nn.functional.scaled_dot_product_attention, attend)
 
 
-class Heard(NamedTuple):
+class AttentionCall(NamedTuple):
     """One attention: q [B, H, N, d], k and v [B, H, M, d], the mask (boolean or added) and the scale, if any."""
 
     q: Tensor
@@ -28,24 +28,26 @@ class Heard(NamedTuple):
         return 2.0 * self.q.numel() * self.k.shape[2]
 
 
-class _Listener(TorchFunctionMode):
+class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
-        self.heard: list[Heard] = []
+        self.calls: list[AttentionCall] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in FUNCTIONS:
-            given = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
-            q, k, v = given["query"], given["key"], given["value"]
-            self.heard.append(Heard(q, k, v, given.get("attn_mask"), given.get("scale")))
+            named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+            q, k, v = named["query"], named["key"], named["value"]
+            self.calls.append(AttentionCall(q, k, v, named.get("attn_mask"), named.get("scale")))
         return func(*args, **kwargs)
 
 
-def listen(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Heard]]:
-    """Returns forward(*args, **kwargs), which is as without listening, and every attention it computed."""
-    with _Listener() as listener:
+def record_attention(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, list[AttentionCall]]:
+    """Returns forward(*args, **kwargs), unchanged, and every attention that it computed."""
+    with _Recorder() as recorder:
         out = forward(*args, **kwargs)
-    return out, listener.heard
+    return out, recorder.calls

@@ -1,12 +1,13 @@
-"""The clock of a run: which step, which guidance branch. It is read off the scheduler and the transformers' calls."""
+"""The clock of a run: the current step and guidance branch, read off the scheduler's and the transformers' calls."""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn, Protocol
 
 import torch
 from diffusers.hooks import ModelHook
@@ -14,27 +15,56 @@ from torch import nn
 
 from ..errors import MismatchError
 from ..formats.sites import Sampler
+from .patch import patched
 from .recording import Latents, is_halved, latents_of
 
 
 @dataclass
 class Moment:
-    """Where the run is: set by the transformer's hook at each call, read by the sites' hooks."""
+    """The transformer call that runs now: set by the transformer's hook at each call, read by the sites' hooks."""
 
     step: int = 0
     branch: int = 0
-    forward: int = 0  # counts transformer calls, so that a site can tell its first call within one
-    tabled: bool = False  # this call is one that the conditioning tables were made for
+    forward: int = 0  # counts transformer calls, so that a site can recognise its first call within one
+    tabled: bool = False  # the conditioning tables were made for this call
     executed: Counter[str] = field(default_factory=Counter)  # cells, not calls: counted on branch 0
-    served: Counter[str] = field(default_factory=Counter)  # of the run: blocks from tables, sums, sums by the kernel
+    served: Counter[str] = field(default_factory=Counter)  # in the run: blocks from tables, sums, sums by the kernel
     programs: int = 0  # traced
+
+
+@dataclass
+class Run:
+    """A run between `set_timesteps` and its last step."""
+
+    step: int = 0
+    calls: int = 0  # of transformers since the last scheduler step: one a guidance branch, or one for both halves
+    turn_begins: bool = True  # at this step a transformer's turn begins
+
+
+class StepTaker(Protocol):
+    """Takes steps of a run in place of the scheduler, or around it."""
+
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Returns the result of a step in the scheduler's form; own(*arguments, **options) takes the scheduler's.
+
+        arguments: model output, timestep and sample, then whatever the pipeline passes by position; options: by keyword.
+        """
+
+
+class LoopTaker(StepTaker, Protocol):
+    """Takes all steps of a run from some step on at once."""
+
+    def finished(self, step: int) -> bool:
+        """Whether all steps from this one on are taken."""
 
 
 class Timesteps(torch.Tensor):
     """A scheduler's timesteps, over which iteration ends once the whole-step loop has taken all steps."""
 
     clock: Clock
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # all else is a plain tensor's
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # otherwise a plain tensor
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for timestep in self.unbind(0):
@@ -44,164 +74,158 @@ class Timesteps(torch.Tensor):
 
 
 class Clock:
-    """Wraps `set_timesteps` and `step` of one scheduler instance while attached.
+    """Patches `set_timesteps` and `step` of one scheduler instance while attached.
 
-    `set_timesteps` starts a run (whatever happened before, so that an aborted run harms nothing) and checks the
-    timesteps; `step` ends a step. The transformer calls between two `step`s are the guidance branches.
+    `set_timesteps` starts a run (whatever happened before, so that an aborted run has no effect) and checks the timesteps;
+    `step` ends a step. The transformer calls between two `step`s are the guidance branches.
     """
 
     def __init__(self, scheduler: Any, sampler: Sampler, on_start: Callable[[], None], on_end: Callable[[], None]):
         self.scheduler, self.sampler = scheduler, sampler
         self.on_start, self.on_end = on_start, on_end
-        self.step: int | None = None  # None: no run under way
-        self.branches = 0  # transformer calls since the last scheduler step
-        self.begins = True  # at this step a transformer's turn begins
-        self.loop: Any = None  # takes the steps after the first itself: asked here for what they give
-        self.update: Any = None  # moves the latents in place of the scheduler's own step
-        self.saved: dict[str, Any] = {}
+        self.run: Run | None = None  # None outside of runs, and after a refusal
+        self.update: StepTaker | None = None
+        self.loop: LoopTaker | None = None  # around the update
+        self.replaced_step: Any = None  # a user's own `step` on the instance, which the clock's calls
+        self._patches = ExitStack()
+
+    @property
+    def step(self) -> int | None:
+        """The step of the run, None outside of runs."""
+        return None if self.run is None else self.run.step
 
     def attach(self) -> None:
-        self.saved = {name: vars(self.scheduler).get(name) for name in ("set_timesteps", "step")}
-        set_timesteps, step = self.scheduler.set_timesteps, self.scheduler.step
-
-        @functools.wraps(set_timesteps)
-        def start(*args: Any, **kwargs: Any) -> Any:
-            self.step = None
-            result = set_timesteps(*args, **kwargs)
-            self._check_timesteps()
-            self.on_start()
-            self.step, self.branches, self.begins = 0, 0, True
-            if self.loop is not None:
-                timesteps = self.scheduler.timesteps.detach().as_subclass(Timesteps)
-                timesteps.clock = self
-                self.scheduler.timesteps = timesteps
-            return result
-
-        @functools.wraps(step)
-        def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.step is not None:
-                self._check_step(timestep)
-            if self.loop is not None and self.loop.final is not None:
-                result = self.loop.last()
-            elif self.update is not None and self.step is not None:
-                given = model_output, timestep, sample, *args
-                result = self.update.step(self.scheduler, self.step, given, kwargs)
-            else:
-                result = step(model_output, timestep, sample, *args, **kwargs)
-            if self.step == 0:
-                self._check_index()
-            if self.loop is not None:
-                self.loop.note(self.step, self.scheduler, model_output, sample, result, kwargs)
-            if self.step is not None:
-                self.step, self.branches, self.begins = self.step + 1, 0, False
-                if self.step == self.sampler.steps:
-                    self.step = None
-                    self.on_end()
-            return result
-
-        self.scheduler.set_timesteps, self.scheduler.step = start, advance
+        self.replaced_step = vars(self.scheduler).get("step")
+        self._patches.enter_context(patched(self.scheduler, "set_timesteps", self._start))
+        self._patches.enter_context(patched(self.scheduler, "step", self._advance))
         self.scheduler._sodaprof = self  # so that a second schedule on the same scheduler is refused
-
-    def finished(self) -> bool:
-        """Returns whether the whole-step loop has taken all steps; then the run ends here, and not after idle iterations."""
-        if self.loop is None or self.loop.final is None or self.branches:
-            return False
-        if self.step is not None:
-            self.loop.rest(self.step)
-            self.step = None
-            self.on_end()
-        return True
 
     def detach(self) -> None:
         if isinstance(vars(self.scheduler).get("timesteps"), Timesteps):
             self.scheduler.timesteps = self.scheduler.timesteps.as_subclass(torch.Tensor)
         vars(self.scheduler).pop("_sodaprof", None)
-        for name, own in self.saved.items():
-            if own is None:
-                vars(self.scheduler).pop(name, None)
-            else:
-                setattr(self.scheduler, name, own)
+        self._patches.close()
+
+    def set_step(self, step: int) -> None:
+        """Continues a run at the beginning of any step, for networks that are called without the pipeline."""
+        self.run = Run(step, turn_begins=step == 0)
+
+    def finished(self) -> bool:
+        """Whether the whole-step loop has taken all steps; the run then ends, without further iterations of the pipeline."""
+        run = self.run
+        if self.loop is None or run is None or run.calls or not self.loop.finished(run.step):
+            return False
+        self.run = None
+        self.on_end()
+        return True
+
+    def refuse(self, message: str) -> NoReturn:
+        """Ends the run, so that the pipeline can be called again, and raises MismatchError."""
+        self.run = None
+        raise MismatchError(message)
+
+    def _start(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.run = None
+        result = set_timesteps(*args, **kwargs)
+        self._check_timesteps()
+        self.on_start()
+        self.run = Run()
+        if self.loop is not None:
+            timesteps = self.scheduler.timesteps.detach().as_subclass(Timesteps)
+            timesteps.clock = self
+            self.scheduler.timesteps = timesteps
+        return result
+
+    def _advance(
+        self, own_step: Callable[..., Any], model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        run, arguments = self.run, (model_output, timestep, sample, *args)
+        if run is None:
+            return own_step(*arguments, **kwargs)
+        self._check_step(run, timestep)
+        take = own_step
+        for taker in (self.update, self.loop):
+            if taker is not None:
+                take = partial(self._take, taker, take, run.step)
+        result = take(*arguments, **kwargs)
+        if run.step == 0:
+            self._check_index()
+        self.run = Run(run.step + 1, turn_begins=False)
+        if self.run.step == self.sampler.steps:
+            self.run = None
+            self.on_end()
+        return result
+
+    def _take(self, taker: StepTaker, own: Callable[..., Any], step: int, *arguments: Any, **options: Any) -> Any:
+        return taker.take(own, self.scheduler, step, arguments, options)
 
     def _check_timesteps(self) -> None:
-        found = tuple(self.scheduler.timesteps.tolist())
-        if found != self.sampler.timesteps:
-            wanted = self.sampler.timesteps
-            how = (
-                f"num_inference_steps={len(wanted)}"
-                if len(found) != len(wanted)
-                else "the sampler it was profiled with"
-            )
+        found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps
+        if found != wanted:
+            how = f"num_inference_steps={len(wanted)}" if len(found) != len(wanted) else "the profiled sampler"
             raise MismatchError(
                 f"The schedule is for {len(wanted)} timesteps {_brief(wanted)}, the pipeline runs {len(found)}: "
                 f"{_brief(found)}. Call it with {how}, or profile and compile for these timesteps."
             )
 
-    def _check_step(self, timestep: Any) -> None:
-        assert self.step is not None
-        wanted = self.sampler.timesteps[self.step]
-        on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no synchronisation for the check
-        counts = hasattr(self.scheduler, "step_index")  # on the host, and looked at after the step
-        if (on_host or (self.step == 0 and not counts)) and float(timestep) != float(wanted):
+    def _check_step(self, run: Run, timestep: Any) -> None:
+        wanted = self.sampler.timesteps[run.step]
+        on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no host sync for the check
+        counts = hasattr(self.scheduler, "step_index")  # on the host, and checked after the step
+        if (on_host or (run.step == 0 and not counts)) and float(timestep) != float(wanted):
             self._refuse_start(f"at timestep {wanted:g}", f"at {float(timestep):g}")
-        if not self.branches:
-            step, self.step = self.step, None
-            raise MismatchError(
-                f"The pipeline took step {step} without calling a transformer, which the schedule has at work there. Run it "
-                "without what skips steps, or remove() the schedule."
+        if not run.calls:
+            self.refuse(
+                f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
+                "Run it without what skips steps, or remove() the schedule."
             )
-        if self.begins:
-            self._check_guidance()
+        form = self.sampler.guidance_form
+        if run.turn_begins and (run.calls > 1) != (form == "passes"):
+            self._refuse_guidance("passes" if run.calls > 1 else "one network call a step")
 
     def _check_index(self) -> None:
-        """After the first step: a scheduler that counts steps itself must have begun at its first."""
+        """After the first step: the index of a scheduler that counts its steps must be 1."""
         index = getattr(self.scheduler, "step_index", None)
         if isinstance(index, int) and index != 1:
             self._refuse_start("the first of its timesteps", f"at number {index}")
 
-    def _refuse_start(self, wanted: str, found: str) -> None:
-        step, self.step = self.step, None
-        raise MismatchError(
-            f"Step {step} of the schedule is {wanted}, the pipeline is {found}. Run the whole trajectory (no strength "
+    def _refuse_start(self, wanted: str, found: str) -> NoReturn:
+        self.refuse(
+            f"Step {self.step} of the schedule is {wanted}, the pipeline is {found}. Run the whole trajectory (no strength "
             "below 1), or remove() the schedule."
         )
 
-    def _check_guidance(self) -> None:
-        wanted = self.sampler.guidance_form
-        if (self.branches > 1) != (wanted == "passes"):
-            self._refuse("passes" if self.branches > 1 else "one network call a step", wanted)
+    def _refuse_guidance(self, found: str) -> NoReturn:
+        self.refuse(
+            f"The schedule was made for guidance form {self.sampler.guidance_form!r} (scale {self.sampler.guidance_scale}), "
+            f"found {found}. Call the pipeline with guidance on as profiled (guidance_scale above 1), or profile without "
+            "guidance."
+        )
 
     def enter(self, hidden: Latents) -> tuple[int, int]:
         """Returns (step, branch) of the transformer call that begins; MismatchError outside a run.
 
-        The first call of a run compares the two halves of the batch: one synchronisation, before the loop is under way.
+        The first call of a run compares the two halves of the batch: one host sync, before the loop's kernels are queued.
         """
-        if self.step is None:
-            raise MismatchError(
+        if self.run is None:
+            self.refuse(
                 "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). "
-                "Call the pipeline, or take the schedule off: handle.remove()"
+                "Call the pipeline, or remove the schedule: handle.remove()"
             )
-        branch = self.branches
-        self.branches += 1
-        if self.step == 0 and branch == 0 and is_halved(hidden) != (self.sampler.guidance_form == "halves"):
-            self._refuse("both branches in one batch" if is_halved(hidden) else "one branch a network call",
-                         self.sampler.guidance_form)  # fmt: skip
-        return self.step, branch
-
-    def _refuse(self, found: str, wanted: str) -> None:
-        self.step = None
-        raise MismatchError(
-            f"The schedule was made for guidance form {wanted!r} (scale {self.sampler.guidance_scale}), found {found}. "
-            "Call the pipeline with guidance on as profiled (guidance_scale above 1), or profile without guidance."
-        )
+        step, branch = self.run.step, self.run.calls
+        self.run.calls += 1
+        if step == 0 and branch == 0 and is_halved(hidden) != (self.sampler.guidance_form == "halves"):
+            self._refuse_guidance("both branches in one batch" if is_halved(hidden) else "one branch a network call")
+        return step, branch
 
 
 class TransformerHook(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a transformer: sets the moment before each of its calls.
 
-    past: how many steps of its turn go before each step, −1 where another transformer is at work (`sites.turn_ages`).
-    on_turn is called before the first call of each turn. rests: steps at which the network is not run; its callers get what
-    it returned last, which nobody reads; cells: how many of the picture such a step holds. Raises MismatchError for a call
-    out of turn.
+    past: how many steps of its turn precede each step, −1 if another transformer is called (`sites.turn_ages`).
+    on_turn is called before the first call of each turn. skipped: steps at which the network is not run; its caller gets the
+    network's latest output again, which has no effect; cells: how many cells such a step has. Raises MismatchError for a
+    call out of turn.
     """
 
     def __init__(
@@ -212,23 +236,23 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         name: str,
         past: list[int],
         on_turn: Callable[[], None] = lambda: None,
-        rests: Container[int] = (),
+        skipped: Container[int] = (),
         cells: int = 0,
     ) -> None:
         super().__init__()
         self.clock, self.moment, self.check = clock, moment, check
         self.name, self.past, self.on_turn = name, past, on_turn
-        self.rests, self.cells = rests, cells
-        self.latest: dict[int, Any] = {}  # branch -> what the network returned, where it rests at the next step
+        self.skipped, self.cells = skipped, cells
+        self.latest: dict[int, Any] = {}  # branch -> the network's output, kept if the next step is skipped
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.check()
         self.moment.step, self.moment.branch = self.clock.enter(latents_of(module, args, kwargs))
         past = self.past[self.moment.step]
         if past < 0:
-            self._refuse()
-        if past == 0 and self.moment.branch == 0:
-            self.clock.begins = True
+            self._refuse_turn(self.moment.step)
+        if past == 0 and self.moment.branch == 0 and self.clock.run is not None:
+            self.clock.run.turn_begins = True
             self.on_turn()
         self.moment.forward += 1
         self.moment.tabled = False
@@ -236,15 +260,14 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         step, branch = self.moment.step, self.moment.branch
-        if step not in self.rests:
+        if step not in self.skipped:
             out = self.fn_ref.original_forward(*args, **kwargs)
-            if step + 1 in self.rests:
+            if step + 1 in self.skipped:
                 self.latest[branch] = out
             return out
         if branch not in self.latest:
-            self.clock.step = None
-            raise MismatchError(
-                f"The pipeline calls {self.name} {branch + 1} times at step {step}, where the schedule rests, and less often "
+            self.clock.refuse(
+                f"The pipeline calls {self.name} {branch + 1} times at step {step}, which the schedule skips, and less often "
                 "before: its guidance changes from step to step. remove() the schedule, or call it with one guidance."
             )
         if branch == 0:
@@ -254,13 +277,12 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
     def reset(self) -> None:
         self.latest.clear()
 
-    def _refuse(self) -> None:
+    def _refuse_turn(self, step: int) -> NoReturn:
         """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""
-        step, self.clock.step = self.moment.step, None
-        mine = [t for t, past in enumerate(self.past) if past >= 0]
-        raise MismatchError(
-            f"The pipeline calls {self.name} at step {step} (timestep {self.clock.sampler.timesteps[step]:g}), where another "
-            f"transformer was at work when it was profiled; {self.name} was at work at steps {_brief(tuple(mine))}. Set the "
+        turn = tuple(t for t, past in enumerate(self.past) if past >= 0)
+        self.clock.refuse(
+            f"The pipeline calls {self.name} at step {step} (timestep {self.clock.sampler.timesteps[step]:g}), at which "
+            f"another transformer was called when it was profiled; {self.name} was called at steps {_brief(turn)}. Set the "
             "boundary between them back (for Wan pipe.register_to_config(boundary_ratio=...)), or profile and compile anew."
         )
 

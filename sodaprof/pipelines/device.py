@@ -1,4 +1,4 @@
-"""Counts what a network call launches: kernels on a GPU, operators elsewhere. And says what the device is."""
+"""Counts what a network call launches: kernels on a GPU, operators elsewhere; names device and versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..version import __version__
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators that make or change numbers: views and empty tensors are none."""
+    """Counts operators that compute: no views, no empty tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def launches_of(run: Callable[[Callable[[], None]], None], cuda: bool) -> list[i
             run(lambda: marks.append(operators.count))
     else:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            run(lambda: torch.cuda._sleep(1))  # a kernel that nobody else launches
+            run(lambda: torch.cuda._sleep(1))  # a kernel that nothing else launches
             torch.cuda.synchronize()
         kernels = [e for e in profiler.events() or [] if "CUDA" in str(e.device_type)]
         kernels.sort(key=lambda e: e.time_range.start)
@@ -44,7 +44,7 @@ def launches_of(run: Callable[[Callable[[], None]], None], cuda: bool) -> list[i
 
 
 def device_facts(device: str) -> dict[str, str]:
-    """Returns the device's name, and of a GPU the driver and CUDA that it ran with."""
+    """Returns the device's name, for a GPU also the versions of driver and CUDA."""
     if "cuda" not in device:
         return {"name": _processor()}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

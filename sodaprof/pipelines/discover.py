@@ -1,11 +1,10 @@
-"""Finds the sites of a pipeline: by structure, and by recording what one sampling step does. No list of models."""
+"""Finds the sites of a pipeline: by structure, and by recording one sampling step. No list of models."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,10 @@ from ..errors import UnsupportedModelError
 from ..formats.sites import Guidance, GuidanceForm, Model, Sampler, Site, SiteKey, Transformer
 from .load import OwnCall, default_prompts
 from .probe import as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
-from .recording import Step, is_halved, latents_of, record_step, tapped
+from .recording import Step, all_tapped, is_halved, latents_of, record_step
 from .structure import Modules, find_modules
 
-CONFIG_KEYS = {  # fingerprint -> the config keys that hold it, first one found
+CONFIG_KEYS = {  # key of the fingerprint -> keys of a config; the first one found counts
     "layers": ("num_layers", "depth"),
     "heads": ("num_attention_heads", "num_heads"),
     "head_width": ("attention_head_dim",),
@@ -39,7 +38,7 @@ def inspect_pipeline(
 ) -> tuple[Model, Sampler, Step]:
     """Returns the model's sites, the sampler, and the recorded step they come from (batch 1, no gradient).
 
-    Raises UnsupportedModelError for a model without attention blocks or whose sites cannot be told apart.
+    Raises UnsupportedModelError for a model without attention blocks, or with outputs of an unknown layout.
     """
     if entry is None:
         entry = default_prompts(pipe)[0] if own is None else 0
@@ -65,7 +64,7 @@ def inspect_pipeline(
 def guidance_form(pipe: Any, step: Step) -> GuidanceForm:
     """Returns how a step calls the network: "halves" (both branches in one batch), "passes" or "none".
 
-    Raises UnsupportedModelError where networks that take turns are not called alike.
+    Raises UnsupportedModelError if networks that take turns are called in different forms.
     """
     forms: dict[str, GuidanceForm] = {}
     for name, args, kwargs in step.calls:
@@ -74,20 +73,20 @@ def guidance_form(pipe: Any, step: Step) -> GuidanceForm:
     if step.called and len(set(forms.values())) > 1:
         found = ", ".join(f"{name} with {form}" for name, form in forms.items())
         raise UnsupportedModelError(
-            f"The pipeline's transformers take turns and are guided differently ({found}); this release takes one guidance "
+            f"The pipeline's transformers take turns and are guided differently ({found}); this release needs one guidance "
             "form. Call the pipeline with guidance on, or off, for all of them."
         )
     return next(iter(forms.values()))
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
-    """Returns the scheduler's configuration, without diffusers' private keys; inf as text, for JSON has none."""
+    """Returns the scheduler's configuration, without diffusers' private keys; inf as text, which JSON lacks."""
     return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in sorted(scheduler.config.items()) if k[0] != "_"}
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What one call of a candidate site showed."""
+class _SiteCall:
+    """One recorded call of a candidate site."""
 
     stack: str
     layer: int
@@ -112,59 +111,56 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
             f"{type(module).__name__} has no stack of blocks with attention, so there is nothing to schedule. "
             "Give a pipeline with a diffusion transformer."
         )
-    args, kwargs = next((a, k) for n, a, k in step.calls if n == name)
+    args, kwargs = step.call_of(name)
     latents = latents_of(module, args, kwargs)
-    seen: list[_Seen] = []
+    site_calls: list[_SiteCall] = []
     calls: Counter[str] = Counter()
 
-    def see(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def note(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         stack, layer, part, kind, _ = found[path]
         exact, prunable = kind_of(kind, forward, args, kwargs, out), is_prunable(kind, forward, args, kwargs, out)
-        seen.append(_Seen(stack, layer, part, exact, tuple(main_part(out).shape), prunable, calls[path]))
+        site_calls.append(_SiteCall(stack, layer, part, exact, tuple(main_part(out).shape), prunable, calls[path]))
         calls[path] += 1
 
-    _run_watched(module, found, see, args, kwargs)
+    _run_watched(module, found, note, args, kwargs)
     batch = len(latents)  # both guidance halves counted
-    text = _holding_text(module, found, (args, kwargs), seen)
-    sites, layouts = _sites_of(name, seen, batch, text)
-    for site, s in zip(sites, seen, strict=True):
+    text = _holding_text(module, found, (args, kwargs), site_calls)
+    sites, layouts = _sites_of(name, site_calls, batch, text)
+    for site, s in zip(sites, site_calls, strict=True):
         step.folds[name, site.key] = max(1, math.prod(s.shape) // (site.tokens * site.width * batch))
     return Transformer(type(module).__name__, fingerprint(module, sites, layouts, list(text)), sites)
 
 
 def _run_watched(
-    module: nn.Module, found: Modules, see: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, found: Modules, note: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    """Calls the network; see(path, forward, args, kwargs, out) hears each call of a candidate site, which has just run."""
+    """Calls the network, and note(path, forward, args, kwargs, out) after each call of a candidate site."""
 
-    def tap(path: str) -> Callable[..., Any]:
-        def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = forward(*args, **kwargs)
-            see(path, forward, args, kwargs, out)
-            return out
+    def run(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = forward(*args, **kwargs)
+        note(path, forward, args, kwargs, out)
+        return out
 
-        return run
-
-    with ExitStack() as stack:
-        for path, (*_, part) in found.items():
-            stack.enter_context(tapped(part, tap(path), "sodaprof.inspect"))
+    with all_tapped(module, found, run, "sodaprof.inspect"):
         module(*args, **kwargs)
 
 
-def _holding_text(module: nn.Module, found: Modules, step: tuple[Any, Any], seen: list[_Seen]) -> dict[str, bool]:
+def _holding_text(
+    module: nn.Module, found: Modules, step: tuple[Any, Any], site_calls: list[_SiteCall]
+) -> dict[str, bool]:
     """Returns the modules, by stack, module and call, whose outputs are smaller with less text; True: all text."""
     text: dict[str, bool] = {}
     for length, args, kwargs in with_shorter_text(*step, latents_of(module, *step)):
         shapes: list[tuple[str, tuple[int, ...]]] = []
 
-        def see(path: str, forward: Any, args: Any, kwargs: Any, out: Any, to: list[Any] = shapes) -> None:
+        def note(path: str, forward: Any, args: Any, kwargs: Any, out: Any, to: list[Any] = shapes) -> None:
             to.append((path, tuple(main_part(out).shape)))
 
         try:
-            _run_watched(module, found, see, args, kwargs)
-        except Exception:  # each network has an error of its own for text that it cannot take shorter
+            _run_watched(module, found, note, args, kwargs)
+        except Exception:  # each network has an error of its own for text of a length that it refuses
             continue
-        for s, (path, shape) in zip(seen, shapes, strict=False):
+        for s, (path, shape) in zip(site_calls, shapes, strict=False):
             if path == f"{s.stack}.{s.layer}.{s.module}" and shape != s.shape:
                 own = tuple(length // 2 if n == length else n for n in s.shape) == shape
                 text[s.name] = text.get(s.name, True) and own
@@ -172,22 +168,22 @@ def _holding_text(module: nn.Module, found: Modules, step: tuple[Any, Any], seen
 
 
 def _sites_of(
-    name: str, seen: list[_Seen], batch: int, text: dict[str, bool]
+    name: str, site_calls: list[_SiteCall], batch: int, text: dict[str, bool]
 ) -> tuple[tuple[Site, ...], dict[str, str]]:
     """Returns the sites, and the layouts of those modules that do not return [B, N, D], by stack and module.
 
-    What is all text is not pruned: a schedule then holds for prompts of any length.
+    A site whose tokens are all text is not pruned, so that a schedule holds for prompts of any length.
     """
     sites, layouts = [], {}
-    for s in seen:
-        widths = {o.shape[2] for o in seen if o.stack == s.stack and len(o.shape) == 3}
-        beside = [o for o in seen if (o.stack, o.layer) == (s.stack, s.layer) and o.kind.endswith("attn")]
-        attended = {o.shape[:2] for o in beside if len(o.shape) == 3} if s.kind == "mlp" else set()
+    for s in site_calls:
+        widths = {o.shape[2] for o in site_calls if o.stack == s.stack and len(o.shape) == 3}
+        attention = [o for o in site_calls if (o.stack, o.layer) == (s.stack, s.layer) and o.kind.endswith("attn")]
+        attended = {o.shape[:2] for o in attention if len(o.shape) == 3} if s.kind == "mlp" else set()
         layout = layout_of(s.shape, batch, widths, attended)
         if layout is None:
             raise UnsupportedModelError(
                 f"{name}.{s.stack}.{s.layer}.{s.module} returns a tensor of shape {s.shape}; this release schedules modules "
-                f"that return [B, N, D], B a multiple of {batch}, or a layout that shows which axis holds channels."
+                f"that return [B, N, D], B a multiple of {batch}, or a layout with one axis that can be the channels."
             )
         module = f"{s.stack}.{s.module}"
         if layout:
@@ -201,9 +197,9 @@ def _sites_of(
 def fingerprint(
     module: Any, sites: Any, layouts: dict[str, str] | None = None, text: list[str] | None = None
 ) -> dict[str, Any]:
-    """Returns the readable fingerprint: what of the config decides shapes, and of each module of a block what was seen.
+    """Returns the fingerprint: the config values that decide shapes, and what was recorded of each module of a block.
 
-    tokens and kinds; layouts, where not [B, N, D]; text, the modules whose tokens are as many as the prompt is long.
+    That is tokens and kinds; layouts other than [B, N, D]; text: the modules with one token for each token of the prompt.
     """
     config = dict(module.config)
     values = {key: next((config[n] for n in names if n in config), None) for key, names in CONFIG_KEYS.items()}
@@ -212,7 +208,7 @@ def fingerprint(
     plain = {k: list(v) if isinstance(v, list | tuple) else v for k, v in values.items() if v is not None}
     sites = tuple(sites)
     tokens: dict[str, int] = {}
-    for site in sites:  # by module, and by site where a layer or a call has another number
+    for site in sites:  # by module, and by site if a layer or a call has another number
         if tokens.setdefault(f"{site.stack}.{site.module}", site.tokens) != site.tokens:
             tokens[site.key] = site.tokens
     recorded: dict[str, Any] = {"tokens": tokens, "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites}}

@@ -1,14 +1,14 @@
 """Counts FLOPs per site and action on the meta device: no weights, no arithmetic, a multiply-add is 2.
 
-A model that cannot run there, because it looks at its data, is counted while it runs on its own device.
-
-Matrix products, convolutions and attention count, and the sums of forecasts; elementwise work does not.
+A model that cannot run there, because it reads values of its tensors, is counted while it runs on its own device. Matrix
+products, convolutions and attention count, and the sums of forecasts; elementwise operations do not.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from ..errors import UnsupportedModelError
 from ..formats.cost import CostModel, SiteCost, StepCost, TransformerCost
 from ..formats.rules import OBSERVED
 from ..formats.sites import Model, Site
-from .attention import listen
+from .attention import record_attention
 from .probe import main_part, with_rows
-from .recording import Step, tapped
-from .structure import find_modules
+from .recording import Step, all_tapped
 
 SOURCES = 4
 
@@ -30,7 +29,7 @@ SOURCES = 4
 def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
     """Returns the cost table of one generation (both guidance branches) at the shapes of the recorded step.
 
-    Raises UnsupportedModelError where torch knows no FLOPs of a site's operators, or cannot count at all.
+    Raises UnsupportedModelError if torch counts no FLOPs for a site's operators, or cannot count at all.
     """
     transformers = {}
     for name in model.transformers:
@@ -39,7 +38,7 @@ def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
         try:
             to_meta = lambda x: x.to("meta") if torch.is_tensor(x) else x  # noqa: E731
             transformers[name] = _count(on_meta(transformer), sites, tree_map(to_meta, calls))
-        except Exception:  # each operator that needs data has an error of its own; the run below repeats any other
+        except Exception:  # each operator that needs values has an error of its own; the run below repeats any other
             try:
                 transformers[name] = _count(transformer, sites, calls)
             except Exception as error:
@@ -48,8 +47,8 @@ def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
                 ) from error
         if idle := [key for key, cost in transformers[name].sites.items() if not cost.C > 0]:
             raise UnsupportedModelError(
-                f"{type(transformer).__name__}: torch knows no FLOPs of {idle[0]} ({len(idle)} sites), so no budget can "
-                "be kept."
+                f"{type(transformer).__name__}: torch counts no FLOPs for {idle[0]} ({len(idle)} sites), so no budget can be "
+                "met."
             )
     return CostModel(
         unit="flops",
@@ -75,7 +74,7 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = No
 
 
 def _counter() -> FlopCounterMode:
-    """Returns torch's counter, which does not know the attention of CPUs, with that added."""
+    """Returns torch's counter with the attention of CPUs added, which it lacks."""
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
     )
@@ -83,79 +82,82 @@ def _counter() -> FlopCounterMode:
 
 @contextmanager
 def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients while the block runs: torch's counter stumbles over one handed to a submodule."""
-    asking = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in asking:
+    """Turns gradients off while the block runs: torch's counter fails on a parameter that is passed to a submodule."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trained:
             parameter.requires_grad_(True)
 
 
-def _count(shell: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
-    found = find_modules(shell)
-    by_key = {site.key: site for site in sites}
-    full: dict[str, float] = {}
-    pruned: dict[str, float] = {}
-    maps: dict[str, float] = {}
-    numbers: dict[str, int] = {}
-    index: dict[str, int] = {}
-    trials = 0.0  # what trying the pruned calls cost: the outer counter sees them too
+class _SiteCounter:
+    """Counts the FLOPs of sites and blocks while a transformer runs, and of the sites' pruned calls in addition."""
 
-    def tap(path: str) -> Callable[..., Any]:
-        def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            nonlocal trials
-            call = index[path] = index.get(path, -1) + 1
-            key = path + (f"#{call}" if call else "")
-            before = counter.get_total_flops()
-            out, heard = listen(forward, args, kwargs)
-            full[key] = full.get(key, 0.0) + counter.get_total_flops() - before
-            first = main_part(out)
-            numbers[key] = numbers.get(key, 0) + first.numel()
-            if by_key[key].prunable:
-                one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device=first.device)
-                rows = with_rows(by_key[key].kind.endswith("attn"), args, kwargs, one)
-                with _counter() as single:
-                    forward(*rows[0], **rows[1])
-                pruned[key] = pruned.get(key, 0.0) + single.get_total_flops()
-                trials += single.get_total_flops()
-            if by_key[key].kind in OBSERVED.values():
-                maps[key] = maps.get(key, 0.0) + sum(h.map_flops() for h in heard)
-            return out
+    def __init__(self, counter: FlopCounterMode, sites: tuple[Site, ...]) -> None:
+        self.counter, self.sites = counter, {site.key: site for site in sites}
+        self.full: Counter[str] = Counter()
+        self.pruned: Counter[str] = Counter()  # with one token
+        self.maps: Counter[str] = Counter()  # attention weights alone
+        self.elements: Counter[str] = Counter()  # of the outputs
+        self.calls: Counter[str] = Counter()  # of each module in the network call
+        self.blocks = 0
+        self._trials = 0  # of the pruned calls, which the counter includes
 
-        return run
+    @property
+    def total(self) -> int:
+        """FLOPs of the network so far, without the pruned calls."""
+        return int(self.counter.get_total_flops()) - self._trials
 
-    blocks_flops = 0.0
-
-    def block_tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        nonlocal blocks_flops
-        before = counter.get_total_flops() - trials
-        out = forward(*args, **kwargs)
-        blocks_flops += counter.get_total_flops() - trials - before
+    def site(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        key = path + (f"#{self.calls[path]}" if self.calls[path] else "")
+        self.calls[path] += 1
+        before = self.total
+        out, attention = record_attention(forward, args, kwargs)
+        self.full[key] += self.total - before
+        first = main_part(out)
+        self.elements[key] += first.numel()
+        if self.sites[key].prunable:
+            one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device=first.device)
+            some_args, some_kwargs = with_rows(self.sites[key].kind.endswith("attn"), args, kwargs, one)
+            with _counter() as single:
+                forward(*some_args, **some_kwargs)
+            self.pruned[key] += single.get_total_flops()
+            self._trials += single.get_total_flops()
+        if self.sites[key].kind in OBSERVED.values():
+            self.maps[key] += int(sum(call.map_flops() for call in attention))
         return out
 
+    def block(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.total
+        out = forward(*args, **kwargs)
+        self.blocks += self.total - before
+        return out
+
+
+def _count(network: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
     paths = {site.path for site in sites}
-    stacks = {site.stack for site in sites}
-    with torch.no_grad(), _frozen(shell), ExitStack() as stack, _counter() as counter:
-        for path in paths:
-            stack.enter_context(tapped(found[path][4], tap(path), "sodaprof.count"))
-        for name in stacks:
-            for block in getattr(shell, name):
-                stack.enter_context(tapped(block, block_tap, "sodaprof.count"))
-        for args, kwargs in calls:
-            index.clear()
-            shell(*args, **kwargs)
-        total = counter.get_total_flops() - trials
-    last_hidden = numbers[sites[-1].key]
+    stacks = dict.fromkeys(site.stack for site in sites)
+    blocks = [f"{stack}.{layer}" for stack in stacks for layer in range(len(getattr(network, stack)))]
+    with torch.no_grad(), _frozen(network), _counter() as counter:
+        found = _SiteCounter(counter, sites)
+        with (
+            all_tapped(network, paths, found.site, "sodaprof.count"),
+            all_tapped(network, blocks, found.block, "sodaprof.count"),
+        ):
+            for args, kwargs in calls:
+                found.calls.clear()
+                network(*args, **kwargs)
+        total = found.total
     costs = {}
     for site in sites:
-        c, n = float(full[site.key]), site.tokens
-        points = ((1, float(pruned[site.key])), (n, c)) if site.prunable else ((n, c),)
-        forecasts = tuple(2.0 * k * numbers[site.key] for k in range(1, SOURCES + 1))
-        costs[site.key] = SiteCost(c, 0.0, forecasts, points, maps.get(site.key, 0.0))
-    fixed = total - sum(full.values())
-    outside_blocks = float(total - blocks_flops)
+        full = float(found.full[site.key])
+        points = ((1, float(found.pruned[site.key])), (site.tokens, full)) if site.prunable else ((site.tokens, full),)
+        forecasts = tuple(2.0 * k * found.elements[site.key] for k in range(1, SOURCES + 1))
+        costs[site.key] = SiteCost(full, 0.0, forecasts, points, float(found.maps[site.key]))
+    fixed, outside_blocks = float(total - sum(found.full.values())), float(total - found.blocks)
+    last_hidden = found.elements[sites[-1].key]
     forecast = tuple(outside_blocks + 2.0 * k * last_hidden for k in range(1, SOURCES + 1))
-    return TransformerCost(StepCost(float(fixed), float(fixed), forecast), costs)
+    return TransformerCost(StepCost(fixed, fixed, forecast), costs)

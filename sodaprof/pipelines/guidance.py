@@ -1,4 +1,4 @@
-"""Guidance read off a step: the weighted sum of the network's branches that the scheduler was given."""
+"""Guidance read off a step: the scheduler's input as a weighted sum of the network's branches."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import torch
 from ..errors import UnsupportedModelError
 
 INSTEAD = "or do without whole steps and closed-loop fits (--runtime captured; compile without --fit)"
-NEAR = 1e-4  # relative: what is read off a step must give that step again
+NEAR = 1e-4  # relative: the weights that are read off a step must reproduce it
 
 
 def guidance_of(
     output: torch.Tensor, outs: list[torch.Tensor], form: str, expected: float | None = None
 ) -> tuple[list[float], bool]:
-    """Returns (weights, doubled): what the scheduler was given is the weighted sum of the branches, once or twice in a batch.
+    """Returns (weights, doubled): the scheduler's input is the weighted sum of the branches, once or twice in a batch.
 
-    outs: the network's outputs, one a call; of both branches in one under the form `halves`. expected: the guidance scale,
-    taken where the step agrees with it within rounding; the scale of another step is fitted. UnsupportedModelError where it
-    is no such sum. Waits for the device once.
+    outs: the network's outputs, one a call; with the form `halves` both branches in one. expected: the guidance scale, used
+    if the step agrees with it within rounding; otherwise the scale is fitted. UnsupportedModelError if the input is no such
+    sum. One host sync.
     """
     parts = _parts(outs, output, form)
     if len(parts) > 2:
         raise UnsupportedModelError(
-            f"a step calls the network on {len(parts)} branches; expected one or two: leave out guidance beyond that, {INSTEAD}"
+            f"a step calls the network on {len(parts)} branches; expected one or two: switch other guidance off, {INSTEAD}"
         )
     count = parts[0].shape[0]
     doubled = output.shape[0] == 2 * count
@@ -38,19 +38,19 @@ def guidance_of(
     scale, rounding = 1.0, max(torch.finfo(tensor.dtype).eps for tensor in (output, outs[0])) / 12**0.5
     if len(parts) == 2:
         fitted = along / max(of_apart, 1e-300)
-        # the difference of the branches, its multiple and the sum are rounded each, with errors of variance (eps * x)^2 / 12
-        # or less; over N numbers they average out
+        # the difference of the branches, its multiple and the sum are each rounded, with errors of variance (eps * x)^2 / 12
+        # or less; their mean over N numbers is smaller
         noise = rounding * (2 * fitted**2 * of_apart + of_target) ** 0.5
         doubt = max(1e-4, 8 * noise / max(of_apart * target.numel(), 1e-300) ** 0.5)
         likely = [] if expected is None else [expected, 1 - expected]  # 1 − expected: the other branch comes first
-        likely.append(round(fitted, 4))  # what was typed, most likely
+        likely.append(round(fitted, 4))  # most likely the number that the user gave
         scale = next((value for value in likely if abs(value - fitted) < doubt), fitted)
     left = of_moved - 2 * scale * along + scale**2 * of_apart
     allowed = max(NEAR * of_target**0.5, 1.1 * rounding * (2 * scale**2 * of_apart + of_target) ** 0.5)
     if max(left, 0.0) ** 0.5 > allowed:
         raise UnsupportedModelError(
-            "the guided output is no weighted sum of the network's branches; expected plain guidance: switch off what rescales "
-            f"it, {INSTEAD}"
+            "the guided output is no weighted sum of the network's branches; expected plain guidance: switch its rescaling off, "
+            f"{INSTEAD}"
         )
     return [scale, 1 - scale] if len(parts) == 2 else [1.0], doubled
 
@@ -58,7 +58,7 @@ def guidance_of(
 def combined(
     outs: list[torch.Tensor], weights: list[float], doubled: bool, form: str, like: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the guided output, as the scheduler takes it: of the shape of `like`."""
+    """Returns the guided output in the scheduler's form: of the shape of `like`."""
     parts = _parts(outs, like, form)
     guided = parts[0]
     if len(parts) == 2:
@@ -68,13 +68,13 @@ def combined(
 
 def _shapes(output: torch.Tensor, outs: list[torch.Tensor]) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the scheduler is given {list(output.shape)}, the network returns {list(outs[0].shape)}; expected outputs of the "
-        f"latents' size, of both branches alike: call the pipeline with plain guidance, {INSTEAD}"
+        f"the scheduler receives {list(output.shape)}, the network returns {list(outs[0].shape)}; expected outputs of the "
+        f"latents' size, the same for both branches: call the pipeline with plain guidance, {INSTEAD}"
     )
 
 
 def _parts(outs: list[torch.Tensor], output: torch.Tensor, form: str) -> list[torch.Tensor]:
-    """Returns each branch's output, without the channels behind the scheduler's (a learned variance)."""
+    """Returns each branch's output, without the channels that the scheduler does not use (a learned variance)."""
     parts = list(outs[0].chunk(2)) if form == "halves" else outs
     if parts[0].shape[2:] != output.shape[2:] or parts[0].shape[1] < output.shape[1]:
         raise _shapes(output, outs)

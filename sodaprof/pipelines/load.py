@@ -1,10 +1,11 @@
-"""Loads a pipeline by folder, reference name or hub id, and calls it: labels or prompts, a seed for each generation."""
+"""Loads a pipeline by folder, reference name or hub id, and calls it with labels or prompts and a seed for each generation."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from ..errors import FormatError, SodaprofError, UnsupportedModelError
 from ..formats.files import read_json
 
 REFERENCE = Path(__file__).parents[1] / "reference"
-# inside an installed package, and at the top of the repository
+# in an installed package, and in the repository
 PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
 HUB_TIMEOUT_S = 10
-SMALLEST_BIN = 256  # pixels a side of the smallest square that a pipeline of diffusers rounds picture sizes to
-# a call of a pipeline by its user, who passes prompt embeddings, say: entries, a generator for each -> what it returns
+SMALLEST_BIN = 256  # pixels a side of the smallest square to which diffusers' pipelines round picture sizes
+# a user's call of the pipeline, with prompt embeddings for example: entries, a generator for each -> the pipeline's output
 OwnCall = Callable[[list[int | str], list[torch.Generator]], Any]
 
 
@@ -29,9 +30,9 @@ def reference_models() -> list[str]:
 
 
 def find_model(model: str) -> Path | str:
-    """Returns the folder of a pipeline, or the hub id; SodaprofError where `model` is neither.
+    """Returns the folder of a pipeline, or the hub id; SodaprofError if `model` is neither.
 
-    A folder of a pipeline has a model_index.json, or what `opensora.published` reads.
+    A folder of a pipeline holds a model_index.json, or the files that `opensora.weights` reads.
     """
     folder = Path(model)
     if (folder / "model_index.json").is_file():
@@ -44,8 +45,8 @@ def find_model(model: str) -> Path | str:
         if is_published(folder):
             return folder
         raise SodaprofError(
-            f"{model}: a folder without model_index.json, so no diffusers pipeline. Save one there, or what the authors "
-            f"of Open-Sora published: {NETWORK}/, {AUTOENCODER}/ and {TEXT}/."
+            f"{model}: a folder without model_index.json, so not a diffusers pipeline. Save one there, or the folders that the "
+            f"authors of Open-Sora published: {NETWORK}/, {AUTOENCODER}/ and {TEXT}/."
         )
     if model.count("/") == 1 and not model.startswith((".", "/")):
         return model
@@ -56,47 +57,68 @@ def find_model(model: str) -> Path | str:
 def load_pipeline(model: str, dtype: str | None = None, device: str | None = None, scheduler: str | None = None) -> Any:
     """Returns the diffusers pipeline of `model`, on `device`, ready to call.
 
-    dtype: float32, bfloat16 or float16; by default float32 on a CPU (where half precision is slow) and bfloat16 on a
-    GPU. scheduler: a class of diffusers to sample with in place of the pipeline's own, by its settings. Raises SodaprofError
-    where the model cannot be found or read (within 30 s where the hub is out of reach), or the scheduler is none for it.
+    dtype: float32, bfloat16 or float16; by default float32 on a CPU (half precision is slow there) and bfloat16 on a GPU.
+    scheduler: a class of diffusers to sample with instead of the pipeline's own, with its settings. Settings of the process
+    (verbosity, progress bars, timeouts) are as before afterwards. Raises SodaprofError if the model cannot be found or read
+    (within 30 s if the hub cannot be reached), or the scheduler does not suit it.
     """
-    where = find_model(model)
+    place = find_model(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise SodaprofError(f"--dtype is {dtype!r}; expected float32, bfloat16 or float16.")
     _check_device(device)
+    with quiet_libraries():
+        try:
+            pipe = _read_pipeline(place, getattr(torch, dtype)).to(device)
+        except Exception as error:  # the loaders below raise whatever their parts raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if isinstance(place, str):
+                raise SodaprofError(
+                    f"{model}: not in this machine's cache and not fetched from the hub ({reason[:120]}). "
+                    "Check the name and the network, or give a local folder."
+                ) from None
+            raise FormatError(
+                f"{place}: not loadable as a diffusers pipeline ({reason[:300]}). Save or fetch it anew."
+            ) from None
+        pipe.set_progress_bar_config(disable=True)
+        if scheduler is not None:
+            set_scheduler(pipe, scheduler)
+    return pipe
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Sets short hub timeouts, errors as the only messages and no progress bars while the block runs."""
     import diffusers
     import transformers
     from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import progress_bar_states
 
+    timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    hub_bars = dict(progress_bar_states)
+    verbosity = diffusers.utils.logging.get_verbosity()
+    shown = [x for x in (diffusers.utils.logging, transformers.utils.logging) if x.is_progress_bar_enabled()]
     constants.HF_HUB_ETAG_TIMEOUT = constants.HF_HUB_DOWNLOAD_TIMEOUT = HUB_TIMEOUT_S
     diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    for logging in shown:
+        logging.disable_progress_bar()
     try:
-        pipe = _read_pipeline(where, getattr(torch, dtype)).to(device)
-    except Exception as error:  # the loaders below raise whatever their parts raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if isinstance(where, str):
-            raise SodaprofError(
-                f"{model}: not in this machine's cache and not fetched from the hub ({reason[:120]}). "
-                "Check the name and the network, or give a local folder."
-            ) from None
-        raise FormatError(
-            f"{where}: not loadable as a diffusers pipeline ({reason[:300]}). Save or fetch it anew."
-        ) from None
-    pipe.set_progress_bar_config(disable=True)
-    if scheduler is not None:
-        set_scheduler(pipe, scheduler)
-    return pipe
+        yield
+    finally:
+        constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT = timeouts
+        diffusers.utils.logging.set_verbosity(verbosity)
+        for logging in shown:
+            logging.enable_progress_bar()
+        progress_bar_states.clear()  # those of the hub last: transformers sets them, too
+        progress_bar_states.update(hub_bars)
 
 
 def _check_device(device: str) -> None:
     """Raises SodaprofError unless torch can use the device here."""
     try:
         torch.zeros(1, device=device).tolist()
-    except Exception as error:  # each backend raises what it likes
+    except Exception as error:  # each backend raises errors of its own
         reason = str(error).strip().splitlines()[0][:120]
         raise SodaprofError(
             f"--device is {device!r}; expected one that torch can use here ({reason}). Give cpu, or leave --device out."
@@ -104,9 +126,9 @@ def _check_device(device: str) -> None:
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Puts the scheduler of this class of diffusers in place of the pipeline's, with the settings that both know.
+    """Replaces the pipeline's scheduler by one of this class of diffusers, with the settings that both know.
 
-    SodaprofError where diffusers has none of this name, or it is for discrete diffusions and the pipeline's for flows.
+    SodaprofError if diffusers has no scheduler of this name, or one is for discrete diffusions and the other for flows.
     """
     import diffusers
 
@@ -114,37 +136,37 @@ def set_scheduler(pipe: Any, name: str) -> None:
     own, known = pipe.scheduler, isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
     if not known:
         raise SodaprofError(
-            f"--scheduler {name}: no scheduler of diffusers. Give a class, as DPMSolverMultistepScheduler"
+            f"--scheduler {name}: not a scheduler of diffusers. Give a class, such as DPMSolverMultistepScheduler"
         )
     discrete = "beta_schedule" in inspect.signature(cls).parameters, "beta_schedule" in own.config
     kinds = ["a discrete diffusion" if found else "a flow" for found in discrete]
     if kinds[0] != kinds[1]:
         raise SodaprofError(
-            f"--scheduler {name} samples {kinds[0]}; the pipeline has {type(own).__name__}, for {kinds[1]}. Give one of its kind."
+            f"--scheduler {name} samples {kinds[0]}; the pipeline has {type(own).__name__}, for {kinds[1]}. Give one for that."
         )
     pipe.scheduler = cls.from_config(own.config)
 
 
-def _read_pipeline(where: Path | str, dtype: torch.dtype) -> Any:
-    """Returns the pipeline in `dtype`, on the CPU; whatever diffusers, transformers and safetensors raise."""
+def _read_pipeline(place: Path | str, dtype: torch.dtype) -> Any:
+    """Returns the pipeline in `dtype`, on the CPU; raises whatever diffusers, transformers and safetensors raise."""
     import diffusers
 
-    if isinstance(where, Path):
+    if isinstance(place, Path):
         from ..opensora.pipeline import OpenSoraPipeline
         from ..opensora.weights import load_published
 
-        index = where / "model_index.json"
+        index = place / "model_index.json"
         if not index.is_file():
-            return load_published(where, dtype)
+            return load_published(place, dtype)
         if read_json(index).get("_class_name") == OpenSoraPipeline.__name__:
             # its text encoder runs in float32 in the published script, whatever the network runs in
             parts = {"default": dtype, "text_encoder": torch.float32}
-            return OpenSoraPipeline.from_pretrained(where, dtype=parts)
-    return diffusers.DiffusionPipeline.from_pretrained(where, dtype=dtype)
+            return OpenSoraPipeline.from_pretrained(place, dtype=parts)
+    return diffusers.DiffusionPipeline.from_pretrained(place, dtype=dtype)
 
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """Returns the pipeline's denoising networks by component name; UnsupportedModelError where there is none."""
+    """Returns the pipeline's denoising networks by component name; UnsupportedModelError if there is none."""
     found = {
         name: part
         for name, part in pipe.components.items()
@@ -161,12 +183,12 @@ def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
 def pictures_of(out: Any) -> np.ndarray:
     """Returns the pictures [n, H, W, 3] or clips [n, F, H, W, 3] in [0, 1] of a pipeline's output.
 
-    Raises UnsupportedModelError where it made neither.
+    Raises UnsupportedModelError if it holds neither.
     """
     found = next((getattr(out, name) for name in ("images", "frames") if hasattr(out, name)), None)
     if found is None:
         raise UnsupportedModelError(
-            f"The pipeline returned {type(out).__name__} without images or frames; this release takes these."
+            f"The pipeline returned {type(out).__name__}, which holds neither images nor frames; this release needs these."
         )
     return np.asarray(found, dtype=np.float32)
 
@@ -183,7 +205,7 @@ def default_guidance(pipe: Any) -> float | None:
 
 
 def default_steps(pipe: Any) -> int:
-    """How many steps the pipeline takes when no number is given; 50 where it does not say."""
+    """How many steps the pipeline takes if no number is given; 50 if it has no default."""
     parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
     return parameter.default if parameter is not None and isinstance(parameter.default, int) else 50
 
@@ -191,7 +213,7 @@ def default_steps(pipe: Any) -> int:
 def read_prompts(path: str | Path) -> list[int | str]:
     """Returns the entries of a prompt file, or of a shipped one by its name (`text-to-image`).
 
-    One entry a line, # comments, integers are labels. Raises FormatError where there is none.
+    One entry a line, # comments, integers are labels. Raises FormatError if there is none.
     """
     shipped = [folder / f"{path}.txt" for folder in PROMPT_FOLDERS]
     path = next((p for p in shipped if p.is_file()), Path(path))
@@ -208,7 +230,7 @@ def read_prompts(path: str | Path) -> list[int | str]:
 
 
 def check_entries(pipe: Any, entries: Sequence[int | str]) -> None:
-    """Raises SodaprofError unless the pipeline takes all of these: prompts, or labels that it knows."""
+    """Raises SodaprofError unless the pipeline takes all of these entries: prompts, or labels that it knows."""
     labels = takes_labels(pipe)
     if wrong := [e for e in entries if isinstance(e, int) != labels]:
         want = "integer labels" if labels else "text prompts"
@@ -221,7 +243,7 @@ def check_entries(pipe: Any, entries: Sequence[int | str]) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises SodaprofError for seeds that torch's generators do not take."""
+    """Raises SodaprofError for seeds that torch's generators refuse."""
     if wrong := [seed for seed in (min(seeds), max(seeds)) if not 0 <= seed < 2**64]:
         raise SodaprofError(f"Found the seed {wrong[0]}; expected 0 to 2^64 - 1. Give another --seed.")
 
@@ -232,7 +254,7 @@ def makes_video(pipe: Any) -> bool:
 
 
 def default_prompts(pipe: Any) -> list[int | str]:
-    """Returns the pipeline's own labels where it names a few, or shipped entries: under the model's name, or for its kind."""
+    """Returns the shipped entries of the model's name, else the pipeline's own labels if they are few, else those of its kind."""
     own_list = Path(str(pipe.config.get("_name_or_path", ""))).name
     if any((folder / f"{own_list}.txt").is_file() for folder in PROMPT_FOLDERS):
         return read_prompts(own_list)
@@ -243,7 +265,7 @@ def default_prompts(pipe: Any) -> list[int | str]:
 
 
 def _is_below_bins(pipe: Any) -> bool:
-    """Whether the pipeline would round its own picture size to one of a list, all of which are larger."""
+    """Whether the pipeline would round its own picture size up to the smallest of a list."""
     if "use_resolution_binning" not in inspect.signature(pipe.__call__).parameters:
         return False
     size, factor = pipe.transformer.config.get("sample_size"), getattr(pipe, "vae_scale_factor", None)
@@ -262,9 +284,9 @@ def call(
 ) -> Any:
     """Returns the pipeline's own output for one entry and one seed a generation.
 
-    Each generation draws from its own generator, so that a picture does not depend on what else is in the batch.
+    Each generation has its own generator, so that a picture does not depend on the rest of the batch.
     size: height and width in pixels, by default the pipeline's.
-    own: called in place of the pipeline, with the entries and the generators; it sets everything else itself.
+    own: called instead of the pipeline, with the entries and the generators; it sets everything else itself.
     Raises SodaprofError for entries, seeds, a guidance scale or a size that the pipeline cannot take.
     """
     check_seeds(seeds)

@@ -1,4 +1,4 @@
-"""What a module does with its tokens, tried on one recorded call: its kind, and whether it can run on some of them."""
+"""What a module does with its tokens, tried on one recorded call: its kind, its output's layout, whether it can be pruned."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 Forward = Callable[..., Any]
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # name -> its view as [B, N, D]
+    "": lambda x: x,
+    "channels_last": lambda x: x.flatten(1, -2),  # [B, F, H, W, D]
+    "channels_first": lambda x: x.flatten(2).transpose(1, 2),  # [B, D, H, W]
+    "heads": lambda x: x.flatten(2),  # [B, N, heads, D / heads]
+    "tokens_first": lambda x: x.transpose(0, 1),  # [N, B, D]
+}
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
@@ -16,9 +23,42 @@ def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
 
 
 def other_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Returns the states that an attention takes its keys and values from, None where they are its own."""
+    """Returns the states that an attention takes its keys and values from, None if they are its own."""
     other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return other if torch.is_tensor(other) and other is not hidden_states(args, kwargs) else None
+
+
+def main_part(out: Any) -> Any:
+    """Returns the tensor that a site is measured by: its output, or the first one of a tuple."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def as_tokens(out: torch.Tensor, layout: str) -> torch.Tensor:
+    """Returns the output as [B, N, D], a view if possible."""
+    return LAYOUTS[layout](out)
+
+
+def layout_of(
+    shape: tuple[int, ...], batch: int, widths: Collection[int], attended: Collection[tuple[int, ...]]
+) -> str | None:
+    """Returns the name of the layout of an output of this shape, None if it is ambiguous.
+
+    batch: of the latents; B of a module may be a multiple of it. widths: channels of the outputs [B, N, D] of the same
+    blocks, by which channels are recognised. attended: (B, N) of the attention in the block of an MLP, for [N, B, D].
+    """
+    if len(shape) == 3:
+        if shape[1] == batch > 1 and (shape[0] % batch or (shape[1], shape[0]) in attended):
+            return "tokens_first"
+        return "" if shape[0] % batch == 0 else None
+    if len(shape) < 4 or shape[0] % batch:
+        return None
+    possible = {
+        "channels_last": shape[-1] in widths,
+        "channels_first": shape[1] in widths,
+        "heads": len(shape) == 4 and shape[2] * shape[3] in widths,
+    }
+    found = [name for name, holds in possible.items() if holds]
+    return found[0] if len(found) == 1 else None
 
 
 def with_states(
@@ -41,14 +81,14 @@ def with_rows(
 
 
 def kind_of(kind: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str:
-    """Returns the canonical kind of a site: of attention, whether tokens look at each other, at others, or at both."""
+    """Returns the kind of a site: for attention, whether tokens attend to each other, to other states, or to both."""
     if kind != "attn":
         return kind
     if isinstance(out, tuple):
         return "joint_attn"
     others = other_states(args, kwargs) is not None
     mixes = _mixes(forward, args, kwargs, out)
-    if mixes is None:  # not tried: what it is called with must do
+    if mixes is None:  # cannot be tried: the arguments decide
         return "cross_attn" if others else "attn"
     if not mixes:
         return "cross_attn"
@@ -56,15 +96,15 @@ def kind_of(kind: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _mixes(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool | None:
-    """Whether the even tokens' output depends on the odd tokens, tried by turning these around; None: cannot be tried."""
+    """Whether the even tokens' output depends on the odd tokens, tried by negating these; None: cannot be tried."""
     x = _tokens_in(args, kwargs, out)
     if x is None or x.is_meta:
         return None
-    turned = x.clone()
-    turned[:, 1::2] *= -1
-    some_args, some_kwargs = with_states(args, kwargs, turned)
-    states = {name: turned if value is x else value for name, value in some_kwargs.items()}  # its own keys, by name
-    again = forward(*(turned if value is x else value for value in some_args), **states)
+    negated = x.clone()
+    negated[:, 1::2] *= -1
+    some_args, some_kwargs = with_states(args, kwargs, negated)
+    states = {name: negated if value is x else value for name, value in some_kwargs.items()}  # its own keys, by name
+    again = forward(*(negated if value is x else value for value in some_args), **states)
     kept, size = out[:, ::2].float(), float(out[:, ::2].float().norm())
     return float((again[:, ::2].float() - kept).norm()) > 0.02 * size if size else None
 
@@ -100,17 +140,17 @@ def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
 def with_shorter_text(args: tuple[Any, ...], kwargs: dict[str, Any], latents: Any) -> Iterator[tuple[int, Any, Any]]:
     """Yields (L, args, kwargs): the arguments of a network with L // 2 of the L tokens of a text [B, L, D] in them.
 
-    Whatever else is as long is cut, too: masks and positions. The network may refuse that.
+    Whatever else has the same length is cut, too: masks and positions. The network may refuse that.
     """
-    own = {id(leaf) for leaf in tree_leaves(latents)}
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf) and id(leaf) not in own]
+    of_latents = {id(leaf) for leaf in tree_leaves(latents)}
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf) and id(leaf) not in of_latents]
     texts = [leaf for leaf in leaves if leaf.ndim == 3 and leaf.is_floating_point()]
     for length in dict.fromkeys(leaf.shape[1] for leaf in texts):
         if length < 2 or length == len(latents):
             continue
 
         def cut(leaf: Any, length: int = length) -> Any:
-            if not torch.is_tensor(leaf) or id(leaf) in own:
+            if not torch.is_tensor(leaf) or id(leaf) in of_latents:
                 return leaf
             if leaf.ndim == 3 and leaf.is_floating_point():
                 return leaf[:, : length // 2] if leaf.shape[1] == length else leaf
@@ -119,45 +159,3 @@ def with_shorter_text(args: tuple[Any, ...], kwargs: dict[str, Any], latents: An
             return leaf
 
         yield length, *tree_map(cut, (args, kwargs))
-
-
-LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # name -> [B, N, D] of it; "" is [B, N, D] itself
-    "": lambda x: x,
-    "channels_last": lambda x: x.flatten(1, -2),  # [B, F, H, W, D]
-    "channels_first": lambda x: x.flatten(2).transpose(1, 2),  # [B, D, H, W]
-    "heads": lambda x: x.flatten(2),  # [B, N, heads, D / heads]
-    "tokens_first": lambda x: x.transpose(0, 1),  # [N, B, D]
-}
-
-
-def as_tokens(out: torch.Tensor, layout: str) -> torch.Tensor:
-    """Returns the output as [B, N, D], a view where it can be one."""
-    return LAYOUTS[layout](out)
-
-
-def main_part(out: Any) -> Any:
-    """Returns the tensor that a site is measured by: the output, or the first of the tuple that it is."""
-    return out[0] if isinstance(out, tuple) else out
-
-
-def layout_of(
-    shape: tuple[int, ...], batch: int, widths: Collection[int], attended: Collection[tuple[int, ...]]
-) -> str | None:
-    """Returns the name of the layout of an output of this shape, None where it cannot be told.
-
-    batch: of the latents; B of a module may be a multiple of it. widths: channels of the outputs [B, N, D] of the same
-    blocks, which tell channels from tokens. attended: (B, N) of the attention in the block of an MLP, to tell [N, B, D].
-    """
-    if len(shape) == 3:
-        if shape[1] == batch > 1 and (shape[0] % batch or (shape[1], shape[0]) in attended):
-            return "tokens_first"
-        return "" if shape[0] % batch == 0 else None
-    if len(shape) < 4 or shape[0] % batch:
-        return None
-    fits = {
-        "channels_last": shape[-1] in widths,
-        "channels_first": shape[1] in widths,
-        "heads": len(shape) == 4 and shape[2] * shape[3] in widths,
-    }
-    found = [name for name, holds in fits.items() if holds]
-    return found[0] if len(found) == 1 else None

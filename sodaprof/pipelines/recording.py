@@ -1,12 +1,12 @@
-"""Listens to a pipeline: hooks on its modules, and the first sampling step of a run."""
+"""Records what a pipeline does: hooks on its modules, and the first sampling step of a run."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import MismatchError, SodaprofError, UnsupportedModelError
 from .load import OwnCall, call, transformers_of
+from .patch import patched
 
 Latents = torch.Tensor | list[torch.Tensor]  # of a network call
 
@@ -45,56 +46,25 @@ def tapped(module: nn.Module, function: Callable[..., Any], name: str) -> Abstra
 
 
 @contextmanager
-def stepping(scheduler: Any, step: Callable[..., Any]) -> Iterator[None]:
-    """Replaces the scheduler's step while the block runs; afterwards it is what it was, be it the user's own."""
-    own = vars(scheduler).get("step")
-    scheduler.step = step
-    try:
+def all_tapped(module: nn.Module, paths: Iterable[str], function: Callable[..., Any], name: str) -> Iterator[None]:
+    """Replaces the forwards of submodules by function(path, original_forward, args, kwargs) while the block runs."""
+    with ExitStack() as taps:
+        for path in paths:
+            taps.enter_context(tapped(module.get_submodule(path), partial(function, path), name))
         yield
-    finally:
-        if own is None:
-            del scheduler.step
-        else:
-            scheduler.step = own
-
-
-@contextmanager
-def _starting(scheduler: Any, steps: int) -> Iterator[None]:
-    """Tells of a scheduler that refuses so many steps as one of sodaprof's errors, while the block runs."""
-    own, set_timesteps = vars(scheduler).get("set_timesteps"), scheduler.set_timesteps
-
-    @functools.wraps(set_timesteps)  # pipelines look at what it can be given
-    def start(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return set_timesteps(*args, **kwargs)
-        except ValueError as error:
-            raise SodaprofError(
-                f"{type(scheduler).__name__} does not take {steps} steps: {error} Give another number: --steps N"
-            ) from error
-
-    scheduler.set_timesteps = start
-    try:
-        yield
-    finally:
-        if own is None:
-            del scheduler.set_timesteps
-        else:
-            scheduler.set_timesteps = own
 
 
 @dataclass
 class Step:
     """One recorded sampling step: every call of a network, and what the scheduler was set to.
 
-    Of networks that take turns (Wan 2.2), each one's first step.
+    For networks that take turns (Wan 2.2), the first step of each.
     """
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     timesteps: tuple[float, ...] = ()
     latents: tuple[int, ...] = ()  # shape of the scheduler's sample
-    called: dict[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # of networks that take turns: network -> its steps
+    called: dict[str, tuple[int, ...]] = field(default_factory=dict)  # network -> its steps, if networks take turns
     folds: dict[tuple[str, str], int] = field(default_factory=dict)  # (network, site) -> B of its output a sample
 
     @property
@@ -102,9 +72,46 @@ class Step:
         """Calls of one network in a step."""
         return sum(name == self.calls[0][0] for name, *_ in self.calls)
 
+    def call_of(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of the first recorded call of a network."""
+        return next((args, kwargs) for called, args, kwargs in self.calls if called == name)
 
-class _Enough(Exception):
+
+class _Recorded(Exception):
     """The step is recorded: stop the pipeline."""
+
+
+class _StepRecorder:
+    """Takes the place of a pipeline's networks and of its scheduler's step until the step is recorded."""
+
+    def __init__(self, scheduler: Any, networks: int) -> None:
+        self.scheduler, self.networks = scheduler, networks
+        self.step = Step()
+        self.done = 0  # scheduler steps
+        self.outputs: dict[str, Any] = {}  # the latest of each network
+        self.called: dict[str, list[int]] = {}  # network -> the steps that called it
+
+    def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs and records a network at its first step; at later steps it returns the same output again."""
+        steps = self.called.setdefault(name, [])
+        if steps[-1:] != [self.done]:
+            steps.append(self.done)
+        if steps == [self.done]:
+            self.step.calls.append((name, args, kwargs))
+            self.outputs[name] = forward(*args, **kwargs)
+        return self.outputs[name]
+
+    def advance(
+        self, take_step: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Takes a step, unless all networks were called at the first one or it is the last."""
+        self.done += 1
+        if self.done == 1:
+            self.step.timesteps = tuple(self.scheduler.timesteps.tolist())
+            self.step.latents = tuple(sample.shape)
+        if (self.done == 1 and len(self.called) == self.networks) or self.done == len(self.step.timesteps):
+            raise _Recorded
+        return take_step(model_output, timestep, sample, *args, **kwargs)
 
 
 def record_step(
@@ -112,51 +119,35 @@ def record_step(
 ) -> Step:
     """Returns the first step of a run of the pipeline, which is stopped there.
 
-    Where not all transformers are called at it, the run goes on to its end, to see which steps are whose; those that were
-    recorded compute no more. Raises SodaprofError for numbers of steps that the scheduler does not take.
+    If a transformer is not called at it, the run goes on to its end, to see which steps call which transformer; those that
+    are recorded compute no more. Raises SodaprofError for numbers of steps that the scheduler does not take.
     """
     if steps < 1:
         raise SodaprofError(f"--steps is {steps}; expected at least 1.")
-    step = Step()
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
     if "_sodaprof" in vars(scheduler):
-        raise MismatchError("The pipeline carries a schedule; it is looked at plain. Take it off: handle.remove()")
-    take_step = scheduler.step
-    outputs: dict[str, Any] = {}  # the latest of each transformer
-    called: dict[str, list[int]] = {}  # transformer -> the steps that called it
-    done = 0
+        raise MismatchError(
+            "The pipeline carries a schedule; a run is recorded without one. Remove it: handle.remove()"
+        )
 
-    def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        done += 1
-        if not step.timesteps:
-            step.timesteps = tuple(scheduler.timesteps.tolist())
-            step.latents = tuple(sample.shape)
-        if (done == 1 and len(called) == len(parts)) or done == len(step.timesteps):
-            raise _Enough
-        return take_step(model_output, timestep, sample, *args, **kwargs)
+    def start(set_timesteps: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return set_timesteps(*args, **kwargs)
+        except ValueError as error:
+            raise SodaprofError(
+                f"{type(scheduler).__name__} does not take {steps} steps: {error} Give another number: --steps N"
+            ) from error
 
-    def record(name: str) -> Callable[..., Any]:
-        def tap(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            steps = called.setdefault(name, [])
-            if steps[-1:] != [done]:
-                steps.append(done)
-            if steps == [done]:
-                step.calls.append((name, args, kwargs))
-                outputs[name] = forward(*args, **kwargs)
-            return outputs[name]
-
-        return tap
-
-    with ExitStack() as stack:
+    recorder = _StepRecorder(scheduler, len(parts))
+    with ExitStack() as patches, suppress(_Recorded):
         for name, module in parts.items():
-            stack.enter_context(tapped(module, record(name), "sodaprof.record"))
-        stack.enter_context(stepping(scheduler, advance))
-        stack.enter_context(_starting(scheduler, steps))
-        with suppress(_Enough):
-            call(pipe, entries, [0] * len(entries), steps, guidance_scale, own=own)
-    if any(len(steps) < done for steps in called.values()):
-        step.called = {name: tuple(steps) for name, steps in called.items()}
+            patches.enter_context(tapped(module, partial(recorder.call, name), "sodaprof.record"))
+        patches.enter_context(patched(scheduler, "step", recorder.advance))
+        patches.enter_context(patched(scheduler, "set_timesteps", start))
+        call(pipe, entries, [0] * len(entries), steps, guidance_scale, own=own)
+    step = recorder.step
+    if any(len(of_network) < recorder.done for of_network in recorder.called.values()):
+        step.called = {name: tuple(of_network) for name, of_network in recorder.called.items()}
     if not step.calls or not step.timesteps:
         raise UnsupportedModelError(f"{type(pipe).__name__} called no transformer before its scheduler's first step.")
     return step
@@ -165,7 +156,7 @@ def record_step(
 def latents_of(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Latents:
     """Returns the latents that a transformer is called with, its first argument: a tensor, or a list of one a sample.
 
-    Raises UnsupportedModelError where it is something else.
+    Raises UnsupportedModelError if it is something else.
     """
     if args:
         latents = args[0]
@@ -175,13 +166,13 @@ def latents_of(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     if torch.is_tensor(latents) or (isinstance(latents, list) and latents and all(map(torch.is_tensor, latents))):
         return latents
     raise UnsupportedModelError(
-        f"{type(transformer).__name__} takes its latents as {type(latents).__name__}; this release drives transformers "
+        f"{type(transformer).__name__} takes its latents as {type(latents).__name__}; this release runs transformers "
         "whose first argument is one tensor, or a list with a tensor for each sample."
     )
 
 
 def is_halved(latents: Latents) -> bool:
-    """Whether a network input holds the same latents twice, as it does where both guidance branches share a batch."""
+    """Whether a network input holds the same latents twice, as it does if both guidance branches share a batch."""
     half = len(latents) // 2
     if half == 0 or len(latents) != 2 * half:
         return False

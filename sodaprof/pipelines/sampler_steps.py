@@ -1,10 +1,10 @@
-"""A scheduler's own steps as numbers, found by asking the scheduler: `own_update`; and these, or others, at work: `advance`.
+"""A scheduler's own steps as coefficients, measured on the scheduler: `own_update`; steps by coefficients: `advance`.
 
-A run of the scheduler is simulated in float64 on vectors that are coordinates: the first sample is one unit vector, and each
-step's output is chosen so that what the update weighs (the output itself, or the data prediction that the scheduler keeps of
-it) is another. What a step makes of the sample and of what came before then stands in the result, digit by digit. Elements
-that are fed zeros show the noise. A second run on random numbers must be the same sums: a step that clips, thresholds or
-mixes elements is refused, not approximated.
+A run of the scheduler is simulated in float64 on vectors that are coordinates: the first sample is a unit vector, and each
+step's output is chosen so that the value that the update weighs (the output itself, or the data prediction that the scheduler
+makes of it) is another unit vector. The result of a step then holds its coefficients. Elements whose inputs are zero show the
+noise. A second run on random numbers must equal the same sums: a step that clips, thresholds or mixes elements is refused, not
+approximated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import UnsupportedModelError
 from ..formats.sampler import MAX_HISTORY, Basis, OwnUpdate
 
-LOOP_SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {  # made for a captured step, and what their config may say
+LOOP_SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {  # a captured step can contain them -> settings allowed
     "DDIMScheduler": {},
     "DDPMScheduler": {},
     "DPMSolverMultistepScheduler": {"algorithm_type": ("dpmsolver++", "dpmsolver")},
@@ -30,17 +30,17 @@ LOOP_SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {  # made for a capture
     "UniPCMultistepScheduler": {"solver_p": (None,)},
 }
 SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {**LOOP_SCHEDULERS, "EulerDiscreteScheduler": {}}
-WIDENING = ("RectifiedFlowScheduler",)  # their steps answer in fp32 or wider, the others' in the latents' dtype
-PLAIN: dict[str, tuple[Any, ...]] = {  # settings under which a step is a weighted sum; the first value is what to set
+WIDENING = ("RectifiedFlowScheduler",)  # their steps return fp32 or wider, the others' the latents' dtype
+PLAIN: dict[str, tuple[Any, ...]] = {  # settings with which a step is a weighted sum; messages recommend the first
     "clip_sample": (False,),
     "thresholding": (False,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
 }
 INSTEAD = "or do without fitted updates and whole steps (--runtime captured)"
-SILENT, PROBES = 8, 64  # elements that are fed zeros, so that noise alone comes back; elements of the random run
-LOUD = 100.0  # standard deviation of the random run: beyond whatever a scheduler may clip at
-EXACT = 1e-10  # relative: what is left unexplained of a float64 sum
-ROUNDING = 1e-14  # relative to a step's largest coefficient: one below is 0
+SILENT, PROBES = 8, 64  # elements with zero inputs, which return noise alone; elements of the random run
+LOUD = 100.0  # standard deviation of the random run: beyond the values at which a scheduler may clip
+EXACT = 1e-10  # relative: largest residual of a float64 sum
+ROUNDING = 1e-14  # relative to a step's largest coefficient: smaller ones are 0
 COLUMNS = ("sample", "data of sample", "data of output")  # of a table, then one for each V, newest first
 
 
@@ -57,17 +57,17 @@ class _Wide(Tensor):
 def own_update(scheduler: Any, timesteps: Any) -> OwnUpdate:
     """Returns the scheduler's own steps through timesteps ([T], tensor or list, in the order of the steps) as an update.
 
-    The scheduler is to stand as the pipeline leaves it before its loop (`set_timesteps` called, begin index set where it
-    is) and is not changed. The numbers are those of a run which passes `step` nothing but a generator: no `eta` other than
-    0, no `per_token_timesteps`. UnsupportedModelError names what makes its steps no weighted sums, and what to do.
+    The scheduler must be in its state before the pipeline's loop (`set_timesteps` called, begin index set if the pipeline
+    sets it) and is not changed. The coefficients are those of a run which passes only a generator to `step`: no `eta` other
+    than 0, no `per_token_timesteps`. UnsupportedModelError names the reason if its steps are no weighted sums, and what to do.
     """
     refuse_settings(scheduler)
     name, steps = type(scheduler).__name__, _stretch(scheduler, timesteps)
-    at = 0
+    current = 0
 
     def note(step: int) -> None:
-        nonlocal at
-        at = step
+        nonlocal current
+        current = step
 
     try:
         pairs, noise, states = _simulated(_fresh(scheduler), steps, note)
@@ -76,19 +76,19 @@ def own_update(scheduler: Any, timesteps: Any) -> OwnUpdate:
         _check(found, _fresh(scheduler), steps, note)
     except (ArithmeticError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"{name}: step {at} of {len(steps)} (timestep {steps[at].item():g}) cannot be tabled: {error}. Take"
-            f" DPMSolverMultistepScheduler (2M), DDIM or flow-match Euler with settings that it runs, {INSTEAD}."
+            f"{name}: step {current} of {len(steps)} (timestep {steps[current].item():g}) cannot be tabled: {error}. Take"
+            f" DPMSolverMultistepScheduler (2M), DDIM or flow-match Euler with settings that it supports, {INSTEAD}."
         ) from error
     return found
 
 
 def basis_of(scheduler: Any) -> Basis:
-    """Returns what the scheduler's steps are weighted sums of: `data` where it keeps data predictions of its outputs."""
+    """Returns what the scheduler's steps weigh: `data` if it keeps data predictions of its outputs, else `output`."""
     return "output" if getattr(scheduler, "model_outputs", None) is None else "data"
 
 
 def refuse_settings(scheduler: Any) -> None:
-    """Raises UnsupportedModelError for schedulers and settings that are known not to be weighted sums, by name."""
+    """Raises UnsupportedModelError for schedulers and settings whose steps are known to be no weighted sums, by name."""
     name = type(scheduler).__name__
     if name not in SCHEDULERS:
         raise UnsupportedModelError(
@@ -102,11 +102,11 @@ def refuse_settings(scheduler: Any) -> None:
                 f" outputs. Set {key}={allowed[0]!r} ({name}.from_config(scheduler.config, {key}={allowed[0]!r}),"
                 f" which may change what is sampled), {INSTEAD}."
             )
-    clock = vars(scheduler).get("_sodaprof")  # wraps step on the instance; what it wraps is the class's, or somebody's
-    own = vars(scheduler).get("step") if clock is None else clock.saved.get("step")
+    clock = vars(scheduler).get("_sodaprof")  # it patches the instance's step, whatever that was before
+    own = vars(scheduler).get("step") if clock is None else clock.replaced_step
     if own is not None:
         raise UnsupportedModelError(
-            f"{name}: its step was replaced on this instance, so the class's steps are not what runs. Take that off"
+            f"{name}: its step was replaced on this instance, so the class's steps do not run. Remove the replacement"
             f" (del scheduler.step), {INSTEAD}."
         )
 
@@ -120,9 +120,9 @@ def table_of(coefficients: Any, data: Any) -> Tensor:
 def advance(table: Tensor, step: Tensor, x: Tensor, v: Tensor, ring: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Returns (x', ring') of one step: x' in x's dtype. Tensor operators only, no host copy.
 
-    table [T, 3 + K] and step (int64 [1], 0 … T − 1) lie on the device of x, v and noise, which are of one shape; ring [K, …]
-    holds the V of the steps before, newest first, in the table's dtype; before there are any, anything finite. noise is
-    weighted already. The sums are taken in the table's dtype and rounded once.
+    table [T, 3 + K] and step (int64 [1], 0 … T − 1) are on the device of x, v and noise, which have one shape; ring [K, …]
+    holds the V of earlier steps, newest first, in the table's dtype; any finite values before the first step. noise is
+    already weighted. The sums are computed in the table's dtype and rounded once.
     """
     row = table.index_select(0, step).reshape(-1)
     sample, of_sample, of_output = row[:3].unbind()
@@ -135,7 +135,7 @@ def advance(table: Tensor, step: Tensor, x: Tensor, v: Tensor, ring: Tensor, noi
 
 
 def _stretch(scheduler: Any, timesteps: Any) -> Tensor:
-    """Returns the timesteps [T]; UnsupportedModelError where the scheduler would not go through them."""
+    """Returns the timesteps [T]; UnsupportedModelError if they are no consecutive part of the scheduler's."""
     steps = torch.as_tensor(timesteps).detach().cpu().reshape(-1)
     own = getattr(scheduler, "timesteps", None)
     known = torch.as_tensor([] if own is None else own).detach().cpu()
@@ -143,14 +143,14 @@ def _stretch(scheduler: Any, timesteps: Any) -> Tensor:
     begins = range(len(known)) if begin is None else [begin]
     if not len(steps) or not any(torch.equal(known[i : i + len(steps)].double(), steps.double()) for i in begins):
         raise UnsupportedModelError(
-            f"{type(scheduler).__name__}: the {len(steps)} timesteps asked for are not a stretch of its own {len(known)}"
+            f"{type(scheduler).__name__}: the {len(steps)} requested timesteps are no consecutive part of its own {len(known)}"
             f"{'' if begin is None else f' from index {begin}'}: call set_timesteps first, and pass scheduler.timesteps."
         )
     return steps.to(known.dtype)  # Euler refuses whole numbers
 
 
 def _fresh(scheduler: Any) -> Any:
-    """Returns a copy before its first step, all on the CPU, without what is put on the instance."""
+    """Returns a copy in its state before the first step, on the CPU, without methods set on the instance."""
     probe = copy.copy(scheduler)
     for key, value in list(vars(probe).items()):
         if key in ("step", "set_timesteps", "_sodaprof"):
@@ -169,17 +169,17 @@ def _fresh(scheduler: Any) -> Any:
 
 
 def _stepped(probe: Any, v: Tensor, t: Tensor, x: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns (sample, noise): what the probe's next step makes, and the noise that it drew if it drew any."""
+    """Returns (sample, noise): the result of the probe's next step, and the noise that it draws if it draws any."""
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator} if "generator" in inspect.signature(probe.step).parameters else {}
     out = probe.step(v.as_subclass(_Wide), t, x.as_subclass(_Wide), return_dict=False, **options)[0]
     if out.dtype != torch.float64 or not out.isfinite().all():
-        raise ValueError("it makes numbers that are not finite (its betas do not go with its prediction_type)")
+        raise ValueError("its numbers are not finite (its betas do not suit its prediction_type)")
     return out.as_subclass(Tensor), torch.randn(x.shape, generator=generator.manual_seed(seed), dtype=torch.float64)
 
 
 def _pair(probe: Any, t: Tensor, like: Tensor) -> tuple[float, float]:
-    """Returns (α, β): the scheduler keeps α · sample + β · output of the step that the probe stands before."""
+    """Returns (α, β): the scheduler keeps α · sample + β · output of the probe's next step."""
     if basis_of(probe) == "output":
         return 0.0, 1.0
     other = copy.copy(probe)
@@ -192,7 +192,7 @@ def _pair(probe: Any, t: Tensor, like: Tensor) -> tuple[float, float]:
     kept = other.model_outputs[-1].as_subclass(Tensor)
     alpha, beta = kept[0, :2].tolist()
     if not kept.isfinite().all() or not beta:
-        raise ValueError("what it keeps of its outputs is not finite, or does not hold them")
+        raise ValueError("the data predictions that it keeps are not finite, or do not depend on its outputs")
     return alpha, beta
 
 
@@ -221,7 +221,7 @@ def _simulated(
 
 
 def _solved(states: Tensor, note: Callable[[int], None]) -> Tensor:
-    """Returns the coefficients fp64 [T, 1 + K] with the shortest history that explains every state by the one before."""
+    """Returns the coefficients fp64 [T, 1 + K] with the shortest history that gives every state from the one before."""
     for history in range(1, MAX_HISTORY + 1):
         rows = torch.zeros(len(states) - 1, 1 + history, dtype=torch.float64)
         for step, (x, after) in enumerate(pairwise(states)):
@@ -234,13 +234,13 @@ def _solved(states: Tensor, note: Callable[[int], None]) -> Tensor:
             if left[old].norm() > EXACT * after.norm():
                 break
             rows[step, 0], rows[step, 1 : 1 + len(recent)] = weight, left[recent]
-        else:  # what is rounding is 0
+        else:  # rounding errors become 0
             return torch.where(rows.abs() < ROUNDING * rows.abs().amax(1, keepdim=True), 0.0, rows)
     raise ValueError(f"it is no weighted sum of its sample and the last {MAX_HISTORY} outputs")
 
 
 def _check(found: OwnUpdate, probe: Any, steps: Tensor, note: Callable[[int], None]) -> None:
-    """Raises ValueError where a run on loud random numbers, with its noise, is not the sums that were found."""
+    """Raises ValueError unless a run on large random numbers, with its noise, equals the sums that were found."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBES, generator=generator, dtype=torch.float64) * LOUD
     ring: list[Tensor] = []
@@ -259,6 +259,6 @@ def _check(found: OwnUpdate, probe: Any, steps: Tensor, note: Callable[[int], No
 
 
 def in_loop(scheduler: Any) -> bool:
-    """Whether the scheduler's step is one of those that a captured step contains."""
+    """Whether a captured step can contain the scheduler's step."""
     wanted = LOOP_SCHEDULERS.get(type(scheduler).__name__)
     return wanted is not None and all(scheduler.config.get(key, values[0]) in values for key, values in wanted.items())

@@ -1,23 +1,36 @@
-"""Finds the candidate sites of a transformer by structure alone: what attends, what is a feed-forward. No list of models."""
+"""Finds the candidate sites of a transformer by structure alone: attention and feed-forward modules. No list of models."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_processor import Attention, MochiAttention
 from torch import nn
 
-Modules = dict[str, tuple[str, int, str, str, nn.Module]]  # path -> (stack, layer, module, kind, module)
 ATTENTION = (Attention, MochiAttention, AttentionModuleMixin)
 ATTENTION_CLASS = re.compile(r"attn|attention", re.I)
 NO_ATTENTION_CLASS = re.compile(r"norm|processor|block|layer$", re.I)
 MLP_NAME = re.compile(r"^(\w+_)?(ff|ffn|feed_?forward|mlp|moe)(_\w+)?\d*$")
 
 
+class Candidate(NamedTuple):
+    """A module that may be a site."""
+
+    stack: str
+    layer: int
+    name: str  # path within the block
+    kind: str  # attn, mlp or fused
+    module: nn.Module
+
+
+Modules = dict[str, Candidate]  # by path in the transformer
+
+
 def find_modules(transformer: nn.Module) -> Modules:
-    """Returns {path: (stack, layer, module, kind, module)} of every candidate site, by structure alone."""
+    """Returns the candidate sites of all stacks of blocks that contain attention."""
     found = {}
     for stack, child in transformer.named_children():
         if not isinstance(child, nn.ModuleList):
@@ -29,7 +42,7 @@ def find_modules(transformer: nn.Module) -> Modules:
             if not any(kind == "mlp" for _, kind, _ in block):
                 block += _inline(child[layer])
             for path, kind, module in block:
-                found[f"{stack}.{layer}.{path}"] = (stack, layer, path, kind, module)
+                found[f"{stack}.{layer}.{path}"] = Candidate(stack, layer, path, kind, module)
     return found
 
 
@@ -43,9 +56,9 @@ def _candidates(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, 
 
 
 def _inline(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
-    """Returns the one projection in which an MLP ends that is written out in the block itself; none where there is none.
+    """Returns the last projection of an MLP whose layers are direct children of the block, if there is exactly one.
 
-    It narrows. "fused": it takes the attention's output too, side by side with the MLP's; else it is the MLP's alone.
+    It narrows. "fused": its input is the attention's output next to the MLP's; otherwise it is the MLP's alone.
     """
     linear = {name: part for name, part in block.named_children() if isinstance(part, nn.Linear)}
     ends = {name: part for name, part in linear.items() if part.in_features > part.out_features}
@@ -59,11 +72,12 @@ def _inline(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
 
 def _kind(name: str, module: nn.Module) -> str | None:
     cls = type(module).__name__
-    weighs = any(isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d) for m in module.modules())
-    if isinstance(module, ATTENTION) or (ATTENTION_CLASS.search(cls) and not NO_ATTENTION_CLASS.search(cls) and weighs):
+    weighted = any(isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d) for m in module.modules())
+    attends = ATTENTION_CLASS.search(cls) and not NO_ATTENTION_CLASS.search(cls) and weighted
+    if isinstance(module, ATTENTION) or attends:
         return "attn"
     if isinstance(module, FeedForward):
         return "mlp"
-    if MLP_NAME.match(name) and not isinstance(module, nn.Linear) and "Norm" not in cls and weighs:
+    if MLP_NAME.match(name) and not isinstance(module, nn.Linear) and "Norm" not in cls and weighted:
         return "mlp"
     return None

@@ -1,6 +1,6 @@
 """What a profile takes, from the shapes of its sites alone: rings on the device, sums on the host, tables on disk.
 
-The arithmetic stands in docs/concepts.md, with the figures of PixArt-XL at 1024 and Open-Sora at 480p.
+docs/concepts.md explains the arithmetic, with the figures of PixArt-XL at 1024 and Open-Sora at 480p.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from ..errors import SodaprofError
 from ..formats.sites import Site
 from ..formats.tables import METRICS
 
-MOST_COORDINATES = 16384  # of a generation on one branch that take part in a site's products; else a sample of so many
+MOST_COORDINATES = 16384  # of a generation on one branch in a site's products; of larger tensors a sample of so many
 MOST_TOKENS = 1024  # of a site's vector of errors a token; longer ones are pooled
-BOOKS = 12  # bytes a token in the ring beside its features: norms and products
+BOOKS = 12  # bytes a token in the ring in addition to its features: norm and rank
 
 
 class Grid(NamedTuple):
-    """A raster of tokens, whose errors are averaged over side x side blocks of each frame, smaller ones at its edges."""
+    """A raster of tokens whose errors are averaged over side x side blocks of each frame, smaller at the edges."""
 
     frames: int
     rows: int
@@ -39,7 +39,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Shapes:
-    """What of a model and a request decides how much a profile takes."""
+    """The sizes of a model and a request that decide how much a profile takes."""
 
     sites: Sequence[Site]
     rows: Sequence[int]  # tokens of a generation's step at each site: both branches, folded samples included
@@ -50,18 +50,18 @@ class Shapes:
     ages: int
     item: int  # bytes of a feature's element
     rates: int
-    latent: int = 0  # elements of a generation's latents; 0 where no products are taken
-    history: int = 0  # oldest age of the products of outputs; 0 where none are taken
-    stacks: Sequence[int] = ()  # elements of what the last block hands on, a generation and branch, of each transformer
+    latent: int = 0  # elements of a generation's latents; 0 if no products are measured
+    history: int = 0  # oldest age of the products of outputs; 0 if none are measured
+    stacks: Sequence[int] = ()  # elements of each stack's output, a generation and branch
 
     def ring(self, site: int, batch: int) -> int:
-        """Bytes of a site's features of all ages, and what is noted beside them; and of the steps kept for its products."""
+        """Bytes of a site's features of all ages with norms and ranks, and of the steps kept for its products."""
         features = self.ages * self.rows[site] * batch * (self.sites[site].width * self.item + BOOKS)
         return features + self._kept(self._elements(site), batch) * self.item
 
     def scratch(self, batch: int) -> int:
-        """Bytes whatever the group: differences of the widest site in fp32 (of both branches, where they come at once), and
-        what the products of states, outputs and stacks need."""
+        """Bytes for any group: differences of the widest site in fp32 (of both branches if they share a batch), and what the
+        products of states, outputs and stacks need."""
         widest = max((n * site.width for n, site in zip(self.rows, self.sites, strict=True)), default=0) * batch
         differences = self.ages * (widest if self.halves else widest // self.branches) * 4
         stacks = sum(self._kept(size, batch) * (self.item + 4) for size in self.stacks)  # the drift in fp32
@@ -72,7 +72,7 @@ class Shapes:
         return self.rows[site] * self.sites[site].width // self.branches
 
     def _kept(self, size: int, batch: int) -> int:
-        """Elements that are kept for the products of a tensor with `size` on a generation's branch."""
+        """Elements kept for the products of a tensor of this size on a generation's branch."""
         slots = min(self.steps, slots_of(self.history)) if self.history else 0
         return slots * self.branches * batch * coordinates_of(size)
 
@@ -94,20 +94,20 @@ class Shapes:
 
     @property
     def disk_bytes(self) -> int:
-        """Of the tables, before compression."""
+        """Bytes of the tables, before compression."""
         return self.cells * (self.branches + 1) * (24 + 8 * self.rates) + 2 * self.vectors + 24 * self.products
 
     @property
     def host_bytes(self) -> int:
-        """Of the sums, in float64."""
+        """Bytes of the sums, in float64."""
         errors = 2 * self.cells * (self.branches + 1) * (len(METRICS) + self.rates) + self.vectors
         return 8 * (errors + 2 * self.products)
 
 
 def passes(shapes: Shapes, batch: int, free: float) -> tuple[int, list[list[int]]]:
-    """Returns the batch and the groups of sites, one pass over all trajectories each: few passes first, then a large batch.
+    """Returns the batch and the groups of sites, each a pass over all trajectories: few passes first, then a large batch.
 
-    batch: the largest wanted; free: bytes on the device. SodaprofError where not even one site fits.
+    batch: the largest allowed; free: bytes on the device. SodaprofError if a single site is not within memory.
     """
     found: tuple[int, list[list[int]]] | None = None
     while batch:
@@ -128,7 +128,7 @@ def passes(shapes: Shapes, batch: int, free: float) -> tuple[int, list[list[int]
 
 
 def grouped(sizes: Sequence[int], free: float) -> list[list[int]]:
-    """Returns the numbers of consecutive sizes in as few groups as fit `free` each."""
+    """Returns the numbers of consecutive sizes in as few groups as possible, each of at most `free` in all."""
     groups: list[list[int]] = [[]]
     used = 0
     for i, size in enumerate(sizes):
@@ -141,19 +141,19 @@ def grouped(sizes: Sequence[int], free: float) -> list[list[int]]:
 
 
 def coordinates_of(size: int) -> int:
-    """Returns how many elements of a tensor take part in its products: all, or a sample."""
+    """Returns how many elements of a tensor are in its products: all, or a sample."""
     return min(size, MOST_COORDINATES)
 
 
 def slots_of(history: int) -> int:
-    """Returns how many steps are kept for products up to this age: twice as many, so that they are taken in large matmuls."""
+    """Returns how many steps are kept for products up to this age: twice as many, for large matrix products."""
     return 2 * (history + 1)
 
 
 def grid_of(tokens: int, raster: tuple[int, int, int] | None, full: bool) -> Grid:
     """Returns the grid of a site's errors a token: the finest of at most MOST_TOKENS numbers, or one number a token.
 
-    raster: frames, rows and columns of the tokens, None where they are no raster (text among them): then runs of tokens.
+    raster: frames, rows and columns of the tokens, None if they form no raster (text among them): then runs of tokens.
     """
     grid = Grid(*(raster or (1, 1, tokens)), 1)
     while not full and grid.size > MOST_TOKENS and grid.shape[1:] != (1, 1):

@@ -1,6 +1,6 @@
-"""Sums over the generations of inner products over the steps, and their table.
+"""Sums over the generations of inner products between steps, and their table.
 
-With them the error of any linear forecast or update, from any source steps, is a quadratic form.
+From them the error of any linear forecast or update, from any source steps, follows as a quadratic form.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from .budget import coordinates_of
 
 @dataclass(frozen=True)
 class Track:
-    """A tensor whose values at different steps are multiplied: a site's output, or what the last block hands on."""
+    """A tensor whose values at different steps are multiplied: a site's output, the stack's, or its drift."""
 
-    kind: str  # site, output (after the last block), drift (that less the input of the first block)
+    kind: str  # site, output (of the last block), drift (its difference from the input of the first block)
     transformer: str
     site: Site | None  # None for output and drift
     size: int  # elements of a generation on one branch
 
     @property
     def name(self) -> str:
-        """What the choice of coordinates depends on."""
+        """The seed of the choice of coordinates."""
         return f"{self.transformer}.{self.site.key if self.site else self.kind}"
 
     @property
     def coordinates(self) -> int:
-        """Elements of a generation on one branch that are multiplied: all, or as many as MOST_COORDINATES allows."""
+        """Elements of a generation on one branch that are multiplied: all, or MOST_COORDINATES."""
         return coordinates_of(self.size)
 
 
@@ -41,13 +41,13 @@ class GramSums:
     """Sums of the products over generations, on the host, and their table."""
 
     def __init__(self, tracks: Sequence[Track], steps: int, ages: int, latent: int) -> None:
-        """ages: of the band (0…ages) of the tracks' products; latent: elements of a generation's latents."""
+        """ages: oldest age of the tracks' products; latent: elements of a generation's latents."""
         self.tracks, self.steps, self.ages, self.latent = tracks, steps, ages, latent
         self.states = np.zeros((2 * steps + 1, 2 * steps + 1))
         self.products = np.zeros((len(tracks), steps, ages + 1))
 
     def add(self, track: int, last: int, products: np.ndarray) -> None:
-        """Adds products [new, rows] of the outputs at the `new` steps up to `last` with those at the `rows` steps up to it."""
+        """Adds products [new, rows] of the outputs at the last `new` steps up to `last` with those at the last `rows` steps."""
         new, rows = products.shape
         for i in range(new):
             row = rows - new + i
@@ -68,21 +68,21 @@ class GramSums:
         samples: int,
         response: dict[int, tuple[float, float]] | None = None,
     ) -> None:
-        """Writes gram.parquet. past: steps of its turn before each step, by transformer; samples: generations summed.
+        """Writes gram.parquet. past: steps of its turn before each step, by transformer; samples: generations in the sums.
 
-        response: what `measure_response` returned.
+        response: of `measure_response`.
         """
         row, column = np.tril_indices(len(self.states))
         parts = [_rows("state", "", None, row, column, self.states[row, column], self.latent)]
         for track, sums in zip(self.tracks, self.products, strict=True):
-            before = np.minimum(past[track.transformer], self.ages)  # −1 where it is not called
+            before = np.minimum(past[track.transformer], self.ages)  # −1 if it is not called
             step, age = np.nonzero(np.arange(self.ages + 1) <= before[:, None])
             place = (track.kind, track.transformer, track.site)
             parts.append(_rows(*place, step, step - age, sums[step, age], track.coordinates))
         if response:
-            at = np.array(list(response))
+            steps = np.array(list(response))
             for kind, sums in zip(("away", "response"), np.array(list(response.values())).T, strict=True):
-                parts.append(_rows(kind, "", None, at, at, sums, self.latent))
+                parts.append(_rows(kind, "", None, steps, steps, sums, self.latent))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         columns["product"] = columns["product"] / samples
         columns["n"] = np.full(len(columns["row"]), samples, dtype=np.int32)

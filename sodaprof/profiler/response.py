@@ -1,4 +1,4 @@
-"""How the guided output moves with the latents: what an update that is fitted without the model knows of its own errors."""
+"""The response: how the guided output moves along an error of the latents, for updates that are fitted without the model."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ..pipelines.replay import Replay, ReplaySpace
 from .plan import ProfilePlan
 
 EVERY = 3  # the accelerated run calls the network at every third step
-POINTS = 10  # at which it is measured at least, in even intervals: a short run changes more from step to step
-MOST, SHARE = 4, 25  # generations: at most, and one of so many samples
-LEAST = 16  # samples below which it would cost more than it is worth: a run of a generation and a third of one
+POINTS = 10  # steps at least at which it is measured, in even intervals: a short run changes more from step to step
+MOST, SHARE = 4, 25  # generations: at most, and one for so many samples
+LEAST = 16  # samples; with fewer, the additional run and a third of one are too large a share of the profile
 
 
 def generations(samples: int) -> int:
-    """Returns how many of the samples are run accelerated, too."""
+    """Returns how many of the samples are also run accelerated."""
     return 0 if samples < LEAST else max(1, min(MOST, samples // SHARE))
 
 
 def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, float]] | None:
-    """Returns <d, d> and <d, r> by step, summed over a few generations; None where they cannot be replayed.
+    """Returns <d, d> and <d, r> by step, summed over a few generations; None if they cannot be replayed.
 
-    d: how far an accelerated run (full at every third step, its update fitted on the way) is from the plain one; r: how far
-    its guided output is. Their ratio is the response. Taken where the run calls the network, in runs of less than 30 steps in
-    between, too, and at the last step; before the first step d is zero.
+    d: difference of the latents between an accelerated run (full at every third step, its update fitted step by step) and
+    the plain one; r: difference of the guided outputs. Their ratio is the response. Measured at the steps that call the
+    network, in runs of less than 30 steps also between them, and at the last step; before the first step d is zero.
     """
     request, count = plan.request, generations(plan.request["samples"])
     if not count:
@@ -34,20 +34,20 @@ def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, flo
     entries = [request["prompts"][i % len(request["prompts"])] for i in range(count)]
     try:
         replay = Replay(pipe, plan.sampler, entries, [request["seed"] + i for i in range(count)], own=plan.own)
-    except UnsupportedModelError:  # the update, which alone asks for it, is refused there by name
+    except UnsupportedModelError:  # only the update needs it, which is refused for the same reason
         return None
     space = ReplaySpace(replay)
     stepper = Stepper(space, MAX_HISTORY)
-    at, found = stepper.start(), dict[int, tuple[float, float]]()
+    run, found = stepper.start(), dict[int, tuple[float, float]]()
     full, interval = range(0, replay.steps, EVERY), max(1, min(EVERY, replay.steps // POINTS))
     measured = {*full, *range(0, replay.steps, interval), replay.steps - 1}
     for step in range(replay.steps):
         if step in measured:
-            output = replay.output(step, at.x)
+            output = replay.output(step, run.x)
             if step:
-                away, moved = (at.x - replay.states[step]).double(), (output - replay.outputs[step]).double()
+                away, moved = (run.x - replay.states[step]).double(), (output - replay.outputs[step]).double()
                 found[step] = float(away.square().sum()), float((away * moved).sum())
         if step in full:
-            at = stepper.with_output(at, step, space.in_basis(step, at.x, output))
-        _, at = stepper.fitted(at, step)
+            run = stepper.with_output(run, step, space.in_basis(step, run.x, output))
+        _, run = stepper.fitted(run, step)
     return found

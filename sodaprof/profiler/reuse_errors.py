@@ -1,4 +1,4 @@
-"""What reuse and pruning would cost a site at one step: errors of its past outputs against the present one (SODA, OFS)."""
+"""The error of reuse and pruning at one site and step: its past outputs against the present one (SODA, OFS)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class StaleErrors:
     """Errors of one site at one step on one branch, for the ages 1…A in order; float32."""
 
     whole: torch.Tensor  # [B, A, 3]: 1 − cosine (mean over tokens), relative L1, relative L2 of the whole output
-    tokens: torch.Tensor  # [N, A]: 1 − cosine a token, summed over B; [M, A] once `pooled`
+    tokens: torch.Tensor  # [N, A]: 1 − cosine a token, summed over B; [M, A] after `pooled`
     pruned: torch.Tensor  # [B, A, rates]: E_p with the kept tokens ranked by the stale output's feature mean
 
 
 class Ring:
-    """The last A outputs of one site, [B, N, A, D], with what their errors need; B may hold several branches.
+    """The last A outputs of one site, [B, N, A, D], with their norms and ranks; B may hold several branches.
 
-    `scratch` holds the differences, by shape; rings that share it take the memory for them once.
+    `scratch` holds the differences, by shape; rings that share it use one buffer for them.
     """
 
     def __init__(self, ages: int, rates: torch.Tensor, scratch: dict[torch.Size, torch.Tensor] | None = None) -> None:
@@ -36,7 +36,7 @@ class Ring:
         self.step = 0
 
     def push(self, x: torch.Tensor) -> StaleErrors | None:
-        """Returns the errors of all past outputs against x [B, N, D], and remembers x; None at the first step."""
+        """Returns the errors of all past outputs against x [B, N, D], and keeps x; None at the first step."""
         if self.outputs is None:
             b, n, d = x.shape
             self.outputs = x.new_empty(b, n, self.ages, d)
@@ -72,12 +72,12 @@ def stale_errors(
     slots: list[int],
     kept: torch.Tensor,
 ) -> StaleErrors:
-    """Returns the errors of `past` [B, N, A, D] against x [B, N, D]; `slots` says which slot holds age 1, 2, ….
+    """Returns the errors of `past` [B, N, A, D] against x [B, N, D]; `slots` lists the slots of the ages 1, 2, ….
 
     norm [B, N] and past_norm [B, N, A] are the lengths of the tokens, order [B, N, A] ranks the past ones, kept [rates]
     is how many of them each prune rate recomputes; scratch [B, N, A, D] float32 is overwritten.
 
-    1 − cos = (|a − b|² − (|a| − |b|)²) / (2 |a| |b|), which does not cancel for nearly equal vectors.
+    1 − cos = (|a − b|² − (|a| − |b|)²) / (2 |a| |b|), which has no cancellation for nearly equal vectors.
     E_p by the row-exact identity: a pruned module returns the kept tokens exactly, so
     E_p(rate) = (1/N) Σ over the dropped tokens of 1 − cos.
     """

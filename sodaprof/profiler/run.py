@@ -1,4 +1,4 @@
-"""`profile`: samples full trajectories once and writes how much every site suffers when its result is reused or pruned."""
+"""`profile`: samples full trajectories once and writes how much error reuse and pruning cause at every site."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,17 @@ from .response import measure_response
 from .statistics import Statistics
 from .taps import Stopwatch, Taps
 
-FIRST = {"model.json", "sampler.json", "solver.json", "cost.flops.json"}  # what is written before anything is sampled
+FIRST = {"model.json", "sampler.json", "solver.json", "cost.flops.json"}  # written before anything is sampled
 PARTS = FIRST | {"manifest.json"} | {f"{table}.parquet" for table in COLUMNS}
+
+
+def profile(pipe: Any, folder: str | Path, *, name: str | None = None, force: bool = False, **settings: Any) -> Profile:
+    """Profiles `pipe` into `folder` and returns the profile; `settings` are those of `plan_profile`.
+
+    With prompt embeddings, for example: call=lambda entries, generators: pipe(prompt_embeds=embeddings[entries], ...).
+    """
+    plan = plan_profile(pipe, str(name or pipe.config.get("_name_or_path") or type(pipe).__name__), **settings)
+    return run_profile(pipe, plan, folder, force=force)
 
 
 def run_profile(
@@ -40,10 +48,10 @@ def run_profile(
     force: bool = False,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """Samples the plan's generations and writes the profile to `folder`, which appears only when it is whole.
+    """Samples the plan's generations and writes the profile to `folder`, which appears only when it is complete.
 
-    Until then everything is in `folder`.partial, after every batch; the same call goes on from there and ends with the
-    same tables, bit for bit. on_progress is given (steps done, steps in all).
+    Until then everything is in `folder`.partial, saved after every batch; a call with the same plan continues there and
+    ends with the same tables, bit for bit. on_progress receives (steps done, steps in all).
     """
     folder = Path(folder)
     refuse_existing(folder, force, folder=True)
@@ -53,33 +61,14 @@ def run_profile(
         )
     work = folder.with_name(folder.name + ".partial")
     groups = _open_partial(work, pipe, plan, force)
-    steps, request = plan.sampler.steps, plan.request
     sites, grids = (plan.sites, plan.grids) if plan.measures else ([], [])
-    statistics = Statistics(
-        sites, steps, request["max_interval"] - 1, plan.branches, RATES, grids, plan.varying, plan.gram()
-    )
-    state = work / "state.npz"
-    done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
-    starts = range(0, request["samples"], request["batch_size"])
-    total = len(groups) * request["samples"] * steps
+    ages = plan.request["max_interval"] - 1
+    statistics = Statistics(sites, plan.steps, ages, plan.branches, RATES, grids, plan.varying, plan.gram())
     watch = Stopwatch(pipe)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    for group in range(done["group"], len(groups)):
-        for start in starts[done["batch"] if group == done["group"] else 0 :]:
-            count = min(request["batch_size"], request["samples"] - start)
-            entries = [request["prompts"][(start + i) % len(request["prompts"])] for i in range(count)]
-            seeds = [request["seed"] + start + i for i in range(count)]
-            on_step = partial(_report, on_progress, (group * request["samples"] + start) * steps, count, total)
-            with Taps(pipe, plan, groups[group], group == 0, count, statistics, watch, on_step) as taps:
-                call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
-            taps.flush()
-            if group == 0:
-                statistics.samples += count
-            last = start == starts[-1]
-            statistics.save(state, {"group": group + last, "batch": 0 if last else start // request["batch_size"] + 1})
-    response = None
+    _sample(pipe, plan, groups, statistics, work / "state.npz", watch, on_progress)
     if statistics.gram:
         with watch:
             response = measure_response(pipe, plan)
@@ -97,10 +86,9 @@ def run_profile(
         "passes": len(groups),
         "hardware": device_facts(device),
     }
-    write_json(
-        work / "manifest.json", request | {"device": device, "versions": versions(), "measured": measured}, force=True
-    )
-    state.unlink(missing_ok=True)
+    manifest = plan.request | {"device": device, "versions": versions(), "measured": measured}
+    write_json(work / "manifest.json", manifest, force=True)
+    (work / "state.npz").unlink(missing_ok=True)
     (work / "request.json").unlink()
     if folder.exists():
         shutil.rmtree(folder)
@@ -108,13 +96,35 @@ def run_profile(
     return load_profile(folder)
 
 
-def profile(pipe: Any, folder: str | Path, *, name: str | None = None, force: bool = False, **settings: Any) -> Profile:
-    """Profiles `pipe` into `folder` and returns the profile; `settings` are those of `plan_profile`.
+def _sample(
+    pipe: Any,
+    plan: ProfilePlan,
+    groups: list[list[int]],
+    statistics: Statistics,
+    state: Path,
+    watch: Stopwatch,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Samples all batches in a pass for each group of sites, continuing from the saved `state`; saves it after each batch."""
+    steps, request = plan.steps, plan.request
+    done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
+    starts = range(0, request["samples"], request["batch_size"])
+    for group in range(done["group"], len(groups)):
+        for start in starts[done["batch"] if group == done["group"] else 0 :]:
+            count = min(request["batch_size"], request["samples"] - start)
+            entries = [request["prompts"][(start + i) % len(request["prompts"])] for i in range(count)]
+            seeds = [request["seed"] + start + i for i in range(count)]
 
-    With prompt embeddings passed in, say call=lambda entries, generators: pipe(prompt_embeds=embeddings[entries], ...).
-    """
-    plan = plan_profile(pipe, str(name or pipe.config.get("_name_or_path") or type(pipe).__name__), **settings)
-    return run_profile(pipe, plan, folder, force=force)
+            def on_step(step: int, before: int = group * request["samples"] + start, count: int = count) -> None:
+                on_progress(before * steps + step * count, len(groups) * request["samples"] * steps)
+
+            with Taps(pipe, plan, groups[group], group == 0, count, statistics, watch, on_step) as taps:
+                call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
+            taps.flush()
+            if group == 0:
+                statistics.samples += count
+            last = start == starts[-1]
+            statistics.save(state, {"group": group + last, "batch": 0 if last else start // request["batch_size"] + 1})
 
 
 def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
@@ -125,25 +135,21 @@ def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
         return error
 
 
-def _report(on_progress: Callable[[int, int], None], before: int, count: int, total: int, step: int) -> None:
-    on_progress(before + step * count, total)
-
-
 def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list[list[int]]:
-    """Makes the working folder, or checks that the one there is of the same request; returns its groups of sites."""
-    asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # that one follows from memory
+    """Creates the working folder, or checks that the existing one has the same request; returns its groups of sites."""
+    asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # which follows from the memory
     mark = digest({"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json()})
-    for leftover in work.glob(".*"):  # what a killed run had not finished writing
+    for leftover in work.glob(".*"):  # files that a killed run had not finished
         leftover.unlink()
     if (work / "request.json").exists():
         found = read_json(work / "request.json")
         if isinstance(found, dict) and found.get("digest") == mark:
-            plan.request["batch_size"] = found["batch_size"]  # memory may have changed since: batch and passes may not
+            plan.request["batch_size"] = found["batch_size"]  # as at first, even if the free memory has changed
             return found["groups"]
     if work.exists() and not force and not {path.name for path in work.iterdir()} <= FIRST:
         raise FormatError(
-            f"{work}: an interrupted profile with other settings is there. Repeat its settings to go on with it, or "
-            "add --force to start anew."
+            f"{work}: an interrupted profile with other settings is there. Repeat its settings to continue it, or add --force "
+            "to start anew."
         )
     if work.exists():
         shutil.rmtree(work)

@@ -26,7 +26,7 @@ class Statistics:
         branches: int,
         rates: np.ndarray,
         grids: Sequence[Grid],  # of each site's errors a token
-        varying: frozenset[int] = frozenset(),  # numbers of the sites whose tokens are as many as the prompt is long
+        varying: frozenset[int] = frozenset(),  # numbers of the sites with one token for each token of the prompt
         gram: GramSums | None = None,
     ) -> None:
         self.sites, self.steps, self.ages, self.branches, self.rates = sites, steps, ages, branches, rates
@@ -53,7 +53,7 @@ class Statistics:
             self.tokens[site][step, :ages] += tokens.T
 
     def save(self, path: Path, progress: dict[str, int]) -> None:
-        """Writes the sums and how far the run is, atomically."""
+        """Writes the sums and the progress of the run, atomically."""
         arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
         arrays |= self.gram.arrays() if self.gram else {}
         arrays |= {"whole": self.whole, "pruned": self.pruned, "samples": self.samples, **progress}
@@ -61,7 +61,7 @@ class Statistics:
             np.savez(file, **arrays)
 
     def restore(self, path: Path) -> dict[str, int]:
-        """Reads what `save` wrote and returns how far the run is."""
+        """Reads the file of `save` and returns the progress of the run."""
         with np.load(path, allow_pickle=False) as saved:
             self.whole, self.pruned, self.samples = saved["whole"], saved["pruned"], int(saved["samples"])
             self.tokens = [saved[f"tokens_{i}"] for i in range(len(self.tokens))]
@@ -72,7 +72,7 @@ class Statistics:
     def write_tables(self, folder: Path, model: Model) -> None:
         """Writes sites.parquet, caching.parquet and pruning.parquet."""
         past = np.array([model.transformers[name].past(self.steps) for name, _ in self.sites])  # [S, T]
-        known = np.arange(1, self.ages + 1) <= past.T[..., None]  # [T, S, A]: such a past exists
+        known = np.arange(1, self.ages + 1) <= past.T[..., None]  # [T, S, A]: the turn has a step of this age
         step, site, age, branch = (
             i.ravel() for i in np.meshgrid(*(np.arange(n) for n in self.whole.shape[1:5]), indexing="ij")
         )
@@ -113,7 +113,7 @@ class Statistics:
         write_table(folder, "sites", self._places(every) | columns | grids)
 
     def _moments(self, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation over the generations (of the sample, 0 for a single one)."""
+        """Returns mean and standard deviation over the generations (of the sample, 0 for a single one)."""
         mean = total[0] / self.samples
         spread = np.maximum(total[1] / self.samples - mean**2, 0) * self.samples / max(self.samples - 1, 1)
         return mean, np.sqrt(spread)

@@ -1,20 +1,21 @@
-"""Hooks that push every output of the profiled sites through its ring while the pipeline samples."""
+"""Hooks that compare every output of the profiled sites with its earlier ones while the pipeline samples."""
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import MismatchError
 from ..pipelines.clock import Clock, Moment, TransformerHook
+from ..pipelines.patch import patched
 from ..pipelines.probe import as_tokens, main_part
-from ..pipelines.recording import hooked, stepping, tapped
-from ..pipelines.stack import Stack, handed
+from ..pipelines.recording import all_tapped, hooked, tapped
+from ..pipelines.stack import Stack, block_input
 from .plan import RATES, ProfilePlan
 from .products import Products
 from .reuse_errors import Ring, StaleErrors, pooled
@@ -22,7 +23,7 @@ from .statistics import Statistics
 
 
 class Stopwatch:
-    """Adds up the time spent inside `with`: on a GPU by events in the stream, without synchronising."""
+    """Adds up the time spent inside `with`: on a GPU by events in the stream, without a host sync."""
 
     def __init__(self, pipe: Any) -> None:
         self.cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
@@ -50,14 +51,14 @@ class Stopwatch:
 
 
 class Taps:
-    """Hooks on the sites of one group for one batch: pushes every output through its ring, adds up the errors."""
+    """Hooks on the sites of one group for one batch: they measure the errors of all ages at every output."""
 
     def __init__(
         self,
         pipe: Any,
         plan: ProfilePlan,
         group: list[int],
-        first: bool,  # this pass takes the products that are no site's
+        first: bool,  # of the passes: it measures the products of states and stacks
         count: int,  # generations in the batch
         statistics: Statistics,
         watch: Stopwatch,
@@ -71,7 +72,7 @@ class Taps:
         self.on_step = on_step
         self.rings: dict[tuple[int, int], Ring] = {}
         self.scratch: dict[torch.Size, torch.Tensor] = {}
-        self.calls: dict[str, tuple[int, int]] = {}
+        self.calls: dict[str, tuple[int, int]] = {}  # module -> the latest network call that ran it, and how often
         self.found: dict[tuple[int, int], list[StaleErrors]] = {}  # (step, site) -> the branches' errors, on the device
         halves = 2 if plan.sampler.guidance_form == "halves" else 1
         self.rows = count * halves  # of a network call's batch, folded samples aside
@@ -84,7 +85,7 @@ class Taps:
     def __enter__(self) -> Taps:
         self.clock.attach()
         self.stack.callback(self.clock.detach)
-        self.stack.enter_context(self._stepping())
+        self.stack.enter_context(patched(self.pipe.scheduler, "step", self._advance))
         for name, transformer in self.plan.model.transformers.items():
             module = self.pipe.components[name]
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
@@ -92,44 +93,36 @@ class Taps:
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
             if self.products and self.products.first and name in self.plan.stacks:
                 self._follow(self.products, name, module, self.plan.stacks[name])
-            for path in dict.fromkeys(s.path for s in transformer.sites) if numbers else ():
-                self.stack.enter_context(
-                    tapped(module.get_submodule(path), self._tap(path, numbers), "sodaprof.profile")
-                )
+            paths = dict.fromkeys(s.path for s in transformer.sites) if numbers else ()
+            self.stack.enter_context(all_tapped(module, paths, partial(self._run, numbers), "sodaprof.profile"))
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
 
-    @contextmanager
-    def _stepping(self) -> Iterator[None]:
-        """Hears every step of the scheduler, around the clock's own."""
-        scheduler, take_step = self.pipe.scheduler, self.pipe.scheduler.step
-
-        @functools.wraps(take_step)
-        def advance(model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            step = self.clock.step
-            products = self.products if self.products and self.products.first and step is not None else None
-            if products:
-                with self.watch:
-                    products.state(model_output, sample)
-            result = take_step(model_output, timestep, sample, *args, **kwargs)
-            if products and step == self.plan.sampler.steps - 1:
-                with self.watch:
-                    products.end(result[0] if isinstance(result, tuple) else result.prev_sample)
-            if step is not None:
-                self.on_step(step + 1)
-            return result
-
-        with stepping(scheduler, advance):
-            yield
+    def _advance(
+        self, take_step: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Takes the scheduler's step, the clock's patch included, and records its states."""
+        step = self.clock.step
+        products = self.products if self.products and self.products.first and step is not None else None
+        if products:
+            with self.watch:
+                products.state(model_output, sample)
+        result = take_step(model_output, timestep, sample, *args, **kwargs)
+        if products and step == self.plan.sampler.steps - 1:
+            with self.watch:
+                products.end(result[0] if isinstance(result, tuple) else result.prev_sample)
+        if step is not None:
+            self.on_step(step + 1)
+        return result
 
     def _follow(self, products: Products, name: str, module: torch.nn.Module, stack: Stack) -> None:
-        """Listens to what the first block is given and the last one returns."""
+        """Hooks the first block's input and the last one's output."""
 
         def enter(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.watch:
-                products.enter(name, handed(args, kwargs))
+                products.enter(name, block_input(args, kwargs))
             return leave(forward, args, kwargs) if stack.first == stack.last else forward(*args, **kwargs)
 
         def leave(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -141,37 +134,42 @@ class Taps:
         for path, tap in {stack.last: leave, stack.first: enter}.items():
             self.stack.enter_context(tapped(module.get_submodule(path), tap, "sodaprof.profile"))
 
-    def _tap(self, path: str, numbers: dict[str, int]) -> Callable[..., Any]:
-        def run(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = forward(*args, **kwargs)
-            forward_seen, call_ = self.calls.get(path, (-1, 0))
-            call_ = call_ + 1 if forward_seen == self.moment.forward else 0
-            self.calls[path] = (self.moment.forward, call_)
-            site = numbers.get(path + (f"#{call_}" if call_ else ""))
-            if site is not None:
-                with self.watch:
-                    self._push(site, main_part(out))
-            return out
+    def _run(
+        self,
+        numbers: dict[str, int],
+        path: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Runs a module and measures its output if it is a site; numbers: of the sites by key."""
+        out = forward(*args, **kwargs)
+        network_call, count = self.calls.get(path, (-1, 0))
+        count = count + 1 if network_call == self.moment.forward else 0
+        self.calls[path] = self.moment.forward, count
+        site = numbers.get(path + (f"#{count}" if count else ""))
+        if site is not None:
+            with self.watch:
+                self._measure(site, main_part(out))
+        return out
 
-        return run
-
-    def _push(self, site: int, out: torch.Tensor) -> None:
-        # both halves of a batch go through one ring: the rows keep apart
+    def _measure(self, site: int, whole: torch.Tensor) -> None:
+        # both halves of a batch share a ring, in different rows
         branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
         name, known = self.sites[site]
-        whole = out
-        out = as_tokens(out, self.plan.model.transformers[name].layout(known.key))
+        out = as_tokens(whole, self.plan.model.transformers[name].layout(known.key))
         if out.shape[0] % self.rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
             raise MismatchError(
                 f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {self.rows} generations, halves counted; "
-                f"{known.tokens} tokens were seen at the first step. Profile calls of one size."
+                f"{known.tokens} tokens were recorded at the first step. Profile calls of one size."
             )
-        if self.past[name][self.moment.step] == 0:  # nothing that was kept before a turn serves in it
+        if self.past[name][self.moment.step] == 0:  # a turn reuses nothing from before it
             self.rings.pop((site, branch), None)
-        if (site, branch) not in self.rings:
+        ring = self.rings.get((site, branch))
+        if ring is None:
             ages = self.plan.request["max_interval"] - 1
-            self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
-        errors = self.rings[site, branch].push(out)
+            ring = self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
+        errors = ring.push(out)
         if errors is not None:
             if site not in self.statistics.varying:
                 errors.tokens = pooled(errors.tokens, self.plan.grids[site])
@@ -184,15 +182,15 @@ class Taps:
         cells = sum(past > 0 for site in self.group for past in self.past[self.sites[site][0]])
         if len(self.found) != cells:
             raise MismatchError(
-                f"The pipeline ran {len(self.found)} cells of {cells}: it "
-                "leaves out calls of its transformer. Profile without options that skip steps or guidance."
+                f"The pipeline ran {len(self.found)} cells of {cells}: it leaves out calls of its transformer. Profile without "
+                "options that skip steps or guidance."
             )
         with self.watch:
             for (step, site), calls in self.found.items():
                 whole, pruned = (
                     torch.cat([getattr(c, part) for c in calls]).cpu().numpy() for part in ("whole", "pruned")
                 )
-                # a module may see a generation as several rows (frames, say): their mean stands for it
+                # a generation may be several rows of a module's batch (frames, say): their mean is its error
                 rows = (self.plan.branches, self.count, -1)
                 folds = len(whole) / (self.plan.branches * self.count)
                 whole, pruned = (part.reshape(*rows, *part.shape[1:]).mean(2) for part in (whole, pruned))

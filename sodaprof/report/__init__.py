@@ -1,1 +1,1 @@
-"""Presentation: plain data in, rich renderables and pictures out. Nothing here computes or prints."""
+"""Presentation: plain data in, rich renderables and picture files out. Nothing here computes or prints."""

@@ -1,4 +1,4 @@
-"""Table of what the doctor found."""
+"""The findings of the doctor as a table."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ STYLES = {"captures": "green", "captures in part": "yellow", "falls back": "red"
 
 
 def diagnosis_view(result: dict[str, Any]) -> RenderableType:
-    """Returns the verdict of each transformer and the findings, for 80 columns."""
+    """Returns the verdict on each transformer and the findings, for 80 columns."""
     scheduler, guidance = result["scheduler"], result["guidance"]
-    loop = "a captured step can hold it" if scheduler["in_loop"] else "its Python runs between captured calls"
+    loop = "can be in the graph of a step" if scheduler["in_loop"] else "runs in Python between captured calls"
     scale = "" if guidance["scale"] is None else f" {guidance['scale']:g}"
     parts: list[RenderableType] = [
         Text(f"{result['pipeline']}, {result['steps']} steps of {scheduler['class']} ({loop})"),
@@ -26,13 +26,13 @@ def diagnosis_view(result: dict[str, Any]) -> RenderableType:
         verdict = result["verdict"][name]
         line = Text.assemble(f"{name} ({about['class']}): ", (verdict, STYLES[verdict]))
         if about["blocks"]:
-            line.append(f", {about['lowered']} of {about['blocks']} blocks lower")
+            line.append(f", {about['lowered']} of {about['blocks']} blocks can be traced")
         parts.append(line)
     if not result["findings"]:
-        return Group(*parts, Text("Nothing found.", "dim"))
+        return Group(*parts, Text("No findings.", "dim"))
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_lines=True)
-    table.add_column("where and what", ratio=4, overflow="fold")
-    table.add_column("effect, and what to do", ratio=3, overflow="fold")
+    table.add_column("place and finding", ratio=4, overflow="fold")
+    table.add_column("effect, what to do", ratio=3, overflow="fold")
     for found in result["findings"]:
         modules = found.get("modules", ())
         what = Text.assemble((found["where"], "bold"), f" ({len(modules)} modules)" if len(modules) > 1 else "", "\n")

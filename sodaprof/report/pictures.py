@@ -1,9 +1,9 @@
-"""Contact sheets: pictures side by side under their names."""
+"""Picture files: one picture, several side by side under their names, clips as mp4."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from textwrap import wrap
 
 import numpy as np
 
@@ -14,7 +14,7 @@ MARGIN = 6
 
 
 def check_picture(path: Path) -> None:
-    """Raises SodaprofError unless the suffix is one of a format that pictures are written in."""
+    """Raises SodaprofError unless Pillow can write pictures with this suffix."""
     from PIL import Image
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
@@ -22,7 +22,7 @@ def check_picture(path: Path) -> None:
 
 
 def save_picture(picture: np.ndarray, path: Path, *, force: bool = False) -> None:
-    """Writes one picture [H, W, 3] in [0, 1] atomically; the format follows the suffix."""
+    """Writes one picture [H, W, 3] in [0, 1] atomically, in the format of the suffix."""
     with replacing(path, force=force) as temporary:
         _image(picture).save(temporary)
 
@@ -34,9 +34,9 @@ def strip(clip: np.ndarray, frames: int = 5) -> np.ndarray:
 
 
 def save_side_by_side(columns: dict[str, np.ndarray], path: Path, *, force: bool = False, least: int = 96) -> None:
-    """Writes a sheet with one named column an entry, pictures [n, H, W, 3] in [0, 1], small ones enlarged.
+    """Writes a sheet with one named column per entry, pictures [n, H, W, 3] in [0, 1], enlarged to `least` pixels.
 
-    Of clips [n, F, H, W, 3] some frames beside each other.
+    Of clips [n, F, H, W, 3] some frames are drawn side by side.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -46,11 +46,10 @@ def save_side_by_side(columns: dict[str, np.ndarray], path: Path, *, force: bool
     height, width = next(iter(columns.values())).shape[1:3]
     scale = max(1, -(-least // width))
     cell_w, cell_h = width * scale, height * scale
-    names = [_fold(name, cell_w // 7) for name in columns]
+    names = [wrap(name, cell_w // 7, break_long_words=False, break_on_hyphens=False) for name in columns]
     head = 16 * max(len(lines) for lines in names) + 4
-    sheet = Image.new(
-        "RGB", (len(columns) * (cell_w + MARGIN) + MARGIN, head + rows * (cell_h + MARGIN) + MARGIN), "white"
-    )
+    across, down = len(columns) * (cell_w + MARGIN), head + rows * (cell_h + MARGIN)
+    sheet = Image.new("RGB", (across + MARGIN, down + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     for x, (lines, pictures) in enumerate(zip(names, columns.values(), strict=True)):
         left = MARGIN + x * (cell_w + MARGIN)
@@ -66,61 +65,28 @@ def save_side_by_side(columns: dict[str, np.ndarray], path: Path, *, force: bool
 def _image(picture: np.ndarray) -> "Image.Image":  # type: ignore[name-defined]  # noqa: F821, UP037
     from PIL import Image
 
-    return Image.fromarray((picture * 255).round().clip(0, 255).astype(np.uint8))
+    return Image.fromarray(to_bytes(picture))
 
 
-def _fold(name: str, width: int) -> list[str]:
-    lines: list[str] = [""]
-    for word in name.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
-
-
-def to_bytes(frames: np.ndarray) -> np.ndarray:
-    """Returns frames in [0, 1] as uint8, rounded as Open-Sora's script does: halves up."""
-    return np.floor(np.clip(frames * 255 + 0.5, 0, 255)).astype(np.uint8)
+def to_bytes(pictures: np.ndarray) -> np.ndarray:
+    """Returns values in [0, 1] as uint8, halves rounded up, as Open-Sora's script does."""
+    return np.floor(np.clip(pictures * 255 + 0.5, 0, 255)).astype(np.uint8)
 
 
 def save_video(frames: np.ndarray, path: Path, fps: float = 24, *, force: bool = False) -> None:
     """Writes frames [F, H, W, 3] in [0, 1] as an mp4 (H.264, 4:2:0, constant quality), atomically.
 
-    Raises SodaprofError where imageio-ffmpeg is missing, and for odd sizes, which the format does not hold.
+    Odd sizes, which the format does not hold, are scaled up by a pixel. Raises SodaprofError if imageio-ffmpeg is missing.
     """
-    _check(frames)
-    if path.suffix != ".mp4":
-        raise SodaprofError(f"{path}: videos are written as .mp4. Type: {path.with_suffix('.mp4')}")
-    if frames.shape[1] % 2 or frames.shape[2] % 2:
-        raise SodaprofError(
-            f"{path}: frames of {frames.shape[1]} × {frames.shape[2]} pixels; an mp4 holds even sizes. Save PNG frames."
-        )
-    write_frames = _writer()
-    height, width = frames.shape[1:3]
-    with replacing(path, force=force) as temporary:
-        stream = write_frames(
-            str(temporary), (width, height), fps=fps, codec="libx264", quality=None, macro_block_size=2,
-            output_params=["-crf", "18"],  # hardly any loss: schedules are compared by eye
-        )  # fmt: skip
-        stream.send(None)
-        try:
-            for frame in to_bytes(frames):
-                stream.send(np.ascontiguousarray(frame))
-        finally:
-            stream.close()
-
-
-def _check(frames: np.ndarray) -> None:
-    if frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise SodaprofError(f"A video has frames [F, H, W, 3] in [0, 1]; found the shape {list(frames.shape)}.")
-
-
-def _writer() -> Any:
     try:
-        import imageio_ffmpeg  # type: ignore[import-untyped]
+        import imageio.v2 as imageio
+        import imageio_ffmpeg  # type: ignore[import-untyped]  # noqa: F401  # imageio writes mp4 with it
     except ImportError:
         raise SodaprofError(
             "Videos are written with imageio-ffmpeg, which is not installed. Type: pip install imageio-ffmpeg"
         ) from None
-    return imageio_ffmpeg.write_frames
+    with replacing(path, force=force) as temporary:
+        imageio.mimwrite(
+            temporary, list(to_bytes(frames)), format="FFMPEG", fps=fps, codec="libx264", quality=None, macro_block_size=2,
+            output_params=["-crf", "18"],  # hardly any loss: schedules are compared by eye
+        )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Tables of an evaluation, an inspection and a profile's plan."""
+"""Tables of an evaluation, of a benchmark, of measured candidates, and of an inspection."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,49 +11,53 @@ from rich.table import Table
 from rich.text import Text
 
 from ..formats.cost import CostModel
+from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler, SiteKey
 
 SIDES = {"full": "the full run", "data": "the data"}
 
 
+def _table(columns: Sequence[str], title: str | None = None, wrap_name: bool = False) -> Table:
+    """Returns an empty table for 80 columns: a name, then numbers; only the name may be wrapped, or only the numbers."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=wrap_name == bool(number))
+    return table
+
+
 def evaluation_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of an evaluation and its notes."""
-    accurate = "accuracy" in result["full"]
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title=f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}",
+    title = f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}"
+    classes = ("class",) if "accuracy" in result["full"] else ()
+    table = _table(
+        ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "flip", "SSIM", "L2", *classes), title, wrap_name=True
     )
-    for column in ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "flip", "SSIM", "L2"):
-        table.add_column(column, justify="left" if not column else "right", no_wrap=bool(column))
-    if accurate:
-        table.add_column("class", justify="right")
     full = ["full", "1.00x", "1.00x", *"–––––"]
-    table.add_row(*full, *([f"{result['full']['accuracy']:.1%}"] if accurate else []))
+    table.add_row(*full, *(f"{result['full']['accuracy']:.1%}" for _ in classes))
     for row in result["rows"]:
         q = row["psnr_db"]
         table.add_row(
             f"{row['name']}\n[dim]{row['detail']}[/]",
             f"{row['flops_speedup']:.2f}x",
             f"{row['wall_speedup']:.2f}x",
-            f"{q['mean']:.1f} [{q['low']:.1f} {q['high']:.1f}]".replace("[", r"\["),
+            f"{q['mean']:.1f} \\[{q['low']:.1f} {q['high']:.1f}]",
             f"{q['worst_decile']:.1f}",
             f"{row['flipped']:.0%}",
             f"{row['ssim']:.3f}",
             "–" if row["latent_l2"] is None else f"{row['latent_l2']:.3f}",
-            *([f"{row['accuracy']:.1%}"] if accurate else []),
+            *(f"{row['accuracy']:.1%}" for _ in classes),
         )
     legend = (
-        "PSNR to the full run, its mean over the worst tenth; flip: under 20 dB, another picture; L2: latents, relative"
+        "PSNR to the full run; worst: its mean over the worst tenth; flip: pictures under 20 dB; L2: relative error of the "
+        "latents"
     )
     return Group(table, Text(legend, "dim"), *(Text(line) for line in _lines(result)))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
+    """Returns the paired differences of the schedules (the JSON has those of the controls, too), distances, cells, notes."""
     lines = []
     for row in result["rows"]:
-        # of schedules alone: the controls' differences are in the JSON
         for reference, d in row.get("over", {}).items() if "planned" in row and row["name"] != "fora" else ():
             lines.append(
                 f"{row['name']} {row['flops_speedup']:.2f}x is {d['mean']:+.2f} dB from {reference} at {d['speedup']:.2f}x "
@@ -60,6 +65,8 @@ def _lines(result: dict[str, Any]) -> list[str]:
             )
         for side, d in row.get("distance", {}).items():
             lines.append(f"{row['name']}: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
+    for side, d in result["full"].get("distance", {}).items():
+        lines.append(f"full: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
     for row in result["rows"]:
         if row.get("executed") is not None:
             counts = ", ".join(f"{a} {row['executed'].get(a, 0)}/{n}" for a, n in sorted(row["planned"].items()))
@@ -69,16 +76,12 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 def benchmark_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of a benchmark."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        title=f"loop of {result['steps']} steps, batch {result['batch']}, {result['dtype']}, {result['device']}, "
-        f"median of {result['rounds']} rounds",
+    title = (
+        f"loop of {result['steps']} steps, batch {result['batch']}, {result['dtype']}, {result['device']}, "
+        f"median of {result['rounds']} rounds"
     )
     kind = "kernels" if "cuda" in result["device"] else "operators"
-    for column in ("", "ms", "quartiles", "speed-up", "predicted", "step ms", kind):
-        table.add_column(column, justify="left" if not column else "right")
+    table = _table(("", "ms", "quartiles", "speed-up", "predicted", "step ms", kind), title)
     for row in result["rows"]:
         predicted = row.get("predicted")
         table.add_row(
@@ -91,14 +94,32 @@ def benchmark_view(result: dict[str, Any]) -> RenderableType:
             f"{min(row['launches'][1:])} - {max(row['launches'][1:])}",
         )
     legend = (
-        "speed-up: against tables (all computed, traced blocks, conditioning computed ahead); plain: the pipeline untouched; "
-        f"step ms and {kind}: of a step's network calls, the first step left out, which fills the tables"
+        "plain: the pipeline untouched; hooks, lowered, tables, captured: all computed, by hooks, traced blocks, with "
+        "conditioning tables, in CUDA graphs; speed-up: against the last of these; "
+        f"step ms and {kind}: of a step's network calls, without the first step, which fills the tables"
     )
     return Group(table, Text(legend, "dim"))
 
 
+def candidates_view(rows: Sequence[tuple[str, Schedule, dict[str, float], float]]) -> RenderableType:
+    """Returns the table of candidates measured on the model: (name, schedule, figures, score) each."""
+    table = _table(("candidate", "full steps", "speed-up", "MiB", "mean dB", "worst tenth dB", "score dB"))
+    for name, schedule, figures, score in rows:
+        predicted = schedule.predicted or {}
+        table.add_row(
+            name,
+            str(len(schedule.anchors())),
+            f"{predicted['speedup']:.3f}x",
+            f"{predicted['cache_bytes'] / 2**20:.2f}",
+            f"{figures['mean_db']:.2f}",
+            f"{figures['worst_decile_db']:.2f}",
+            f"{score:.2f}",
+        )
+    return Group(table, Text("score: the mean of mean and worst tenth; the best score is taken", "dim"))
+
+
 def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> RenderableType:
-    """Returns the sites by module, with shapes and shares of the FLOPs."""
+    """Returns the sites by module, with shapes and shares of a full step's FLOPs."""
     parts: list[RenderableType] = []
     for name, transformer in model.transformers.items():
         table_cost = cost.transformers[name]

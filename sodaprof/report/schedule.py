@@ -1,4 +1,4 @@
-"""A schedule as people and scripts look at it."""
+"""A schedule as text for a terminal, and as plain data for scripts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BASES = {"output": "outputs", "data": "data predictions"}
 
 
 def schedule_data(schedule: Schedule) -> dict[str, Any]:
-    """Returns anchors, intervals, and for each site its row, reuse ages and prune rates, as plain data."""
+    """Returns full steps, intervals, and for each site its row, reuse ages and prune rates, as plain data."""
     transformers = {}
     for name, plan in schedule.transformers.items():
         anchors = plan.anchors()
@@ -57,8 +57,8 @@ def schedule_view(schedule: Schedule, width: int = 80) -> RenderableType:
     """Returns the picture, the cache intervals and the prune rates by step, layer and module."""
     parts: list[RenderableType] = [_headline(schedule)]
     for name, plan in schedule.transformers.items():
-        told = f"{len(plan.anchors())} anchors at {_list(plan.anchors())}\ncache intervals {_list(_intervals(plan))}"
-        parts += [Text(), _picture(name, plan, width), Text(), Text(told)]
+        steps = f"{len(plan.anchors())} full steps: {_list(plan.anchors())}\ncache intervals: {_list(_intervals(plan))}"
+        parts += [Text(), _picture(name, plan, width), Text(), Text(steps)]
         if plan.k:
             parts += [Text(), _prune_table(plan)]
     return Group(*parts)
@@ -76,7 +76,7 @@ def _headline(schedule: Schedule) -> Text:
         error = "" if p["error"] is None else f", error {p['error']:.4g}"
         text.append(f"\npredicted {p['speedup']:.2f}x {p['unit']}{error}, {p['cache_bytes'] / 2**20:.2f} MiB of cache")
     if schedule.update is not None:
-        text.append("\n" + _update_told(schedule.update))
+        text.append("\n" + _about_update(schedule.update))
     for record in schedule.measured:
         quality = record["psnr_db"]
         text.append(
@@ -86,20 +86,20 @@ def _headline(schedule: Schedule) -> Text:
     return text
 
 
-def _update_told(update: Update) -> str:
-    told, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
+def _about_update(update: Update) -> str:
+    text, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
     if fitted.get("loop") not in ("open", "closed"):
-        return f"{told}, not fitted yet"
-    told += f", fitted {fitted['loop']} loop"
-    told += f" on {fitted['samples']} generations" if "samples" in fitted else ""
+        return f"{text}, not fitted yet"
+    text += f", fitted {fitted['loop']} loop"
+    text += f" on {fitted['samples']} generations" if "samples" in fitted else ""
     scale = fitted.get("guidance_scale")
-    return told if scale is None else f"{told} at guidance {scale}"
+    return text if scale is None else f"{text} at guidance {scale}"
 
 
 def _picture(name: str, plan: Plan, width: int) -> Text:
-    """Rows of coloured characters, in as many bands as the terminal's width needs; under them the mean prune rate.
+    """Returns rows of coloured characters, in as many bands as the width needs, and the share that is not computed under them.
 
-    Where all sites do the same, as of whole steps, one row stands for them.
+    If all sites have the same row, it is drawn once.
     """
     rows, labels = plan.rows, {site: _label(plan, site) for site in plan.rows}
     if len(set(rows.values())) == 1 and len(rows) > 1:
@@ -124,7 +124,7 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
             f"{'not computed':<{margin}}" + "".join(BARS[round(s * (len(BARS) - 1))] for s in shares) + "\n", "dim"
         )
     met = set(plan.stack).union(*plan.rows.values())
-    text.append("  ".join(f"{letter} {told}" for letter, told in LEGEND.items() if letter in met), "dim")
+    text.append("  ".join(f"{letter} {meaning}" for letter, meaning in LEGEND.items() if letter in met), "dim")
     return text
 
 
@@ -134,13 +134,13 @@ def _label(plan: Plan, site: str) -> str:
 
 
 def _intervals(plan: Plan) -> list[int]:
-    """Returns the steps from each anchor to the next, or to the end of its turn."""
+    """Returns the number of steps from each full step to the next, or to the end of its turn."""
     ends = {*plan.anchors(), *(t for t, action in enumerate(plan.stack) if action == "_"), len(plan.stack)}
     return [min(end for end in ends if end > anchor) - anchor for anchor in plan.anchors()]
 
 
 def _prune_table(plan: Plan) -> Table:
-    """Mean prune rate over the P cells, by layer and module."""
+    """Returns the mean prune rate over the P cells, by layer and module."""
     modules = list(dict.fromkeys(SiteKey.parse(site).name for site in plan.rows))
     table = Table("layer", *modules, title="mean prune rate of pruned cells (number of cells)", box=None)
     layers: dict[str, dict[str, list[float]]] = {}
@@ -169,7 +169,7 @@ def _pruned(plan: Plan, site: str) -> Iterator[tuple[int, int]]:
 
 
 def _not_computed(plan: Plan, step: int) -> float:
-    """Share of the tokens of all sites that are not computed at this step."""
+    """Returns the share of the tokens of all sites that are not computed at this step."""
     shares = []
     for site, row in plan.rows.items():
         k = plan.k[site][plan.cell(site, step, "P")] if row[step] == "P" else 0

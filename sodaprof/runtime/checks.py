@@ -23,7 +23,7 @@ from .sampler.update import check_linear
 HOOK = "sodaprof"  # the name of our hooks in diffusers' registries
 
 
-def check_fits(pipe: Any, schedule: Schedule) -> None:
+def check_matches(pipe: Any, schedule: Schedule) -> None:
     """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do.
 
     UnsupportedModelError where the schedule updates the latents and the scheduler's steps are no weighted sums.

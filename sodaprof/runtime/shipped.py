@@ -11,7 +11,7 @@ from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
 from ..pipelines.load import find_model, load_pipeline
-from .checks import check_fits
+from .checks import check_matches
 
 FOLDER = "sodaprof"
 
@@ -30,7 +30,7 @@ def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Pat
     schedule = Path(schedule)
     loaded = load_schedule(schedule)
     verify(loaded)
-    check_fits(load_pipeline(str(model), device="cpu"), loaded)
+    check_matches(load_pipeline(str(model), device="cpu"), loaded)
     there = folder / FOLDER / schedule.with_suffix(".json").name
     with replacing(there, force=force) as temporary:
         temporary.write_bytes(schedule.read_bytes())
@@ -88,7 +88,7 @@ def _misfit(pipe: Any, schedule: Schedule, steps: int | None) -> str | None:
         return f"it is for {schedule.steps} steps, not {steps}"
     try:
         verify(schedule)
-        check_fits(pipe, schedule)
+        check_matches(pipe, schedule)
     except SodaprofError as error:
         return str(error)
     return None

@@ -1,13 +1,15 @@
-"""Policy `mix`: schedules of every action under one budget, measured on the model; the one nearest to the full run is taken.
+"""The best of several schedules, measured on the model: policy `mix`, and the period N of ToCa and DuCa.
 
-Steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda), with a fitted
-update and without: which of them a model and a budget favour is not in any table, so each candidate's own trajectory decides.
+Candidates are compiled under one budget and sampled on calibration generations of the profile; the one with the best score
+is kept. Which of steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda)
+is best for a model and a budget is in no table, nor is N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +17,74 @@ import numpy as np
 from msgspec.structs import replace
 
 from ..compiler import compile_schedule
-from ..compiler.policies import POLICIES
-from ..errors import BudgetError, UnsupportedModelError
+from ..compiler.policies import POLICIES, RELEASED
+from ..errors import BudgetError, FormatError, SodaprofError, UnsupportedModelError
 from ..formats.cost import cost_of
 from ..formats.profile import load_profile
 from ..formats.schedule import Schedule
+from ..measure.contenders import Comparison, Contender
 from ..measure.metrics import worst_decile
-from ..runtime.checks import check_fits
-from .closed_loop import SAMPLES, calibration_replay, counting, fit_update, joint, play, priced
+from ..runtime.checks import check_matches
+from .closed_loop import (
+    SAMPLES,
+    calibration_replay,
+    counted,
+    fit_update,
+    sampled_distances,
+    score_db,
+    with_predicted_cost,
+)
 
-CANDIDATES = tuple(  # policy, whether an update is fitted in addition
+CANDIDATES = tuple(  # of mix: policy, whether an update is fitted in addition
     (name, updated)
     for name, policy in POLICIES.items()
     for updated in (True, False)
     if policy.mixed and (updated or not policy.fits_update)
 )
+PERIODS = range(2, 9)  # candidates for N
+PERIOD_SAMPLES = 16  # calibration seeds on which N is chosen, sampled at once
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """A candidate, and how far each calibration generation's last latents under it are from the full run's, dB."""
+class Measured:
+    """A candidate and how near each calibration generation under it is to the full run's, dB, [n]."""
 
     name: str
     schedule: Schedule
     distances: np.ndarray
-
-    @property
-    def score(self) -> float:
-        return joint(self.distances)
+    score: float  # dB, the higher the better
 
     def figures(self) -> dict[str, float]:
         """Returns what a schedule's file keeps of it."""
         values = {"mean_db": float(self.distances.mean()), "worst_decile_db": worst_decile(self.distances)}
         return {name: round(value, 3) for name, value in values.items()}
+
+
+def compiled(
+    candidates: Mapping[str, Callable[[], Schedule]],
+) -> tuple[dict[str, Schedule], dict[str, SodaprofError]]:
+    """Returns the schedules of the candidates that can be compiled, and the errors of the others, by name."""
+    schedules: dict[str, Schedule] = {}
+    left_out: dict[str, SodaprofError] = {}
+    for name, compile_candidate in candidates.items():
+        try:
+            schedules[name] = compile_candidate()
+        except (BudgetError, UnsupportedModelError) as error:
+            left_out[name] = error
+    return schedules, left_out
+
+
+def best_of(
+    candidates: Mapping[str, Schedule],
+    measure: Callable[[Schedule], tuple[Schedule, np.ndarray]],
+    score: Callable[[np.ndarray], float] = score_db,
+) -> list[Measured]:
+    """Returns the candidates, best score first; measure: returns a schedule as fitted and its distances, dB."""
+    measured = []
+    for name, schedule in candidates.items():
+        fitted, distances = measure(schedule)
+        measured.append(Measured(name, fitted, distances, score(distances)))
+    return sorted(measured, key=lambda one: -one.score)
 
 
 def mix(
@@ -59,43 +96,92 @@ def mix(
     max_cache: int | None = None,
     samples: int = SAMPLES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Schedule, list[Weighed], dict[str, str]]:
+) -> tuple[Schedule, list[Measured], dict[str, str]]:
     """Returns the best candidate's schedule, all that were measured, best first, and why others were left out, by name.
 
-    budget, cost and max_cache as for `compile_schedule`; every candidate keeps to them, its update included. Measured on the
-    profile's first calibration generations, at most `samples`, whose plain run all candidates share; updates are fitted on
-    these, too. Best: mean and worst decile of the last latents alike. Raises BudgetError where no candidate keeps to budget and
-    bytes, FormatError where the profile lacks tables, UnsupportedModelError where the sampler's steps are not linear.
+    budget, cost and max_cache as for `compile_schedule`; every candidate meets them, its update included. Measured on the
+    profile's first calibration generations, at most `samples`, whose full run all candidates share; updates are fitted on
+    these, too. Best: by `score_db` of the last latents. Raises BudgetError if no candidate meets budget and bytes,
+    FormatError if the profile lacks tables, UnsupportedModelError if the sampler's steps are not linear.
     """
     folder = Path(folder)
-    compiled: dict[str, Schedule] = {}
-    left_out: dict[str, str] = {}
-    for policy, updated in CANDIDATES:
-        name = f"{policy} + update" if updated else policy
-        try:
-            compiled[name] = compile_schedule(folder, budget, policy, cost, None, max_cache, updated)
-        except (BudgetError, UnsupportedModelError) as error:
-            left_out[name] = str(error)
-    if not compiled:
-        told = " ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise BudgetError(f"No action keeps to the budget. {told}")
+    schedules, left_out = compiled(
+        {
+            f"{policy} + update" if updated else policy: partial(
+                compile_schedule, folder, budget, policy, cost, None, max_cache, updated
+            )
+            for policy, updated in CANDIDATES
+        }
+    )
+    reasons = {name: str(error) for name, error in left_out.items()}
+    if not schedules:
+        raise BudgetError(
+            "No action meets the budget. " + " ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        )
     profile, table = load_profile(folder), cost_of(folder, cost)
-    check_fits(pipe, next(iter(compiled.values())))
-    on_step = counting((1 + len(compiled)) * profile.sampler.steps, on_progress)
+    check_matches(pipe, next(iter(schedules.values())))
+    on_step = counted((1 + len(schedules)) * profile.sampler.steps, on_progress)
     replay = calibration_replay(pipe, profile, samples, on_step)
-    weighed = []
-    for name, schedule in compiled.items():
-        if schedule.update is not None:
-            fitted, distances = fit_update(replay, schedule, schedule.update.history, on_step=on_step)
-            weighed.append(Weighed(name, priced(fitted, table), distances))
-        else:
-            weighed.append(Weighed(name, schedule, play(replay, schedule, on_step)))
-    weighed.sort(key=lambda candidate: -candidate.score)
-    return _signed(weighed, len(replay.seeds)), weighed, left_out
+
+    def measure(schedule: Schedule) -> tuple[Schedule, np.ndarray]:
+        if schedule.update is None:
+            return schedule, sampled_distances(replay, schedule, on_step)
+        fitted, distances = fit_update(replay, schedule, schedule.update.history, on_step=on_step)
+        return with_predicted_cost(fitted, table), distances
+
+    measured = best_of(schedules, measure)
+    best = measured[0]
+    record = {"best": best.name, "samples": len(replay.seeds)}
+    record["candidates"] = {one.name: one.figures() for one in measured}
+    policy = {"name": "mix", "knobs": best.schedule.policy["knobs"] | record}
+    return replace(best.schedule, policy=policy), measured, reasons
 
 
-def _signed(weighed: list[Weighed], samples: int) -> Schedule:
-    """Returns the best schedule, which remembers what it was held against."""
-    best = weighed[0]
-    measured = {"best": best.name, "samples": samples, "candidates": {one.name: one.figures() for one in weighed}}
-    return replace(best.schedule, policy={"name": "mix", "knobs": best.schedule.policy["knobs"] | measured})
+def choose_period(
+    pipe: Any,
+    folder: str | Path,
+    budget: str | float,
+    policy: str,
+    *,
+    cost: str | Path = "flops",
+    knobs: dict[str, Any] | None = None,
+    max_cache: int | None = None,
+    updated: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Measured]:
+    """Returns the schedules of toca or duca for each N in 2…8 that meets the budget, the nearest to the full run first.
+
+    For each N the policy chooses R for the budget; the score is the mean PSNR over the profile's first calibration seeds.
+    cost, knobs, max_cache, updated: as for `compile_schedule`.
+    Raises BudgetError if the policy has no N to choose or no N meets the budget, FormatError if `folder` holds no
+    calibration seeds.
+    """
+    knobs = knobs or {}
+    if policy not in RELEASED or "N" in knobs:
+        raise BudgetError(f"--fit chooses N for {' and '.join(RELEASED)}. Leave it out, or leave N out of the knobs.")
+    if not (Path(folder) / "manifest.json").exists():
+        raise FormatError(
+            f"{folder}: no manifest.json, so no calibration seeds. Type: sodaprof profile MODEL -o {folder}"
+        )
+    profile = load_profile(folder)
+    schedules, left_out = compiled(
+        {
+            f"N={period}": partial(
+                compile_schedule, folder, budget, policy, cost, knobs | {"N": period}, max_cache, updated
+            )
+            for period in PERIODS
+        }
+    )
+    if not schedules:
+        raise list(left_out.values())[-1]
+    request, steps = profile.manifest, profile.sampler.steps
+    seeds = range(request["seed"], request["seed"] + min(PERIOD_SAMPLES, request["samples"]))
+    comparison = Comparison(pipe, request["prompts"], PERIOD_SAMPLES, profile.sampler.guidance_scale)
+    comparison.on_progress, comparison.total = on_progress, len(seeds) * (1 + len(schedules))
+    (full,) = comparison.sample([Contender("full", "", steps, 1.0)], seeds)
+
+    def measure(schedule: Schedule) -> tuple[Schedule, np.ndarray]:
+        (samples,) = comparison.sample([Contender(policy, "", steps, 1.0, schedule)], seeds)
+        return schedule, samples.psnr_db(full)
+
+    return best_of(schedules, measure, score=lambda quality: round(float(quality.mean()), 3))

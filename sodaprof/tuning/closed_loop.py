@@ -1,14 +1,15 @@
-"""A fitted state update from the model itself: step after step on the trajectory that the accelerated loop produces.
+"""An update fitted on the model itself, step after step on its own accelerated trajectory.
 
 At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to
-the full run's state at that step; the next step goes on from where these weights lead. Where sites or the stack are forecast,
-the forecasts' weights are fitted first, towards what site or stack gives in the full run; the stack's guided, for that is
-what an error weighs in the picture. Closed form, one run of the accelerated loop.
+the full run's state at that step; the next step begins at the state that these weights give. If sites or the stack are
+forecast, the weights of the forecasts are fitted first, to the outputs of the site or the stack in the full run; the stack's
+outputs are guided, since guidance decides how an error enters the picture. Closed form, one run of the accelerated loop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,9 @@ from ..formats.profile import Profile
 from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
 from ..formats.schedule import Forecast, Schedule, Update
 from ..measure.metrics import worst_decile
-from ..pipelines.clock import Clock
 from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
-from ..runtime.checks import check_fits
+from ..runtime.checks import check_matches
 from ..runtime.hooks.sites import SiteRow
 from ..runtime.hooks.stack import StackRow, block_of
 
@@ -34,10 +34,10 @@ SAMPLES = 20  # calibration generations of a fit
 
 
 class Fit:
-    """A closed-loop fit of a schedule's update and of the weights of its F and S cells, which can begin where another one stood.
+    """A closed-loop fit of a schedule's update and of the weights of its F and S cells, which can continue another fit.
 
-    resumable: others are to begin in the midst of this one, for which everything that the stack may be forecast from is kept;
-    not where sites keep anything.
+    resumable: other fits may continue this one at any step; all sources of stack forecasts are kept for them. Only for
+    schedules whose sites keep no cache.
     """
 
     def __init__(
@@ -52,50 +52,50 @@ class Fit:
         self.resumable = resumable
         self.ats: list[RunState[Tensor]] = [RunState(replay.states[0])]  # before each step taken and after the last
         self.rows: list[tuple[float, ...]] = []  # of the update
-        self.cells: dict[int, Forecast] = {}  # S step -> its forecast
-        self.at_sites: dict[int, dict[str, Forecast]] = {}  # step -> site -> the forecast of its F cell
-        self.kept: list[Any] = [{}]  # beside `ats`, where resumable: what the stack row remembers
+        self.stack_cells: dict[int, Forecast] = {}  # S step -> its forecast
+        self.site_cells: dict[int, dict[str, Forecast]] = {}  # step -> site -> the forecast of its F cell
+        self.snapshots: list[Any] = [{}]  # what the stack row keeps, for each of `ats` if resumable
 
-    def follow(self, other: Fit, steps: int) -> None:
-        """Begins after the first `steps` of a resumable fit whose schedule does the same at them."""
-        self.ats, self.rows, self.kept = other.ats[: steps + 1], other.rows[:steps], other.kept[: steps + 1]
-        self.cells = {step: cell for step, cell in other.cells.items() if step < steps}
+    def resume_from(self, other: Fit, steps: int) -> None:
+        """Begins after the first `steps` of a resumable fit whose schedule is the same at these steps."""
+        self.ats, self.rows = other.ats[: steps + 1], other.rows[:steps]
+        self.snapshots = other.snapshots[: steps + 1]
+        self.stack_cells = {step: cell for step, cell in other.stack_cells.items() if step < steps}
 
     def run(self, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
-        """Takes the steps that are left and returns each generation's distance to the full run, dB."""
-        row = network_row(self.schedule)
-        targets, site_targets = self._targets(), self._site_targets()
-        attached = played(self.replay, self.schedule)
-        with attached as clock:
-            skips = attached.handle.stacks[0] if attached.handle and attached.handle.stacks else None
-            if skips is not None:
-                skips.cells |= self.cells
-                skips.memory = self.kept[-1]
-                skips.memory = skips.snapshot()  # what is kept from now on is not the former fit's
+        """Takes the remaining steps and returns each generation's distance to the full run, dB."""
+        actions = network_row(self.schedule)
+        stack_targets, site_targets = self._stack_targets(), self._site_targets()
+        with attached(self.replay, self.schedule) as handle:
+            stack = handle.stacks[0] if handle and handle.stacks else None
+            if stack is not None:
+                stack.cells |= self.stack_cells
+                stack.memory = self.snapshots[-1]
+                stack.memory = stack.snapshot()  # a copy: the other fit keeps its own
                 if self.resumable:
-                    skips.keep_all()
-            rows = attached.handle.rows if attached.handle else []
+                    stack.keep_all()
 
             def fit_forecasts(step: int) -> None:
-                if step in site_targets:
-                    self.at_sites[step] = self._weighed_sites(rows, step, site_targets[step])
-                if skips is not None and row[step] == "S":
-                    self.cells[step] = self._weighed_stack(skips, step, targets[step])
+                if handle and step in site_targets:
+                    self.site_cells[step] = self._fit_sites(handle.rows, step, site_targets[step])
+                if stack is not None and actions[step] == "S":
+                    self.stack_cells[step] = self._fit_stack(stack, step, stack_targets[step])
 
-            stepper = Stepper(ReplaySpace(self.replay, clock, fit_forecasts), self.history, self.strength)
-            for coefficients, at in stepper.fit_update(lambda step: row[step] != "-", self.ats[-1], len(self.rows)):
+            space = ReplaySpace(self.replay, handle.clock if handle else None, fit_forecasts)
+            stepper = Stepper(space, self.history, self.strength)
+            for coefficients, at in stepper.fit_update(lambda step: actions[step] != "-", self.ats[-1], len(self.rows)):
                 self.rows.append(coefficients)
                 self.ats.append(at)
-                self.kept.append(skips.snapshot() if skips is not None and self.resumable else {})
+                self.snapshots.append(stack.snapshot() if stack is not None and self.resumable else {})
                 on_step()
         return fidelity_db(self.ats[-1].x, self.replay)
 
     def fitted(self) -> Schedule:
-        """Returns the schedule with what was fitted, said to be closed loop on the replay's generations."""
+        """Returns the schedule with the fitted update and weights, marked as closed loop on the replay's generations."""
         ((name, plan),) = self.schedule.transformers.items()
-        cells = tuple(self.cells[step] for step in sorted(self.cells))
-        at_sites = {
-            site: tuple(self.at_sites[step][site] for step in sorted(self.at_sites) if site in self.at_sites[step])
+        of_stack = tuple(self.stack_cells[step] for step in sorted(self.stack_cells))
+        of_sites = {
+            site: tuple(cells[site] for _, cells in sorted(self.site_cells.items()) if site in cells)
             for site in plan.forecasts
         }
         fitted = {
@@ -103,15 +103,11 @@ class Fit:
             "seed": self.replay.seeds[0], "samples": len(self.replay.seeds),
         }  # fmt: skip
         update = Update(self.replay.update.basis, self.history, tuple(self.rows), fitted)
-        return replace(
-            self.schedule,
-            transformers={name: replace(plan, forecasts=at_sites, stack_forecasts=cells)},
-            update=update,
-            measured=(),
-        )
+        plan = replace(plan, forecasts=of_sites, stack_forecasts=of_stack)
+        return replace(self.schedule, transformers={name: plan}, update=update, measured=())
 
-    def _targets(self) -> dict[int, Tensor]:
-        """Returns for each S step to come what its forecast is to equal, guidance included."""
+    def _stack_targets(self) -> dict[int, Tensor]:
+        """Returns for each remaining S step the guided value of the full run that its forecast is fitted to."""
         ((_, plan),) = self.schedule.transformers.items()
         blocks = [block_of(site) for site in plan.rows]  # in execution order
         steps = [step for step, action in enumerate(plan.stack) if action == "S"]
@@ -123,14 +119,14 @@ class Fit:
         }
 
     def _site_targets(self) -> dict[int, dict[str, Tensor]]:
-        """Returns for each step to come that has F cells what their sites give in the full run."""
+        """Returns for each remaining step that has F cells the outputs of their sites in the full run."""
         ((_, plan),) = self.schedule.transformers.items()
         layouts = {site: plan.layout(site) for site in plan.rows}
         steps = [step for step, cells in enumerate(zip(*plan.rows.values(), strict=True)) if "F" in cells]
         return {step: self.replay.at_sites(step, layouts) for step in steps if step >= len(self.rows)}
 
-    def _weighed_sites(self, rows: Sequence[SiteRow], step: int, targets: dict[str, Tensor]) -> dict[str, Forecast]:
-        """Returns the F cells of a step with weights fitted to their targets, under which it is about to run."""
+    def _fit_sites(self, rows: Sequence[SiteRow], step: int, targets: dict[str, Tensor]) -> dict[str, Forecast]:
+        """Returns the F cells of a step with weights fitted to their targets, and sets them for the step's run."""
         found = {}
         for row in rows:
             forecast = row.cells[step].forecast
@@ -145,12 +141,12 @@ class Fit:
             found[row.key] = replace(forecast, weights=weights)
         return found
 
-    def _weighed_stack(self, skips: StackRow, step: int, target: Tensor) -> Forecast:
-        """Returns the S cell of a step with weights fitted to its target, under which it is about to run."""
-        sources = [self.replay.guided(step, calls) for calls in skips.sources(step)]
+    def _fit_stack(self, stack: StackRow, step: int, target: Tensor) -> Forecast:
+        """Returns the S cell of a step with weights fitted to its target, and sets it for the step's run."""
+        sources = [self.replay.guided(step, calls) for calls in stack.sources(step)]
         weights = forecast_weights(sources, target, self.strength)
-        skips.cells[step] = replace(skips.cells[step], weights=weights)
-        return skips.cells[step]
+        stack.cells[step] = replace(stack.cells[step], weights=weights)
+        return stack.cells[step]
 
 
 def forecast_weights(sources: Sequence[Tensor], target: Tensor, strength: float = RIDGE) -> tuple[float, ...]:
@@ -173,16 +169,16 @@ def fit_update(
 ) -> tuple[Schedule, np.ndarray]:
     """Returns the schedule with its update fitted on the replay's generations, and each one's distance to the full run, dB.
 
-    Steps that call the network do so under the schedule (caches, forecasts), the weights of S cells fitted, too; steps `-`
-    move the state alone.
+    Steps that call the network do so under the schedule (caches, forecasts); the weights of F and S cells are fitted, too.
+    Steps `-` only move the latents.
     """
     fit = Fit(replay, schedule, history, strength)
     distances = fit.run(on_step)
     return fit.fitted(), distances
 
 
-def priced(schedule: Schedule, cost: CostModel) -> Schedule:
-    """Returns the schedule with its predicted speed and cost counted anew: an update is paid in place of the scheduler's step."""
+def with_predicted_cost(schedule: Schedule, cost: CostModel) -> Schedule:
+    """Returns the schedule with speed-up and cost predicted anew: an update costs other than the scheduler's step."""
     before = schedule.predicted or {"error": None, "cache_bytes": 0}
     speed = {"unit": cost.unit, "speedup": cost.speedup(schedule), "cost": cost.schedule(schedule)}
     return replace(schedule, predicted=before | speed | {"error": None})
@@ -191,7 +187,7 @@ def priced(schedule: Schedule, cost: CostModel) -> Schedule:
 def calibration_replay(
     pipe: Any, profile: Profile, samples: int = SAMPLES, on_step: Callable[[], None] = lambda: None
 ) -> Replay:
-    """Returns the plain run of the profile's first calibration generations, all at once; several fits can share it."""
+    """Returns the full run of the profile's first calibration generations, all at once; several fits can share it."""
     request = profile.manifest
     seeds = range(request["seed"], request["seed"] + min(samples, request["samples"]))
     entries = [request["prompts"][i % len(request["prompts"])] for i in range(len(seeds))]
@@ -208,21 +204,21 @@ def fit_to_model(
     history: int = MAX_HISTORY,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Schedule, np.ndarray]:
-    """Returns the schedule with its update fitted closed loop on the profile's first calibration generations, all at once.
+    """Returns the schedule with its update fitted closed loop, and each generation's distance to the full run, dB.
 
-    Beside it each generation's distance to the full run, dB. Costs one plain run of these generations and one accelerated.
-    Raises MismatchError where schedule and pipeline do not belong together.
+    Fitted on the profile's first calibration generations, all at once: one full run of them and one accelerated.
+    Raises MismatchError if the schedule does not match the pipeline.
     """
-    check_fits(pipe, schedule)
-    on_step = counting(2 * profile.sampler.steps, on_progress)
+    check_matches(pipe, schedule)
+    on_step = counted(2 * profile.sampler.steps, on_progress)
     replay = calibration_replay(pipe, profile, samples, on_step)
     kept = schedule.update.history if schedule.update else history
     fitted, distances = fit_update(replay, schedule, kept, on_step=on_step)
-    return priced(fitted, cost), distances
+    return with_predicted_cost(fitted, cost), distances
 
 
-def counting(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
-    """Returns a function that tells on_progress how often it was called, of `total` times."""
+def counted(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:
+    """Returns a function that calls on_progress with the number of its calls so far and `total`."""
     done = 0
 
     def on_step() -> None:
@@ -233,42 +229,36 @@ def counting(total: int, on_progress: Callable[[int, int], None]) -> Callable[[]
     return on_step
 
 
-def play(replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Returns each generation's distance to the full run under a schedule, dB; without an update the sampler's own steps."""
-    own, update, stack = replay.update, schedule.update, network_row(schedule)
+def sampled_distances(replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
+    """Returns each generation's distance to the full run, dB, sampled under a schedule; the sampler's own steps if no update."""
+    own, update, actions = replay.update, schedule.update, network_row(schedule)
     history, rows = (update.history, update.coefficients) if update else (own.history, rounded(own.coefficients))
-    with played(replay, schedule) as clock:
-        stepper = Stepper(ReplaySpace(replay, clock), history)
+    with attached(replay, schedule) as handle:
+        stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), history)
         at = stepper.start()
         for step in range(replay.steps):
-            if stack[step] != "-":
+            if actions[step] != "-":
                 at = stepper.computed(at, step)
             at = stepper.moved(at, step, rows[step])
             on_step()
     return fidelity_db(at.x, replay)
 
 
-def joint(distances: np.ndarray) -> float:
-    """Returns what candidates are judged by: the mean of the mean and of the worst decile, dB."""
+def score_db(distances: np.ndarray) -> float:
+    """Returns the score of a candidate: the mean of the mean and of the worst tenth of its distances, dB."""
     return float(distances.mean() + worst_decile(distances)) / 2
 
 
-class played:
-    """Attaches a schedule to the replay's pipeline while the block runs, where its steps do more than compute or nothing."""
-
-    def __init__(self, replay: Replay, schedule: Schedule) -> None:
-        letters = set("".join(row for plan in schedule.transformers.values() for row in plan.rows.values()))
-        self.handle: Handle | None = None
-        if letters - set("C-") or "S" in network_row(schedule):
-            own = Update(replay.update.basis, replay.update.history, rounded(replay.update.coefficients), {})
-            self.handle = apply(replay.pipe, replace(schedule, update=own))
-
-    def __enter__(self) -> Clock | None:
-        return None if self.handle is None else self.handle.clock
-
-    def __exit__(self, *exception: Any) -> None:
-        if self.handle is not None:
-            self.handle.remove()
+@contextmanager
+def attached(replay: Replay, schedule: Schedule) -> Iterator[Handle | None]:
+    """Attaches a schedule to the replay's pipeline while the block runs; yields None if it has full and skipped steps only."""
+    actions = set("".join(row for plan in schedule.transformers.values() for row in plan.rows.values()))
+    if not actions - set("C-") and "S" not in network_row(schedule):
+        yield None
+        return
+    own = Update(replay.update.basis, replay.update.history, rounded(replay.update.coefficients), {})
+    with apply(replay.pipe, replace(schedule, update=own)) as handle:
+        yield handle
 
 
 def network_row(schedule: Schedule) -> str:
@@ -278,7 +268,7 @@ def network_row(schedule: Schedule) -> str:
 
 
 def fidelity_db(x: Tensor, replay: Replay) -> np.ndarray:
-    """Returns −10 log10 of each generation's mean squared error of the last latents, relative to their size; [B]."""
+    """Returns −10 log10 of each generation's mean squared error of the last latents x, relative to the full run's; [B]."""
     full = replay.states[-1]
     error = (x - full).flatten(1).double().square().mean(1)
     ratio: np.ndarray = (full.double().square().mean() / error.clamp_min(1e-20)).cpu().numpy()

@@ -1,9 +1,8 @@
-"""`refine`: searches a schedule's full steps and what stands between them on the final error of the model's own generations.
+"""`refine`: searches for better step placements from a schedule, scored on the final latents of the model's own generations.
 
-Every candidate is fitted closed loop on one part of the calibration generations and judged by their last latents, mean and
-worst decile alike. It takes the incumbent's place where it is better in three of four draws of these generations, for few of
-them tell little; and it is written where it is better on the other part too. A fixed sequence of candidates for a seed: more
-time only means more of it.
+Every candidate is fitted closed loop on the search generations and scored by `score_db` of their last latents. It replaces the
+incumbent if it is better in three of four resamplings of these generations, since few generations are noisy; and it is written
+if it is better on the validation generations too. The candidates are a fixed sequence for a seed: more time means more of it.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +22,158 @@ from ..errors import BudgetError, FormatError, MismatchError
 from ..formats.cost import CostModel
 from ..formats.files import digest, read_json, refuse_existing, write_json
 from ..formats.schedule import Schedule
+from ..formats.sites import Model
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.flops import count_flops
 from ..pipelines.load import default_prompts
 from ..pipelines.replay import Replay
 from ..pipelines.stack import stack_of
-from ..runtime.checks import check_fits
-from .closed_loop import Fit, joint, play, priced
-from .columns import columns_of, drawn, proposed
+from ..runtime.checks import check_matches
+from .closed_loop import Fit, sampled_distances, score_db, with_predicted_cost
+from .step_letters import columns_of, varied, with_columns
 
 FORMAT, VERSION = "sodaprof.refine", 2
-CHANCE = 25  # percentile of the draws at which a candidate must gain
-DRAWS = 1000
+PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
+RESAMPLINGS = 1000
 LEAST = 4  # calibration generations
-PATIENCE = 6  # improvements in a row that the validation generations do not share, then the search ends
+PATIENCE = 6  # improvements in a row that the validation generations do not confirm, then the search ends
 
 
 @dataclass
-class Search:
-    """How far a search is; what its file holds."""
+class Progress:
+    """How far a search is: what its file holds. Columns are one letter a step, as in `step_letters`."""
 
     evaluations: int
-    columns: str  # of the incumbent: one letter a step, as `columns` has them
+    columns: str  # of the incumbent
     score: float  # of the incumbent on the search generations, dB
     best: str
-    best_score: float  # on the validation generations
-    best_at: int  # after so many evaluations
-    misses: int  # improvements since, that validation did not share
+    best_score: float  # on the validation generations, dB
+    best_at: int  # number of evaluations after which it was found
+    misses: int  # improvements since then that the validation generations did not confirm
     tried: list[str]
-    generator: list[Any]  # of random numbers
+    generator: list[Any]  # state of the random generator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The schedule that a search begins with, and what bounds its candidates."""
+
+    schedule: Schedule
+    model: Model
+    cost: CostModel
+    budget: float  # in the unit of `cost`
+    max_cache: int | None  # bytes
+    fillers: str  # letters of steps that are not full
+
+    def allows(self, columns: str) -> bool:
+        """Whether a candidate costs and keeps no more than allowed."""
+        candidate = with_columns(self.schedule, columns)
+        if not within(self.cost.schedule(candidate), self.budget):
+            return False
+        return self.max_cache is None or cache_bytes(candidate, self.model) <= self.max_cache
+
+
+class CandidateFits:
+    """Fits candidates closed loop on a replay, each from the first step at which it differs from the incumbent.
+
+    Candidates whose sites reuse or forecast begin at step 0: the caches of sites are not kept for other fits.
+    """
+
+    def __init__(self, replay: Replay, schedule: Schedule) -> None:
+        self.replay, self.schedule = replay, schedule
+        self.incumbent: tuple[str, Fit] | None = None  # the columns and the fit that others continue
+        self.latest: tuple[str, Fit] | None = None
+
+    def evaluate(self, columns: str) -> tuple[Schedule, np.ndarray]:
+        """Returns the fitted schedule of these columns and each generation's distance to the full run, dB."""
+        schedule = with_columns(self.schedule, columns)
+        assert schedule.update is not None  # with_columns() adds one
+        resumable = set("RF").isdisjoint(columns)
+        fit = Fit(self.replay, schedule, schedule.update.history, resumable=resumable)
+        if resumable and self.incumbent is not None:
+            known, known_fit = self.incumbent
+            if "S" in known or "S" not in columns:  # else its fit kept no sources for the stack
+                pairs = enumerate(zip(columns, known, strict=True))
+                fit.resume_from(known_fit, next((step for step, (a, b) in pairs if a != b), len(columns)))
+        distances = fit.run()
+        self.latest = (columns, fit) if resumable else None
+        self.incumbent = self.incumbent or self.latest
+        return fit.fitted(), distances
+
+    def accept_latest(self) -> None:
+        """Makes the latest candidate the incumbent if other fits can continue it."""
+        self.incumbent = self.latest or self.incumbent
+
+
+class Search:
+    """A search under way: evaluates one candidate a step, keeps its file and the best schedule's up to date."""
+
+    def __init__(
+        self, problem: Problem, output: Path, request: str, knobs: dict[str, Any], replays: list[Replay]
+    ) -> None:
+        """knobs: added to the policy's; request: digest of all settings; replays: of the search and validation generations."""
+        self.problem, self.output, self.request, self.knobs = problem, output, request, knobs
+        searched, self.validated = replays
+        self.fits = CandidateFits(searched, problem.schedule)
+        self.generator = random.Random(knobs["refine_seed"])
+
+    def open(self, progress: Progress | None) -> None:
+        """Begins with the schedule, or continues from `progress`, and writes the best schedule so far."""
+        if progress is None:
+            columns = columns_of(self.problem.schedule)
+            fitted, self.distances = self.fits.evaluate(columns)
+            held_out = self._validation_score(fitted)
+            state = _to_json(self.generator)
+            self.progress = Progress(0, columns, score_db(self.distances), columns, held_out, 0, 0, [columns], state)
+            self.save()  # ahead of `output`, which is written again if the search is interrupted in between
+            self.best = self._write(fitted)
+        else:
+            self.progress = progress
+            self.generator.setstate(_from_json(progress.generator))
+            _, self.distances = self.fits.evaluate(progress.columns)
+            self.best = self._write(self.fits.evaluate(progress.best)[0])
+        self.known = set(self.progress.tried)
+
+    def step(self) -> bool:
+        """Evaluates one more candidate; returns False if there is none, or too many improvements were not confirmed."""
+        now, problem = self.progress, self.problem
+        if now.misses >= PATIENCE:
+            return False
+        candidate = varied(now.columns, self.generator, self.known, problem.fillers, problem.allows)
+        if candidate is None:
+            return False
+        self.known.add(candidate)
+        now.tried.append(candidate)
+        now.evaluations += 1
+        now.generator = _to_json(self.generator)
+        fitted, distances = self.fits.evaluate(candidate)
+        if score_db(distances) > now.score and sure_gain(distances, self.distances) > 0:
+            self.fits.accept_latest()
+            now.columns, now.score, self.distances = candidate, score_db(distances), distances
+            held_out = self._validation_score(fitted)
+            now.misses += 1
+            if held_out > now.best_score:
+                now.best, now.best_score, now.best_at, now.misses = candidate, held_out, now.evaluations, 0
+                self.best = self._write(fitted)
+        self.save()
+        return True
+
+    def save(self) -> None:
+        data = {"format": FORMAT, "version": VERSION, "request": self.request, "search": asdict(self.progress)}
+        write_json(state_file(self.output), data, force=True)
+
+    def _validation_score(self, fitted: Schedule) -> float:
+        return score_db(sampled_distances(self.validated, fitted))
+
+    def _write(self, best: Schedule) -> Schedule:
+        """Returns the schedule that it writes to the output: `best` with its cost and where it comes from."""
+        own = self.problem.schedule.policy
+        knobs = own["knobs"] | {"refined": self.progress.best_at} | self.knobs
+        best = with_predicted_cost(replace(best, policy=own | {"knobs": knobs}), self.problem.cost)
+        kept = {"cache_bytes": cache_bytes(best, self.problem.model)}
+        best = replace(best, predicted=(best.predicted or {}) | kept)
+        best.save(self.output, force=True)
+        return best
 
 
 def refine(
@@ -67,168 +189,100 @@ def refine(
     cost: CostModel | None = None,
     max_cache: int | None = None,
     force: bool = False,
-    on_progress: Callable[[int, float, float], None] = lambda done, search, held: None,
+    on_progress: Callable[[int, float, float], None] = lambda done, search, held_out: None,
 ) -> Schedule:
-    """Searches from `schedule` and returns the best one found, which `output` holds since it was found.
+    """Searches from `schedule` and returns the best one found; `output` always holds the best so far.
 
-    seconds, evaluations: where the search ends, whichever is first; the same call goes on with a search that was cut short.
-    samples: calibration generations, three quarters to search on and the rest to validate. cost: what the budget is counted
-    in, by default FLOPs; no candidate costs more than `schedule` with a fitted update. max_cache: bytes that the caches of one
-    generation may take. on_progress is given (evaluations, dB on the search generations, dB on the validation generations).
+    seconds, evaluations: end of the search, whichever is first; the same call continues a search that was interrupted.
+    samples: calibration generations, three quarters to search on and the rest to validate. cost: unit of the budget, by
+    default FLOPs; no candidate costs more than `schedule` with a fitted update. max_cache: bytes that the caches of one
+    generation may take. on_progress gets (evaluations, dB on the search generations, dB on the validation generations).
     Raises BudgetError for settings without an end or a schedule that keeps more than max_cache, UnsupportedModelError for
-    schedules that are no columns of full, reused, forecast and skipped steps, MismatchError where the pipeline is another one.
+    schedules of other steps than full, reused, forecast and skipped ones, MismatchError if the schedule does not match the
+    pipeline or a search with other settings is under way.
     """
+    check_search(schedule, seconds, evaluations, samples)
+    check_matches(pipe, schedule)
     output = Path(output)
-    state = output.with_name(output.name + ".search")
-    columns = check_search(schedule, seconds, evaluations, samples)
-    check_fits(pipe, schedule)
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
     samples = min(samples, profile["samples"])
-    sampler, first = schedule.sampler, drawn(schedule, columns)
-    model, _, step = inspect_pipeline(pipe, "", sampler.steps, sampler.guidance_scale, entries[0])
-    costs = cost or count_flops(pipe, model, step)
+    problem = _problem(pipe, schedule, entries[0], cost, max_cache)
+    request = digest({
+        "schedule": schedule.digest(), "samples": samples, "seed": seed, "prompts": list(map(str, entries)),
+        "cost": digest(problem.cost.to_json()), "max_cache": max_cache,
+    })  # fmt: skip
+    progress = _read_progress(state_file(output), request)
+    if progress is None:
+        refuse_existing(output, force)
+    began = time.monotonic()
+    first = samples - max(1, samples // 4)  # of the validation generations
+    replays = [
+        Replay(pipe, schedule.sampler, [entries[i % len(entries)] for i in part], [profile["seed"] + i for i in part])
+        for part in (range(first), range(first, samples))
+    ]
+    search = Search(problem, output, request, {"refine_seed": seed, "refine_samples": samples}, replays)
+    search.open(progress)
+    while True:
+        now = search.progress
+        on_progress(now.evaluations, now.score, now.best_score)
+        out_of_time = seconds is not None and time.monotonic() - began >= seconds
+        enough = evaluations is not None and now.evaluations >= evaluations
+        if out_of_time or enough or not search.step():
+            return search.best
+
+
+def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: int | None) -> Problem:
+    """Returns the problem of a search; cost: FLOPs by default. Raises BudgetError if the schedule keeps too much."""
+    sampler = schedule.sampler
+    model, _, step = inspect_pipeline(pipe, "", sampler.steps, sampler.guidance_scale, entry)
+    columns, cost = columns_of(schedule), cost or count_flops(pipe, model, step)
     (name,) = schedule.transformers
-    stacked = stack_of(pipe, name, model.transformers[name], step) is not None
-    idle = "-R" + "S" * stacked + "F" * ("F" in columns)
-    budget, kept = costs.schedule(first), cache_bytes(first, model)
+    has_stack = stack_of(pipe, name, model.transformers[name], step) is not None
+    first = with_columns(schedule, columns)
+    kept = cache_bytes(first, model)
     if max_cache is not None and kept > max_cache:
         raise BudgetError(
             f"The caches of one generation take {kept:,} bytes under the schedule to begin with, its fitted update included; at "
             f"most {max_cache:,} are allowed (--max-cache). Allow as much, or begin with a schedule that keeps less."
         )
-    request = digest({
-        "schedule": schedule.digest(), "samples": samples, "seed": seed, "prompts": list(map(str, entries)),
-        "cost": digest(costs.to_json()), "max_cache": max_cache,
-    })  # fmt: skip
-    found = _resumed(state, request)
-    if found is None:
-        refuse_existing(output, force)
-    began = time.monotonic()
-    cut = max(1, samples // 4)
-    parts = (range(samples - cut), range(samples - cut, samples))
-    searched, validated = (
-        Replay(
-            pipe, sampler, [entries[i % len(entries)] for i in part], [profile["seed"] + i for i in part]
-        )
-        for part in parts
-    )  # fmt: skip
-    bench = Bench(searched, schedule)
-
-    def allowed(candidate: str) -> bool:
-        one = drawn(schedule, candidate)
-        return within(costs.schedule(one), budget) and (max_cache is None or cache_bytes(one, model) <= max_cache)
-
-    def written(best: Schedule, done: int) -> Schedule:
-        searched_for = {"refined": done, "refine_seed": seed, "refine_samples": samples}
-        policy = schedule.policy | {"knobs": schedule.policy["knobs"] | searched_for}
-        signed = priced(replace(best, policy=policy), costs)
-        signed = replace(signed, predicted=(signed.predicted or {}) | {"cache_bytes": cache_bytes(signed, model)})
-        signed.save(output, force=True)
-        return signed
-
-    generator = random.Random(seed)
-    if found is None:
-        fitted, distances = bench.evaluate(columns)
-        held = joint(play(validated, fitted))
-        found = Search(0, columns, joint(distances), columns, held, 0, 0, [columns], _to_json(generator))
-        _save(state, request, found)  # first: where it stands the search goes on, and `output` is written again
-        best = written(fitted, 0)
-    else:
-        generator.setstate(_from_json(found.generator))
-        _, distances = bench.evaluate(found.columns)
-        best = written(bench.evaluate(found.best)[0], found.best_at)
-    on_progress(found.evaluations, found.score, found.best_score)
-    known = set(found.tried)
-    while found.misses < PATIENCE:
-        if evaluations is not None and found.evaluations >= evaluations:
-            break
-        if seconds is not None and time.monotonic() - began >= seconds:
-            break
-        candidate = proposed(found.columns, generator, known, idle, allowed)
-        if candidate is None:
-            break
-        known.add(candidate)
-        found.tried.append(candidate)
-        found.evaluations += 1
-        found.generator = _to_json(generator)
-        fitted, reached = bench.evaluate(candidate)
-        if joint(reached) > found.score and surely_gained(reached, distances) > 0:
-            bench.settle(candidate)
-            found.columns, found.score, distances = candidate, joint(reached), reached
-            held = joint(play(validated, fitted))
-            found.misses += 1
-            if held > found.best_score:
-                found.best, found.best_score, found.misses = candidate, held, 0
-                found.best_at = found.evaluations
-                best = written(fitted, found.best_at)
-        _save(state, request, found)
-        on_progress(found.evaluations, found.score, found.best_score)
-    return best
+    fillers = "-R" + "S" * has_stack + "F" * ("F" in columns)
+    return Problem(schedule, model, cost, cost.schedule(first), max_cache, fillers)
 
 
-def check_search(schedule: Schedule, seconds: float | None, evaluations: int | None, samples: int) -> str:
-    """Returns the columns that a search would begin with; raises, as `refine`, where no model is needed to refuse it."""
+def check_search(schedule: Schedule, seconds: float | None, evaluations: int | None, samples: int) -> None:
+    """Raises what `refine` raises without looking at the model."""
     if seconds is None and evaluations is None:
         raise BudgetError("A search needs an end. Give --time 5m, or --evaluations 200.")
     if evaluations is not None and evaluations < 0:
         raise BudgetError(f"--evaluations is {evaluations}; expected 0 (fit, search nothing) or more.")
     if samples < LEAST:
-        raise BudgetError(
-            f"--samples is {samples}; expected at least {LEAST}, three quarters of which are searched on."
-        )
+        raise BudgetError(f"--samples is {samples}; expected at least {LEAST}: three quarters are for the search.")
     if schedule.profile is not None and schedule.profile["samples"] < LEAST:
         raise BudgetError(
             f"The schedule's profile has {schedule.profile['samples']} calibration generations; a search takes at least {LEAST}. "
             f"Profile and compile again, with --samples {LEAST} or more."
         )
-    return columns_of(schedule)
+    columns_of(schedule)
 
 
-class Bench:
-    """Fits candidates closed loop on a replay, from the first step in which they differ from the one settled on."""
+def sure_gain(candidate: np.ndarray, incumbent: np.ndarray) -> float:
+    """Returns the gain of a candidate over the incumbent that three of four resamplings of the generations exceed, dB.
 
-    def __init__(self, replay: Replay, schedule: Schedule) -> None:
-        self.replay, self.schedule = replay, schedule
-        self.known: dict[str, Fit] = {}  # columns -> a fit that others can begin in the midst of
-        self.settled = ""
-
-    def evaluate(self, columns: str) -> tuple[Schedule, np.ndarray]:
-        """Returns the fitted schedule of these columns and each generation's distance to the full run, dB."""
-        schedule = drawn(self.schedule, columns)
-        assert schedule.update is not None  # drawn() gives it one
-        caches = not set("RF").isdisjoint(columns)  # which would have to be taken up, too: from the start
-        fit = Fit(self.replay, schedule, schedule.update.history, resumable=not caches)
-        settled = self.known.get(self.settled)
-        if settled is not None and not caches and ("S" in self.settled or "S" not in columns):
-            same = next((i for i, (a, b) in enumerate(zip(columns, self.settled, strict=True)) if a != b), len(columns))
-            fit.follow(settled, same)
-        distances = fit.run()
-        if not caches:
-            self.known = {name: one for name, one in self.known.items() if name == self.settled} | {columns: fit}
-            if not self.settled:
-                self.settle(columns)
-        return fit.fitted(), distances
-
-    def settle(self, columns: str) -> None:
-        """Makes these columns, evaluated last, the ones that others are taken up from."""
-        if columns in self.known:
-            self.settled = columns
-            self.known = {columns: self.known[columns]}
-
-
-def surely_gained(candidate: np.ndarray, incumbent: np.ndarray) -> float:
-    """Returns what a candidate gains over the incumbent in three of four draws of the generations, with repetition, dB.
-
-    candidate, incumbent: each generation's distance to the full run.
+    candidate, incumbent: each generation's distance to the full run, dB. Resampled with repetition.
     """
-    draws = np.random.default_rng(0).integers(len(candidate), size=(DRAWS, len(candidate)))
-    gains = [joint(candidate[some]) - joint(incumbent[some]) for some in draws]
-    return float(np.percentile(gains, CHANCE))
+    draws = np.random.default_rng(0).integers(len(candidate), size=(RESAMPLINGS, len(candidate)))
+    gains = [score_db(candidate[some]) - score_db(incumbent[some]) for some in draws]
+    return float(np.percentile(gains, PERCENTILE))
 
 
-def _resumed(path: Path, request: str) -> Search | None:
-    """Returns the search that a file holds; None where there is none, MismatchError where it is of another request."""
+def state_file(output: Path) -> Path:
+    """Returns the file that holds how far the search for `output` is."""
+    return output.with_name(output.name + ".search")
+
+
+def _read_progress(path: Path, request: str) -> Progress | None:
+    """Returns the progress in a file; None if there is no file, MismatchError if it is of another request."""
     if not path.exists():
         return None
     data = read_json(path)
@@ -236,14 +290,10 @@ def _resumed(path: Path, request: str) -> Search | None:
         raise FormatError(f"{path}: not the state of a search of this release. Delete it to search anew.")
     if data.get("request") != request:
         raise MismatchError(
-            f"{path}: a search from another schedule or with other settings is there. Repeat its settings to go on with it, "
-            "or delete it to search anew."
+            f"{path}: holds a search from another schedule or with other settings. Repeat its settings to continue it, or "
+            "delete it to search anew."
         )
-    return Search(**data["search"])
-
-
-def _save(path: Path, request: str, search: Search) -> None:
-    write_json(path, {"format": FORMAT, "version": VERSION, "request": request, "search": vars(search)}, force=True)
+    return Progress(**data["search"])
 
 
 def _to_json(generator: random.Random) -> list[Any]:

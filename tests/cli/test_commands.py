@@ -1,9 +1,12 @@
-"""The command line, run in this process: what it writes, what it says, its exit codes; never a traceback."""
+"""The command line, run in this process: files, output, exit codes; never a traceback."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ import sodaprof.measure.bench
 from sodaprof import cli
 from sodaprof.compiler.policies import POLICIES, RENAMED
 from sodaprof.formats.schedule_file import load_schedule
+from sodaprof.measure import metrics
+from sodaprof.measure.classifier import Classifier
 from tests.conftest import invoke
 
 STEPS = "8"
@@ -39,6 +44,7 @@ def test_from_profile_to_table(command, model, profiled, tmp_path):
 
     code, out, _ = command("show", schedule)
     assert code == 0
+    assert f"Next: sodaprof run MODEL {schedule}" in out
     rows = load_schedule(schedule).transformers["transformer"].rows
     assert all(row in out for row in rows.values())
     code, out, _ = command("show", schedule, "--json")
@@ -72,6 +78,15 @@ def test_from_profile_to_table(command, model, profiled, tmp_path):
     code, out, _ = command("eval", model, schedule, "--samples", 3, "--no-controls")
     assert code == 0
     assert "solver" in out
+    assert out.endswith(f"Next: sodaprof show {schedule}\n")
+
+
+def test_the_module_is_the_command_line():
+    found = subprocess.run(
+        [sys.executable, "-m", "sodaprof", "show", "missing.json"], capture_output=True, text=True, check=False
+    )
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.startswith("sodaprof: missing.json: no such file")
 
 
 def test_inspect_and_a_policy_that_needs_no_tables(command, model, tmp_path):
@@ -112,7 +127,7 @@ def test_nothing_is_overwritten_without_force(command, model, profiled, tmp_path
 
 
 @pytest.mark.parametrize("budget", ["0", "-1x", "abc", "nan", "inf", "1000x"])
-def test_senseless_budgets(command, profiled, tmp_path, budget):
+def test_budgets_that_cannot_be_met(command, profiled, tmp_path, budget):
     code, _, err = command("compile", profiled, f"--budget={budget}", "-o", tmp_path / "s.json")
     assert code == 1
     assert "budget" in err
@@ -194,7 +209,7 @@ def test_ctrl_c(command, profiled, tmp_path, monkeypatch):
     assert "Interrupted" in err
 
 
-def test_evaluation_seeds_keep_away_from_calibration(command, model, profiled, tmp_path):
+def test_calibration_seeds_are_not_evaluated(command, model, profiled, tmp_path):
     command("compile", profiled, "-o", tmp_path / "s.json")
     code, _, err = command("eval", model, tmp_path / "s.json", "--seed", 2, "--samples", 4)
     assert code == 1
@@ -270,6 +285,42 @@ def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tm
     monkeypatch.setattr(sodaprof.measure.bench, "benchmark", noted)
     assert command("bench", model, path, "--scheduler", other)[0] == 130
     assert samplers == [other]
+
+
+def test_a_runtime_is_chosen_by_name(command, refused, model, profiled, tmp_path):
+    schedule, picture = tmp_path / "s.json", tmp_path / "p.png"
+    assert command("compile", profiled, "--policy", "fora", "-o", schedule)[0] == 0
+    arguments = ("run", model, schedule, "--label", 3, "--runtime", "compiled", "--no-graphs", "-o", picture)
+    code, out, _ = command(*arguments)
+    assert (code, "lowered" in out) == (0, True)  # what the report calls traced blocks without graphs
+    out_folder = tmp_path / "new"
+    out_folder.mkdir()
+    for verb, name in (("run", "p.png"), ("eval", "e.json")):
+        label = ("--label", 3) if verb == "run" else ()
+        said = refused(verb, "no-such-model", schedule, *label, "--runtime", "lowered", output=out_folder / name)
+        assert "--runtime lowered was replaced. Type: --runtime compiled --no-graphs" in said
+
+
+def test_distances_to_a_folder_of_pictures(command, refused, model, profiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "LEAST_FOR_DISTANCE", 12)
+    folder, data, schedule = tmp_path / "m", tmp_path / "data", tmp_path / "s.json"
+    shutil.copytree(model, folder)
+    Classifier(tuple("abcdefghij")).save(folder / "classifier")
+    data.mkdir()
+    for number in range(12):
+        Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(data / f"{number:02}.png")
+    assert command("compile", profiled, "-o", schedule)[0] == 0
+    arguments = ("eval", folder, schedule, "--no-controls", "--data", data)
+    code, out, _ = command(*arguments, "--samples", 12, "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert set(result["rows"][0]["distance"]) == {"full", "data"}
+    assert result["full"]["distance"]["data"]["frechet"] > 0
+    said = refused("eval", "no-such-model", schedule, "--data", data, "--samples", 11, output=tmp_path / "e.json")
+    assert "--samples is 11; distances to data need at least 12" in said
+    (data / "00.png").unlink()
+    said = refused("eval", "no-such-model", schedule, "--data", data, output=tmp_path / "e.json")
+    assert "11 pictures; distances need at least 12" in said
 
 
 def test_bench_takes_the_steps_of_its_schedules(command, profiled, tmp_path):

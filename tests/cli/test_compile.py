@@ -1,4 +1,4 @@
-"""`compile` and its options as a user meets them: what the file then holds, or one message and no file."""
+"""`compile` and its options: what the file then holds, or one message and no file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def without_gram(made):
 
 
 @pytest.fixture(scope="module")
-def states_alone(made):
+def states_only(made):
     return made("states", samples=2, states_only=True)
 
 
@@ -57,7 +57,7 @@ def nonlinear(made, model):
 
 @pytest.fixture
 def target(tmp_path):
-    """Where nothing stands yet."""
+    """A path in an empty folder."""
     return tmp_path / "out" / "s.json"
 
 
@@ -66,7 +66,7 @@ def _empty_folder(target):
     target.parent.mkdir()
 
 
-# ---- what a model at hand settles -------------------------------------------------------------------------------------
+# ---- fits on the model ------------------------------------------------------------------------------------------------
 
 
 def test_fit_gives_the_same_steps_with_an_update_of_the_closed_loop(command, model, profiled, target, tmp_path):
@@ -207,7 +207,7 @@ def test_a_mix_leaves_out_what_the_bound_excludes(command, model, profiled, targ
         (("--policy", "forecast", "--budget", "6x"), "A budget of 6x cannot be met"),  # full steps at most 4 apart
     ],
 )
-def test_more_history_than_there_is(refused, profiled, target, arguments, message):
+def test_wrong_knobs(refused, profiled, target, arguments, message):
     assert message in refused("compile", profiled, *arguments, output=target)
 
 
@@ -235,7 +235,7 @@ def test_a_profile_without_products_says_how_to_get_them(refused, without_gram, 
     assert f"Profile again without --no-gram: sodaprof profile MODEL -o {without_gram} --force" in said
 
 
-def test_the_default_for_a_profile_without_products_is_told(command, without_gram, target):
+def test_the_default_for_a_profile_without_products_is_explained(command, without_gram, target):
     code, out, _ = command("compile", without_gram, "-o", target)
     assert code == 0
     assert (
@@ -248,9 +248,9 @@ def test_the_default_for_a_profile_without_products_is_told(command, without_gra
 @pytest.mark.parametrize(
     ("policy", "message"), [("soda", "--states-only"), ("forecast", "states alone"), ("drift", "states alone")]
 )
-def test_a_profile_of_states_alone_carries_the_update_only(command, refused, states_alone, target, policy, message):
-    assert message in refused("compile", states_alone, "--policy", policy, output=target)
-    assert command("compile", states_alone, "-o", target)[0] == 0
+def test_a_profile_of_states_only_is_enough_for_solver(command, refused, states_only, target, policy, message):
+    assert message in refused("compile", states_only, "--policy", policy, output=target)
+    assert command("compile", states_only, "-o", target)[0] == 0
     assert load_schedule(target).policy["name"] == "solver"
 
 
@@ -283,14 +283,14 @@ def test_a_sampler_that_is_no_weighted_sum(command, refused, model, nonlinear, t
     assert "Policy soda: The steps of DEISMultistepScheduler cannot be tabled" in out
 
 
-def test_a_broken_solver_file_is_told_not_stepped_around(refused, profiled, target, tmp_path):
+def test_a_broken_solver_file_is_reported_and_not_ignored(refused, profiled, target, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(profiled, broken)
     (broken / "solver.json").write_text("{")
     assert "solver.json: not readable as JSON" in refused("compile", broken, output=target)
 
 
-def test_python_is_told_the_default_policy_too(without_gram, caplog):
+def test_the_default_policy_is_logged_in_python(without_gram, caplog):
     assert sodaprof.compile_schedule(without_gram, 1.5).policy["name"] == "soda"
     assert "Policy soda: the profile holds no inner products" in caplog.text
 
@@ -309,9 +309,9 @@ def test_an_older_profile_without_the_samplers_own_update(command, refused, prof
 # ---- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def test_show_tells_of_every_update_how_it_was_fitted(command, profiled, tmp_path):
-    waiting = sodaprof.compile_schedule(profiled, 1.5, "fora", updated=True)
-    waiting.save(tmp_path / "own.json")
+def test_show_says_how_an_update_was_fitted(command, profiled, tmp_path):
+    unfitted = sodaprof.compile_schedule(profiled, 1.5, "fora", updated=True)
+    unfitted.save(tmp_path / "own.json")
     code, out, _ = command("show", tmp_path / "own.json")
     assert code == 0
     assert "update: weighs the last 4 outputs, not fitted yet" in out

@@ -1,4 +1,4 @@
-"""`refine` as a user meets it: spans, ends, wrong files, an interruption, and what stands in the file then."""
+"""`refine`: its options, wrong files, an interruption, and what the file then holds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 
 import sodaprof
 from sodaprof.cli import refine as refining
+from sodaprof.cli.options import parse_size, parse_span
+from sodaprof.errors import SodaprofError
 from sodaprof.formats.schedule_file import load_schedule
 from tests.tiny_pipelines import tiny_pipe
 
@@ -31,7 +33,7 @@ def first(profiled, tmp_path_factory):
 
 @pytest.fixture
 def target(tmp_path):
-    """Where nothing stands yet."""
+    """A path in an empty folder."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out" / "better.json"
 
@@ -48,12 +50,12 @@ def test_a_search_of_a_few_candidates(command, model, first, target):
 
 
 @pytest.mark.parametrize("span", ["5q", "5", "m", "-1m", "0s", "infh", "5MB"])
-def test_a_time_that_is_none_is_told_before_the_model_is_loaded(refused, first, target, span):
+def test_a_wrong_time_is_reported_before_the_model_is_loaded(refused, first, target, span):
     said = refused("refine", "no-such-model", first, f"--time={span}", output=target)
     assert f"--time is {span!r}; expected a number above 0 with its unit, as in --time 5m" in said
 
 
-def test_a_search_without_an_end_is_told_before_the_model_is_loaded(refused, first, target):
+def test_a_search_without_an_end_is_reported_before_the_model_is_loaded(refused, first, target):
     said = refused("refine", "no-such-model", first, output=target)
     assert "Give --time 5m, or --evaluations" in said
 
@@ -70,7 +72,7 @@ def test_a_profile_of_too_few_generations(refused, first, target, tmp_path):
     ("what", "message"),
     [("missing", "no such file"), ("folder", "profile"), ("other", "found format"), ("half", "not readable as JSON")],
 )
-def test_what_is_no_schedule(refused, profiled, first, target, tmp_path, what, message):
+def test_files_that_are_no_schedules(refused, profiled, first, target, tmp_path, what, message):
     paths = {
         "missing": tmp_path / "missing.json",
         "folder": profiled,
@@ -81,7 +83,7 @@ def test_what_is_no_schedule(refused, profiled, first, target, tmp_path, what, m
     assert message in refused("refine", "no-such-model", paths[what], "--evaluations", 1, output=target)
 
 
-def test_a_sampler_and_a_model_that_are_not_the_schedules(refused, model, first, target, tmp_path):
+def test_another_sampler_or_model_than_the_schedules(refused, model, first, target, tmp_path):
     for name in ("UniPCMultistepScheduler", "DDPMScheduler"):  # the second one sets the same timesteps
         said = refused("refine", model, first, "--evaluations", 1, "--scheduler", name, output=target)
         assert f"The schedule is for DDIMScheduler, the pipeline has {name}" in said
@@ -104,7 +106,7 @@ def test_an_interrupted_search_leaves_its_best_and_goes_on(command, model, first
         patch.setattr(refining, "progress", interrupted)
         code, _, err = command(*arguments, "--evaluations", 9)
     assert code == 130
-    assert "refine go on when the same command is repeated" in err
+    assert "refine continue when the same command is repeated" in err
     assert load_schedule(target).update.fitted["loop"] == "closed"
     assert sorted(path.name for path in target.parent.iterdir()) == ["better.json", "better.json.search"]
     assert command(*arguments, "--evaluations", 3)[0] == 0  # three in all, two of them known
@@ -114,3 +116,12 @@ def test_an_interrupted_search_leaves_its_best_and_goes_on(command, model, first
     code, _, err = command(*arguments, "--evaluations", 3, "--seed", 5)
     assert code == 1
     assert "another schedule or with other settings" in err
+
+
+def test_sizes_and_times_need_their_unit():
+    assert parse_size("2GB") == 2 * 10**9
+    assert parse_size(" 1.5kb") == 1500
+    assert parse_span("5m") == 300
+    for wrong in ("5", "GB", "-1MB", "twoGB", "infGB", "nanMB", ""):
+        with pytest.raises(SodaprofError, match=r"--max-cache is .* as in --max-cache 2GB"):
+            parse_size(wrong)

@@ -85,12 +85,12 @@ def test_ages_since():
     assert ages_since([0], 4).tolist() == [0, 1, 2, 3]
 
 
-def test_250_steps_all_counts_take_less_than_a_second():
+def test_all_counts_of_250_steps_take_less_than_a_second_of_cpu_time():
     rng = np.random.default_rng(3)
     segment = reuse_segment_costs(rng.random((250, 8)))
-    began = time.perf_counter()
+    began = time.process_time()
     found = place_full_steps(segment)
-    assert time.perf_counter() - began < 1.0
+    assert time.process_time() - began < 1.0
     assert list(found) == list(range(32, 251))
     costs = [cost for _, cost in found.values()]
     assert all(a >= b for a, b in pairwise(costs))  # one more full step never adds error here

@@ -1,4 +1,4 @@
-"""The doctor: what it finds in networks and around them, and that it leaves no trace."""
+"""The doctor: its findings in networks and pipelines, and that it changes neither."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def examined(name):
     return audit("transformer", network, [((), call)])
 
 
-def test_a_clean_network_captures():
+def test_a_network_without_hazards_can_be_captured():
     pipe = tiny_pipe()
     result = diagnose(pipe, "tiny", 8)
     assert result["format"] == "sodaprof.doctor"
@@ -42,7 +42,7 @@ def test_a_clean_network_captures():
     assert json.loads(json.dumps(result)) == result
 
 
-def test_nothing_is_left_behind():
+def test_the_pipeline_is_unchanged_afterwards():
     pipe = tiny_pipe()
     before = draw(pipe)
     weights = list(pipe.transformer.parameters())
@@ -54,7 +54,7 @@ def test_nothing_is_left_behind():
     assert torch.autocast("cpu").device == "cpu"
 
 
-def test_mochi_looks_at_its_text_mask_in_every_block():
+def test_mochi_reads_its_text_mask_in_every_block():
     about, verdict, findings = examined("MochiTransformer3DModel")
     assert verdict == "falls back"
     assert about == {"class": "MochiTransformer3DModel", "blocks": 2, "lowered": 0}
@@ -67,7 +67,7 @@ def test_mochi_looks_at_its_text_mask_in_every_block():
     assert refusal["modules"] == ["transformer_blocks.0", "transformer_blocks.1"]
 
 
-def test_experts_are_named_and_the_blocks_without_them_are_free():
+def test_experts_are_found_and_blocks_without_them_can_be_captured():
     about, verdict, findings = examined("NucleusMoEImageTransformer2DModel")
     assert verdict == "captures in part"
     assert about["lowered"] == about["blocks"] - 1
@@ -94,19 +94,19 @@ def test_hazards_of_the_zoo(name, kind, operator, where):
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel"])
-def test_the_clean_ones_of_the_zoo(name):
+def test_networks_of_the_zoo_without_hazards(name):
     about, verdict, findings = examined(name)
     assert (verdict, findings) == ("captures", [])
     assert about["lowered"] == about["blocks"] > 0
 
 
-def test_open_soras_network_captures():
+def test_open_soras_network_can_be_captured():
     _, verdict, findings = examined("STDiT3")
     assert (verdict, {f["kind"] for f in findings}) == ("captures", {"mask"})
 
 
 class Odd(nn.Module):
-    """A feed-forward that does one thing which a graph cannot hold, and none of them twice."""
+    """A feed-forward that does one thing that a graph cannot hold."""
 
     def __init__(self, what):
         super().__init__()
@@ -137,7 +137,7 @@ class Odd(nn.Module):
             if self.uploaded is None:
                 self.uploaded = self.table.to(y.device)
             return y + self.uploaded
-        y = y.clone()  # nothing is wrong with any of these
+        y = y.clone()  # none of these is a hazard
         y[y < 0] = 0.0
         y = torch.where(y > 1, y, 0.5) + torch.arange(8, device=y.device) + y.new_zeros(1)
         with torch.autocast(y.device.type, enabled=False):
@@ -159,13 +159,13 @@ def test_each_hazard_is_found_where_it_happens(what, expected):
     assert type(inputs["1"][0][0]) is torch.Tensor
     for hazard in hazards:
         assert hazard.module == "1"
-        assert hazard.source.startswith("tests.test_doctor:")
+        assert hazard.source.startswith(f"{__name__}:")
         assert hazard.code.startswith("return")
     assert network[1].uploaded is None
 
 
-def test_values_are_those_of_the_network():
-    network, call = ZOO["HiDreamImageTransformer2DModel"]()  # goes where its data sends it
+def test_the_examined_network_computes_its_own_values():
+    network, call = ZOO["HiDreamImageTransformer2DModel"]()  # its path depends on its data
     wanted = network(**call, return_dict=False)[0].detach()
     seen = []
     network.register_forward_hook(lambda m, args, out: seen.append(out))
@@ -186,7 +186,7 @@ class Reader(nn.Module):
         return x * torch.tensor([1.0], device=x.device) if x.abs().max().item() < 1e6 else x
 
 
-def test_a_pipeline_with_one_odd_block_captures_in_part():
+def test_a_pipeline_with_one_hazardous_block_captures_in_part():
     pipe = tiny_pipe()
     odd = OddDiT(**{k: v for k, v in pipe.transformer.config.items() if k[0] != "_"}).eval()
     pipe.transformer = odd
@@ -218,7 +218,7 @@ def test_schedulers():
     assert "begin_index" in {f["kind"] for f in diagnose(pipe, "tiny", 8)["findings"]}
 
 
-def test_what_was_put_into_a_transformer():
+def test_hooks_and_compiled_modules_in_a_transformer():
     from diffusers.hooks import apply_layerwise_casting
 
     pipe = tiny_pipe(layers=1)
@@ -252,7 +252,7 @@ def test_adapters_are_allowed():
     assert result["verdict"] == {"transformer": "captures"}
 
 
-def test_a_model_that_no_schedule_drives_is_examined_too(monkeypatch):
+def test_a_model_that_no_schedule_supports_is_examined_too(monkeypatch):
     monkeypatch.setattr("sodaprof.pipelines.discover.layout_of", lambda *of_output: None)
     about, verdict, findings = examined("ErnieImageTransformer2DModel")
     assert verdict == "falls back"
@@ -278,7 +278,7 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
 
     code, out, err = run(tmp_path / "tiny", "--steps", 8)
     assert (code, err) == (0, "")
-    assert "transformer (DiTTransformer2DModel): captures, 2 of 2 blocks lower" in out
+    assert "transformer (DiTTransformer2DModel): captures, 2 of 2 blocks can be traced" in out
     assert out.splitlines()[-1] == f"Next: sodaprof profile {tmp_path / 'tiny'} --steps 8 -o profile"
     assert max(map(len, out.splitlines()[:-1])) <= 80
     code, out, err = run(tmp_path / "tiny", "--json")

@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import stat
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from sodaprof.errors import FormatError
 from sodaprof.formats import files
-from sodaprof.formats.files import layout, read_json, replacing, write_json, write_text
+from sodaprof.formats.files import encode, layout, read_json, replacing, write_json, write_text
 
 
 @pytest.fixture
@@ -144,3 +146,19 @@ def test_the_layout_is_json_with_one_entry_a_line():
     assert '"a": "CRR",' in lines
     assert '"list": [1, [2, 3]],' in lines
     assert '"x": 1' in lines
+
+
+def test_values_of_subclasses_are_written_as_json_types():
+    class Version(str):
+        pass
+
+    values = {
+        "version": Version("2.1"),
+        "error": np.float64(0.5),
+        "order": OrderedDict(a=[1]),
+        "flag": True,
+        "none": None,
+    }
+    assert repr(encode(values)) == "{'version': '2.1', 'error': 0.5, 'order': {'a': [1]}, 'flag': True, 'none': None}"
+    with pytest.raises(TypeError, match="int64 is not a JSON value"):
+        encode([np.int64(3)])

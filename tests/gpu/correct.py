@@ -11,6 +11,7 @@ import torch
 
 import sodaprof
 from sodaprof.formats.schedule import Schedule
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.gpu.common import Decoded, Results, Settings, captures_of, settings_of
 from tests.tiny_pipelines import (
     FEW,
@@ -87,12 +88,12 @@ CASES: dict[str, tuple[Make, int, type | None, dict[str, Any], bool]] = {
     "compute, reuse, forecast, prune": (few_schedule, FEW, None, {}, True),
     "the same in eight steps": (mixed, STEPS, None, {}, True),
     "steps without network": (skipped, STEPS, None, {}, True),
-    "sums one by one": (reuse, FEW, None, {"collapse": None}, True),
-    "fused sums": (reuse, FEW, None, {"collapse": "fused"}, False),
+    "sums one by one": (reuse, FEW, None, {"sums": None}, True),
+    "fused sums": (reuse, FEW, None, {"sums": "fused"}, False),
     "tables in one product": (reuse, FEW, None, {"tables": "near"}, False),
-    "whole steps": (few_schedule, FEW, None, {"loop": True}, False),
-    "whole steps, two passes": (reuse, FEW, TwoPassPipeline, {"loop": True}, False),
-    "whole steps, steps without network": (skipped, STEPS, None, {"loop": True}, False),
+    "whole steps": (few_schedule, FEW, None, {"whole_steps": True}, False),
+    "whole steps, two passes": (reuse, FEW, TwoPassPipeline, {"whole_steps": True}, False),
+    "whole steps, steps without network": (skipped, STEPS, None, {"whole_steps": True}, False),
 }
 REHEARSED = ("compute, reuse, forecast, prune", "whole steps, steps without network")
 
@@ -104,7 +105,7 @@ def compare(settings: Settings, name: str, dtype: torch.dtype, found: dict[str, 
     schedule = make(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = [latents_of(pipe, steps), latents_of(pipe, steps, (7, 3), seed=5)]
-    with sodaprof.apply(pipe, schedule, lower=True, capture=settings.recorder(), **options) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=settings.recorder(), **options)) as handle:
         for _ in range(4):
             first = latents_of(pipe, steps)
         other = latents_of(pipe, steps, (7, 3), seed=5)
@@ -144,7 +145,7 @@ def draw_after_failure(settings: Settings, found: dict[str, Any]) -> None:
 
     pipe = tiny_pipe().to(settings.device, torch.bfloat16)
     recorder = CudaGraphs() if settings.cuda else settings.recorder()
-    with sodaprof.apply(pipe, schedule_for(pipe, steps=FEW), lower=True, capture=Failing(recorder)) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, steps=FEW), runtime=Compiled(graphs=Failing(recorder))) as handle:
         for _ in range(3):
             latents_of(pipe, FEW)
         found["path"] = handle.report().path

@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import sodaprof
@@ -21,6 +21,7 @@ from sodaprof.formats.schedule import Plan, Schedule, Update
 from sodaprof.formats.sites import Model, Sampler
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.sampler_steps import own_update
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.gpu.common import Loop, Results, Settings, captures_of, graphs_of, kernels, memory, microseconds, settings_of
 from tests.gpu.networks import dit
 
@@ -61,8 +62,8 @@ def contender(
 ) -> None:  # fmt: skip
     """Fills an entry with the times of a schedule, its graphs one by one, and what capturing took."""
     before = memory(settings)
-    options = {"lower": True, "tables": tables, "capture": settings.recorder(), "loop": whole}
-    with sodaprof.apply(loop.pipe, schedule, **options) as handle:
+    runtime = Compiled(tables=tables, graphs=settings.recorder(), whole_steps=whole)
+    with sodaprof.apply(loop.pipe, schedule, runtime=runtime) as handle:
         found |= loop.time(WARM_UP, rounds) | captures_of(handle)
         found["graphs"] = graphs_of(settings, handle)[:8]
     found["allocated_before_mib"] = before.get("allocated_mib")

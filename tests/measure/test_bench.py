@@ -8,7 +8,7 @@ import sodaprof
 from sodaprof.errors import SodaprofError
 from sodaprof.formats.cost import load_cost, save_cost
 from sodaprof.formats.sites import Site
-from sodaprof.measure.bench import Runs, benchmark
+from sodaprof.measure.bench import Timings, benchmark
 from sodaprof.measure.latency import SOURCES, _costs, _patterns, measure_costs
 from tests.tiny_pipelines import SITES, STEPS, draw, schedule_for, tiny_pipe
 from tests.updated import RESTING, updated
@@ -36,10 +36,10 @@ def test_a_benchmark_holds_every_contender(pipe):
     assert [p["steps"] for p in result["rows"][3]["patterns"]] == [[0], list(range(1, STEPS))]
     assert result["hardware"]["name"]
     assert result["rows"][2]["programs"] > 0
-    steps = [list(zip(row["step_ms"], RESTING, strict=True)) for row in result["rows"][5:]]
-    assert max(ms for ms, action in steps[0] if action == "-") < min(ms for ms, action in steps[0] if action == ".") / 4
+    launches = list(zip(result["rows"][5]["launches"], RESTING, strict=True))
+    assert max(n for n, action in launches if action == "-") < min(n for n, action in launches if action == ".") / 4
     assert result["rows"][5]["path"] == "lowered"
-    assert (draw(pipe) == before).all()  # and nothing is left on the pipeline
+    assert (draw(pipe) == before).all()  # the pipeline is as before
 
 
 def test_measured_costs_can_be_compiled_with(pipe, tmp_path):
@@ -72,7 +72,7 @@ def test_costs_by_hand():
     assert pytest.approx(6 * 20 / 16) == ff.C
     assert pytest.approx(30) == 2 * (attn.C + ff.C) + 10
     assert pytest.approx((0.1, 0.2, 0.3, 0.4)) == attn.F
-    assert attn.P == ((2, 0.5), (4, 0.75), (8, 1.25), (12, attn.C), (16, attn.C))  # never dearer than C
+    assert attn.P == ((2, 0.5), (4, 0.75), (8, 1.25), (12, attn.C), (16, attn.C))  # never more expensive than C
     assert ff.P == ((16, ff.C),)
 
 
@@ -92,6 +92,6 @@ def test_bad_settings(pipe):
 
 
 def test_medians_and_not_means_are_reported():
-    runs = Runs("x")
+    runs = Timings("x")
     runs.loop = [1.0, 2.0, 30.0]
     assert runs.median_ms() == 2.0

@@ -108,15 +108,40 @@ def test_evaluation_is_paired_and_does_not_depend_on_the_batch_size():
         assert row["executed"] == dict(schedule.counts())
 
 
-def test_lowered_pictures_score_the_same():
+def test_compiled_pictures_score_the_same():
     pipe = tiny_pipe()
     schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRCR"), steps=4)
-    rows = [evaluate(pipe, [schedule], samples=2, batch_size=1, controls=False, runtime=r)["rows"][0] for r in RUNTIMES]
-    assert rows[0]["psnr_db"] == rows[1]["psnr_db"] == rows[2]["psnr_db"]
-    assert rows[3]["psnr_db"]["mean"] == pytest.approx(rows[0]["psnr_db"]["mean"], abs=0.01)
-    assert rows[1]["executed"] == rows[1]["planned"]
-    with pytest.raises(SodaprofError, match="hooks, lowered, captured, whole-steps"):
-        evaluate(pipe, [schedule], samples=2, controls=False, runtime="quick")
+    settings = {"samples": 2, "batch_size": 1, "controls": False}
+    results = [evaluate(pipe, [schedule], **settings, runtime=name) for name in RUNTIMES]
+    results.append(evaluate(pipe, [schedule], **settings, runtime="compiled", graphs=False))
+    assert [result["runtime"] for result in results] == ["hooks", "compiled", "whole-steps", "compiled"]
+    hooks, compiled, whole_steps, without_graphs = (result["rows"][0] for result in results)
+    assert hooks["psnr_db"] == compiled["psnr_db"] == without_graphs["psnr_db"]
+    assert whole_steps["psnr_db"]["mean"] == pytest.approx(hooks["psnr_db"]["mean"], abs=0.01)
+    assert compiled["executed"] == compiled["planned"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"runtime": "quick"}, "--runtime is 'quick'; expected hooks, compiled or whole-steps"),
+        ({"runtime": "lowered"}, "Type: --runtime compiled --no-graphs"),
+        ({"runtime": "captured"}, "Type: --runtime compiled$"),
+        ({"runtime": "whole-steps", "graphs": False}, "Whole steps are CUDA graphs. Leave --no-graphs out"),
+    ],
+)
+def test_other_runtimes_are_refused(settings, message):
+    pipe = tiny_pipe()
+    with pytest.raises(SodaprofError, match=message):
+        evaluate(pipe, [mixed_schedule(pipe)], samples=2, **settings)
+
+
+def test_a_decoder_that_the_user_replaced_is_kept(monkeypatch):
+    pipe = tiny_pipe()
+    decode = type(pipe.vae).decode.__get__(pipe.vae)
+    monkeypatch.setitem(vars(pipe.vae), "decode", decode)
+    evaluate(pipe, [schedule_for(pipe, steps=4)], samples=2, controls=False)
+    assert vars(pipe.vae)["decode"] is decode
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +207,7 @@ def test_distances_appear_with_enough_samples_and_are_explained_without(tmp_path
     assert "distance" not in few["rows"][0]
     assert any("1000 samples" in note for note in few["notes"])
     assert 0 <= few["full"]["accuracy"] <= 1
-    monkeypatch.setattr("sodaprof.measure.evaluate.LEAST_FOR_DISTANCE", 12)
+    monkeypatch.setattr(metrics, "LEAST_FOR_DISTANCE", 12)
     data = np.random.default_rng(0).random((20, 8, 8, 3))
     found = evaluate(pipe, [schedule], samples=12, controls=False, data=data)
     (row,) = found["rows"]
@@ -199,14 +224,19 @@ def test_distances_appear_with_enough_samples_and_are_explained_without(tmp_path
     assert over["low"] < apart < over["high"]
     for values in (row, found["full"]):  # noise is far from what an untrained network draws
         assert values["distance"]["data"]["frechet"] > 2 * row["distance"]["full"]["frechet"]
-    with pytest.raises(SodaprofError, match="11 pictures of data; distances need at least 12"):
-        evaluate(pipe, [schedule], samples=12, controls=False, data=data[:11])
+    for wrong, message in (
+        ({"data": data[:11]}, "11 pictures of data; distances need at least 12"),
+        ({"samples": 11}, "--samples is 11; distances to data need at least 12. Type: --samples 12"),
+        ({"data": data[:, 1:]}, r"The data is of shape \(7, 8, 3\), the pipeline makes \(8, 8, 3\)"),
+    ):
+        with pytest.raises(SodaprofError, match=message):
+            evaluate(pipe, [schedule], **{"samples": 12, "data": data} | wrong, controls=False)
     with pytest.raises(SodaprofError, match="No classifier"):
         evaluate(tiny_pipe(), [schedule], samples=12, controls=False, data=data)
 
 
-def test_data_is_at_no_distance_from_data_and_samples_of_one_class_are():
-    """Two draws of the drawings, as tiny-dit's classifier sees them; the distance of too few classes is what to compare with."""
+def test_two_draws_of_the_data_are_near_and_a_draw_of_half_the_classes_is_far():
+    """Distances of drawings in the features of tiny-dit's classifier."""
     classifier = load_classifier(REFERENCE / "tiny-dit")
     labels = torch.arange(1000) % 10
 
@@ -221,7 +251,7 @@ def test_data_is_at_no_distance_from_data_and_samples_of_one_class_are():
     assert near[1] < 0.05 * far[1]
 
 
-def test_every_row_is_held_against_the_references_of_nearest_cost(profile):
+def test_every_row_is_compared_with_the_references_of_nearest_cost(profile):
     pipe = tiny_pipe()
     policies = (("soda", 1.6), ("soda", 2.4), ("fora", 1.6))
     schedules = [sodaprof.compile_schedule(profile, budget, policy=policy) for policy, budget in policies]
@@ -231,18 +261,17 @@ def test_every_row_is_held_against_the_references_of_nearest_cost(profile):
     assert [sorted(row["over"]) for row in rows] == [["fora"], ["fora"], ["soda"], ["fora", "soda"]]
     assert rows[2]["over"]["soda"]["mean"] == pytest.approx(-rows[0]["over"]["fora"]["mean"])
     tried = {one["detail"] for one in result["candidates"]}
-    assert "5 steps, even" in tried  # of 8 at 1.6x, whatever the schedules come to
+    assert "5 steps, even" in tried  # of 8 at 1.6x, whatever the schedules reach
     assert {int(detail.split()[0]) for detail in tried if "anchors" not in detail} == {5}
     last = rows[3]
     assert last["over"]["soda"]["mean"] == pytest.approx(last["psnr_db"]["mean"] - rows[0]["psnr_db"]["mean"])
     assert last["over"]["soda"]["low"] <= last["over"]["soda"]["mean"] <= last["over"]["soda"]["high"]
 
 
-def test_what_does_the_work_is_told_from_the_schedule():
+def test_what_replaces_computation_is_read_off_the_schedule():
     pipe = tiny_pipe()
-    rows = evaluate(pipe, [mixed_schedule(pipe), schedule_for(pipe)], samples=2, controls=["fewer steps, UniPC"])[
-        "rows"
-    ]
+    schedules = [mixed_schedule(pipe), schedule_for(pipe)]
+    rows = evaluate(pipe, schedules, samples=2, controls=["fewer steps, UniPC"])["rows"]
     assert [row["works_by"] for row in rows[:2]] == [["reuse", "forecast", "pruning"], []]
     assert {tuple(row["works_by"]) for row in rows[2:]} == {("fewer steps",)}
 

@@ -158,5 +158,5 @@ def test_latents_of_another_number_of_frames_are_refused():
 
 
 def test_levels_and_halvings_must_agree():
-    with pytest.raises(SodaprofError, match="one less"):
+    with pytest.raises(SodaprofError, match="one fewer"):
         AutoencoderKLOpenSora(**CONFIG | {"temporal_downsample": (True, True)})

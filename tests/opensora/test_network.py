@@ -17,8 +17,9 @@ from sodaprof.errors import SodaprofError
 from sodaprof.opensora.layers import positions
 from sodaprof.opensora.network import STDiT3
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
-from sodaprof.pipelines.discover import Step, find_sites, tapped
+from sodaprof.pipelines.discover import find_sites
 from sodaprof.pipelines.probe import with_rows
+from sodaprof.pipelines.recording import Step, tapped
 from sodaprof.pipelines.structure import find_modules
 
 FILE = Path(__file__).parents[1] / "data" / "opensora_rflow.safetensors"
@@ -171,7 +172,7 @@ def test_some_tokens_alone(name):
 
 
 def test_sites():
-    """The modules are found, told apart and tried as those of any pipeline are."""
+    """The modules are found and tried in the same way as in any pipeline."""
     model = network(torch.float32)
     pipe = SimpleNamespace(components={"transformer": model})
     with torch.no_grad():
@@ -187,7 +188,7 @@ def test_sites():
 
 
 def test_runs_without_weights():
-    """On the meta device, where FLOPs are counted, sizes are numbers."""
+    """On the meta device, on which FLOPs are counted, sizes are numbers."""
     model = network().to("meta")
     given = inputs(fps=24, height=40, width=56, x_mask=DATA["in/stdit/x_mask"])
     out = model(**{k: v.to("meta") if torch.is_tensor(v) else v for k, v in given.items()}).sample

@@ -23,6 +23,7 @@ from sodaprof.opensora.pipeline import OpenSoraPipeline
 from sodaprof.opensora.prompts import RATIOS, SIZES, size_of
 from sodaprof.opensora.weights import AUTOENCODER, NETWORK, TEXT, load_autoencoder, load_published, load_stdit3
 from sodaprof.pipelines.discover import inspect_pipeline
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.video_pipelines import LENGTH, draw, tiny_video_pipe
 
@@ -50,20 +51,20 @@ def test_prompts_are_the_recorded_ones(recorded, scores):
     assert text.cleaned(scored) == clean
 
 
-def test_scores_that_a_prompt_names_are_its_own():
+def test_scores_that_a_prompt_names_are_kept():
     prompt = "a cat aesthetic score: 4.0. camera motion: static."
     assert text.with_scores(prompt, 6.5, 2, "zoom in") == prompt + " motion score: 2.0."
     assert text.with_scores("a cat", None, None, None) == "a cat"
 
 
-def test_without_the_cleaner_it_is_said_what_to_install(pipe, monkeypatch):
+def test_without_the_cleaner_the_message_says_what_to_install(pipe, monkeypatch):
     monkeypatch.setattr(text, "is_ftfy_available", lambda: False)
     with pytest.raises(SodaprofError, match="pip install ftfy beautifulsoup4"):
         pipe(PROMPT, clean_caption=True)
     assert draw(pipe, steps=1).shape == (2, 17, 16, 24, 3)  # this one was not trained on cleaned captions
 
 
-def test_tokens(pipe):
+def test_prompts_are_padded_and_cut_to_the_length_of_the_network(pipe):
     embeds, mask = pipe.encode_prompt([PROMPT, "A RED disk"], aes=None)
     assert embeds.shape == (2, LENGTH, 12)
     assert mask.tolist() == [[1] * 6 + [0] * 6, [1] * 4 + [0] * 8]  # the end token counts
@@ -74,7 +75,7 @@ def test_tokens(pipe):
 # ---- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def test_sizes():
+def test_names_of_sizes():
     assert size_of("240p", "9:16") == (240, 426)
     assert size_of("480p", "2:1") == (906, 454)
     assert all(len(row) == len(RATIOS) for row in SIZES.values())
@@ -82,7 +83,7 @@ def test_sizes():
         size_of("1080p", "9:16")
 
 
-def test_the_size_of_a_call(pipe, monkeypatch):
+def test_a_size_by_name_or_by_number_is_the_same(pipe, monkeypatch):
     monkeypatch.setitem(SIZES, "144p", ((14, 26), *SIZES["144p"][1:]))
     named = draw(pipe, steps=2, resolution="144p", aspect_ratio="9:16", num_frames=18)
     assert named.shape == (2, 18, 14, 26, 3)
@@ -97,21 +98,21 @@ def test_the_size_of_a_call(pipe, monkeypatch):
         ({"resolution": "240p"}, "Half a size"),
         ({"height": 16, "width": 16, "resolution": "240p", "aspect_ratio": "1:1"}, "Two sizes"),
         ({"height": 1, "width": 16}, "expected 2 or more"),
-        ({"num_frames": 16}, "16 frames is undefined: ask for 1 or for 17"),
+        ({"num_frames": 16}, "16 frames is undefined: give 1, or 17 and more"),
         ({"prompt_embeds": torch.zeros(1, LENGTH, 12)}, "Give a prompt, or prompt_embeds with"),
         ({"prompt": None}, "Give a prompt"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 3, 12), "prompt_attention_mask": torch.ones(1, 3)}, "padded"),
         ({"latents": torch.zeros(1, 4, 4, 8, 12)}, r"start from \[1, 4, 5, 8, 12\]"),
         ({"output_type": "gif"}, "expected np, pt, pil, latent"),
-        ({"callback_on_step_end_tensor_inputs": ["mask"]}, "cannot be given mask"),
+        ({"callback_on_step_end_tensor_inputs": ["mask"]}, "cannot receive mask"),
     ],
 )
-def test_arguments_that_do_not_go_together_are_refused(pipe, options, message):
+def test_arguments_that_exclude_each_other_are_refused(pipe, options, message):
     with pytest.raises(SodaprofError, match=message):
         pipe(**{"prompt": PROMPT, "num_inference_steps": 2} | options)
 
 
-def test_few_frames_run_where_timesteps_are_not_transformed():
+def test_few_frames_run_if_timesteps_are_not_transformed():
     assert draw(tiny_video_pipe(transform=False), steps=2, num_frames=5).shape == (2, 5, 16, 24, 3)
 
 
@@ -136,7 +137,7 @@ def by_hand(pipe, embeds, mask, z, fps, size, guidance):
 
 
 @pytest.mark.parametrize(("frames", "fps"), [(17, 24), (1, 120), (34, 12)])
-def test_the_loop(pipe, frames, fps):
+def test_the_loop_equals_the_loop_by_hand(pipe, frames, fps):
     z = torch.randn(2, *(4, pipe.vae.latent_size(frames, 16, 24)[0], 8, 12), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         embeds, mask = pipe.encode_prompt([PROMPT, "a blue square moves up"])
@@ -170,7 +171,7 @@ def test_a_video_does_not_depend_on_its_batch(pipe):
     assert not np.array_equal(alone, draw(pipe, [PROMPT], steps=3, seed=1))
 
 
-def test_output_types(pipe):
+def test_output_types_hold_the_same_video(pipe):
     array, tensor = draw(pipe, steps=2), draw(pipe, steps=2, output_type="pt")
     assert tensor.shape == (2, 17, 3, 16, 24)
     assert np.array_equal(tensor.permute(0, 1, 3, 4, 2).numpy(), array)
@@ -205,7 +206,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def test_the_loop_does_not_wait_for_the_device(pipe):
+def test_the_loop_has_no_host_sync(pipe):
     waits = Waits()
     with waits:
         draw(pipe, steps=1, output_type="latent")
@@ -214,7 +215,7 @@ def test_the_loop_does_not_wait_for_the_device(pipe):
     assert waits.count == 2 * once
 
 
-def test_in_half_precision(pipe):
+def test_latents_are_single_precision_after_the_first_step_of_half_precision(pipe):
     seen = []
     pipe.to(torch.bfloat16)
     pipe.transformer.register_forward_pre_hook(lambda m, a, kw: seen.append(a[0].dtype), with_kwargs=True)
@@ -236,6 +237,36 @@ def test_a_saved_folder_is_loaded(pipe, tmp_path):
     assert (half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype) == (
         torch.bfloat16, torch.bfloat16, torch.float32,
     )  # fmt: skip
+
+
+PARTS = {"transformer": "STDiT3", "vae": "AutoencoderKLOpenSora", "scheduler": "RectifiedFlowScheduler"}
+OLD_MODULES = {
+    "models": {part: f"sodaprof.models.opensora.{m}" for part, m in zip(PARTS, ("stdit3", "vae", "scheduler"), strict=True)},
+    "opensora": {part: f"sodaprof.opensora.{m}" for part, m in zip(PARTS, ("network", "autoencoder", "scheduler"), strict=True)},
+}  # fmt: skip
+
+
+def test_a_saved_pipeline_names_the_package_and_not_its_modules(pipe, tmp_path):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # diffusers registers it again
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert {name: index[name] for name in PARTS} == {name: ["sodaprof.opensora", cls] for name, cls in PARTS.items()}
+    assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
+
+
+@pytest.mark.parametrize("load", [sodaprof.load_pipeline, OpenSoraPipeline.from_pretrained])
+@pytest.mark.parametrize("release", OLD_MODULES)
+def test_a_folder_that_names_modules_of_an_earlier_release_is_loaded(pipe, tmp_path, load, release):
+    pipe.save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {name: [OLD_MODULES[release][name], cls] for name, cls in PARTS.items()}))
+    loaded = load(str(tmp_path / "old"))
+    assert isinstance(loaded, OpenSoraPipeline)
+    loaded.set_progress_bar_config(disable=True)
+    assert np.array_equal(draw(loaded, steps=1), draw(pipe, steps=1))
+    loaded.save_pretrained(tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "model_index.json").read_text())["vae"][0] == "sodaprof.opensora"
 
 
 def publish(pipe, folder: Path, rope: bool = True, old_attention: bool = False) -> None:
@@ -264,7 +295,7 @@ def uniform() -> OpenSoraPipeline:
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_published_files(uniform, tmp_path, stored):
+def test_published_files_give_the_same_videos(uniform, tmp_path, stored):
     pipe = uniform
     publish(pipe, tmp_path, rope=stored, old_attention=not stored)
     loaded = load_published(tmp_path, groups=2)
@@ -281,7 +312,7 @@ def test_published_files(uniform, tmp_path, stored):
                 assert list(np.atleast_1d(found[key])) == list(np.atleast_1d(wanted[key])), key
 
 
-def test_load_pipeline_knows_published_folders(uniform, tmp_path, monkeypatch):
+def test_load_pipeline_reads_published_folders(uniform, tmp_path, monkeypatch):
     publish(uniform, tmp_path)
     with pytest.raises(FormatError, match="shape"):  # 32 groups do not divide these widths
         sodaprof.load_pipeline(str(tmp_path), device="cpu")
@@ -356,7 +387,7 @@ def fora(pipe) -> Schedule:
     return schedule_for(pipe, dict.fromkeys(schedule_for(pipe).transformers["transformer"].rows, "CRRCRR"))
 
 
-def test_what_is_found(pipe):
+def test_sites_and_sampler_of_the_pipeline(pipe):
     model, sampler, _ = inspect_pipeline(pipe, "tiny", STEPS, 7.0, PROMPT)
     assert (sampler.class_name, sampler.guidance_form, sampler.steps) == ("RectifiedFlowScheduler", "halves", STEPS)
     assert model.shape == {"latent": [4, 5, 8, 12], "tokens": 120, "batch_profiled": 1, "dtype": "float32"}
@@ -377,7 +408,7 @@ def test_all_compute_is_bit_identical(pipe, options):
     assert np.array_equal(draw(pipe), plain)
 
 
-def test_reuse_does_as_planned(pipe):
+def test_reuse_executes_the_plan(pipe):
     plain, schedule = draw(pipe), fora(pipe)
     with sodaprof.apply(pipe, schedule) as handle:
         wanted = draw(pipe)
@@ -385,19 +416,19 @@ def test_reuse_does_as_planned(pipe):
         assert report.complete
         assert report.executed == report.planned == {"C": 24, "R": 48}
     assert not np.array_equal(wanted, plain)
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         for _ in range(3):
             assert np.array_equal(draw(pipe), wanted)
             assert handle.report().executed == handle.report().planned
     assert np.array_equal(draw(pipe), plain)
 
 
-def test_whole_steps(pipe):
+def test_whole_steps_give_the_same_video(pipe):
     """Guidance and solver are read off this pipeline's first step."""
     schedule = fora(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=Tapes(), whole_steps=True)) as handle:
         for _ in range(3):
             np.testing.assert_allclose(draw(pipe), wanted, atol=2e-5)
         assert handle.report().path.endswith("whole steps")

@@ -1,4 +1,4 @@
-"""Discovery where models differ: layouts, kinds by effect, inline MLPs, text among the tokens, two transformers."""
+"""Discovery in models that differ: layouts, kinds by effect, inline MLPs, text among the tokens, two transformers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.probe import LAYOUTS, as_tokens, layout_of
 from sodaprof.pipelines.recording import is_halved, latents_of
 from sodaprof.profiler.plan import plan_profile
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.zoo.zoo_check import case_of
 from tests.zoo.zoo_pipelines import PIPELINES, STEPS, guided, ones, text
@@ -36,18 +37,18 @@ X = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 20)  # [B, N, D]
         ("tokens_first", X.transpose(0, 1)),
     ],
 )
-def test_every_layout_is_told_and_read(layout, held):
+def test_every_layout_is_recognised_and_read(layout, held):
     assert layout_of(tuple(held.shape), 2, {20}, {(2, 3)}) == layout
     assert torch.equal(as_tokens(held, layout), X)
 
 
-def test_tokens_before_the_batch_are_told_by_the_attention_beside():
+def test_tokens_before_the_batch_are_recognised_by_the_attention_of_the_block():
     assert layout_of((22, 2, 20), 2, {20}, {(2, 22)}) == "tokens_first"
     assert layout_of((22, 2, 20), 2, {20}, {(22, 2)}) == ""  # 11 rows a sample, of 2 tokens
     assert layout_of((22, 1, 20), 1, {20}, {(1, 22)}) == ""  # one sample: 22 rows of one token come to the same
 
 
-def test_all_layouts_are_tested_above():
+def test_the_cases_above_are_all_layouts():
     assert set(LAYOUTS) == {"", "channels_last", "channels_first", "heads", "tokens_first"}
 
 
@@ -56,7 +57,7 @@ def test_all_layouts_are_tested_above():
     [(2, 20), (3, 4, 20), (2, 7, 7, 7), (2, 20, 4, 20), (3, 20, 4, 4)],
     ids=["two axes", "batch", "no channels", "two channel axes", "batch of four axes"],
 )
-def test_layouts_that_cannot_be_told(shape):
+def test_ambiguous_layouts_have_no_name(shape):
     assert layout_of(shape, 2, {20}, ()) is None
 
 
@@ -65,14 +66,14 @@ def kinds(name):
     return case_of(name).found.fingerprint["kinds"]
 
 
-def test_attention_is_told_by_what_its_tokens_look_at():
+def test_the_kind_of_attention_follows_from_what_its_tokens_attend_to():
     assert kinds("StableAudio3DiTModel")["transformer_blocks.cross_attn"] == "cross_attn"  # text comes as `context`
     assert kinds("StableAudio3DiTModel")["transformer_blocks.self_attn"] == "attn"
     assert kinds("PRXTransformer2DModel")["blocks.attention"] == "joint_attn"  # text and image keys, image out
     assert kinds("NucleusMoEImageTransformer2DModel")["transformer_blocks.attn"] == "joint_attn"
 
 
-def test_mlps_written_out_in_a_block():
+def test_mlps_whose_layers_are_children_of_the_block_are_found():
     assert kinds("PRXTransformer2DModel")["blocks.down_proj"] == "mlp"
     assert kinds("MiniMaxMusic3Transformer1DModel")["transformer_blocks.ff_out"] == "mlp"
     assert kinds("FluxTransformer2DModel")["single_transformer_blocks.proj_out"] == "fused"
@@ -87,7 +88,7 @@ def test_layouts_of_the_zoo():
     assert "layouts" not in case_of("STDiT3").found.fingerprint  # its temporal attention folds positions into the batch
 
 
-def test_latents_in_a_list():
+def test_latents_in_a_list_are_read():
     x = torch.randn(4, 1, 8, 8)
     assert is_halved([x, x])
     assert not is_halved([x, x + 1])
@@ -132,7 +133,7 @@ def outputs(case, path, entries, seed):
         ("LattePipeline", "temporal_transformer_blocks.0.attn1", lambda x: x),  # [T, B S, F, D]
     ],
 )
-def test_errors_of_odd_layouts_are_the_direct_definition(tmp_path, name, site, tokens):
+def test_errors_in_other_layouts_equal_the_direct_definition(tmp_path, name, site, tokens):
     case, profile = profiled(name, tmp_path / "p", seed=5, batch_size=2)
     keys = [s.key for s in profile.model.transformers["transformer"].sites]
     x = tokens(outputs(case, site, [0, 1], 5))
@@ -159,7 +160,7 @@ def test_the_memory_of_frames_in_the_batch_is_planned(tmp_path):
     assert plan.extra_bytes == len(plan.sites) * ring + 3 * (2 * 2 * 16) * 32 * 4
 
 
-def test_the_call_must_run_the_steps_that_were_asked_for():
+def test_the_call_must_run_the_requested_steps():
     case = PIPELINES["FluxPipeline"]()
     with pytest.raises(SodaprofError, match=f"runs {STEPS} timesteps, steps is 50"):
         plan_profile(case.pipe, "tiny", steps=50, samples=1, call=case.call)
@@ -167,7 +168,7 @@ def test_the_call_must_run_the_steps_that_were_asked_for():
     assert plan.sampler.steps == STEPS
 
 
-def test_the_call_is_given_entries_and_generators(tmp_path):
+def test_the_call_receives_entries_and_generators(tmp_path):
     heard = []
     case = PIPELINES["FluxPipeline"]()
 
@@ -255,7 +256,7 @@ def test_pruned_text_of_another_length_is_refused():
             case.draw()
 
 
-def test_another_resolution_is_refused_as_ever():
+def test_another_resolution_is_refused():
     case = PIPELINES["SanaPipeline"]()
     # only the convolution's sites reuse: those whose tokens are no axis of their output
     schedule = schedule_of(case, {f"transformer_blocks.{i}.ff": "CRCRCR" for i in range(2)}, {})
@@ -266,7 +267,7 @@ def test_another_resolution_is_refused_as_ever():
         case.draw()
 
 
-def test_another_resolution_where_every_site_holds_text():
+def test_another_resolution_is_refused_if_every_site_holds_text():
     case = case_of("ErnieImageTransformer2DModel")
     schedule = case.schedule({s.key: "CRCR" for s in case.found.sites}, "halves")
     larger = torch.cat([torch.randn(1, 4, 6, 4)] * 2)
@@ -280,12 +281,12 @@ def test_latents_in_a_list_are_not_captured_and_the_report_says_so():
     schedule = schedule_of(case, {"layers.0.feed_forward": "CRCRCR"}, {})
     with sodaprof.apply(case.pipe, schedule):
         wanted = case.draw()
-    with sodaprof.apply(case.pipe, schedule, lower=True, capture=Tapes()) as handle:
+    with sodaprof.apply(case.pipe, schedule, runtime=Compiled(graphs=Tapes())) as handle:
         assert torch.equal(case.draw(), wanted)
         assert handle.report().path == "lowered: the pipeline hands over its latents as a list"
 
 
-def test_a_pipeline_under_a_schedule_is_not_looked_at():
+def test_a_pipeline_that_carries_a_schedule_is_not_inspected():
     case = PIPELINES["FluxPipeline"]()
     with sodaprof.apply(case.pipe, schedule_of(case, {}, {})):
         with pytest.raises(MismatchError, match="carries a schedule"):

@@ -85,7 +85,7 @@ def test_guidance_switched_off_is_refused(name):
         case.draw()
 
 
-def test_true_guidance_is_not_mistaken_for_the_embedded_kind():
+def test_true_guidance_does_not_match_embedded_guidance():
     case = flux_with_true_guidance()
     schedule = schedule_of(PIPELINES["FluxPipeline"](), "CRRCRR")
     with sodaprof.apply(case.pipe, schedule), pytest.raises(MismatchError, match="guidance"):

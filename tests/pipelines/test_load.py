@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import PixArtTransformer2DModel, UNet2DModel
 
 from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.pipelines import load
 from sodaprof.pipelines.discover import Step as RecordedStep
 from sodaprof.pipelines.discover import find_sites, inspect_pipeline
 from sodaprof.pipelines.flops import count_flops
@@ -29,7 +34,7 @@ def test_sites_of_dit():
     assert model.shape == {"latent": [4, 8, 8], "tokens": 16, "batch_profiled": 1, "dtype": "float32"}
 
 
-def test_sites_of_pixart_are_told_apart():
+def test_sites_of_pixart_have_their_kinds():
     torch.manual_seed(0)
     part = PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
@@ -97,7 +102,46 @@ def test_an_unreachable_hub_is_a_clear_error(monkeypatch):
         load_pipeline("nobody/nothing")
 
 
-def test_prompt_files(tmp_path):
+def process_settings():
+    """Returns the settings that loading changes for a while."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import progress_bar_states
+
+    return (
+        constants.HF_HUB_ETAG_TIMEOUT,
+        constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        dict(progress_bar_states),
+        diffusers.utils.logging.get_verbosity(),
+        diffusers.utils.logging.is_progress_bar_enabled(),
+        transformers.utils.logging.is_progress_bar_enabled(),
+    )
+
+
+@pytest.mark.parametrize("model", ["tiny-dit", "nobody/nothing"])
+def test_loading_leaves_the_settings_of_the_process_as_they_were(model, monkeypatch):
+    from huggingface_hub import constants
+    from huggingface_hub.utils.tqdm import progress_bar_states
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 77)
+    monkeypatch.setitem(progress_bar_states, "a.group", False)
+    logging = diffusers.utils.logging
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_info()
+    try:
+        before, read, seen = process_settings(), load._read_pipeline, []
+        monkeypatch.setattr(load, "_read_pipeline", lambda *args: seen.append(process_settings()) or read(*args))
+        with nullcontext() if model == "tiny-dit" else pytest.raises(SodaprofError):
+            load_pipeline(model)
+        assert process_settings() == before
+    finally:
+        logging.set_verbosity(verbosity)
+    assert seen == [(10, 10, {"_global": False}, logging.ERROR, False, False)]
+
+
+def test_prompt_files_are_read(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("# comment\n3\n a red ball \n\n-1\n", encoding="utf-8")
     assert read_prompts(path) == [3, "a red ball", -1]
@@ -116,6 +160,6 @@ def test_prompts_of_the_wrong_kind_are_refused():
 
 
 @pytest.mark.parametrize("label", [-1, 1000, 99999])
-def test_labels_that_the_model_does_not_know(label):
+def test_unknown_labels_are_refused(label):
     with pytest.raises(SodaprofError, match=f"Found the label {label}; this model knows 0 to 999"):
         call(tiny_pipe(), [1, label], [0, 1], STEPS)

@@ -119,7 +119,7 @@ def apart(one, other):
 
 
 def history(make, config, count):
-    """How many outputs the scheduler's step is of: UniPC's corrector looks one further back, and a run is no longer."""
+    """How many outputs the scheduler's step weighs: UniPC's corrector uses one more; at most the steps of the run."""
     order = config.get("solver_order", 2) if make in (DPM, UNIPC) else 1
     return min(order + (make is UNIPC), count)
 
@@ -147,7 +147,7 @@ def test_the_update_makes_the_schedulers_own_run(make, config, steps):
 
 
 @pytest.mark.parametrize(("make", "config", "steps"), [case for case in CASES if case[0] is not UNIPC])
-def test_coefficients_are_exact_where_a_step_takes_exact_numbers(make, config, steps):
+def test_coefficients_are_exact_for_steps_with_exact_numbers(make, config, steps):
     """Signed powers of two pass the cast to fp32, so a step of its own agrees to fp64, in all its coefficients.
 
     UniPC's corrector goes on from the sample of the step before, not from the one it is given: its runs are compared above.
@@ -184,7 +184,7 @@ def test_flow_matching_coefficients_are_the_differences_of_its_sigmas():
     assert (set(own.data), set(own.noise)) == ({(0.0, 1.0)}, {0.0})
 
 
-def test_outputs_that_do_not_exist_yet_weigh_nothing():
+def test_outputs_before_the_first_step_have_no_weight():
     for make in (DPM, UNIPC):
         scheduler = scheduler_for(make, {"solver_order": 3}, {"num_inference_steps": 9})
         own = own_update(scheduler, scheduler.timesteps)
@@ -195,7 +195,7 @@ def test_outputs_that_do_not_exist_yet_weigh_nothing():
 
 @pytest.mark.parametrize(("make", "config"), [(DDIM, {}), (DPM, {}), (FLOW, {}), (DDPM, {})])
 @pytest.mark.parametrize("begin", [True, False])
-def test_a_run_that_starts_late(make, config, begin):
+def test_a_run_may_start_at_a_later_timestep(make, config, begin):
     scheduler = scheduler_for(make, config, {"num_inference_steps": 20})
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(8)
@@ -250,7 +250,7 @@ def test_global_randomness_is_left_alone():
         (DDIM, {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "not finite"),
     ],
 )
-def test_what_is_no_weighted_sum_is_refused_by_name(make, config, says):
+def test_settings_whose_steps_are_no_weighted_sums_are_refused_by_name(make, config, says):
     scheduler = make(**config)
     scheduler.set_timesteps(10)
     with pytest.raises(UnsupportedModelError, match=says):
@@ -273,7 +273,7 @@ class Mixing(DDIMScheduler):
 
 
 @pytest.mark.parametrize("make", [Bending, Shifting, Mixing])
-def test_a_step_that_only_looks_like_a_sum_is_found_out(make):
+def test_a_step_that_is_no_weighted_sum_is_found_by_random_numbers(make):
     """A class of the same name, whose settings say nothing: the random numbers of the probe tell."""
     scheduler = type("DDIMScheduler", (make,), {})(clip_sample=False)
     scheduler.set_timesteps(10)
@@ -298,7 +298,7 @@ def test_timesteps_that_are_not_the_schedulers_are_refused(timesteps):
         own_update(scheduler, timesteps)
 
 
-def test_timesteps_from_elsewhere_than_the_begin_index_are_refused():
+def test_timesteps_that_do_not_start_at_the_begin_index_are_refused():
     scheduler = scheduler_for(FLOW, {}, {"num_inference_steps": 10})
     scheduler.set_begin_index(4)
     with pytest.raises(UnsupportedModelError, match="from index 4"):

@@ -1,4 +1,4 @@
-"""`advance`: a step from a table of coefficients, without a word to the host."""
+"""`advance`: a step from a table of coefficients, without a host sync."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class Watched(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_advance_stays_on_the_device(dtype):
     scheduler = scheduler_for(DPM, {}, {"num_inference_steps": 20})
-    there = table(own_update(scheduler, scheduler.timesteps), torch.float32).to(
-        "meta"
-    )  # where nothing can be read back
+    there = table(own_update(scheduler, scheduler.timesteps), torch.float32).to("meta")  # on which no value can be read
     step = torch.zeros(1, dtype=torch.int64, device="meta")
     x, v, noise = (torch.empty(SHAPE, dtype=dtype, device="meta") for _ in range(3))
     ring = torch.empty(2, *SHAPE, device="meta")

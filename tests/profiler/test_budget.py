@@ -1,4 +1,4 @@
-"""What a profile takes: on paper for the published models, and pooled where sites have many tokens."""
+"""What a profile takes: by arithmetic for the published models, and averages for sites with many tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def open_sora(full=False):
     return published(28, modules, [4, 15, 60, 106], [1, 2, 2], 15 * 30 * 53, 1152, 30, full)
 
 
-def test_pixart_at_1024_fits_one_device_in_one_pass():
+def test_pixart_at_1024_is_within_the_memory_of_a_device_in_one_pass():
     shapes = pixart()
     batch, groups = passes(shapes, 16, FREE)
     assert len(shapes.sites) == 84
@@ -50,7 +50,7 @@ def test_pixart_at_1024_fits_one_device_in_one_pass():
     assert pixart(full=True).disk_bytes < 200e6
 
 
-def test_open_sora_at_480p_fits_one_device_in_a_few_passes():
+def test_open_sora_at_480p_is_within_the_memory_of_a_device_in_a_few_passes():
     shapes = open_sora()
     slot = sum(shapes.ring(i, 1) for i in range(168)) / 7
     assert len(shapes.sites) == 168
@@ -121,7 +121,7 @@ def test_rasters(latent, patch, tokens, raster):
     assert raster_of(latent, patch, tokens) == raster
 
 
-def test_few_tokens_are_kept_as_they_are():
+def test_errors_of_few_tokens_are_not_averaged():
     assert grid_of(MOST_TOKENS, (1, 32, 32), False) == Grid(1, 32, 32, 1)
 
 

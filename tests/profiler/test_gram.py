@@ -112,7 +112,7 @@ def test_products_are_the_direct_definition(form, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["SanaPipeline", "LattePipeline"])
-def test_odd_layouts_and_frames_in_the_batch(name, tmp_path):
+def test_products_in_other_layouts_and_of_frames_in_the_batch(name, tmp_path):
     case = PIPELINES[name]()
     settings = {"steps": ZOO_STEPS, "samples": 2, "max_interval": 4, "seed": 5, "batch_size": 2, "name": "tiny"}
     profile = sodaprof.profile(case.pipe, tmp_path / "p", call=case.call, **settings)
@@ -207,7 +207,7 @@ def test_products_from_samples_are_right_on_average(monkeypatch):
     assert chosen("a", 40) is None
 
 
-def test_prompts_of_several_lengths_take_what_there_is(tmp_path):
+def test_products_of_prompts_of_several_lengths(tmp_path):
     """A site of the text: each prompt's own tokens, so the mean over prompts of 4 and 5 tokens."""
     from tests.pipelines.test_discover import longer
 
@@ -234,7 +234,7 @@ def test_prompts_of_several_lengths_take_what_there_is(tmp_path):
 # ---- transformers, blocks ---------------------------------------------------------------------------------------------
 
 
-def test_pairs_only_within_a_turn(tmp_path):
+def test_products_are_within_a_turn(tmp_path):
     pipe = turns_pipe()
     pipe.turns = AGAIN
     settings = {"steps": TURN_STEPS, "samples": 2, "batch_size": 2, "max_interval": 4}
@@ -257,7 +257,7 @@ def test_pairs_only_within_a_turn(tmp_path):
     assert np.isfinite(profile.state_products()).all()
 
 
-def test_blocks_that_hand_on_two_tensors_have_no_stack(tmp_path):
+def test_blocks_that_return_two_tensors_have_no_stack(tmp_path):
     case = PIPELINES["FluxPipeline"]()
     settings = {"steps": ZOO_STEPS, "samples": 1, "max_interval": 3, "name": "tiny"}
     profile = sodaprof.profile(case.pipe, tmp_path / "p", call=case.call, **settings)
@@ -268,7 +268,7 @@ def test_blocks_that_hand_on_two_tensors_have_no_stack(tmp_path):
 # ---- what is measured, and what it takes ------------------------------------------------------------------------------
 
 
-def test_states_alone(profiled, tmp_path):
+def test_states_without_sites(profiled, tmp_path):
     pipe = tiny_pipe()
     plan = plan_profile(pipe, "m", **SETTINGS, states_only=True)
     steps = []
@@ -311,8 +311,8 @@ def test_nothing_to_measure_is_refused():
         plan_profile(tiny_pipe(), "m", **SETTINGS, states_only=True, gram=False)
 
 
-def test_what_is_kept_is_planned(tmp_path, monkeypatch):
-    """The tensors that a batch's products hold when all steps are done, and the rings beside them."""
+def test_the_memory_of_products_is_planned(tmp_path, monkeypatch):
+    """The tensors that a batch's products hold when all steps are done, and the rings."""
     monkeypatch.setattr(memory, "MOST_COORDINATES", 100)
     held = []
 
@@ -483,7 +483,7 @@ def test_outputs_of_another_shape_are_refused():
         kept.state(torch.zeros(1, 4, 3), torch.ones(1, 4, 2))
 
 
-def test_the_commands_write_them(tmp_path, monkeypatch, capsys):
+def test_the_commands_write_products_and_solver(tmp_path, monkeypatch, capsys):
     pipe = tiny_pipe()
     pipe.save_pretrained(tmp_path / "model")
     profile = ("profile", tmp_path / "model", "-o", tmp_path / "p", "--steps", 8, "--samples", 1, "--force")

@@ -24,7 +24,7 @@ def one_minus_cos(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def after_pruning(new: np.ndarray, stale: np.ndarray, rate: float) -> np.ndarray:
-    """Returns what a pruned module returns [N, D]: rows of `new` where the stale output is loud, `stale` elsewhere."""
+    """Returns what a pruned module returns [N, D]: rows of `new` for the tokens of large stale output, else of `stale`."""
     tokens = len(new)
     kept = np.argsort(-np.abs(stale).mean(-1))[: int(np.rint((1 - rate) * tokens))]
     mixed = stale.copy()
@@ -140,7 +140,7 @@ def test_opposite_and_orthogonal_outputs():
     assert ring.push(x.roll(1, -1)).tokens.flatten().tolist() == pytest.approx([1.0] * 4)
 
 
-def test_silent_tokens_give_finite_errors():
+def test_tokens_of_zeros_give_finite_errors():
     """A token of zeros has no direction: 0 against another silent one, and never more than 2."""
     x = outputs(1, (1, 8, 257))[0]
     silent = torch.zeros_like(x)

@@ -167,6 +167,6 @@ def test_load_profile_reads_what_was_written(profiled):
 @pytest.mark.parametrize(
     ("setting", "value"), [("steps", 1), ("samples", 0), ("max_interval", 1), ("max_interval", 99), ("seed", -1)]
 )
-def test_senseless_settings_are_refused(setting, value):
+def test_invalid_settings_are_refused(setting, value):
     with pytest.raises(SodaprofError, match=setting.replace("_", "-")):
         plan_profile(tiny_pipe(), "m", **SETTINGS | {setting: value})

@@ -172,7 +172,7 @@ def write_pixart_card(out: Path, judged: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(SEED)
     asked = scenes.sample(judged, generator, unseen=True)
     captions = [scenes.caption(asked, row, generator) for row in range(judged)]
-    found = judge.verdicts(_sample(pipe, [c.text for c in captions], 20))
+    found = judge.predictions(_sample(pipe, [c.text for c in captions], 20))
     said = torch.tensor([c.says_size for c in captions])
     followed = scenes.followed(asked, said, found)
     share = {what: right.float().mean().item() for what, right in followed.items()}

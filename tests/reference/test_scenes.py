@@ -131,7 +131,7 @@ def test_a_judge_of_several_questions_survives_saving(tmp_path):
     loaded = load_classifier(tmp_path)
     pictures = 2 * torch.rand(50, 3, 32, 32, generator=generator()) - 1
     assert torch.equal(loaded(pictures), model(pictures))
-    found = loaded.verdicts(pictures)
+    found = loaded.predictions(pictures)
     assert torch.equal(found[:, 0], model(pictures)[:, :2].argmax(1))
     assert torch.equal(found[:, 1], model(pictures)[:, 2:].argmax(1))
     mirrored = loaded.features(pictures.flip(3)) - loaded.features(pictures)

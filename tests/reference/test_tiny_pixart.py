@@ -69,7 +69,7 @@ def test_every_word_of_the_captions_is_one_token(pipe):
 def test_the_judge_knows_held_out_drawings():
     generator = torch.Generator().manual_seed(77_777)
     asked = scenes.sample(500, generator, unseen=True)
-    found = load_classifier(MODEL).verdicts(scenes.draw(asked, generator))
+    found = load_classifier(MODEL).predictions(scenes.draw(asked, generator))
     assert (found == scenes.answers(asked)).float().mean(0).min() >= 0.99
 
 
@@ -79,7 +79,7 @@ def test_it_follows_prompts_that_are_held_out(pipe):
     captions = [scenes.caption(asked, row, generator) for row in range(len(asked))]
     pictures = pictures_of(call(pipe, [c.text for c in captions], range(3_000_000, 3_000_024), 10))
     assert pictures.shape == (24, 32, 32, 3)
-    found = load_classifier(MODEL).verdicts(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1)
+    found = load_classifier(MODEL).predictions(torch.from_numpy(pictures).permute(0, 3, 1, 2) * 2 - 1)
     followed = scenes.followed(asked, torch.tensor([c.says_size for c in captions]), found)
     shares = {what: right.float().mean().item() for what, right in followed.items()}
     assert min(shares[what] for what in ("shape", "colour", "relation", "size")) >= 0.8, shares  # chance: below 0.5

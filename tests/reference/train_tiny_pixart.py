@@ -175,7 +175,7 @@ def train_judge(args: argparse.Namespace) -> None:
     saved = load_classifier(args.out)
     assert saved is not None
     batch = scenes.sample(5000, generator, unseen=True)
-    hits = saved.verdicts(scenes.draw(batch, generator)) == scenes.answers(batch)
+    hits = saved.predictions(scenes.draw(batch, generator)) == scenes.answers(batch)
     accuracy = {"held_out_accuracy": hits.float().mean(0).min().item(), "all_right": hits.all(1).float().mean().item()}
     record(args.out, "judge", **accuracy, seconds=round(time.time() - start))
 

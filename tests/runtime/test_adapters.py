@@ -9,18 +9,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 import sodaprof
-from sodaprof.runtime.apply import RUNTIMES
-from tests.tape import Tapes
+from tests.tape import RUNTIMES
+from tests.tape import runtime as runtime_of
 from tests.tiny_pipelines import SHORT, short_schedule, tiny_pipe
 from tests.tiny_pipelines import draw as draw_steps
 
 
 def draw(pipe):
     return draw_steps(pipe, steps=SHORT)
-
-
-def arguments(runtime: str) -> dict:
-    return {name: Tapes() if name == "capture" else value for name, value in RUNTIMES[runtime].items()}
 
 
 def add_lora(pipe, seed=0):
@@ -59,7 +55,7 @@ def test_loaded_before_the_schedule(runtime):
     assert schedule.transformers == short_schedule(tiny_pipe(layers=1)).transformers
     expected = wanted(pipe, schedule)
     assert np.abs(expected - without).max() > 0.05
-    with sodaprof.apply(pipe, schedule, **arguments(runtime)) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime)) as handle:
         for _ in range(3):
             assert np.allclose(draw(pipe), expected, atol=2e-5)
             assert handle.report().executed == handle.report().planned
@@ -75,10 +71,10 @@ def test_changed_after_a_capture(runtime):
         seen.append(wanted(other, schedule))
         for _ in range(3):
             assert np.allclose(draw(pipe), seen[-1], atol=2e-5)
-        if runtime in ("captured", "whole-steps"):
-            assert handle.report().path.startswith("captured: 3 graphs")
+        if runtime in ("graphs", "whole-steps"):
+            assert handle.report().path.startswith("compiled: 3 graphs")
 
-    with sodaprof.apply(pipe, schedule, **arguments(runtime)) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime)) as handle:
         check(handle)
         for change in (add_lora, lambda p: scale(p, 0.25), lambda p: switch(p, False)):
             change(pipe), change(other)

@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import sodaprof
 from sodaprof.errors import MismatchError
 from sodaprof.formats.schedule import TokenRule
-from sodaprof.runtime.apply import RUNTIMES
-from tests.tape import Tapes
+from tests.tape import runtime as runtime_of
 from tests.tiny_pipelines import (
     MIXED_K,
     MIXED_ROWS,
@@ -44,11 +43,7 @@ def short(pipe):
     return draw(pipe, steps=SHORT)
 
 
-def arguments(runtime):
-    return {name: Tapes() if name == "capture" else value for name, value in RUNTIMES[runtime].items()}
-
-
-@pytest.mark.parametrize("runtime", ["hooks", "lowered", "captured"])
+@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
 @pytest.mark.parametrize("before", [True, False])
 def test_model_offload_before_and_after(runtime, before):
     pipe = tiny_pipe(layers=1)
@@ -56,7 +51,7 @@ def test_model_offload_before_and_after(runtime, before):
     expected = wanted(pipe, schedule)
     if before:
         pipe.enable_model_cpu_offload(device="cpu")  # puts its hooks on anew after every call of the pipeline
-    with sodaprof.apply(pipe, schedule, **arguments(runtime)) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime)) as handle:
         if not before:
             short(pipe)
             pipe.enable_model_cpu_offload(device="cpu")
@@ -138,7 +133,7 @@ class Calling(TwoPassPipeline):
             self.scheduler.step = step
 
 
-@pytest.mark.parametrize("runtime", ["hooks", "lowered", "captured"])
+@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
 def test_callbacks_between_steps_see_and_change_the_latents(runtime):
     pipe = tiny_pipe(layers=1, cls=Calling)
     schedule, seen = schedule_for(pipe, {"transformer_blocks.0.ff": "CRRCRRCR"}), []
@@ -150,7 +145,7 @@ def test_callbacks_between_steps_see_and_change_the_latents(runtime):
     pipe.callback = callback
     expected = wanted(pipe, schedule)
     before = list(seen)
-    with with_known_programs(sodaprof.apply(pipe, schedule, **arguments(runtime))):
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime))):
         for _ in range(4):
             seen.clear()
             assert np.array_equal(draw(pipe), expected)
@@ -158,7 +153,7 @@ def test_callbacks_between_steps_see_and_change_the_latents(runtime):
             assert all(torch.equal(a, b) for a, b in zip(seen, before, strict=True))
 
 
-@pytest.mark.parametrize("runtime", ["hooks", "lowered", "captured"])
+@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
 def test_other_attention_processors_are_taken_from_the_next_picture_on(pipe, runtime):
     schedule = short_schedule(pipe)
     expected = wanted(pipe, schedule)
@@ -167,7 +162,7 @@ def test_other_attention_processors_are_taken_from_the_next_picture_on(pipe, run
         def __call__(self, *args, **kwargs):
             return super().__call__(*args, **kwargs) * 0.5
 
-    with sodaprof.apply(pipe, schedule, **arguments(runtime)) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime)) as handle:
         for _ in range(4):
             assert np.array_equal(short(pipe), expected)
         pipe.transformer.transformer_blocks[-1].attn1.set_processor(Half())  # of one: each is to be looked at

@@ -32,6 +32,7 @@ from sodaprof.profiler.plan import plan_profile
 from sodaprof.profiler.run import run_profile
 from sodaprof.report.results import inspection_view
 from sodaprof.report.schedule import schedule_data, schedule_view
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.tiny_pipelines import tiny_pipe, tiny_vae, with_known_programs
 from tests.zoo.zoo import WAN
@@ -141,8 +142,8 @@ def schedule_of(pipe, high="CCCCC", low="CCCCCC", scale=5.0, **changes) -> Sched
     return Schedule(plans, sampler, model.shape, {"name": "test", "knobs": {}})
 
 
-def lowered(pipe, schedule, **options):
-    return with_known_programs(sodaprof.apply(pipe, schedule, lower=True, **options))
+def compiled(pipe, schedule, **settings):
+    return with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(**settings)))
 
 
 def mixed(pipe, scale=5.0):
@@ -518,18 +519,18 @@ def test_the_caches_of_one_turn_are_predicted(synthetic):
 # ---- run --------------------------------------------------------------------------------------------------------------
 
 RUNTIMES = {
-    "hooks": {},
-    "lowered": {"lower": True},
-    "without tables": {"lower": True, "tables": False},
-    "without collapse": {"lower": True, "collapse": None},
+    "hooks": "hooks",
+    "compiled": "compiled",
+    "without tables": Compiled(tables=False),
+    "without sums": Compiled(sums=None),
 }
 
 
-@pytest.mark.parametrize("runtime", ["hooks", "lowered", "without tables"])  # nothing is collapsed
+@pytest.mark.parametrize("runtime", ["hooks", "compiled", "without tables"])  # there are no sums
 @pytest.mark.parametrize("scale", [5.0, 1.0])
 def test_a_schedule_of_c_alone_changes_no_bit(wan, runtime, scale):
     plain = draw(wan, scale=scale)
-    with with_known_programs(sodaprof.apply(wan, schedule_of(wan, scale=scale), **RUNTIMES[runtime])) as handle:
+    with with_known_programs(sodaprof.apply(wan, schedule_of(wan, scale=scale), runtime=RUNTIMES[runtime])) as handle:
         for _ in range(3):
             assert torch.equal(draw(wan, scale=scale), plain)
             report = handle.report()
@@ -539,7 +540,7 @@ def test_a_schedule_of_c_alone_changes_no_bit(wan, runtime, scale):
 
 
 @pytest.mark.parametrize(
-    ("scale", "runtimes"), [(5.0, ("lowered", "without tables", "without collapse")), (1.0, ("lowered",))]
+    ("scale", "runtimes"), [(5.0, ("compiled", "without tables", "without sums")), (1.0, ("compiled",))]
 )
 def test_each_transformer_reuses_its_own_outputs(wan, scale, runtimes):
     schedule = mixed(wan, scale)
@@ -551,7 +552,7 @@ def test_each_transformer_reuses_its_own_outputs(wan, scale, runtimes):
         report = handle.report()
         assert report.executed == report.planned == {"C": 5 * 6, "R": 4 * 6, "F": 2 * 6}
     for runtime in runtimes:
-        with with_known_programs(sodaprof.apply(wan, schedule, **RUNTIMES[runtime])) as handle:
+        with with_known_programs(sodaprof.apply(wan, schedule, runtime=RUNTIMES[runtime])) as handle:
             for _ in range(3):
                 assert torch.equal(draw(wan, scale=scale), wanted)
                 assert handle.report().executed == handle.report().planned
@@ -560,23 +561,26 @@ def test_each_transformer_reuses_its_own_outputs(wan, scale, runtimes):
 
 def test_tables_and_sums_are_those_of_each_transformer(wan):
     schedule = mixed(wan)
-    with lowered(wan, schedule) as handle:
+    with compiled(wan, schedule) as handle:
         for _ in range(2):
             draw(wan)
         seen = []
-        inner = handle.tables[1].arguments.is_expected
-        handle.tables[1].arguments.is_expected = lambda *given: (seen.append(inner(*given)), seen[-1])[1]
+        inner = handle.engine.tables[1].arguments.is_expected
+        handle.engine.tables[1].arguments.is_expected = lambda *given: (seen.append(inner(*given)), seen[-1])[1]
         held = {}
         step = wan.scheduler.step
 
         def look(*args, **kwargs):
-            held[handle.clock.step] = [len(b.runs) for b in handle.blocks], [len(b.ready) for b in handle.blocks]
+            held[handle.clock.step] = (
+                [len(b.runs) for b in handle.engine.blocks],
+                [len(b.ready) for b in handle.engine.blocks],
+            )
             return step(*args, **kwargs)
 
         wan.scheduler.step = look
         draw(wan)
         wan.scheduler.step = step
-        assert [tables.steps for tables in handle.tables] == [list(HIGH), list(LOW)]
+        assert [tables.steps for tables in handle.engine.tables] == [list(HIGH), list(LOW)]
         assert seen == [True] * 2 * (len(LOW) - 1)  # served from the tables on both branches
         assert held[4][1] == [2 * len(HIGH)] * 2 + [0] * 2  # the second's are filled when its turn begins
         assert held[5][1][2:] == [2 * len(LOW)] * 2
@@ -602,12 +606,12 @@ def test_caches_are_let_go_when_the_other_takes_over(wan):
 def test_captured_steps_give_the_bits_of_the_hooks(wan):
     schedule, tapes = mixed(wan), Tapes()
     wanted = by_hand(wan, schedule)
-    with lowered(wan, schedule, capture=tapes) as handle:
+    with compiled(wan, schedule, graphs=tapes) as handle:
         for _ in range(4):
             assert torch.equal(draw(wan), wanted)
             assert handle.report().executed == handle.report().planned
-        assert handle.report().path.startswith("captured: ")
-        assert all(capture.graphs for capture in handle.captures)
+        assert handle.report().path.startswith("compiled: ")
+        assert all(capture.graphs for capture in handle.engine.captures)
         assert tapes.played
     assert torch.equal(by_hand(wan, schedule), wanted)
 
@@ -622,7 +626,7 @@ def test_stacks_are_skipped_in_each_turn(wan):
         first = draw(wan)
         assert handle.report().executed == handle.report().planned == {"C": 10 * 6, "-": 6}
     assert not torch.equal(first, plain)
-    with lowered(wan, schedule) as handle:
+    with compiled(wan, schedule) as handle:
         for _ in range(3):
             assert torch.equal(draw(wan), first)
 
@@ -637,7 +641,7 @@ def test_guidance_in_halves_from_profile_to_picture(turns, profiled):  # in pass
             wanted = paint(pipe)
             assert handle.report().executed == handle.report().planned
         assert not np.array_equal(wanted, plain)
-    with lowered(pipe, schedule) as handle:  # soda's: steps that compute all, some and nothing
+    with compiled(pipe, schedule) as handle:  # soda's: steps that compute all, some and nothing
         for _ in range(3):
             assert np.array_equal(paint(pipe), wanted)
             assert handle.report().executed == handle.report().planned
@@ -659,7 +663,7 @@ def test_the_whole_way_in_the_real_pipeline(wan, profile_of_wan, tmp_path):
             assert report.complete
             assert report.executed == report.planned
             assert sum(report.planned.values()) == STEPS * 6  # _ is no action
-        with lowered(wan, loaded):
+        with compiled(wan, loaded):
             for _ in range(3):
                 assert torch.equal(draw(wan), pictures[policy])
         assert not torch.equal(pictures[policy], plain)
@@ -688,7 +692,7 @@ LATE, EARLY = "calls transformer at step 5 .* 0, 1, 2, 3, 4", "calls transformer
 @pytest.mark.parametrize(("ratio", "found", "lower"), [(0.3, LATE, False), (0.3, LATE, True), (0.9, EARLY, False)])
 def test_another_boundary_is_refused_while_running(wan, ratio, found, lower):
     schedule = mixed(wan)
-    with with_known_programs(sodaprof.apply(wan, schedule, lower=lower)) as handle:
+    with with_known_programs(sodaprof.apply(wan, schedule, runtime="compiled" if lower else "hooks")) as handle:
         wanted = draw(wan)
         wan.register_to_config(boundary_ratio=ratio)
         with pytest.raises(MismatchError, match=f"{found}.*boundary_ratio"):

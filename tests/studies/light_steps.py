@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sodaprof.formats.schedule import Forecast, Plan, Schedule, Update
 from sodaprof.pipelines.device import device_facts, versions
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import call, default_guidance, default_prompts, load_pipeline
-from sodaprof.pipelines.recording import stepping
+from sodaprof.pipelines.patch import patched
 from sodaprof.pipelines.sampler_steps import own_update
 
 STEPS, FIRST = 50, 4  # from this step on all kinds are timed
@@ -54,15 +55,14 @@ def timed(pipe: Any, schedule: Schedule, runs: int) -> np.ndarray:
     """Returns the CPU time of each step of each run, [runs, STEPS], NaN for the first step; ms. Two runs warm up."""
     entries, found = default_prompts(pipe)[:1], np.full((runs + 2, STEPS), np.nan)
     ends: list[int] = []
-    with sodaprof.apply(pipe, schedule, lower=True):
-        step = pipe.scheduler.step
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
 
-        def advance(*args: Any, **kwargs: Any) -> Any:
+        def advance(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = step(*args, **kwargs)
             ends.append(time.process_time_ns())
             return result
 
-        with stepping(pipe.scheduler, advance):
+        with patched(pipe.scheduler, "step", advance):
             for run in range(len(found)):
                 ends.clear()
                 call(pipe, entries, [run], STEPS, schedule.sampler.guidance_scale, output_type="latent")

@@ -100,7 +100,7 @@ def ours(lower: bool, whole: bool) -> Callable[..., On]:
 
     def put(pipe: Any, job: Job, settings: dict[str, Any], helped: bool) -> On:
         schedule = load_schedule(job.schedule) if whole and job.schedule else masked(pipe, job.mask)
-        handle = sodaprof.apply(pipe, schedule, lower=lower)
+        handle = sodaprof.apply(pipe, schedule, runtime="compiled" if lower else "hooks")
 
         def work() -> np.ndarray:
             report = handle.report()

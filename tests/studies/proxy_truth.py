@@ -23,7 +23,7 @@ from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.formats.schedule import Schedule
 from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.runtime.hooks.cells import Cell
-from sodaprof.tuning.closed_loop import fidelity_db, played
+from sodaprof.tuning.closed_loop import attached, fidelity_db
 
 FULL, IDLE = "C", "."  # of the columns that stand for a schedule: full steps, and those between them
 SAVE_EVERY = 20.0  # seconds
@@ -122,11 +122,10 @@ def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple
     own = replay.update
     rows = own.padded(own.history)
     any_reuse = draw_schedule(profile.model, profile.sampler, [0], {})
-    context = played(replay, any_reuse)
-    with context as clock:
-        assert context.handle is not None
-        stepper = Stepper(ReplaySpace(replay, clock), own.history)
-        sites = context.handle.rows
+    with attached(replay, any_reuse) as handle:
+        assert handle is not None
+        stepper = Stepper(ReplaySpace(replay, handle.clock), own.history)
+        sites = handle.rows
 
         def advance(state: Any, step: int, columns: str) -> Any:
             at, kept = state
@@ -150,8 +149,8 @@ def forecast(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tup
     rows = own.padded(own.history)
     ((name, products),) = profile.site_products().items()
     for columns in every:
-        with played(replay, forecast_schedule(profile, name, products, anchors_of(columns))) as clock:
-            stepper = Stepper(ReplaySpace(replay, clock), own.history)
+        with attached(replay, forecast_schedule(profile, name, products, anchors_of(columns))) as handle:
+            stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), own.history)
             at = stepper.start()
             for step in range(replay.steps):
                 at = stepper.moved(stepper.computed(at, step), step, rows[step])

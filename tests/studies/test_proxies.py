@@ -12,7 +12,7 @@ from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.pipelines.replay import Replay, ReplaySpace
-from sodaprof.tuning.closed_loop import fidelity_db, fit_update, play, played
+from sodaprof.tuning.closed_loop import attached, fidelity_db, fit_update, sampled_distances
 from tests.studies import proxy_study, proxy_truth
 from tests.studies.proxy_page import BEGIN, END, fill, tables
 from tests.studies.proxy_study import (
@@ -123,8 +123,8 @@ def test_shared_beginnings_change_no_distance(profile, replays):
     assert list(found) == sorted(every)
     for columns in every:
         schedule = draw_schedule(profile.model, profile.sampler, anchors_of(columns), {})
-        with played(held_out, schedule) as clock:
-            stepper = Stepper(ReplaySpace(held_out, clock), own.history)
+        with attached(held_out, schedule) as handle:
+            stepper = Stepper(ReplaySpace(held_out, handle.clock if handle else None), own.history)
             at = stepper.start()
             for step in range(STEPS):
                 at = stepper.moved(stepper.computed(at, step), step, own.coefficients[step])
@@ -133,7 +133,7 @@ def test_shared_beginnings_change_no_distance(profile, replays):
         (name,) = profile.model.transformers
         jumps = draw_steps(profile.model, profile.sampler, {name: anchors_of(columns)}, "-")
         fitted, on_calibration = fit_update(calibration, jumps, MAX_HISTORY)
-        np.testing.assert_allclose(distances, [*play(held_out, fitted), *on_calibration], atol=1e-3)
+        np.testing.assert_allclose(distances, [*sampled_distances(held_out, fitted), *on_calibration], atol=1e-3)
 
 
 def test_open_loop_updates_and_forecasts_are_exact_where_every_step_is_full(profile, replays):

@@ -1,4 +1,4 @@
-"""Policy `mix`: candidates of every action under one budget, measured on the model; budgets and memory beside an update."""
+"""Candidates measured on the model: policy `mix`, and the period N of ToCa; budget and memory with an update."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ import pytest
 from msgspec.structs import replace
 
 import sodaprof
-from sodaprof.cli.options import parse_size, parse_span
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
-from sodaprof.errors import BudgetError, MismatchError, SodaprofError
+from sodaprof.errors import BudgetError, FormatError, MismatchError
 from sodaprof.formats.cost import cost_of
 from sodaprof.formats.schedule_file import load_schedule
+from sodaprof.measure.metrics import psnr_db
 from sodaprof.pipelines.replay import Replay
-from sodaprof.tuning.candidates import CANDIDATES, mix
-from sodaprof.tuning.closed_loop import calibration_replay, fit_update, joint, play, priced
-from sodaprof.tuning.fit import fit_schedule
-from tests.tiny_pipelines import mixed_schedule, schedule_for, tiny_pipe
+from sodaprof.tuning.candidates import CANDIDATES, choose_period, mix
+from sodaprof.tuning.closed_loop import calibration_replay, fit_update, sampled_distances, score_db, with_predicted_cost
+from tests.tiny_pipelines import draw, mixed_schedule, schedule_for, tiny_pipe
 from tests.updated import sample, set_sampler
 
 STEPS, SAMPLES = 12, 6
@@ -37,52 +36,52 @@ def profile(pipe, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def weighed(pipe, profile):
+def mixed(pipe, profile):
     return mix(pipe, profile.folder, "2.0x")
 
 
-def test_every_candidate_keeps_to_the_budget_and_the_nearest_is_taken(weighed):
-    best, candidates, left_out = weighed
+def test_every_candidate_meets_the_budget_and_the_nearest_is_taken(mixed):
+    best, candidates, left_out = mixed
     assert not left_out
     assert len(candidates) == len(CANDIDATES)
     for one in candidates:
         assert one.schedule.predicted["speedup"] >= 2.0 - 1e-9, one.name
         assert one.name.endswith("update") == (one.schedule.update is not None)
         assert (one.schedule.update is None) or one.schedule.update.fitted["loop"] == "closed"
-    scores = [joint(one.distances) for one in candidates]
+    scores = [score_db(one.distances) for one in candidates]
     assert scores == sorted(scores, reverse=True)
     assert len(set(scores)) == len(scores)
     assert best.transformers == candidates[0].schedule.transformers
 
 
-def test_candidates_are_judged_by_mean_and_worst_decile_alike():
-    assert joint(np.arange(20.0)) == (9.5 + 0.5) / 2
+def test_the_score_is_the_mean_of_mean_and_worst_tenth():
+    assert score_db(np.arange(20.0)) == (9.5 + 0.5) / 2
 
 
-def test_the_file_tells_what_was_held_against_it(weighed, tmp_path):
-    best, candidates, _ = weighed
+def test_the_file_records_all_candidates(mixed, tmp_path):
+    best, candidates, _ = mixed
     best.save(tmp_path / "best.json")
     policy = load_schedule(tmp_path / "best.json").policy
     assert policy["name"] == "mix"
     assert policy["knobs"]["best"] == candidates[0].name
-    told = policy["knobs"]["candidates"][candidates[-1].name]
-    assert told["mean_db"] == pytest.approx(candidates[-1].distances.mean(), abs=1e-3)
+    figures = policy["knobs"]["candidates"][candidates[-1].name]
+    assert figures["mean_db"] == pytest.approx(candidates[-1].distances.mean(), abs=1e-3)
 
 
 @pytest.mark.parametrize("name", [f"{p} + update" if updated else p for p, updated in CANDIDATES])
-def test_what_a_candidate_measures_is_what_the_pipeline_does(pipe, weighed, name):
-    one = next(c for c in weighed[1] if c.name == name)
+def test_what_a_candidate_measures_is_what_the_pipeline_does(pipe, mixed, name):
+    one = next(c for c in mixed[1] if c.name == name)
     assert one.distances == pytest.approx(sampled_db(pipe, one.schedule, (1, 2, 3, 1, 2, 3)), abs=0.02)
 
 
-def test_cells_that_prune_reuse_and_forecast_play_as_the_pipeline_runs_them(pipe):
+def test_a_replay_runs_pruned_reused_and_forecast_cells_as_the_pipeline_does(pipe):
     schedule = mixed_schedule(pipe)
     replay = Replay(pipe, schedule.sampler, [1, 2], [0, 1])
-    assert play(replay, schedule) == pytest.approx(sampled_db(pipe, schedule, (1, 2)), abs=0.02)
+    assert sampled_distances(replay, schedule) == pytest.approx(sampled_db(pipe, schedule, (1, 2)), abs=0.02)
 
 
 def sampled_db(pipe, schedule, labels):
-    """Distances of the pipeline's own latents with and without the schedule, seeds 0, 1, …"""
+    """Returns the distances of the latents with the schedule to those without, seeds 0, 1, …, dB."""
     full = sample(pipe, labels, schedule.steps)
     with sodaprof.apply(pipe, schedule):
         found = sample(pipe, labels, schedule.steps)
@@ -90,11 +89,11 @@ def sampled_db(pipe, schedule, labels):
     return 10 * np.log10(np.square(full).mean() / error)
 
 
-def test_a_schedule_that_computes_everything_plays_the_full_run(pipe, profile):
+def test_a_schedule_that_computes_everything_is_at_no_distance(pipe, profile):
     replay = calibration_replay(pipe, profile, 2)
-    assert play(replay, schedule_for(pipe, steps=STEPS)).min() > 90
+    assert sampled_distances(replay, schedule_for(pipe, steps=STEPS)).min() > 90
     soda = compile_schedule(profile.folder, 2.0, "soda")
-    assert play(replay, soda).max() < 90
+    assert sampled_distances(replay, soda).max() < 90
     assert "step" not in vars(pipe.scheduler)
 
 
@@ -108,7 +107,7 @@ def test_what_cannot_be_met_is_left_out_with_its_reason(pipe, profile):
     _, candidates, left_out = mix(pipe, profile.folder, 6.0, samples=2)  # intervals above 4: only steps without network
     assert [one.name for one in candidates] == ["solver + update"]
     assert "cannot be met" in left_out["soda"]
-    with pytest.raises(BudgetError, match=r"No action keeps to the budget. solver \+ update: .*cannot be met"):
+    with pytest.raises(BudgetError, match=r"No action meets the budget. solver \+ update: .*cannot be met"):
         mix(pipe, profile.folder, 1000, samples=2)
 
 
@@ -135,7 +134,7 @@ def test_a_budget_leaves_room_for_the_update(pipe, profile, tmp_path):
     for updated in (False, True):
         schedule = compile_schedule(profile.folder, 2.0, "soda", tmp_path / "cost.json", updated=updated)
         fitted, _ = fit_update(replay, schedule, 4)
-        reached.append(priced(fitted, table).predicted["speedup"])
+        reached.append(with_predicted_cost(fitted, table).predicted["speedup"])
     assert reached[0] < 1.95
     assert 2.0 - 1e-9 <= reached[1] < 2.4
     with pytest.raises(BudgetError, match=r"A budget of 2.4x cannot be met"):
@@ -158,22 +157,43 @@ def test_an_update_to_come_is_counted_in_the_memory(pipe, profile):
         np.testing.assert_allclose(sample(pipe, (1,), STEPS), without, rtol=1e-4, atol=1e-4)
 
 
-def test_sizes_and_spans_need_their_unit():
-    assert parse_size("2GB") == 2 * 10**9
-    assert parse_size(" 1.5kb") == 1500
-    assert parse_span("5m") == 300
-    for wrong in ("5", "GB", "-1MB", "twoGB", "infGB", "nanMB", ""):
-        with pytest.raises(SodaprofError, match=r"--max-cache is .* as in --max-cache 2GB"):
-            parse_size(wrong)
-    with pytest.raises(SodaprofError, match="--time is"):
-        parse_span("5MB")
+# ---- the period of toca and duca --------------------------------------------------------------------------------------
 
 
-def test_n_of_toca_is_chosen_within_the_memory_bound_too(pipe, profile):
-    schedule, _ = fit_schedule(pipe, profile.folder, 1.5, "toca", updated=True)
+def test_the_period_nearest_to_the_full_run_is_kept(pipe, profile):
+    tried = choose_period(pipe, profile.folder, 1.5, "toca")
+    assert [one.score for one in tried] == sorted((one.score for one in tried), reverse=True)
+    assert tried[0].score > tried[-1].score
+    assert tried[0].schedule.predicted["speedup"] >= 1.5
+    labels = [1, 2, 3, 1, 2, 3]
+    plain = draw(pipe, labels, STEPS, seed=0)
+    for one in tried:
+        period = one.schedule.policy["knobs"]["N"]
+        assert one.name == f"N={period}"
+        with sodaprof.apply(pipe, compile_schedule(profile.folder, 1.5, "toca", knobs={"N": period})):
+            pictures = draw(pipe, labels, STEPS, seed=0)
+        assert np.mean(psnr_db(pictures, plain)) == pytest.approx(one.score, abs=1e-3)
+
+
+def test_a_period_is_refused_in_one_message(pipe, profile, tmp_path):
+    for policy, budget, knobs, message in (
+        ("duca", 1000, {}, "cannot be met with N=8"),
+        ("soda", 2, {}, "chooses N for toca and duca"),
+        ("toca", 2, {"N": 3}, "leave N out"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            choose_period(pipe, profile.folder, budget, policy, knobs=knobs)
+    for name in ("model.json", "sampler.json", "cost.flops.json"):
+        (tmp_path / name).write_bytes((profile.folder / name).read_bytes())
+    with pytest.raises(FormatError, match="no calibration seeds"):
+        choose_period(pipe, tmp_path, 2, "toca")
+
+
+def test_the_period_is_chosen_within_the_limit_on_caches(pipe, profile):
+    schedule = choose_period(pipe, profile.folder, 1.5, "toca", updated=True)[0].schedule
     kept = schedule.predicted["cache_bytes"]
     assert schedule.predicted["speedup"] >= 1.5 - 1e-9
-    cut, _ = fit_schedule(pipe, profile.folder, 1.5, "toca", updated=True, max_cache=kept - 1)
+    cut = choose_period(pipe, profile.folder, 1.5, "toca", updated=True, max_cache=kept - 1)[0].schedule
     assert cut.update.history == 3
     with pytest.raises(BudgetError, match="--max-cache"):
-        fit_schedule(pipe, profile.folder, 1.5, "toca", max_cache=100)
+        choose_period(pipe, profile.folder, 1.5, "toca", max_cache=100)

@@ -11,7 +11,7 @@ from sodaprof.compiler import compile_schedule
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
 from sodaprof.pipelines.replay import Replay, ReplaySpace
-from sodaprof.tuning.closed_loop import fit_to_model, fit_update, play
+from sodaprof.tuning.closed_loop import fit_to_model, fit_update, sampled_distances
 from tests.tiny_pipelines import TwoPassPipeline, draw, schedule_for, tiny_pipe
 from tests.updated import RESTING, sample, set_sampler, updated
 
@@ -51,7 +51,7 @@ def test_a_replay_gives_the_outputs_that_the_scheduler_was_given(kind):
     assert "step" not in vars(pipe.scheduler)
 
 
-def test_a_step_of_the_users_own_is_kept(pipe, monkeypatch):
+def test_a_step_method_that_the_user_replaced_is_kept(pipe, monkeypatch):
     own = lambda *args, **kwargs: type(pipe.scheduler).step(pipe.scheduler, *args, **kwargs)  # noqa: E731
     monkeypatch.setitem(vars(pipe.scheduler), "step", own)
     sampler = schedule_for(pipe, steps=STEPS).sampler
@@ -66,16 +66,16 @@ def test_a_replay_refuses_a_pipeline_that_carries_a_schedule(pipe, profile):
         replay_of(pipe, profile, [0])
 
 
-def test_the_fit_on_the_accelerated_trajectory_beats_the_open_one_there(pipe, profile, compiled):
+def test_the_closed_loop_fit_is_nearer_than_the_open_loop_fit(pipe, profile, compiled):
     replay = replay_of(pipe, profile, range(8))
-    before = play(replay, compiled)
+    before = sampled_distances(replay, compiled)
     fitted, distances = fit_update(replay, compiled, 4)
     assert fitted.update.fitted["loop"] == "closed"
     assert distances.mean() > before.mean()
-    np.testing.assert_allclose(play(replay, fitted), distances, atol=1e-3)
+    np.testing.assert_allclose(sampled_distances(replay, fitted), distances, atol=1e-3)
 
 
-def test_the_fitted_schedule_gives_in_the_pipeline_what_the_replay_saw(pipe, profile, compiled):
+def test_the_fitted_schedule_reaches_in_the_pipeline_the_distance_of_the_replay(pipe, profile, compiled):
     replay = replay_of(pipe, profile, [3])
     fitted, distances = fit_update(replay, compiled, 4)
     with sodaprof.apply(pipe, fitted):

@@ -1,4 +1,4 @@
-"""Searching full steps and what stands between them on the final error: columns, candidates, the search and its file."""
+"""`refine`: columns, candidates, fitted forecasts, the search and its file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from sodaprof.pipelines import replay as replaying
 from sodaprof.pipelines.recording import tapped
 from sodaprof.pipelines.replay import Replay
 from sodaprof.tuning import refine as refining
-from sodaprof.tuning.closed_loop import Fit, fit_to_model, forecast_weights, joint, play
-from sodaprof.tuning.columns import columns_of, drawn, proposed
-from sodaprof.tuning.refine import Bench, refine, surely_gained
+from sodaprof.tuning.closed_loop import Fit, fit_to_model, forecast_weights, sampled_distances, score_db
+from sodaprof.tuning.refine import CandidateFits, refine, sure_gain
+from sodaprof.tuning.step_letters import columns_of, varied, with_columns
 from tests.conftest import build_relay
 from tests.tiny_pipelines import TwoPassPipeline, schedule_for, tiny_pipe
 
@@ -81,14 +81,14 @@ def replay_of(pipe, profile, seeds):
 def test_columns_are_read_and_drawn_again(solver, drift):
     columns = columns_of(solver)
     assert columns.count("C") == 4
-    assert columns_of(drawn(solver, columns)) == columns
+    assert columns_of(with_columns(solver, columns)) == columns
     assert set(columns_of(drift)) == {"C", "S"}
     for start in (solver, drift):
-        assert columns_of(drawn(start, MIXED)) == MIXED
-    (plan,) = drawn(drift, MIXED).transformers.values()
+        assert columns_of(with_columns(start, MIXED)) == MIXED
+    (plan,) = with_columns(drift, MIXED).transformers.values()
     assert [cell.sources for cell in plan.stack_forecasts] == [(1, 0), (3, 1, 0), (3, 1, 0), (8, 3, 1), (8, 3, 1)]
     assert plan.stack == "..S.-S.S.S-S"
-    (plan,) = drawn(replace(drift, transformers=one_source(drift)), "CCS").transformers.values()
+    (plan,) = with_columns(replace(drift, transformers=one_source(drift)), "CCS").transformers.values()
     assert plan.stack_forecasts == (Forecast((1,), (1.0,), "output"),)
 
 
@@ -102,14 +102,14 @@ def one_source(schedule):
 def test_forecasts_of_sites_are_drawn_from_the_newest_full_steps(forecasts):
     columns = columns_of(forecasts)
     assert set(columns) == {"C", "F"}
-    again = drawn(forecasts, columns)
+    again = with_columns(forecasts, columns)
     assert columns_of(again) == columns
     (plan,), (before,) = again.transformers.values(), forecasts.transformers.values()
     assert plan.forecasts.keys() == plan.rows.keys()
     for site, cells in plan.forecasts.items():
         assert [cell.sources for cell in cells] == [cell.sources for cell in before.forecasts[site]]
         assert all(cell.weights == (1.0, *[0.0] * (len(cell.sources) - 1)) for cell in cells)
-    assert not next(iter(drawn(forecasts, "C--C").transformers.values())).forecasts
+    assert not next(iter(with_columns(forecasts, "C--C").transformers.values())).forecasts
 
 
 def test_steps_that_mix_actions_and_forms_are_refused(pipe, drift):
@@ -126,31 +126,31 @@ def test_steps_that_mix_actions_and_forms_are_refused(pipe, drift):
         columns_of(replace(drift, transformers={name: plan}))
 
 
-def test_proposals_keep_the_first_step_and_the_number_of_full_ones():
+def test_variations_keep_the_first_step_and_the_number_of_full_ones():
     generator, known, found = random.Random(0), {"C--C--C-"}, []
     for _ in range(18):
-        found.append(proposed("C--C--C-", generator, known, "-RS"))
+        found.append(varied("C--C--C-", generator, known, "-RS"))
         assert found[-1] is not None
         assert found[-1] not in known
         assert found[-1][0] == "C"
         assert found[-1].count("C") == 3
         known.add(found[-1])
     assert set("".join(found)) == set("C-RS")
-    assert proposed("CCC", generator, set()) is None
+    assert varied("CCC", generator, set()) is None
 
 
-def test_proposals_keep_to_what_is_allowed():
+def test_variations_are_allowed_ones():
     asked, known, wanted = [], {"CSCS"}, {"C-CS", "CSC-", "C-C-"}
 
     def allowed(columns):
         asked.append(columns)
         return columns in wanted
 
-    found = [proposed("CSCS", random.Random(seed), known, "-RS", allowed) for seed in range(40)]
+    found = [varied("CSCS", random.Random(seed), known, "-RS", allowed) for seed in range(40)]
     assert set(found) == {"C-CS", "CSC-"}  # one step is varied at a time
     assert set(asked) - wanted
     known |= wanted
-    assert proposed("CSCS", random.Random(0), known, "-RS", allowed) is None
+    assert varied("CSCS", random.Random(0), known, "-RS", allowed) is None
 
 
 # ---- weights of skipped stacks ----------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(k
     pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
     sampler = schedule_for(pipe, steps=STEPS).sampler
     replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
-    start = replace(drawn(forecasts, "CCFCFFRCF-CF"), sampler=sampler)
+    start = replace(with_columns(forecasts, "CCFCFFRCF-CF"), sampler=sampler)
     fit = Fit(replay, start, 3)
     distances = fit.run()
     (plan,) = fit.fitted().transformers.values()
@@ -199,7 +199,7 @@ def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(k
             np.testing.assert_allclose(
                 cell.weights, forecast_weights(sources, target, fit.strength), rtol=1e-3, atol=2e-5
             )
-    np.testing.assert_allclose(play(replay, fit.fitted()), distances, atol=1e-3)
+    np.testing.assert_allclose(sampled_distances(replay, fit.fitted()), distances, atol=1e-3)
 
 
 def test_site_weights_of_a_sample_of_coordinates_are_near(pipe, profile, forecasts, monkeypatch):
@@ -241,7 +241,7 @@ def test_weights_are_fitted_from_the_accelerated_drifts_to_the_full_runs(kind, d
     pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
     sampler = schedule_for(pipe, steps=STEPS).sampler
     replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
-    fit = Fit(replay, replace(drawn(drift, "CCSCS-SCSSSS"), sampler=sampler), 3)
+    fit = Fit(replay, replace(with_columns(drift, "CCSCS-SCSSSS"), sampler=sampler), 3)
     fit.run()
     fitted = fit.fitted()
     (plan,) = fitted.transformers.values()
@@ -251,11 +251,11 @@ def test_weights_are_fitted_from_the_accelerated_drifts_to_the_full_runs(kind, d
         sources = [drift_at(replay, source, fit.ats[source].x) for source in cell.sources]
         direct = forecast_weights(sources, drift_at(replay, step, replay.states[step]))
         np.testing.assert_allclose(cell.weights, direct, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(play(replay, fitted), fit.run(), atol=1e-3)
+    np.testing.assert_allclose(sampled_distances(replay, fitted), fit.run(), atol=1e-3)
 
 
 @pytest.mark.parametrize("policy", ["drift", "dpcache"])
-def test_a_fit_changes_the_weights_of_skipped_stacks_alone(pipe, profile, policy):
+def test_a_fit_changes_only_the_weights_of_skipped_stacks(pipe, profile, policy):
     compiled = compile_schedule(profile.folder, "2.0x", policy, updated=True)
     fitted, distances = fit_to_model(pipe, profile, compiled, cost_of(profile.folder, "flops"), samples=6)
     (before,), (after,) = compiled.transformers.values(), fitted.transformers.values()
@@ -264,38 +264,38 @@ def test_a_fit_changes_the_weights_of_skipped_stacks_alone(pipe, profile, policy
         assert (new.sources, new.form) == (old.sources, old.form)
     assert [cell.weights for cell in before.stack_forecasts] != [cell.weights for cell in after.stack_forecasts]
     assert fitted.predicted["speedup"] == compiled.predicted["speedup"]
-    np.testing.assert_allclose(play(replay_of(pipe, profile, range(6)), fitted), distances, atol=1e-3)
+    np.testing.assert_allclose(sampled_distances(replay_of(pipe, profile, range(6)), fitted), distances, atol=1e-3)
 
 
 # ---- the search -------------------------------------------------------------------------------------------------------
 
 
-def test_what_candidates_share_at_their_beginning_is_run_once(pipe, profile, drift, monkeypatch):
+def test_first_steps_that_candidates_share_are_run_once(pipe, profile, drift, monkeypatch):
     replay = replay_of(pipe, profile, range(4))
     taken = []
     output = Replay.output
     monkeypatch.setattr(Replay, "output", lambda self, step, *rest: taken.append(step) or output(self, step, *rest))
     start = "CCSCS-SCSSSS"
-    bench = Bench(replay, drift)
-    bench.evaluate(start)
+    fits = CandidateFits(replay, drift)
+    fits.evaluate(start)
     for columns, run in (
         ("CCSCS-SSCSSS", [7, 8, 9, 10, 11]),  # sources that the run before kept
-        ("CCSCS-SC-SSS", [9, 10, 11]),  # beside the one settled on, not the last one
+        ("CCSCS-SC-SSS", [9, 10, 11]),  # compared with the incumbent, not the latest one
         ("CCSCSSSCSSSS", [5, 6, 7, 8, 9, 10, 11]),
-        ("CCSCS-SCRSSS", [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]),  # caches: from the start
+        ("CCSCS-SCRSSS", [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]),  # caches of sites: from the start
         ("CC-C---C----", [3, 7]),
     ):
         taken.clear()
-        schedule, distances = bench.evaluate(columns)
+        schedule, distances = fits.evaluate(columns)
         assert taken == run
-        alone, same = Bench(replay, drift).evaluate(columns)
+        alone, same = CandidateFits(replay, drift).evaluate(columns)
         assert schedule.digest() == alone.digest()
         np.testing.assert_array_equal(distances, same)
-    bench.settle("CC-C---C----")
+    fits.accept_latest()
     taken.clear()
-    schedule, _ = bench.evaluate("CC-C---CS---")  # nothing of the stack was kept
+    schedule, _ = fits.evaluate("CC-C---CS---")  # the incumbent kept no sources for the stack
     assert taken == [0, 1, 3, 7, 8]
-    assert schedule.digest() == Bench(replay, drift).evaluate("CC-C---CS---")[0].digest()
+    assert schedule.digest() == CandidateFits(replay, drift).evaluate("CC-C---CS---")[0].digest()
 
 
 @pytest.mark.parametrize("start", ["solver", "drift", "forecasts"])
@@ -347,8 +347,10 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
 
 
 @pytest.mark.parametrize("columns", [MIXED, "CCSCS-SCSSSS", "CCFCFRSCFS-F"])
-def test_what_is_written_gives_in_the_pipeline_what_the_search_saw(pipe, drift, tmp_path, columns, monkeypatch):
-    start, seen = drawn(drift, columns), []
+def test_the_written_schedule_reaches_in_the_pipeline_the_score_of_the_search(
+    pipe, drift, tmp_path, columns, monkeypatch
+):
+    start, seen = with_columns(drift, columns), []
     best = refine(
         pipe, start, tmp_path / "a.json", evaluations=3, samples=8, prompts=[1, 2, 3],
         on_progress=lambda *now: seen.append(now),
@@ -370,24 +372,24 @@ def test_what_is_written_gives_in_the_pipeline_what_the_search_saw(pipe, drift, 
     assert handle.report().planned == handle.report().executed
     error = (found - full).flatten(1).square().mean(1)
     distances = 10 * torch.log10(full.square().mean() / error).numpy()
-    assert joint(distances) == pytest.approx(seen[-1][2], abs=0.02)  # on the validation generations
+    assert score_db(distances) == pytest.approx(seen[-1][2], abs=0.02)  # on the validation generations
     assert columns_of(best).count("C") == columns.count("C")
 
 
 def test_columns_of_every_kind_are_searched_and_their_caches_counted(pipe, profile, drift, tmp_path):
     tried, costs = [], cost_of(profile.folder, "flops")
     for seed in range(2):
-        best = refine(pipe, drawn(drift, MIXED), tmp_path / f"{seed}.json", evaluations=6, samples=4, seed=seed)
+        best = refine(pipe, with_columns(drift, MIXED), tmp_path / f"{seed}.json", evaluations=6, samples=4, seed=seed)
         tried += json.loads((tmp_path / f"{seed}.json.search").read_text())["search"]["tried"]
         assert best.predicted["cache_bytes"] == cache_bytes(best, profile.model) > 0
         assert best.predicted["cost"] == costs.schedule(best)
     assert len(set(tried)) > 8
-    assert all(costs.schedule(drawn(drift, one)) <= costs.schedule(drawn(drift, MIXED)) for one in tried)
+    assert all(costs.schedule(with_columns(drift, one)) <= costs.schedule(with_columns(drift, MIXED)) for one in tried)
 
 
-def test_candidates_keep_to_the_cache(pipe, profile, costs, tmp_path):
+def test_candidates_keep_within_max_cache(pipe, profile, costs, tmp_path):
     reuse = compile_schedule(profile.folder, "2.0x", "fora")
-    kept = cache_bytes(drawn(reuse, columns_of(reuse)), profile.model)
+    kept = cache_bytes(with_columns(reuse, columns_of(reuse)), profile.model)
     with pytest.raises(BudgetError, match=rf"take {kept:,} bytes .* at most {kept - 1:,} are allowed") as refusal:
         refine(pipe, reuse, tmp_path / "a.json", **SEARCH, max_cache=kept - 1)
     assert "Allow as much" in str(refusal.value)
@@ -396,7 +398,7 @@ def test_candidates_keep_to_the_cache(pipe, profile, costs, tmp_path):
     def tried(name, most):
         refine(pipe, reuse, tmp_path / name, evaluations=25, samples=4, cost=costs, max_cache=most)
         found = json.loads((tmp_path / f"{name}.search").read_text())["search"]["tried"]
-        return [cache_bytes(drawn(reuse, columns), profile.model) for columns in found]
+        return [cache_bytes(with_columns(reuse, columns), profile.model) for columns in found]
 
     assert max(tried("b.json", None)) > kept  # reuse at some steps, skipped stacks at others
     assert max(tried("c.json", kept)) <= kept
@@ -404,17 +406,17 @@ def test_candidates_keep_to_the_cache(pipe, profile, costs, tmp_path):
         refine(pipe, reuse, tmp_path / "c.json", evaluations=26, samples=4, cost=costs, max_cache=kept + 1)
 
 
-def test_a_gain_is_sure_where_it_does_not_hang_on_a_few_generations():
+def test_a_gain_is_sure_if_it_does_not_depend_on_a_few_generations():
     incumbent = np.linspace(30.0, 50.0, 18)
-    assert surely_gained(incumbent, incumbent) == 0
-    assert surely_gained(incumbent + 0.3, incumbent) == pytest.approx(0.3)
+    assert sure_gain(incumbent, incumbent) == 0
+    assert sure_gain(incumbent + 0.3, incumbent) == pytest.approx(0.3)
     lucky = incumbent + np.where(np.arange(18) == 0, 12.0, -0.2)  # the worst one far better, all others worse
-    assert joint(lucky) > joint(incumbent)
-    assert surely_gained(lucky, incumbent) < 0
+    assert score_db(lucky) > score_db(incumbent)
+    assert sure_gain(lucky, incumbent) < 0
 
 
-def test_the_incumbent_gives_way_to_sure_gains_alone(pipe, drift, tmp_path, monkeypatch):
-    monkeypatch.setattr(refining, "surely_gained", lambda candidate, incumbent: -0.1)
+def test_the_incumbent_is_replaced_by_sure_gains_only(pipe, drift, tmp_path, monkeypatch):
+    monkeypatch.setattr(refining, "sure_gain", lambda candidate, incumbent: -0.1)
     best = refine(pipe, drift, tmp_path / "a.json", **SEARCH)
     assert best.policy["knobs"]["refined"] == 0
     assert columns_of(best) == columns_of(drift)
@@ -436,7 +438,7 @@ def test_a_search_of_other_settings_and_a_broken_state_are_refused(pipe, solver,
 @pytest.mark.parametrize(
     ("settings", "message"), [({}, "needs an end"), ({"evaluations": 1, "samples": 2}, "--samples")]
 )
-def test_settings_without_sense_are_refused(pipe, solver, tmp_path, settings, message):
+def test_settings_that_cannot_work_are_refused(pipe, solver, tmp_path, settings, message):
     with pytest.raises(BudgetError, match=message):
         refine(pipe, solver, tmp_path / "a.json", **settings)
 

@@ -30,6 +30,7 @@ from sodaprof.pipelines.flops import count_flops
 from sodaprof.pipelines.probe import as_tokens
 from sodaprof.pipelines.structure import ATTENTION, ATTENTION_CLASS, NO_ATTENTION_CLASS, find_modules
 from sodaprof.runtime.apply import Report
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.zoo.zoo import LATENTS, ZOO, at, other
 
 STEPS = 4
@@ -218,7 +219,7 @@ def lowers(case: Case) -> None:
     schedule, calls = case.schedule(rows, "halves", k), case.halves()
     with sodaprof.apply(case.pipe, schedule):
         wanted = case.sample(calls)
-    with sodaprof.apply(case.pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(case.pipe, schedule, runtime="compiled") as handle:
         for run in ("first", "second"):
             outputs = case.sample(calls)
             for step in range(STEPS):
@@ -235,11 +236,11 @@ def collapses(case: Case) -> str:
         wanted = case.sample(calls)
     found: Counter[str] = Counter()
     for mode in ("ordered", "fused"):
-        with sodaprof.apply(case.pipe, schedule, lower=True, collapse=mode) as handle:
+        with sodaprof.apply(case.pipe, schedule, runtime=Compiled(sums=mode, graphs=False)) as handle:
             case.sample(calls)
             outputs = case.sample(calls, lambda h=handle: found.update(b.path for b in h.blocks if (1, 0) in b.runs))
             check_report(handle.report())
-            blocks = len(handle.blocks)
+            blocks = len(handle.engine.blocks)
         for step in range(STEPS):
             now, then = outputs[step][0], wanted[step][0]
             holds = same(now, then) if mode == "ordered" else all(map(near, now, then))

@@ -355,7 +355,7 @@ def runs(policy: str) -> Callable[[Work], str]:
 
 def lowers(work: Work) -> None:
     """Traced blocks and tables give the bits of the hooks, in the first run and the second."""
-    with sodaprof.apply(work.case.pipe, work.compiled("soda"), lower=True) as handle:
+    with sodaprof.apply(work.case.pipe, work.compiled("soda"), runtime="compiled") as handle:
         for run in ("first", "second"):
             expect(torch.equal(work.case.draw(), work.kept["soda"]), f"the {run} lowered run differs from the hooks")
             check_report(handle.report())

@@ -309,7 +309,7 @@ def _rate(problem: Problem, drawn: Callable[[float], Schedule], period: int) -> 
     """
 
     def rate(units: float) -> float:  # from −2 000 000 to −1: a larger number is a cheaper schedule
-        return round(-units * R_UNIT, 6)
+        return round(abs(units) * R_UNIT, 6)
 
     def loop(units: float) -> Schedule:
         return drawn(rate(units))

@@ -9,6 +9,7 @@ latents, another guidance at some steps) is not seen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,14 +89,18 @@ class Loop:
     def reset(self) -> None:
         self.branches, self.final, self.first_step = [], None, None
 
-    def note(
-        self, step: int | None, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]
-    ) -> None:
-        """Records what a step of the pipeline did to the latents; the first shows guidance and solver."""
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Returns the final latents if the loop has run all steps, else the pipeline's own step (`clock.StepTaker`)."""
+        if self.final is not None:
+            return self.last()
+        result = own(*arguments, **options)
         if step == 0:
-            self._begin(scheduler, output, sample, result, kwargs)
+            self._begin(scheduler, arguments[0], arguments[2], result, options)
         elif self.first_step is not None:
             self.first_step.prev = _latents(result)
+        return result
 
     def _begin(self, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]) -> None:
         """Finds guidance and solver from the first step, which the pipeline took."""
@@ -151,10 +156,13 @@ class Loop:
                 self._steps()
         return self.branches[min(self.moment.branch, len(self.branches) - 1)].out
 
-    def rest(self, step: int) -> None:
-        """Counts the cells of the skipped steps from this step on, which the pipeline does not take."""
+    def finished(self, step: int) -> bool:
+        """Returns whether all steps from this one on have run; counts the cells of skipped ones (`clock.LoopTaker`)."""
+        if self.final is None:
+            return False
         if skipped := self.called[step:].count(False):
             self.moment.executed["-"] += skipped * len(self.capture.rows)
+        return True
 
     def last(self) -> Any:
         """Returns what the scheduler returns at the steps that the loop ran: the final latents in the form of its result."""

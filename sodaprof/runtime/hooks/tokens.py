@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import UnsupportedModelError
 from ...formats.schedule import TokenRule
-from ...pipelines.attention import Heard, listen
+from ...pipelines.attention import AttentionCall, record_attention
 
 
 def feature_mean(cache: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def observed(
 
     Raises UnsupportedModelError where the module does not compute one scaled_dot_product_attention.
     """
-    out, heard = listen(forward, args, kwargs)
+    out, heard = record_attention(forward, args, kwargs)
     if len(heard) != 1:
         raise UnsupportedModelError(
             f"{site} called scaled_dot_product_attention {len(heard)} times, and the token rule {rule.base!r} "
@@ -117,7 +117,7 @@ def observed(
     return out, statistic(rule, heard[0])
 
 
-def statistic(rule: TokenRule, heard: Heard) -> Tensor:
+def statistic(rule: TokenRule, heard: AttentionCall) -> Tensor:
     """Returns the values [B, N] that `rule` scores by."""
     if rule.base == "value_norm":
         return value_smallness(heard.v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,11 +127,13 @@ class StateUpdate:
     def reset(self) -> None:
         self.ring.newest = []
 
-    def step(self, scheduler: Any, step: int, given: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Returns what the scheduler's step would: the next latents in its own kind of answer; its index moves on."""
+    def take(
+        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Returns the next latents in the form of the scheduler's step, whose index moves on (`clock.StepTaker`)."""
         assert self.own is not None
-        output, timestep, sample, *others = given
-        options = dict(zip(self.defaults, others, strict=False)) | kwargs
+        output, timestep, sample, *others = arguments
+        options = dict(zip(self.defaults, others, strict=False)) | options
         refuse_options(scheduler, self.defaults, options)
         if output.shape != sample.shape:
             raise MismatchError(

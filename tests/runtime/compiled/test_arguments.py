@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sodaprof
 from sodaprof.errors import MismatchError
 from sodaprof.runtime.compiled import arguments
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.tiny_pipelines import FEW, TwoPassPipeline, few, few_schedule, tiny_pipe, with_known_programs
 
@@ -39,14 +40,14 @@ def test_steps_are_replayed_if_arguments_are_on_a_device(monkeypatch, cls, scale
     with sodaprof.apply(pipe, schedule):
         wanted, others = few(pipe), few(pipe, (7, 3), seed=5)
     monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=tapes)) as handle:
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=tapes))) as handle:
         few(pipe), few(pipe), few(pipe)
         calls = 2 if cls else 1
         for labels, seed, pictures in (((1, 2), 0, wanted), ((7, 3), 5, others), ((1, 2), 0, wanted)):
             played = tapes.played
             assert np.array_equal(few(pipe, labels, seed=seed), pictures)
             assert tapes.played - played == calls * (FEW + 1)  # each call, and the tables of each
-        assert handle.report().path.startswith("captured")
+        assert handle.report().path.startswith("compiled: ")
 
 
 def test_a_later_run_compares_only_its_latents_on_the_host(monkeypatch):
@@ -59,7 +60,7 @@ def test_a_later_run_compares_only_its_latents_on_the_host(monkeypatch):
 
     pipe = tiny_pipe()
     monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
-    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), lower=True, capture=Tapes())):
+    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), runtime=Compiled(graphs=Tapes()))):
         few(pipe), few(pipe), few(pipe)
         with Equal() as equal:
             few(pipe)
@@ -87,7 +88,7 @@ def test_other_timesteps_than_recorded_fail_once_and_run_without_tables_afterwar
     for on_host in (True, False):
         monkeypatch.setattr(arguments, "on_host", lambda tensor, found=on_host: found)
         shift[0] = 0
-        with with_known_programs(sodaprof.apply(pipe, schedule, lower=True)):
+        with with_known_programs(sodaprof.apply(pipe, schedule, runtime="compiled")):
             for _ in range(3):
                 assert np.array_equal(few(pipe), wanted)
             shift[0] = 5

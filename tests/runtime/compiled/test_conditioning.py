@@ -15,6 +15,7 @@ from sodaprof.pipelines.device import Operators
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import call, load_pipeline
 from sodaprof.runtime.compiled import precompute
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.precompute import split
 from tests.tape import Tapes
 from tests.tiny_pipelines import SITES, TwoPassPipeline, draw, mixed_schedule, schedule_for, tiny_pipe
@@ -47,7 +48,7 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
     schedule = mixed_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(sums=None, graphs=False)) as handle:
         # none in the first run, then both blocks at all steps except the first, from the third run on at all steps
         for blocks in (0, 7 * BLOCKS, 8 * BLOCKS):
             assert np.array_equal(draw(pipe), wanted)
@@ -57,9 +58,9 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
 
 def test_the_rest_of_a_reused_block_is_its_gates_and_sums(pipe):
     rows = dict.fromkeys(SITES, "CRR")
-    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), lower=True) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), runtime="compiled") as handle:
         draw(pipe, steps=3), draw(pipe, steps=3)
-        parts = list(handle.tables[0].filler.parts.values())
+        parts = list(handle.engine.tables[0].filler.parts.values())
     assert parts
     for of_run, of_step, rest, *_ in parts:
         assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
@@ -74,7 +75,7 @@ def test_other_labels_batches_and_weights_get_their_own_values(pipe):
     for p, labels in ((pipe, (1, 2)), (pipe, (4, 5)), (pipe, (3,)), (other, (4, 5))):
         with sodaprof.apply(p, schedule):
             wanted.append(draw(p, labels, SHORT))
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         draw(pipe, steps=SHORT)
         for labels, pictures in zip(((1, 2), (4, 5), (3,)), wanted, strict=False):
             assert np.array_equal(draw(pipe, labels, SHORT), pictures)
@@ -101,7 +102,7 @@ def test_labels_changed_within_a_run_get_no_values_of_the_old_ones():
         pipe.switch = True
         wanted = draw(pipe, steps=4)
         pipe.transformer.forward = inner
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         pipe.switch = False
         draw(pipe, steps=4), draw(pipe, steps=4)
         inner = pipe.transformer.forward
@@ -123,28 +124,28 @@ def test_two_pass_guidance():
     schedule = schedule_for(pipe, {SITES[1]: "CRCR", SITES[2]: "CRRR"}, steps=4)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=4)
-    with sodaprof.apply(pipe, schedule, lower=True, collapse=None) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(sums=None, graphs=False)) as handle:
         for steps in (0, 3, 4):
             assert np.array_equal(draw(pipe, steps=4), wanted)
             assert served(handle) == steps * 2 * BLOCKS  # on both branches
 
 
 def test_no_values_are_kept_after_a_run(pipe):
-    with sodaprof.apply(pipe, short_schedule(pipe), lower=True) as handle:
+    with sodaprof.apply(pipe, short_schedule(pipe), runtime="compiled") as handle:
         for _ in range(2):
             draw(pipe, steps=SHORT)
-            assert not any(block.ready for block in handle.blocks)
-            assert not handle.tables[0].arguments.first
+            assert not any(block.ready for block in handle.engine.blocks)
+            assert not handle.engine.tables[0].arguments.first
 
 
 def test_tables_can_be_switched_off(pipe):
     schedule = short_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=SHORT)
-    with sodaprof.apply(pipe, schedule, lower=True, tables=False) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
         draw(pipe, steps=SHORT)
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
-        assert not handle.tables
+        assert not handle.engine.tables
 
 
 def test_random_numbers_are_not_drawn_ahead():
@@ -175,9 +176,9 @@ def test_steps_are_computed_at_once_only_with_the_same_bits(pipe, monkeypatch, e
         return [[v + error if error else v for v in each(*parameters, *at_step, *of_run)] for at_step in inputs]
 
     monkeypatch.setattr(precompute.Filler, "_batched", batched)
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         draw(pipe, steps=SHORT), draw(pipe, steps=SHORT)
-        tried, count = handle.tables[0].filler.at_once, len(batches)
+        tried, count = handle.engine.tables[0].filler.at_once, len(batches)
         assert {whole is not None for whole in tried.values()} == {error == 0}
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
         assert (len(batches) > count) == (error == 0)
@@ -234,7 +235,7 @@ def test_tables_are_filled_in_few_operators(tables, dtype):
     schedule = schedule_for(pipe, rows)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, tables=tables, capture=counted) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=tables, graphs=counted)) as handle:
         draw(pipe), draw(pipe), draw(pipe)
         found = draw(pipe)
         assert handle.report().counters.steps_replayed == 8
@@ -244,7 +245,7 @@ def test_tables_are_filled_in_few_operators(tables, dtype):
 
 def test_an_unknown_kind_of_tables_is_refused(pipe):
     with pytest.raises(SodaprofError, match="tables is 'nearly'; expected True, False or 'near'"):
-        sodaprof.apply(pipe, short_schedule(pipe), lower=True, tables="nearly")
+        sodaprof.apply(pipe, short_schedule(pipe), runtime=Compiled(tables="nearly", graphs=False))
 
 
 def test_linear_layers_are_cut_to_the_parts_that_are_used():
@@ -287,9 +288,9 @@ def test_conditioning_outside_of_the_blocks_is_a_program_and_follows_every_chang
         getattr(module, name).data.mul_(1.05)
 
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, prompts[0])
-    handle = sodaprof.apply(pipe, all_compute(model, sampler), lower=True)
+    handle = sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled")
     made(), made(), made()
-    (program,) = handle.tables[0].block_arguments.programs.values()
+    (program,) = handle.engine.tables[0].block_arguments.programs.values()
     assert program is not None
     assert not any("conv" in o for part in program.parts for o in operators(part))  # nothing reads the embedded latents
     handle.remove()
@@ -322,8 +323,8 @@ def test_arguments_that_cannot_be_traced_are_found_by_calls_at_every_step(monkey
     made = lambda: call(pipe, ["two red circles"], [0], 3, 4.5, output_type="latent").images  # noqa: E731
     wanted = made()
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, "two red circles")
-    with sodaprof.apply(pipe, all_compute(model, sampler), lower=True) as handle:
+    with sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled") as handle:
         for steps in (0, 2, 3, 3):
             assert np.array_equal(made(), wanted)
             assert served(handle) == steps * BLOCKS
-        assert set(handle.tables[0].block_arguments.programs.values()) == {None}
+        assert set(handle.engine.tables[0].block_arguments.programs.values()) == {None}

@@ -15,6 +15,7 @@ from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast, TokenRule
 from sodaprof.runtime.apply import Counters
 from sodaprof.runtime.compiled import kernels, sums
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.graphs import CudaGraphs
 from sodaprof.runtime.hooks.cells import slots_of
 from tests.tape import Tapes
@@ -43,8 +44,8 @@ def eager(pipe, schedule, *args, **kwargs):
         return draw(pipe, *args, **kwargs)
 
 
-def captured(pipe, schedule, tapes, **kwargs):
-    return with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=tapes, **kwargs))
+def captured(pipe, schedule, tapes, **settings):
+    return with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=tapes, **settings)))
 
 
 def taylor_schedule(pipe):
@@ -69,7 +70,7 @@ def test_replayed_steps_are_bit_identical_to_the_hooks(make, steps, graphs, mode
     schedule = make(pipe)
     wanted = eager(pipe, schedule, steps=steps)
     others = eager(pipe, schedule, (7, 3), steps=steps, seed=5)
-    with captured(pipe, schedule, tapes, collapse=mode) as handle:
+    with captured(pipe, schedule, tapes, sums=mode) as handle:
         for run in range(3):
             assert np.array_equal(draw(pipe, steps=steps), wanted), run
             assert handle.report().executed == handle.report().planned
@@ -80,7 +81,7 @@ def test_replayed_steps_are_bit_identical_to_the_hooks(make, steps, graphs, mode
         assert tapes.made == graphs + 1  # and one fills the tables
         # in the third run, a graph's first step is not replayed
         assert tapes.played == 2 * (steps + 1) + steps - graphs
-        assert handle.report().path == f"captured: {graphs} graphs, {steps}/{steps} steps replayed"
+        assert handle.report().path == f"compiled: {graphs} graphs, {steps}/{steps} steps replayed"
 
 
 def test_two_pass_guidance():
@@ -120,7 +121,7 @@ def test_new_weights_count_in_place_and_elsewhere(pipe):
         assert tapes.made == 2 * made  # nothing is recorded or probed again
         pipe.transformer.load_state_dict(other.transformer.state_dict(), assign=True)
         assert np.array_equal(few(pipe), wanted)
-        assert handle.report().path.startswith("captured")
+        assert handle.report().path.startswith("compiled: ")
 
 
 def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
@@ -168,7 +169,7 @@ def test_a_failed_capture_runs_the_blocks_and_is_reported(pipe, error):
         for _ in range(4):
             assert np.array_equal(few(pipe), wanted)
             assert handle.report().executed == handle.report().planned
-        assert handle.report().path == f"lowered: the capture failed ({error})"
+        assert handle.report().path == f"compiled, no CUDA graphs: the capture failed ({error})"
 
 
 def test_outputs_that_a_pipeline_keeps_are_not_overwritten(pipe):
@@ -187,8 +188,8 @@ def test_without_a_gpu_the_blocks_run_and_the_report_says_why(pipe):
     with captured(pipe, schedule, True) as handle:
         few(pipe)
         assert np.array_equal(few(pipe), wanted)
-        assert handle.report().path == "lowered: CUDA graphs need a GPU, the transformer is on cpu"
-    with pytest.raises(SodaprofError, match="lower=True, capture=True"):
+        assert handle.report().path == "compiled, no CUDA graphs: the pipeline was on cpu when the schedule was applied"
+    with pytest.raises(SodaprofError, match='apply\\(pipe, schedule, runtime="compiled"\\)'):
         sodaprof.apply(pipe, schedule, capture=True)
 
 
@@ -214,7 +215,7 @@ def test_the_kernel_sums_from_the_arena(monkeypatch, mode):
     )
     wanted = eager(pipe, schedule)
     monkeypatch.setattr(sums, "on_gpu", lambda tensor: True)
-    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), collapse=mode) as handle:
+    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), sums=mode) as handle:
         draw(pipe), draw(pipe)
         pictures = draw(pipe)
         counters = handle.report().counters
@@ -230,10 +231,10 @@ def test_the_kernel_sums_from_the_arena(monkeypatch, mode):
 def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
     pipe = tiny_pipe().to("cuda", dtype)
     schedule = make(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         draw(pipe)
         wanted, others = draw(pipe), draw(pipe, (7, 3), seed=5)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         for _ in range(4):
             assert np.array_equal(draw(pipe), wanted)
         assert np.array_equal(draw(pipe, (7, 3), seed=5), others)
@@ -270,7 +271,7 @@ def test_counters_of_each_runtime(pipe):
     with sodaprof.apply(pipe, schedule) as handle:
         few(pipe)
         assert not any(vars(handle.report().counters).values())
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         few(pipe)
         traced = handle.report().counters.programs
         assert handle.report().counters == Counters(0, 0, 0, 0, 0, 0, traced)
@@ -289,7 +290,7 @@ def test_sources_share_as_few_slots_as_possible():
     assert slots_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
 
 
-@pytest.mark.parametrize("extra", [{}, {"loop": True}])
+@pytest.mark.parametrize("extra", [{}, {"whole_steps": True}])
 def test_another_resolution_is_refused_and_the_profiled_one_still_runs(extra):
     pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
     schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)

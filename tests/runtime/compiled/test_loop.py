@@ -11,6 +11,7 @@ import sodaprof
 from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.guidance import guidance_of
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.tiny_pipelines import (
     FEW,
@@ -26,7 +27,7 @@ from tests.updated import CALLED, RESTING, updated
 
 
 def looped(pipe, schedule, recorder):
-    return with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=recorder, loop=True))
+    return with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=recorder, whole_steps=True)))
 
 
 def set_scheduler(pipe, name):
@@ -63,7 +64,7 @@ def test_pictures_are_the_pipelines(cls, scheduler):
             assert handle.report().executed == handle.report().planned
         assert np.allclose(sample(pipe, (7, 3), seed=5), others, atol=2e-5)
         graphs = FEW - 1 + (2 if cls is TwoPassPipeline else 1)  # of whole steps, and of the first, a branch each
-        assert handle.report().path == f"captured: {graphs} graphs, {FEW}/{FEW} steps replayed, whole steps"
+        assert handle.report().path == f"compiled: {graphs} graphs, {FEW}/{FEW} steps replayed, whole steps"
         assert np.allclose(sample(pipe, guidance_scale=1.5), weaker, atol=2e-5)
         assert np.allclose(sample(pipe), wanted, atol=2e-5)
         assert tapes.played > 3 * FEW
@@ -77,7 +78,7 @@ def test_without_a_gpu_the_loop_runs_uncaptured():
     with looped(pipe, schedule, True) as handle:
         for _ in range(3):
             assert np.allclose(few(pipe), wanted, atol=2e-5)
-        assert handle.report().path.startswith("lowered: CUDA graphs need a GPU")
+        assert handle.report().path.startswith("compiled, no CUDA graphs: CUDA graphs need a GPU")
     assert np.array_equal(few(pipe), wanted)
 
 
@@ -119,8 +120,8 @@ def test_a_pipeline_that_changes_latents_between_steps_takes_its_own():
 
 def test_it_is_for_captured_transformers():
     pipe = tiny_pipe()
-    with pytest.raises(SodaprofError, match="capture=True, loop=True"):
-        sodaprof.apply(pipe, schedule_for(pipe), lower=True, loop=True)
+    with pytest.raises(SodaprofError, match="whole_steps needs tables and graphs"):
+        sodaprof.apply(pipe, schedule_for(pipe), runtime=Compiled(graphs=False, whole_steps=True))
 
 
 def test_guidance_is_read_off_a_step():
@@ -131,15 +132,13 @@ def test_guidance_is_read_off_a_step():
     assert guidance_of(guided, [other, one], "passes") == ([-3.0, 4.0], False)
     assert guidance_of(one, [one], "none") == ([1.0], False)
     with pytest.raises(
-        UnsupportedModelError, match=r"is no weighted sum .*; expected plain guidance: switch off .*--fit"
+        UnsupportedModelError, match=r"is no weighted sum .*; expected plain guidance: switch its rescaling off.*--fit"
     ):
         guidance_of(guided * guided.std(), [one, other], "passes")
-    with pytest.raises(
-        UnsupportedModelError, match="on 3 branches; expected one or two: leave out guidance beyond that"
-    ):
+    with pytest.raises(UnsupportedModelError, match="on 3 branches; expected one or two: switch other guidance off"):
         guidance_of(guided, [one, other, one], "passes")
     with pytest.raises(
-        UnsupportedModelError, match=r"given \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
+        UnsupportedModelError, match=r"receives \[1, 4, 4, 4\], .* returns \[2, 8, 4, 4\]; expected .*: call"
     ):
         guidance_of(guided[:1], [one, other], "passes")
 

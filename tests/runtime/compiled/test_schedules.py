@@ -7,6 +7,7 @@ from hypothesis import given, settings
 
 import sodaprof
 from sodaprof.pipelines.discover import inspect_pipeline
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.strategies import legal_schedules
 from tests.tape import Tapes
 from tests.tiny_pipelines import draw, tiny_pipe, with_known_programs
@@ -24,11 +25,11 @@ def test_any_legal_schedule_gives_the_same_bits_in_every_runtime(schedule):
     graphs = "S" not in schedule.transformers["transformer"].stack and (
         schedule.token_rule is None or schedule.token_rule.base != "random"
     )
-    for options in ({}, {"capture": Tapes()}):
-        with with_known_programs(sodaprof.apply(PIPE, schedule, lower=True, **options)) as handle:
+    for recorder in (False, Tapes()):
+        with with_known_programs(sodaprof.apply(PIPE, schedule, runtime=Compiled(graphs=recorder))) as handle:
             for _ in range(4):  # records, probes, fills the tables and captures, replays
                 assert np.array_equal(draw(PIPE, steps=STEPS), wanted, equal_nan=True)
                 report = handle.report()
                 assert report.executed == report.planned
-            if options and graphs:
+            if recorder and graphs:
                 assert report.counters.steps_replayed == STEPS

@@ -12,6 +12,7 @@ import sodaprof
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast
 from sodaprof.runtime.compiled import sums
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.streams import Kept, Stream, StreamReader, Term
 from sodaprof.runtime.compiled.sums import Scalars
 from sodaprof.runtime.hooks.cells import weighted
@@ -29,7 +30,7 @@ def idle_schedule(pipe):
 
 def sums_of(pipe, schedule, mode, runs=2):
     """Returns the pictures of the last run, its number of sums, and its blocks that took values from tables by themselves."""
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, collapse=mode)) as handle:
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(sums=mode, graphs=False))) as handle:
         for _ in range(runs):
             pictures = draw(pipe, steps=schedule.steps)
         report = handle.report()
@@ -128,7 +129,7 @@ def test_forecasts_of_branches_and_batches_are_kept_apart():
     calls = {(1, 2): 0, (3,): 1, (4, 5): 2}
     with sodaprof.apply(pipe, schedule):
         wanted = {labels: draw(pipe, labels, 5, seed) for labels, seed in calls.items()}
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         for _ in range(3):
             for labels, seed in calls.items():  # in turn, as requests come
                 assert np.array_equal(draw(pipe, labels, 5, seed), wanted[labels])
@@ -162,7 +163,7 @@ def test_fused_sums_differ_only_by_rounding():
 
     with sodaprof.apply(pipe, schedule):  # the bits of the ordered sums
         plain = outputs()
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, collapse="fused")):
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(sums="fused", graphs=False))):
         draw(pipe, steps=7)
         fused = outputs()
     assert len(plain) == len(fused) == 7
@@ -188,7 +189,7 @@ def test_no_sums_in_the_first_run_or_without_the_option():
     assert sums_of(pipe, schedule, "ordered", runs=1)[1] == 0  # records how the blocks are called
     assert sums_of(pipe, schedule, None)[1] == 0
     with pytest.raises(SodaprofError, match="expected 'ordered', 'fused' or None"):
-        sodaprof.apply(pipe, schedule, lower=True, collapse="quick")
+        sodaprof.apply(pipe, schedule, runtime=Compiled(sums="quick", graphs=False))
 
 
 class Skips(DiTTransformer2DModel):
@@ -223,7 +224,7 @@ def test_an_output_that_others_read_ends_a_sum():
 def test_an_output_replaced_within_a_sum_is_refused():
     pipe = tiny_pipe()
     first = pipe.transformer.transformer_blocks[0]
-    with sodaprof.apply(pipe, schedule_for(pipe, dict.fromkeys(SITES, "CRRR"), steps=4), lower=True) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, dict.fromkeys(SITES, "CRRR"), steps=4), runtime="compiled") as handle:
         plain = draw(pipe, steps=4)
         hook = first.register_forward_hook(lambda m, a, out: out + 1)
         detour = draw(pipe, steps=4)  # from the beginning of a run on: each block by itself
@@ -242,7 +243,7 @@ def test_hooks_of_others_on_a_block_run_once(lower):
     pipe.transformer.transformer_blocks[1].register_forward_hook(lambda m, a, out: calls.append(1) or out * 1.5)
     wanted, schedule = draw(pipe), schedule_for(pipe)
     calls.clear()
-    with sodaprof.apply(pipe, schedule, lower=lower, tables=False):
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False) if lower else "hooks"):
         assert np.array_equal(draw(pipe), wanted)
     assert len(calls) == 8
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import sodaprof
 from sodaprof.errors import UnsupportedModelError
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.trace import Program
 from tests.runtime.hooks.test_toca import CASES, MAKE, Scheduler, calls_of, compiled, sharpened
 from tests.tiny_pipelines import (
@@ -47,17 +48,17 @@ def test_every_action_is_bit_identical(make, steps, dtype):
     schedule = make(pipe)
     with sodaprof.apply(pipe, schedule):
         eager = draw(pipe, steps=steps)
-    with sodaprof.apply(pipe, schedule, lower=True, tables=False) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
         first, second = draw(pipe, steps=steps), draw(pipe, steps=steps)
         assert handle.report().executed == handle.report().planned
-        assert handle.programs
+        assert handle.engine.programs
     assert np.array_equal(first, eager)
     assert np.array_equal(second, eager)
 
 
 def test_all_compute_is_bit_identical_to_the_plain_pipeline(pipe):
     plain = few(pipe)
-    with sodaprof.apply(pipe, schedule_for(pipe, steps=FEW), lower=True):
+    with sodaprof.apply(pipe, schedule_for(pipe, steps=FEW), runtime="compiled"):
         assert np.array_equal(few(pipe), plain)
     assert np.array_equal(few(pipe), plain)  # and after it
 
@@ -82,7 +83,7 @@ def test_token_rules_and_skipped_stacks_are_bit_identical(name, steps, actions, 
     for lower in (False, True):
         pipe = SimpleNamespace(components={"transformer": network}, scheduler=Scheduler())
         outputs.append([])
-        with sodaprof.apply(pipe, schedule, lower=lower) as handle:
+        with sodaprof.apply(pipe, schedule, runtime="compiled" if lower else "hooks") as handle:
             pipe.scheduler.set_timesteps(case.steps)
             for t, call in zip(pipe.scheduler.timesteps, calls, strict=True):
                 out = network(**call, return_dict=False)[0]
@@ -97,9 +98,9 @@ def test_token_rules_and_skipped_stacks_are_bit_identical(name, steps, actions, 
 def test_layers_share_programs_and_what_only_fed_a_reused_module_is_gone():
     pipe = tiny_pipe(layers=6)
     rows = {f"transformer_blocks.{i}.{m}": "CRCR" for i in range(6) for m in ("attn1", "ff")}
-    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=FEW), lower=True) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=FEW), runtime="compiled") as handle:
         few(pipe)
-        programs = list(handle.programs.values())
+        programs = list(handle.engine.programs.values())
     assert (
         len(programs) <= 4
     )  # C and R, each for the first layer, whose input lies otherwise in memory, and for the rest
@@ -116,12 +117,12 @@ def test_new_weights_count_at_once(pipe):
     other = tiny_pipe(seed=5)
     with sodaprof.apply(other, schedule):
         wanted = few(other)
-    with sodaprof.apply(pipe, schedule, lower=True) as handle:
+    with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         few(pipe)
-        known = len(handle.programs)
+        known = len(handle.engine.programs)
         pipe.transformer.load_state_dict(other.transformer.state_dict())
         assert np.array_equal(few(pipe), wanted)
-        assert len(handle.programs) == known
+        assert len(handle.engine.programs) == known
         for name, parameter in list(pipe.transformer.transformer_blocks[0].ff.named_parameters()):
             module = pipe.transformer.transformer_blocks[0].ff.get_submodule(name.rpartition(".")[0])
             setattr(
@@ -142,7 +143,7 @@ def test_what_is_built_into_a_block_afterwards_is_traced_anew(pipe):
             return self.base(x) * 1.5
 
     schedule = few_schedule(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         before = few(pipe)
         ff = pipe.transformer.transformer_blocks[1].ff
         ff.net[2] = Adapter(ff.net[2])
@@ -156,7 +157,7 @@ def test_other_batch_sizes_get_programs_of_their_own(pipe):
     schedule = few_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = [few(pipe, labels) for labels in ((1, 2), (3,), (1, 2))]
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         for labels, pictures in zip(((1, 2), (3,), (1, 2)), wanted, strict=True):
             assert np.array_equal(few(pipe, labels), pictures)
 
@@ -174,10 +175,8 @@ def test_a_block_that_branches_on_data_is_refused_by_name(pipe):
     block = pipe.transformer.transformer_blocks[1]
     block.ff.net[0] = Branching(block.ff.net[0])
     with (
-        sodaprof.apply(pipe, schedule, lower=True),
-        pytest.raises(
-            UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be traced"
-        ),
+        sodaprof.apply(pipe, schedule, runtime="compiled"),
+        pytest.raises(UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be traced"),
     ):
         few(pipe)
     assert few(pipe) is not None
@@ -185,7 +184,7 @@ def test_a_block_that_branches_on_data_is_refused_by_name(pipe):
 
 def test_an_exception_in_a_step_harms_nothing(pipe):
     schedule = few_schedule(pipe)
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True)):
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime="compiled")):
         wanted, calls = few(pipe), []
 
         def fail(*_):
@@ -202,7 +201,7 @@ def test_an_exception_in_a_step_harms_nothing(pipe):
 
 def test_nothing_is_left_on_the_modules(pipe):
     before = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
-    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), lower=True)):
+    with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), runtime="compiled")):
         few(pipe)
     for name, module in pipe.transformer.named_modules():
         assert set(vars(module)) - before[name] <= {"_diffusers_hook", "forward"}
@@ -214,5 +213,5 @@ def test_two_pass_guidance_keeps_the_branches_apart():
     schedule = schedule_for(pipe, {SITES[1]: "CRCC", SITES[2]: "CRRC"}, steps=FEW)
     with sodaprof.apply(pipe, schedule):
         wanted = few(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True):
+    with sodaprof.apply(pipe, schedule, runtime="compiled"):
         assert np.array_equal(few(pipe), wanted)

@@ -11,8 +11,7 @@ import sodaprof
 from sodaprof.errors import MismatchError
 from sodaprof.formats.schedule import Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
-from sodaprof.runtime.apply import RUNTIMES
-from tests.tape import Tapes
+from tests.tape import runtime as runtime_of
 from tests.tiny_pipelines import tiny_vae
 
 ROWS = {"attn1": "CRPCRC", "attn2": "CRRCRR", "ff": "CPRCPR"}
@@ -53,18 +52,14 @@ def schedule_for(pipe, size=8, k=0.5, rule=None):
     return Schedule({"transformer": plan}, sampler, model.shape, policy, token_rule=rule or TokenRule("feature_mean"))
 
 
-def arguments(runtime):
-    return {name: Tapes() if name == "capture" else value for name, value in RUNTIMES[runtime].items()}
-
-
-@pytest.mark.parametrize("runtime", ["hooks", "lowered", "captured"])
+@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
 def test_a_scaled_schedule_is_that_of_the_other_size(pipe, runtime):
     small, large = schedule_for(pipe), schedule_for(pipe, 16)
     wanted = {}
     for size, schedule in ((8, small), (16, large)):
         with sodaprof.apply(pipe, schedule):
             wanted[size] = draw(pipe, size)
-    with sodaprof.apply(pipe, small, allow_resolution=True, **arguments(runtime)) as handle:
+    with sodaprof.apply(pipe, small, allow_resolution=True, runtime=runtime_of(runtime)) as handle:
         for size in (8, 16, 16, 8, 16, 8, 8, 16):
             assert np.array_equal(draw(pipe, size), wanted[size])
             report = handle.report()

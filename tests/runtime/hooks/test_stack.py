@@ -11,6 +11,7 @@ from msgspec.structs import replace
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.formats.schedule import Forecast, TokenRule
+from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.tiny_pipelines import SITES, STEPS, draw, schedule_for, tiny_pipe
 
@@ -146,7 +147,7 @@ def test_skipping_schedules_are_not_captured_and_say_so(pipe):
     schedule = skipping(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
-    with sodaprof.apply(pipe, schedule, lower=True, capture=Tapes()) as handle:
+    with sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=Tapes())) as handle:
         for _ in range(4):
             assert (draw(pipe) == wanted).all()
-        assert handle.report().path.startswith("lowered: the schedule skips the stack")
+        assert handle.report().path.startswith("compiled, no CUDA graphs: the schedule skips the stack")

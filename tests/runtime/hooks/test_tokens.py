@@ -9,7 +9,7 @@ import torch
 
 from sodaprof.formats.schedule import TokenRule
 from sodaprof.opensora.layers import SelfAttention
-from sodaprof.pipelines.attention import Heard
+from sodaprof.pipelines.attention import AttentionCall
 from sodaprof.runtime.hooks.tokens import (
     attention_received,
     base_score,
@@ -133,7 +133,9 @@ def test_entropy_of_one_half_alone():
 
 @pytest.mark.parametrize(("share_halves", "share"), [(False, 1.0), (True, 0.5)])
 def test_shared_halves_have_half_of_the_map_each(share_halves, share):
-    heard = Heard(t([[[0.0]]], [[[0.0]]]), t([[[0.0], [0.0]]], [[[0.0], [0.0]]]), t([[[0.0], [0.0]]]), None, None)
+    heard = AttentionCall(
+        t([[[0.0]]], [[[0.0]]]), t([[[0.0], [0.0]]], [[[0.0], [0.0]]]), t([[[0.0], [0.0]]]), None, None
+    )
     rule = TokenRule("cross_attention_entropy", share_halves=share_halves)
     close(statistic(rule, heard), torch.full((2, 1), plogp(share / 2, share / 2), dtype=torch.float64))
 
@@ -141,7 +143,7 @@ def test_shared_halves_have_half_of_the_map_each(share_halves, share):
 def test_statistics_of_one_attention():
     """Two tokens, one head: queries log 3 and 0 against keys 1 and 0; values of length 5 and 0."""
     q, k, v = t([[[math.log(3)], [0.0]]]), t([[[1.0], [0.0]]]), t([[[3.0, 4.0], [0.0, 0.0]]])
-    heard = Heard(q, k, v, None, None)
+    heard = AttentionCall(q, k, v, None, None)
     close(statistic(S1, heard), t([1.25, 0.75]))
     close(statistic(VALUES, heard), t([-4, 1]))
     close(statistic(S2, heard), t([plogp(0.75, 0.25), plogp(0.5, 0.5)]))

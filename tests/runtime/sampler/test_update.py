@@ -12,12 +12,13 @@ from msgspec.structs import replace
 import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.formats.schedule_file import load_schedule
-from sodaprof.runtime.apply import RUNTIMES
+from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.sampler.update import Jump, Ring, jumps
 from tests.runtime.hooks.test_stack import skipping
 from tests.runtime.test_two_transformers import draw as draw_wan
-from tests.runtime.test_two_transformers import schedule_of
+from tests.runtime.test_two_transformers import schedule_of, wan  # noqa: F401
 from tests.tape import Tapes
+from tests.tape import runtime as runtime_of
 from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, tiny_pipe, with_known_programs
 from tests.updated import CALLED, RESTING, sample, set_sampler, updated, with_update
 
@@ -84,8 +85,8 @@ def test_an_update_goes_with_skipped_stacks():
         for expected, answered in by_hand(pipe, resting, lambda t, x, output: output):
             assert (answered - expected).abs().max() < 2e-5 * expected.abs().max()
         wanted = sample(pipe)
-    for more in ({}, {"capture": Tapes(), "loop": True}):
-        with with_known_programs(sodaprof.apply(pipe, resting, lower=True, **more)) as handle:
+    for runtime in ("compiled", "whole-steps"):
+        with with_known_programs(sodaprof.apply(pipe, resting, runtime=runtime_of(runtime))) as handle:
             for _ in range(3):
                 assert apart(sample(pipe), wanted) < 1e-5
                 assert handle.report().executed == handle.report().planned
@@ -173,7 +174,7 @@ def test_a_ring_holds_the_newest_and_rounds_once():
 # ---- steps without network ----------------------------------------------------------------------------------------------
 
 
-EVERY = ("lowered", "captured", "whole-steps")  # to the first two the sampler's step is the pipeline's affair
+EVERY = ("compiled", "graphs", "whole-steps")  # to the first two the sampler's step is the pipeline's affair
 ONE = ("whole-steps",)
 GUIDED = [(cls, 4.0, *more) for cls in (DiTPipeline, TwoPassPipeline) for more in (("ddpm", EVERY), ("unipc", ONE))]
 
@@ -196,19 +197,17 @@ def test_the_network_rests_under_every_form_of_guidance_and_runtime(cls, scale, 
         others = sample(pipe, (7, 3), seed=5, guidance_scale=scale)
         assert np.array_equal(sample(pipe, guidance_scale=scale), wanted)
     for runtime in runtimes:
-        more = RUNTIMES[runtime] | ({} if runtime == "lowered" else {"capture": Tapes()})
-        with with_known_programs(sodaprof.apply(pipe, schedule, **more)) as handle:
+        with with_known_programs(sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime))) as handle:
             for _ in range(3):
                 assert apart(sample(pipe, guidance_scale=scale), wanted) < 1e-5
                 assert handle.report().executed == handle.report().planned
             assert apart(sample(pipe, (7, 3), seed=5, guidance_scale=scale), others) < 1e-5
             assert apart(sample(pipe, guidance_scale=scale), wanted) < 1e-5
             path = handle.report().path
+        wanted_path = {"whole-steps": "whole steps", "graphs": f"{CALLED}/{CALLED} steps replayed"}
         assert path.endswith(
-            {"whole-steps": "whole steps", "captured": f"{CALLED}/{CALLED} steps replayed", "lowered": "lowered"}[
-                runtime
-            ]
-        ), path
+            wanted_path.get(runtime, "no CUDA graphs: the pipeline was on cpu when the schedule was applied")
+        )
 
 
 def test_the_loop_takes_over_after_a_run_begins_with_a_rest():
@@ -216,7 +215,9 @@ def test_the_loop_takes_over_after_a_run_begins_with_a_rest():
     schedule = updated(pipe, ".--.-..-", stir=0.1)
     with sodaprof.apply(pipe, schedule):
         wanted = sample(pipe)
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True)) as handle:
+    with with_known_programs(
+        sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=Tapes(), whole_steps=True))
+    ) as handle:
         for _ in range(3):
             assert apart(sample(pipe), wanted) < 1e-5
         assert handle.report().path.endswith("whole steps")
@@ -228,7 +229,9 @@ def test_one_call_of_the_network_is_enough():
     schedule = updated(pipe, "." + "-" * (STEPS - 1))
     with sodaprof.apply(pipe, schedule):
         wanted = sample(pipe)
-    with with_known_programs(sodaprof.apply(pipe, schedule, lower=True, capture=Tapes(), loop=True)) as handle:
+    with with_known_programs(
+        sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=Tapes(), whole_steps=True))
+    ) as handle:
         for _ in range(3):
             assert apart(sample(pipe), wanted) < 1e-5
         assert handle.report().executed == handle.report().planned == {"C": 2, "-": 2 * (STEPS - 1)}
@@ -342,7 +345,7 @@ def test_answers_are_of_the_schedulers_kind():
         assert torch.allclose(result[0], plain.step(x, t, x).prev_sample, rtol=1e-5, atol=1e-6)
 
 
-def test_two_transformers_rest_in_their_turns(wan):
+def test_two_transformers_rest_in_their_turns(wan):  # noqa: F811
     plain = draw_wan(wan)
     schedule = schedule_of(wan)
     own = replace(schedule, update=with_update(wan, schedule).update)
@@ -359,7 +362,7 @@ def test_two_transformers_rest_in_their_turns(wan):
         assert handle.report().executed == handle.report().planned
         assert handle.report().executed["-"] > 0
     assert (wanted - plain).abs().max() > 1e-3 * plain.abs().max()
-    with sodaprof.apply(wan, resting, lower=True, capture=Tapes()) as handle:
+    with sodaprof.apply(wan, resting, runtime=Compiled(graphs=Tapes())) as handle:
         for _ in range(3):
             assert torch.equal(draw_wan(wan), wanted)
             assert handle.report().executed == handle.report().planned
@@ -423,7 +426,7 @@ def test_guidance_that_begins_while_the_network_rests_is_refused():
     schedule = updated(tiny_pipe(cls=TwoPassPipeline), RESTING)
     with (
         sodaprof.apply(pipe, schedule),
-        pytest.raises(MismatchError, match="3 times at step 2, where the schedule rests"),
+        pytest.raises(MismatchError, match="3 times at step 2, which the schedule skips"),
     ):
         pipe([1], num_inference_steps=STEPS)
 

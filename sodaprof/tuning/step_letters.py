@@ -1,4 +1,4 @@
-"""Schedules of whole steps as one letter a step: read off a schedule, drawn again, and varied by a search.
+"""Schedules of whole steps written as one letter a step (`columns`): read off a schedule, made into one, and varied.
 
 C  every site computes
 R  every site reuses
@@ -18,16 +18,15 @@ from ..errors import UnsupportedModelError
 from ..formats.sampler import MAX_HISTORY
 from ..formats.schedule import Forecast, Plan, Schedule, Update
 
-# letter -> of the sites, of the stack
-CELLS = {"C": ("C", "."), "R": ("R", "."), "F": ("F", "."), "S": ("-", "S"), "-": ("-", "-")}
+CELLS = {"C": ("C", "."), "R": ("R", "."), "F": ("F", "."), "S": ("-", "S"), "-": ("-", "-")}  # of the sites, the stack
 LETTERS = {cells: letter for letter, cells in CELLS.items()}
-SOURCES = 3  # full steps that a step forecasts from where the schedule has none that would say: as policy drift
+SOURCES = 3  # full steps that a step forecasts from if the schedule has no forecast: as policy drift
 REACH = (-3, -2, -1, 1, 2, 3)  # steps by which a full step may move
-DRAWS = 10_000  # of which one must be new and allowed
+DRAWS = 10_000  # random variations of which one must be new and allowed
 
 
 def columns_of(schedule: Schedule) -> str:
-    """Returns the letter of each step; UnsupportedModelError where a step mixes actions or takes others."""
+    """Returns the letter of each step. Raises UnsupportedModelError if a step mixes actions or has other actions."""
     if len(schedule.transformers) != 1:
         raise UnsupportedModelError(
             f"The schedule drives several transformers ({', '.join(schedule.transformers)}); refine takes schedules of one."
@@ -50,27 +49,27 @@ def columns_of(schedule: Schedule) -> str:
     return columns
 
 
-def drawn(schedule: Schedule, columns: str) -> Schedule:
-    """Returns the schedule with these columns in place of its own, forecasts and update as place holders.
+def with_columns(schedule: Schedule, columns: str) -> Schedule:
+    """Returns the schedule with these columns instead of its own; forecasts and, if it has none, its update are not fitted yet.
 
-    What forecasts does so from the newest full steps, as many as in the schedule, S steps in its form.
+    Forecasts are from the newest full steps, as many as in the schedule, S steps in its form.
     """
     ((name, plan),) = schedule.transformers.items()
-    cells, stack = ("".join(CELLS[letter][i] for letter in columns) for i in (0, 1))
+    row, stack = ("".join(CELLS[letter][i] for letter in columns) for i in (0, 1))
     form = plan.stack_forecasts[0].form if plan.stack_forecasts else "drift"
-    skips = _forecasts(columns, "S", plan.stack_forecasts, form)
-    at_sites = _forecasts(columns, "F", [cell for row in plan.forecasts.values() for cell in row], "output")
+    of_stack = _forecasts(columns, "S", plan.stack_forecasts, form)
+    of_sites = _forecasts(columns, "F", [cell for row in plan.forecasts.values() for cell in row], "output")
     new = Plan(
-        plan.class_name, plan.fingerprint, dict.fromkeys(plan.rows, cells), stack,
-        forecasts=dict.fromkeys(plan.rows, at_sites) if at_sites else {}, stack_forecasts=skips,
+        plan.class_name, plan.fingerprint, dict.fromkeys(plan.rows, row), stack,
+        forecasts=dict.fromkeys(plan.rows, of_sites) if of_sites else {}, stack_forecasts=of_stack,
     )  # fmt: skip
-    still = Update("output", MAX_HISTORY, ((1.0, *[0.0] * MAX_HISTORY),) * len(columns), {})
-    return replace(schedule, transformers={name: new}, token_rule=None, update=schedule.update or still, measured=())
+    identity = Update("output", MAX_HISTORY, ((1.0, *[0.0] * MAX_HISTORY),) * len(columns), {})
+    return replace(schedule, transformers={name: new}, token_rule=None, update=schedule.update or identity, measured=())
 
 
-def _forecasts(columns: str, letter: str, like: Iterable[Forecast], form: str) -> tuple[Forecast, ...]:
-    """Returns a forecast that reuses for each step of this letter, from as many full steps as the longest of `like`."""
-    count, found = max((len(cell.sources) for cell in like), default=SOURCES), []
+def _forecasts(columns: str, letter: str, known: Iterable[Forecast], form: str) -> tuple[Forecast, ...]:
+    """Returns for each step of this letter a forecast that reuses, with as many sources as the longest of `known`."""
+    count, found = max((len(cell.sources) for cell in known), default=SOURCES), []
     for step, own in enumerate(columns):
         if own == letter:
             sources = [t for t in reversed(range(step)) if columns[t] == "C"][:count]
@@ -78,16 +77,17 @@ def _forecasts(columns: str, letter: str, like: Iterable[Forecast], form: str) -
     return tuple(found)
 
 
-def proposed(
+def varied(
     columns: str,
     generator: random.Random,
     known: set[str],
-    idle: str = "-R",
+    fillers: str = "-R",
     allowed: Callable[[str], bool] = lambda columns: True,
 ) -> str | None:
-    """Returns columns that are allowed and not known; None where none is found.
+    """Returns a random variation of the columns that is allowed and not known; None if none is found.
 
-    A full step moved, or exchanged for another place, or another of the `idle` letters in place of one.
+    A full step is moved, or exchanged with a step that is not full, or a step that is not full gets another letter of
+    `fillers`. What is not allowed is added to `known`, so that it is checked once.
     """
     for _ in range(DRAWS):
         cells = list(columns)
@@ -97,17 +97,17 @@ def proposed(
             return None
         kind = generator.random()
         if kind < 0.15:
-            at = generator.choice(others)
-            cells[at] = generator.choice([letter for letter in idle if letter != cells[at]])
+            step = generator.choice(others)
+            cells[step] = generator.choice([letter for letter in fillers if letter != cells[step]])
         else:
-            at = generator.choice(full)
-            to = generator.choice(others) if kind < 0.3 else at + generator.choice(REACH)
-            if not 0 < to < len(cells) or cells[to] == "C":
+            step = generator.choice(full)
+            target = generator.choice(others) if kind < 0.3 else step + generator.choice(REACH)
+            if not 0 < target < len(cells) or cells[target] == "C":
                 continue
-            cells[at], cells[to] = cells[to], cells[at]
+            cells[step], cells[target] = cells[target], cells[step]
         found = "".join(cells)
         if found not in known:
             if allowed(found):
                 return found
-            known.add(found)  # so that it is not drawn and counted again
+            known.add(found)
     return None
