@@ -572,7 +572,7 @@ def test_tables_and_sums_are_those_of_each_transformer(wan):
 
         def look(*args, **kwargs):
             held[handle.clock.step] = (
-                [len(b.runs) for b in handle.engine.blocks],
+                [len(b.sums) for b in handle.engine.blocks],
                 [len(b.ready) for b in handle.engine.blocks],
             )
             return step(*args, **kwargs)

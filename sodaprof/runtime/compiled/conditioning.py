@@ -24,13 +24,13 @@ from ...pipelines.clock import Moment
 from ...pipelines.recording import latents_of
 from .arguments import RunArguments
 from .dependence import BlockCall, DependenceProbe, Stubs, TransformerCall, with_recorded_blocks
-from .graphs import Capture
+from .graphs import Graphs
 from .identity import signature_of
 from .loop import Branch, Loop
 from .outside import BlockArguments
 from .precompute import Filled, Filler
-from .sums import Collapse
-from .trace import LoweredBlock, Position, Ready
+from .sums import Sums
+from .trace import Position, Ready, TracedBlock
 
 
 class Phase(Enum):
@@ -53,16 +53,16 @@ class Variant:
     ready: list[dict[Position, Ready]] = field(default_factory=list)  # of each block: values that a graph fills
     sums: list[dict[Position, Any]] = field(default_factory=list)  # of each block, made of such values
 
-    def keep(self, blocks: list[LoweredBlock], positions: list[Position]) -> None:
+    def keep(self, blocks: list[TracedBlock], positions: list[Position]) -> None:
         """Keeps what the blocks hold at these steps, for later runs in which a graph fills the same values."""
         self.ready = [{p: block.ready[p] for p in positions if p in block.ready} for block in blocks]
-        self.sums = [{p: block.runs[p] for p in positions if p in block.runs} for block in blocks]
+        self.sums = [{p: block.sums[p] for p in positions if p in block.sums} for block in blocks]
 
-    def restore(self, blocks: list[LoweredBlock]) -> None:
+    def restore(self, blocks: list[TracedBlock]) -> None:
         """Gives the blocks what was kept."""
         for block, ready, sums in zip(blocks, self.ready, self.sums, strict=True):
             block.ready.update(ready)
-            block.runs.update(sums)
+            block.sums.update(sums)
             for one in sums.values():
                 one.position = 0  # the run before may have ended inside the sum
 
@@ -90,7 +90,7 @@ class BlockValues(NamedTuple):
         return replace(other, leaves=leaves, changed=self.changed)
 
 
-class Tables(ModelHook):  # type: ignore[misc]
+class ConditioningTables(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a transformer with traced blocks; it runs inside the clock's.
 
     steps: those at which the pipeline calls this transformer. near: tables equal except for rounding, filled at once.
@@ -99,15 +99,15 @@ class Tables(ModelHook):  # type: ignore[misc]
     def __init__(
         self,
         moment: Moment,
-        blocks: list[LoweredBlock],
+        blocks: list[TracedBlock],
         steps: list[int],
-        collapse: Collapse | None,
-        capture: Capture | None,
+        sums: Sums | None,
+        capture: Graphs | None,
         near: bool = False,
     ) -> None:
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
-        self.collapse, self.capture = collapse, capture
+        self.sums, self.capture = sums, capture
         self.loop: Loop | None = None  # runs the steps after the first
         self.arguments = RunArguments(steps)
         self.filler, self.stubs = Filler(near), Stubs()
@@ -136,7 +136,7 @@ class Tables(ModelHook):  # type: ignore[misc]
         if not self.arguments.is_recorded(signature):
             return Phase.RECORD
         if self.moment.step != self.steps[0]:
-            whole_steps = self.loop is not None and self.loop.wants(call.leaves[call.latents])
+            whole_steps = self.loop is not None and self.loop.takes_over(call.leaves[call.latents])
             return Phase.WHOLE_STEPS if whole_steps else Phase.SERVE
         if self.arguments.changes_of(signature) is None:
             return Phase.PLAIN
@@ -278,5 +278,5 @@ class Tables(ModelHook):  # type: ignore[misc]
         for call, of_block in zip(calls, filled, strict=True):
             for values in of_block:
                 values.install(call.block, branch)
-        if self.collapse is not None:
-            self.collapse.join(calls, steps, branch)
+        if self.sums is not None:
+            self.sums.join(calls, steps, branch)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .identity import same, signature_of
-from .trace import LoweredBlock, RecordedCall
+from .trace import RecordedCall, TracedBlock
 
 Arguments = list[list[Any]]  # of every block: the leaves of its call
 
@@ -53,7 +53,7 @@ class TransformerCall:
 class BlockCall:
     """How one block is called in a run."""
 
-    block: LoweredBlock
+    block: TracedBlock
     leaves: list[Any]  # its arguments at the first step
     out: Any  # its output at the first step, or the stub of it
     late: set[int] = field(default_factory=set)  # arguments that depend on the latents
@@ -102,20 +102,20 @@ class Stubs:
 
 
 def with_stubbed_blocks(
-    blocks: Sequence[LoweredBlock], outputs: Sequence[Any], call: Callable[[], Any]
+    blocks: Sequence[TracedBlock], outputs: Sequence[Any], call: Callable[[], Any]
 ) -> tuple[Arguments, Any]:
     """Returns the arguments of every block in call() while the blocks return `outputs`, and the result of call()."""
     try:
         for block, output in zip(blocks, outputs, strict=True):
-            block.answer = (output,)
+            block.stub = (output,)
         out = call()
-        return [block.asked for block in blocks], out
+        return [block.recorded_inputs for block in blocks], out
     finally:
         for block in blocks:
-            block.answer, block.asked = None, []
+            block.stub, block.recorded_inputs = None, []
 
 
-def with_recorded_blocks(blocks: Sequence[LoweredBlock], call: Callable[[], Any]) -> tuple[list[BlockCall], Any]:
+def with_recorded_blocks(blocks: Sequence[TracedBlock], call: Callable[[], Any]) -> tuple[list[BlockCall], Any]:
     """Returns how every block is called in call(), which runs them, and the result of call()."""
     for block in blocks:
         block.recorded = RecordedCall([])

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 from ...pipelines.clock import Moment
 from .buffers import Arenas, Packed, RowBuffers, TableValue, compact, copy_all, expanded_copy, pack
 from .identity import frozen_of
-from .trace import LoweredBlock, Position
+from .trace import Position, TracedBlock
 
 
 class Recorder(Protocol):
@@ -84,11 +84,11 @@ class Fill:
     packed: Packed
 
 
-class Capture:
+class Graphs:
     """The graphs of one transformer under one schedule."""
 
     def __init__(
-        self, recorder: Recorder, moment: Moment, blocks: list[LoweredBlock], transformer: nn.Module, steps: int
+        self, recorder: Recorder, moment: Moment, blocks: list[TracedBlock], transformer: nn.Module, steps: int
     ) -> None:
         self.recorder, self.moment, self.blocks, self.transformer = recorder, moment, blocks, transformer
         self.steps = steps
@@ -295,9 +295,9 @@ class Capture:
         torch.cuda.empty_cache()  # a capture begins with it: memory that it frees does not count for the capture
         return torch.cuda.memory_reserved(self.device)
 
-    def _pattern(self, block: LoweredBlock, position: Position) -> tuple[Any, ...]:
+    def _pattern(self, block: TracedBlock, position: Position) -> tuple[Any, ...]:
         """Returns what a block does at a step: program, place in a cached sum, slots of its table values, buffers."""
-        ready, run = block.ready[position], block.runs.get(position)
+        ready, run = block.ready[position], block.sums.get(position)
         place = None if run is None else (len(run.members), run.place(block))
         values = ready.values if run is None else run.factors_of(block)
         slots = tuple(value.slot if isinstance(value, TableValue) else None for value in values)

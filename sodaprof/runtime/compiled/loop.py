@@ -24,7 +24,7 @@ from ...pipelines.guidance import combined, guidance_of
 from ...pipelines.sampler_steps import advance, own_update, table_of
 from ..sampler.update import Jump, Ring, StateUpdate, defaults_of, drawn, jumps, refuse_options
 from .buffers import compact, copy_all, expanded_copy
-from .graphs import Capture
+from .graphs import Graphs
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Loop:
     """Runs the steps after the first of a transformer; called: for each step, whether it calls the transformer."""
 
     def __init__(
-        self, moment: Moment, capture: Capture, called: list[bool], sampler: Sampler, update: StateUpdate | None = None
+        self, moment: Moment, capture: Graphs, called: list[bool], sampler: Sampler, update: StateUpdate | None = None
     ) -> None:
         self.moment, self.capture, self.called, self.sampler, self.update = moment, capture, called, sampler, update
         self.steps = [step for step, calls in enumerate(called) if calls]
@@ -126,7 +126,7 @@ class Loop:
             return
         self.first_step = FirstStep(sample, output, result, _latents(result), kwargs.get("generator"))
 
-    def wants(self, hidden: torch.Tensor) -> bool:
+    def takes_over(self, hidden: torch.Tensor) -> bool:
         """Returns whether the loop runs the steps from here on; hidden: the latents that the transformer is called with."""
         if self.final is not None:
             return True

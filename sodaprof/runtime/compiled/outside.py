@@ -20,7 +20,7 @@ from ...errors import SodaprofError
 from .dependence import Arguments, BlockCall, Stubs, TransformerCall, with_stubbed_blocks
 from .identity import same, setting_of, signature_of, stored_tensors
 from .precompute import Filler, Parts, parts_of
-from .trace import Bare, LoweredBlock, graph_of
+from .trace import Bare, TracedBlock, graph_of
 
 LOG = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ LOG = logging.getLogger(__name__)
 class Outside:
     """The modules of a transformer outside of its blocks, as they are now."""
 
-    def __init__(self, transformer: nn.Module, blocks: list[LoweredBlock]) -> None:
+    def __init__(self, transformer: nn.Module, blocks: list[TracedBlock]) -> None:
         self.transformer, self.blocks = transformer, blocks
         self.modules = list(_outside("", transformer, {id(block.block) for block in blocks}))
         self.tensors = stored_tensors(self.modules)
@@ -125,7 +125,7 @@ class OutsideProgram:
 class BlockArguments:
     """Computes the arguments of every block at each step: by a program, or by calls with stubbed blocks."""
 
-    def __init__(self, blocks: list[LoweredBlock], steps: list[int], filler: Filler, stubs: Stubs) -> None:
+    def __init__(self, blocks: list[TracedBlock], steps: list[int], filler: Filler, stubs: Stubs) -> None:
         self.blocks, self.steps, self.filler, self.stubs = blocks, steps, filler, stubs
         self.programs: dict[Any, OutsideProgram | None] = {}  # by variant of the call and build of the modules
 

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .dependence import BlockCall
 from .identity import same, signature_of
-from .trace import LoweredBlock, Program, Ready
+from .trace import Program, Ready, TracedBlock
 
 
 def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -96,7 +96,7 @@ class Filled(NamedTuple):
         none: Any = None
         return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
 
-    def install(self, block: LoweredBlock, branch: int) -> None:
+    def install(self, block: TracedBlock, branch: int) -> None:
         """Gives the values to the block."""
         for step, values in zip(self.steps, self.of_steps, strict=True):
             block.ready[step, branch] = Ready(self.program, self.rest, [*self.of_run, *values])

@@ -24,7 +24,7 @@ from .buffers import TableValue
 from .dependence import BlockCall
 from .identity import leaves_of
 from .streams import Kept, Stream, StreamReader, Term
-from .trace import LoweredBlock, Position
+from .trace import Position, TracedBlock
 
 EMPTY_RESULT, ONE = CellResult(None), torch.tensor(1.0, device="cpu")
 Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
@@ -89,7 +89,7 @@ def adds_products(dtype: torch.dtype) -> bool:
 class Member:
     """A block of a cached sum at one step."""
 
-    block: LoweredBlock
+    block: TracedBlock
     streams: tuple[Stream | None, ...]
     out: TreeSpec
     factors: dict[int, torch.Tensor | TableValue]  # number of a program's input -> gate
@@ -113,35 +113,37 @@ class Member:
 
 
 @dataclass
-class Run:
+class CachedSum:
     """A cached sum of consecutive blocks at one step on one branch; each takes what the block before returns."""
 
     members: list[Member]
     fused: bool
     plans: dict[Any, kernels.Plan]  # of sums on a GPU
     scalars: Scalars
-    sums: list[torch.Tensor | None] = field(default_factory=list)  # what every block returns and the next must be given
+    outputs: list[torch.Tensor | None] = field(default_factory=list)  # what every block returns and the next is given
     position: int = 0  # of the next block to be called
 
     def call(self, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Returns the output of the next block: the sum over all blocks, taken at the call of the first."""
         leaves, member = leaves_of((args, kwargs), []), self.members[self.position]
         if self.position == 0:
-            self.sums = self._sums(moment, leaves)
-        elif any(s is not None and leaves[s.origin] is not x for s, x in zip(member.streams, self.sums, strict=True)):
+            self.outputs = self._sums(moment, leaves)
+        elif any(
+            s is not None and leaves[s.origin] is not x for s, x in zip(member.streams, self.outputs, strict=True)
+        ):
             raise MismatchError(
                 f"{member.block.path} is not given the output of the block before it, as it was in the run before. Run the "
                 "schedule without cached sums: apply(pipe, schedule, runtime=Compiled(sums=None))."
             )
-        out = tree_unflatten(self.sums, member.out)
+        out = tree_unflatten(self.outputs, member.out)
         self.position = (self.position + 1) % len(self.members)
         return out
 
-    def place(self, block: LoweredBlock) -> int:
+    def place(self, block: TracedBlock) -> int:
         """Returns the number of the block in the sum."""
         return next(i for i, member in enumerate(self.members) if member.block is block)
 
-    def factors_of(self, block: LoweredBlock) -> list[torch.Tensor | TableValue]:
+    def factors_of(self, block: TracedBlock) -> list[torch.Tensor | TableValue]:
         """Returns the gates of the block's terms."""
         return list(self.members[self.place(block)].factors.values())
 
@@ -261,7 +263,7 @@ def _viewed(output: torch.Tensor, kept: Kept) -> torch.Tensor:
     return output
 
 
-class Collapse:
+class Sums:
     """Finds the cached sums of a schedule's steps, once the conditioning tables of a run are filled."""
 
     def __init__(self, fused: bool) -> None:
@@ -273,7 +275,7 @@ class Collapse:
     def join(self, calls: list[BlockCall], steps: Sequence[int], branch: int) -> None:
         """Gives each block that is only a sum at a step its cached sum; consecutive blocks share one if each feeds the next."""
         for step in steps:
-            run: Run | None = None
+            run: CachedSum | None = None
             before: BlockCall | None = None
             for call in calls:
                 member = self._member(call, (step, branch))
@@ -282,9 +284,9 @@ class Collapse:
                 elif run is not None and before is not None and _feeds(before, call, member):
                     run.members.append(member)
                 else:
-                    run = Run([member], self.fused, self.plans, self.scalars)
+                    run = CachedSum([member], self.fused, self.plans, self.scalars)
                 if run is not None:
-                    call.block.runs[step, branch] = run
+                    call.block.sums[step, branch] = run
                 before = call
 
     def _member(self, call: BlockCall, position: Position) -> Member | None:

@@ -76,7 +76,7 @@ class RecordedCall:
     out: Any = None
 
 
-class LoweredBlock(ModelHook):  # type: ignore[misc]
+class TracedBlock(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a block that runs its programs, traced at their first use and kept in `programs`."""
 
     def __init__(
@@ -91,19 +91,19 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
         # the rest is for the conditioning tables
         self.by_step: dict[Position, list[Program]] = {}  # programs that ran there, of all batch sizes
         self.ready: dict[Position, Ready] = {}
-        self.runs: dict[Position, Any] = {}  # cached sums that the block belongs to
+        self.sums: dict[Position, Any] = {}  # cached sums that the block belongs to
         self.table_rows: Mapping[
             Position, torch.Tensor
         ] = {}  # rows to read table values from, while a graph is recorded
         self.recorded: RecordedCall | None = None  # filled by the next call
-        self.answer: tuple[Any] | None = None  # stubbed: the block returns this and records its inputs
-        self.asked: list[Any] = []
+        self.stub: tuple[Any] | None = None  # stubbed: the block returns this and records its inputs
+        self.recorded_inputs: list[Any] = []
 
     def reset(self) -> None:
         """Drops the values of a run; a change of the block since (an adapter, another processor) is noticed afterwards."""
         self.built = None
         self.ready.clear()
-        self.runs.clear()
+        self.sums.clear()
 
     def parameters(self) -> list[torch.Tensor]:
         """Returns parameters and buffers as they are now, in the order in which programs take them."""
@@ -114,12 +114,12 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.built is None:
             self._read_build()
-        if self.answer is not None:
-            self.asked = tree_flatten((args, kwargs))[0]
-            return self.answer[0]
+        if self.stub is not None:
+            self.recorded_inputs = tree_flatten((args, kwargs))[0]
+            return self.stub[0]
         position, tabled = (self.moment.step, self.moment.branch), self.moment.tabled
-        if tabled and position in self.runs and not torch.is_grad_enabled():
-            return self.runs[position].call(self.moment, args, kwargs)
+        if tabled and position in self.sums and not torch.is_grad_enabled():
+            return self.sums[position].call(self.moment, args, kwargs)
         inputs = [row.read(self.moment) for row in self.rows]
         leaves = leaves_of((args, kwargs, inputs), [])
         if tabled and position in self.ready:  # called as when the tables were made: the signature needs no check
