@@ -132,7 +132,7 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
         return self._run(call, (spec, signatures, *settings))
 
     def phase(self, call: TransformerCall, signature: Any) -> Phase:
-        """Returns what is to be done with this call; to be asked once for each call."""
+        """Returns what is to be done with this call; call it once for each call."""
         if not self.arguments.is_recorded(signature):
             return Phase.RECORD
         if self.moment.step != self.steps[0]:
@@ -258,10 +258,10 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
             return [BlockValues.of(c, filled) for c, filled in zip(*compute(leaves), strict=True)]
 
         steps_of = [one.steps_of() for one in values]
-        lasting: list[BlockValues] | None = self.capture.fill(
+        packed: list[BlockValues] | None = self.capture.fill(
             variant.number, branch, call.leaves, body, values, steps_of
         )
-        return lasting
+        return packed
 
     def _block_calls(self, at_steps: list[list[list[Any]]], variant: Variant) -> list[BlockCall]:
         """Returns how every block is called, from the arguments of every block at each step."""

@@ -39,7 +39,7 @@ def pipe():
     return tiny_pipe()
 
 
-def eager(pipe, schedule, *args, **kwargs):
+def by_hooks(pipe, schedule, *args, **kwargs):
     with sodaprof.apply(pipe, schedule):
         return draw(pipe, *args, **kwargs)
 
@@ -68,8 +68,8 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 def test_replayed_steps_are_bit_identical_to_the_hooks(make, steps, graphs, mode, dtype):
     pipe, tapes = tiny_pipe().to(dtype), Tapes()
     schedule = make(pipe)
-    wanted = eager(pipe, schedule, steps=steps)
-    others = eager(pipe, schedule, (7, 3), steps=steps, seed=5)
+    wanted = by_hooks(pipe, schedule, steps=steps)
+    others = by_hooks(pipe, schedule, (7, 3), steps=steps, seed=5)
     with captured(pipe, schedule, tapes, sums=mode) as handle:
         for run in range(3):
             assert np.array_equal(draw(pipe, steps=steps), wanted), run
@@ -87,7 +87,7 @@ def test_replayed_steps_are_bit_identical_to_the_hooks(make, steps, graphs, mode
 def test_two_pass_guidance():
     pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
     schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, tapes):
         for _ in range(4):
             assert np.array_equal(few(pipe), wanted)
@@ -97,7 +97,7 @@ def test_two_pass_guidance():
 
 def test_batch_sizes_in_turn_are_replayed(pipe):
     schedule, tapes = few_schedule(pipe), Tapes()
-    two, one = eager(pipe, schedule, steps=FEW), eager(pipe, schedule, (4,), FEW)
+    two, one = by_hooks(pipe, schedule, steps=FEW), by_hooks(pipe, schedule, (4,), FEW)
     with captured(pipe, schedule, tapes):
         for run in range(4):
             for labels, wanted in (((1, 2), two), ((4,), one)):  # in turn, as requests come
@@ -108,7 +108,7 @@ def test_batch_sizes_in_turn_are_replayed(pipe):
 
 def test_new_weights_count_in_place_and_elsewhere(pipe):
     schedule, tapes, other = few_schedule(pipe), Tapes(), tiny_pipe(seed=5)
-    wanted = eager(other, schedule, steps=FEW)
+    wanted = by_hooks(other, schedule, steps=FEW)
     with captured(pipe, schedule, tapes) as handle:
         for _ in range(4):
             few(pipe)
@@ -126,7 +126,7 @@ def test_new_weights_count_in_place_and_elsewhere(pipe):
 
 def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
     schedule, tapes = few_schedule(pipe), Tapes()
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, tapes) as handle:
         few(pipe), few(pipe), few(pipe)
         step = pipe.scheduler.step
@@ -142,7 +142,7 @@ def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
         pipe.scheduler.step = step
         assert np.array_equal(few(pipe), wanted)
     second = schedule_for(pipe, {SITES[0]: "CRRR"}, steps=FEW)
-    expected = eager(pipe, second, steps=FEW)
+    expected = by_hooks(pipe, second, steps=FEW)
     with captured(pipe, second, Tapes()):
         few(pipe), few(pipe), few(pipe)
         assert np.array_equal(few(pipe), expected)
@@ -153,7 +153,7 @@ def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
 def test_two_pipelines_at_once(pipe):
     other = tiny_pipe(seed=9)
     schedules = few_schedule(pipe), taylor_schedule(other)
-    wanted = eager(pipe, schedules[0], steps=FEW), eager(other, schedules[1])
+    wanted = by_hooks(pipe, schedules[0], steps=FEW), by_hooks(other, schedules[1])
     tapes = Tapes()
     with captured(pipe, schedules[0], tapes), captured(other, schedules[1], tapes):
         for _ in range(4):
@@ -164,7 +164,7 @@ def test_two_pipelines_at_once(pipe):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("not permitted")])
 def test_a_failed_capture_runs_the_blocks_and_is_reported(pipe, error):
     schedule = few_schedule(pipe)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, Tapes(error)) as handle:
         for _ in range(4):
             assert np.array_equal(few(pipe), wanted)
@@ -184,7 +184,7 @@ def test_outputs_that_a_pipeline_keeps_are_not_overwritten(pipe):
 
 def test_without_a_gpu_the_blocks_run_and_the_report_says_why(pipe):
     schedule = few_schedule(pipe)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, True) as handle:
         few(pipe)
         assert np.array_equal(few(pipe), wanted)
@@ -196,7 +196,7 @@ def test_without_a_gpu_the_blocks_run_and_the_report_says_why(pipe):
 def test_random_token_scores_are_not_captured(pipe):
     rule = TokenRule("random", seed=3)
     schedule = schedule_for(pipe, {SITES[3]: "CPRR"}, {SITES[3]: (3,)}, rule=rule, steps=FEW)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, Tapes()) as handle:
         for _ in range(3):
             assert np.array_equal(few(pipe), wanted)
@@ -213,7 +213,7 @@ def test_the_kernel_sums_from_the_arena(monkeypatch, mode):
     schedule = schedule_for(
         pipe, {f"transformer_blocks.{i}.{m}": "CRRCRRRC" for i in range(4) for m in ("attn1", "ff")}
     )
-    wanted = eager(pipe, schedule)
+    wanted = by_hooks(pipe, schedule)
     monkeypatch.setattr(sums, "on_gpu", lambda tensor: True)
     with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), sums=mode) as handle:
         draw(pipe), draw(pipe)
@@ -294,7 +294,7 @@ def test_sources_share_as_few_slots_as_possible():
 def test_another_resolution_is_refused_and_the_profiled_one_still_runs(extra):
     pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
     schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, tapes, **extra) as handle:
         few(pipe), few(pipe), few(pipe)
         larger = pipe.transformer.register_forward_pre_hook(
