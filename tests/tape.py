@@ -1,7 +1,7 @@
-"""A stand-in for CUDA graphs on a CPU: records operators with the tensors that they touch, and runs just these again.
+"""A replacement for CUDA graphs on a CPU: records operators with the tensors that they read and write, and runs them again.
 
-Like a graph it knows places, not Python: what a tensor held when it was recorded, a branch taken, an object replaced, all
-that is frozen. Unlike a capture it computes while it records, so it puts back what it wrote to.
+Like a graph it depends on tensors, not on Python: a value read while it was recorded, a branch taken, an object replaced later,
+all that is frozen. Unlike a capture it computes while it records, so it restores the tensors that it wrote to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.ops: list[tuple[Any, Any, Any, Any]] = []
         self.own: dict[int, torch.Tensor] = {}  # made while recording
-        self.before: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors from outside that were written to
+        self.before: list[
+            tuple[torch.Tensor, torch.Tensor]
+        ] = []  # (tensor from outside that was written to, its value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,13 +45,13 @@ class _Recording(TorchDispatchMode):
 
 
 class Tapes:
-    """Makes replays of what was recorded."""
+    """Records tapes and counts them and their replays."""
 
     def __init__(self, fail: Exception | None = None) -> None:
         self.made, self.played, self.fail = 0, 0, fail
 
     def forget(self) -> None:
-        """Tapes share nothing."""
+        """Does nothing: tapes share nothing."""
 
     def missing(self, device: torch.device) -> str | None:
         return None
@@ -68,15 +70,18 @@ class Tapes:
         def replay() -> None:
             self.played += 1
             now: dict[int, torch.Tensor] = {}
-            look = lambda x: now.get(id(x), x) if torch.is_tensor(x) else x  # noqa: E731
+
+            def current(x: Any) -> Any:
+                return now.get(id(x), x) if torch.is_tensor(x) else x
+
             with torch.no_grad():
                 for func, args, kwargs, out in tape.ops:
-                    new = func(*tree_map(look, args), **tree_map(look, kwargs))
+                    new = func(*tree_map(current, args), **tree_map(current, kwargs))
                     for old, fresh in zip(tree_leaves(out), tree_leaves(new), strict=True):
                         if torch.is_tensor(old) and id(old) in tape.own:
                             now[id(old)] = fresh
-                for mine, leaf in zip(static, [x for x in tree_leaves(result) if torch.is_tensor(x)], strict=True):
-                    mine.copy_(look(leaf))
+                for place, leaf in zip(static, [x for x in tree_leaves(result) if torch.is_tensor(x)], strict=True):
+                    place.copy_(current(leaf))
 
         places = iter(static)
         return replay, tree_map(lambda x: next(places) if torch.is_tensor(x) else x, result)

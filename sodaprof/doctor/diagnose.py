@@ -21,7 +21,7 @@ from ..pipelines.load import default_guidance, default_prompts, transformers_of
 from ..pipelines.recording import Step, hooked, record_step
 from ..pipelines.sampler_steps import in_loop
 from ..pipelines.structure import find_modules
-from ..runtime.compiled.trace import LoweredBlock, Program
+from ..runtime.compiled.trace import Program, TracedBlock
 from ..runtime.hooks.sites import SiteHook, SiteRow
 from ..runtime.hooks.stack import block_of
 from .hazards import Call, Hazard, follow
@@ -154,7 +154,7 @@ def refusals(network: nn.Module, found: Transformer, inputs: dict[str, Call]) ->
             for path, calls in rows.items():
                 stack.enter_context(hooked(known[path][4], SiteHook(calls, moment), HOOK))
             module = network.get_submodule(block)
-            lowered = LoweredBlock(block, module, [row for calls in rows.values() for row in calls], moment, programs)
+            lowered = TracedBlock(block, module, [row for calls in rows.values() for row in calls], moment, programs)
             stack.enter_context(hooked(module, lowered, f"{HOOK}.lowered"))
             try:
                 module(*args, **kwargs)

@@ -565,14 +565,14 @@ def test_tables_and_sums_are_those_of_each_transformer(wan):
         for _ in range(2):
             draw(wan)
         seen = []
-        inner = handle.engine.tables[1]._as_noted
-        handle.engine.tables[1]._as_noted = lambda *given: (seen.append(inner(*given)), seen[-1])[1]
+        inner = handle.engine.tables[1].arguments.is_expected
+        handle.engine.tables[1].arguments.is_expected = lambda *given: (seen.append(inner(*given)), seen[-1])[1]
         held = {}
         step = wan.scheduler.step
 
         def look(*args, **kwargs):
             held[handle.clock.step] = (
-                [len(b.runs) for b in handle.engine.blocks],
+                [len(b.sums) for b in handle.engine.blocks],
                 [len(b.ready) for b in handle.engine.blocks],
             )
             return step(*args, **kwargs)

@@ -238,7 +238,9 @@ def collapses(case: Case) -> str:
     for mode in ("ordered", "fused"):
         with sodaprof.apply(case.pipe, schedule, runtime=Compiled(sums=mode, graphs=False)) as handle:
             case.sample(calls)
-            outputs = case.sample(calls, lambda h=handle: found.update(b.path for b in h.blocks if (1, 0) in b.runs))
+            outputs = case.sample(
+                calls, lambda h=handle: found.update(b.path for b in h.engine.blocks if (1, 0) in b.sums)
+            )
             check_report(handle.report())
             blocks = len(handle.engine.blocks)
         for step in range(STEPS):

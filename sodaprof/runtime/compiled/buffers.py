@@ -1,92 +1,107 @@
-"""What a run's tables hold, in places that last: a graph writes them at the start of each run, the graphs of steps read them.
+"""Fixed places that graphs read and write: the values of the conditioning tables, and what sites keep.
 
-Values of single steps lie in one tensor, a row a step, so that a graph finds those of its step by a counter on the device.
+A graph fills the tables at the start of each run, and the graphs of steps read them. The values of single steps lie in one
+tensor with a row for each step, so a graph finds those of its step by a counter on the device. What sites keep lies in one
+contiguous tensor for all module outputs of one shape on one branch.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-WORD, LINE = (
-    8,
-    64,
-)  # bytes of a table's element; elements that a value starts at a multiple of: as fresh memory is aligned
+from ..hooks.cells import Output
+from ..hooks.sites import SiteRow
+
+ELEMENT_BYTES = 8  # of a table's element
+ALIGNMENT = 64  # elements: each value starts at a multiple of it, as new memory is aligned
 
 
-class Place(NamedTuple):
-    """Where a value lies in its step's row, and how it looks."""
+class Slot(NamedTuple):
+    """The place of a value in the row of its step, and the layout of the value."""
 
     offset: int
-    words: int
+    length: int  # elements of the row
     dtype: torch.dtype
-    shape: torch.Size  # of what lies in memory
+    shape: torch.Size  # of the part that lies in memory
     stride: tuple[int, ...]
     expanded: torch.Size
 
-    def within(self, row: torch.Tensor) -> torch.Tensor:
-        """Returns what lies there of the value in a row of the table."""
-        there = row[self.offset : self.offset + self.words].view(self.dtype)
-        return there.as_strided(self.shape, self.stride)
+    def read(self, row: torch.Tensor) -> torch.Tensor:
+        """Returns the value that lies here in a row of a table."""
+        part = row[self.offset : self.offset + self.length].view(self.dtype)
+        return part.as_strided(self.shape, self.stride).expand(self.expanded)
 
-    def of(self, row: torch.Tensor) -> torch.Tensor:
-        """Returns the value in a row of the table."""
-        return self.within(row).expand(self.expanded)
+
+@dataclass(frozen=True, eq=False)
+class TableValue:
+    """A value of one step in a table."""
+
+    slot: Slot
+    tensor: torch.Tensor  # the slot in the row of its step
+
+    def read(self, row: torch.Tensor | None) -> torch.Tensor:
+        """Returns the value in this row; None: in the row of its step."""
+        return self.tensor if row is None else self.slot.read(row)
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Tensors in lasting places, in the structure in which they were found."""
+    """Tensors in fixed places, in the structure in which they were found."""
 
-    result: Any
-    table: torch.Tensor  # int64 [T, words]
-    places: dict[int, Place]  # of tensors in the result that are views of it, by id
-    numbers: list[int]  # of the leaves that are to be written
-    written: list[torch.Tensor]  # where to
+    result: Any  # values of single steps as TableValue
+    table: torch.Tensor  # int64 [T, length of a row]
+    numbers: list[int]  # of the leaves that `write` copies
+    written: list[torch.Tensor]  # where it copies them
 
     def write(self, found: Any) -> None:
-        """Copies in what was found anew."""
+        """Copies in new values, found in the same structure."""
         leaves = tree_leaves(found)
-        copy_all(self.written, [once(leaves[i]) for i in self.numbers])
+        copy_all(self.written, [compact(leaves[i]) for i in self.numbers])
 
 
 def pack(found: Any, steps_of: Any, steps: int) -> Packed:
-    """Returns copies of all tensors in `found`, one for each; steps_of: alike, the step of each leaf, None for all steps."""
+    """Returns copies of all tensors in `found`, one copy of each.
+
+    steps_of: the same structure with the step of each leaf, None for a leaf that holds for all steps.
+    """
     leaves, spec = tree_flatten(found)
-    fixed, places = dict[int, torch.Tensor](), dict[tuple[int, int], Place]()
-    used, numbers, of = [0] * steps, list[int](), tree_leaves(steps_of)
-    device = next(leaf.device for leaf in leaves if torch.is_tensor(leaf))
-    for i, (leaf, step) in enumerate(zip(leaves, of, strict=True)):
-        if not torch.is_tensor(leaf) or (step is None and id(leaf) in fixed) or (step, id(leaf)) in places:
+    copies, used, numbers = dict[tuple[int | None, int], Any](), [0] * steps, list[int]()
+    pairs = zip(leaves, tree_leaves(steps_of), strict=True)
+    tensors = [(i, step) for i, (leaf, step) in enumerate(pairs) if torch.is_tensor(leaf)]
+    for i, step in tensors:
+        leaf = leaves[i]
+        if (step, id(leaf)) in copies:
             continue
         numbers.append(i)
         if step is None:
-            fixed[id(leaf)] = expanded_copy(leaf)
+            copies[step, id(leaf)] = expanded_copy(leaf)
             continue
-        part = once(leaf)
+        part = compact(leaf)
         span = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True))
-        words = -(-span * leaf.element_size() // WORD)
-        places[step, id(leaf)] = Place(used[step], words, leaf.dtype, part.shape, part.stride(), leaf.shape)
-        used[step] += -(-words // LINE) * LINE
-    table = torch.zeros(steps, max(used), dtype=torch.int64, device=device)
-    views = {key: place.of(table[key[0]]) for key, place in places.items()}
-    written = [fixed[id(leaves[i])] if of[i] is None else views[of[i], id(leaves[i])] for i in numbers]
-    lasting = [
-        leaf if not torch.is_tensor(leaf) else fixed[id(leaf)] if step is None else views[step, id(leaf)]
-        for leaf, step in zip(leaves, of, strict=True)
-    ]
-    by_id = {id(views[key]): place for key, place in places.items()}
-    packed = Packed(tree_unflatten(lasting, spec), table, by_id, numbers, [once(place) for place in written])
+        length = -(-span * leaf.element_size() // ELEMENT_BYTES)
+        copies[step, id(leaf)] = Slot(used[step], length, leaf.dtype, part.shape, part.stride(), leaf.shape)
+        used[step] += -(-length // ALIGNMENT) * ALIGNMENT
+    table = torch.zeros(steps, max(used), dtype=torch.int64, device=leaves[tensors[0][0]].device)
+    for (step, number), copy in copies.items():
+        if step is not None:
+            copies[step, number] = TableValue(copy, copy.read(table[step]))
+    result = list(leaves)
+    for i, step in tensors:
+        result[i] = copies[step, id(leaves[i])]
+    written = [value.tensor if isinstance(value := result[i], TableValue) else value for i in numbers]
+    packed = Packed(tree_unflatten(result, spec), table, numbers, [compact(tensor) for tensor in written])
     packed.write(found)
     return packed
 
 
 def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
-    """Copies each value to its place: a launch for all that are alike, where one of mixed dtypes would be one for each."""
+    """Copies each value to its place, all values of one dtype in one launch; mixed dtypes would take a launch each."""
     by_dtype: dict[Any, list[int]] = {}
     for i, (place, value) in enumerate(zip(places, values, strict=True)):
         by_dtype.setdefault((place.dtype, value.dtype, place.device), []).append(i)
@@ -96,9 +111,54 @@ def copy_all(places: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> 
 
 def expanded_copy(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a copy that is expanded as the tensor is: programs are bound to strides."""
-    return once(tensor).clone().expand(tensor.shape)
+    return compact(tensor).clone().expand(tensor.shape)
 
 
-def once(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the part of an expanded tensor that lies in memory once."""
+def compact(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns an expanded tensor without the repetition: the part that lies in memory."""
     return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in tensor.stride())]
+
+
+class Arenas:
+    """Hands out places in one tensor for each guidance branch and shape; other values get a tensor of their own."""
+
+    def __init__(self, rows: list[SiteRow]) -> None:
+        self.needed: Counter[int] = Counter()  # number of tokens -> places that their sites need on a branch
+        for row in rows:
+            sources = {cell.slot for cell in row.cells} - {None}
+            self.needed[row.profiled_tokens] += any(cell.keeps_cache for cell in row.cells) + len(sources)
+        self.arenas: dict[Any, torch.Tensor] = {}
+        self.used: Counter[Any] = Counter()
+
+    def place(self, row: SiteRow, name: tuple[int, Any], value: Output) -> Output:
+        """Returns a place for such a value; name: the branch, and "cache", the number of a slot, or another name."""
+        branch, what = name
+        if not torch.is_tensor(value) or not (what == "cache" or isinstance(what, int)):
+            return tree_map(torch.empty_like, value)
+        key = branch, row.profiled_tokens, value.shape, value.dtype, value.device
+        if key not in self.arenas:
+            shape = self.needed[row.profiled_tokens], *value.shape
+            self.arenas[key] = torch.empty(shape, dtype=value.dtype, device=value.device)
+        self.used[key] += 1
+        return self.arenas[key][self.used[key] - 1]
+
+
+class RowBuffers:
+    """The places of one site's row, made at their first use (the `Buffers` of a `SiteRow`)."""
+
+    def __init__(self, arenas: Arenas, row: SiteRow) -> None:
+        self.arenas, self.row = arenas, row
+        self.places: dict[tuple[int, Any], Output] = {}
+
+    def put(self, name: tuple[int, Any], value: Output) -> Output:
+        """Returns the place of this name with the value copied into it."""
+        if name not in self.places:
+            self.places[name] = self.arenas.place(self.row, name, value)
+        place = self.places[name]
+        if place is not value:
+            tree_map(lambda kept, new: kept.copy_(new), place, value)
+        return place
+
+    def get(self, name: tuple[int, Any]) -> Output:
+        """Returns the place of this name; None if there is none."""
+        return self.places.get(name)

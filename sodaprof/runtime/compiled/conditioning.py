@@ -1,342 +1,282 @@
-"""Conditioning tables: what of the blocks' programs does not depend on the latents is computed ahead, not step by step.
+"""Conditioning tables: what the blocks' programs compute from the timestep and the prompt is computed ahead of the loop.
 
-What depends on what is found by probing, not by model names: the transformer is called again with its blocks standing
-still, once with other latents and block outputs (an argument of a block that stays equal does not depend on them), then
-at every timestep (one that stays equal holds for the whole run). Each program falls into three parts: for a run, for a
-step, and the rest. They are the program's own operators at the step's own shapes, so the bits are the same.
+Each program falls into three parts (`precompute`): for a run, for a step, and the rest. They are the program's own operators at
+the step's own shapes, so the bits are the same. What depends on what is found by probing (`dependence`).
 
-A first run notes how the pipeline calls the transformer at each step. A second probes at its first step and serves the
-others. From the third on the tables are filled before the first step, without running a block, and serve that, too.
+The first run records how the pipeline calls the transformer at each step. The second one probes at its first step and serves
+the others from the tables. From the third run on the tables are filled before the first step, without running a block, and
+serve that step, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks import ModelHook
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from ...pipelines.clock import Moment
 from ...pipelines.recording import latents_of
-from .graphs import Capture
+from .arguments import RunArguments
+from .dependence import BlockCall, DependenceProbe, Stubs, TransformerCall, with_recorded_blocks
+from .graphs import Graphs
+from .identity import signature_of
 from .loop import Branch, Loop
-from .noted import Comparison, Noted, kept, noted
-from .outside import Outside, OutsideProgram, stand_still
-from .precompute import Filler, same
-from .sums import Collapse
-from .trace import BlockCall, LoweredBlock, kind_of
+from .outside import BlockArguments
+from .precompute import Filled, Filler
+from .sums import Sums
+from .trace import Position, Ready, TracedBlock
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """How the transformer is called at its first step of the run under way, and what changes at the others."""
+class Phase(Enum):
+    """What is done with a call of the transformer."""
 
-    forward: Any
-    leaves: list[Any]
-    spec: TreeSpec
-    moved: dict[int, dict[int, Any]]  # step, from the second on -> argument -> value
-
-    @property
-    def moving(self) -> set[int]:
-        return {i for values in self.moved.values() for i in values}
-
-    def at(self, step: int) -> list[Any]:
-        """Returns the arguments at a step; the latents are those of the first."""
-        changed = self.moved.get(step, {})
-        return [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-
-    def outputs(self, changed: dict[int, Any]) -> Any:
-        """Returns what the transformer returns with some arguments changed."""
-        args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
-        return self.forward(*args, **kwargs)
+    RECORD = auto()  # no run has shown the arguments of every step yet: record them
+    PLAIN = auto()  # the arguments are no conditioning, or differ from run to run: run without tables
+    PROBE = auto()  # first step of the second run: find what depends on what, fill the tables of the other steps
+    FILL = auto()  # first step of a later run: fill the tables, then serve
+    SERVE = auto()  # a later step: serve from the tables
+    WHOLE_STEPS = auto()  # a later step that the whole-step loop runs
 
 
-class Learned(NamedTuple):
-    """How a block is called in calls of one kind, as probing found."""
+@dataclass
+class Variant:
+    """What is known of calls with one signature and one set of hooks on the blocks."""
 
-    out: Any  # stands in for its output: the same looks
-    late: set[int]
-    handed: bool
-    moving: set[int]  # arguments that change from step to step
+    number: int
+    blocks: list[BlockCall] = field(default_factory=list)  # with stubs for tensors; empty until they are probed
+    ready: list[dict[Position, Ready]] = field(default_factory=list)  # of each block: values that a graph fills
+    sums: list[dict[Position, Any]] = field(default_factory=list)  # of each block, made of such values
+
+    def keep(self, blocks: list[TracedBlock], positions: list[Position]) -> None:
+        """Keeps what the blocks hold at these steps, for later runs in which a graph fills the same values."""
+        self.ready = [{p: block.ready[p] for p in positions if p in block.ready} for block in blocks]
+        self.sums = [{p: block.sums[p] for p in positions if p in block.sums} for block in blocks]
+
+    def restore(self, blocks: list[TracedBlock]) -> None:
+        """Gives the blocks what was kept."""
+        for block, ready, sums in zip(blocks, self.ready, self.sums, strict=True):
+            block.ready.update(ready)
+            block.sums.update(sums)
+            for one in sums.values():
+                one.position = 0  # the run before may have ended inside the sum
 
 
-class Tables(ModelHook):  # type: ignore[misc]
-    """The diffusers hook on a transformer whose blocks are lowered; it stands inside the clock's."""
+class BlockValues(NamedTuple):
+    """What is computed ahead for one block, as a tree of tensors."""
+
+    early: list[Any]  # arguments that do not depend on the latents, None for the others
+    changed: dict[int, dict[int, Any]]  # step -> argument -> value
+    filled: list[Filled]
+
+    @staticmethod
+    def of(call: BlockCall, filled: list[Filled]) -> BlockValues:
+        early = [None if i in call.late else leaf for i, leaf in enumerate(call.leaves)]
+        return BlockValues(early, call.changed, filled)
+
+    def steps_of(self) -> BlockValues:
+        """Returns the same structure with the step of each tensor, None for one that holds for the run."""
+        changed = {step: dict.fromkeys(values, step) for step, values in self.changed.items()}
+        return BlockValues([None] * len(self.early), changed, [filled.steps_of() for filled in self.filled])
+
+    def call(self, other: BlockCall) -> BlockCall:
+        """Returns the other call of the block with these values in place of its own."""
+        leaves = [leaf if i in other.late else self.early[i] for i, leaf in enumerate(other.leaves)]
+        return replace(other, leaves=leaves, changed=self.changed)
+
+
+class ConditioningTables(ModelHook):  # type: ignore[misc]
+    """The diffusers hook on a transformer with traced blocks; it runs inside the clock's.
+
+    steps: those at which the pipeline calls this transformer. near: tables equal except for rounding, filled at once.
+    """
 
     def __init__(
         self,
         moment: Moment,
-        blocks: list[LoweredBlock],
-        steps: list[int],  # at which the pipeline calls this transformer
-        collapse: Collapse | None,
-        capture: Capture | None,
-        near: bool = False,  # tables equal except for rounding, filled at once
+        blocks: list[TracedBlock],
+        steps: list[int],
+        sums: Sums | None,
+        capture: Graphs | None,
+        near: bool = False,
     ) -> None:
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
-        self.collapse, self.capture = collapse, capture
-        self.loop: Loop | None = None  # takes the steps after the first
-        self.seen: dict[Any, dict[int, list[Any]]] = {}  # (looks of a call, branch) -> step -> its arguments
-        self.noted: dict[Any, Noted] = {}  # (looks of a call, branch) -> what changes in it, once all steps are seen
-        self.unsteady: set[Any] = set()  # (looks of a call, branch) whose arguments were others in a later run
-        self.comparison = Comparison()
-        self.filler = Filler(near)
-        self.learned: dict[Any, list[Learned]] = {}  # looks of a call -> of each block
-        self.stand_ins: dict[Any, torch.Tensor] = {}  # by number of the output and looks
-        self.transformer: nn.Module | None = None
-        self.programs: dict[
-            Any, OutsideProgram | None
-        ] = {}  # around the blocks, by looks of a call and how that is built
-        self.held: dict[Any, list[Any]] = {}  # looks of a call -> what each block holds of what a graph fills
-        self.numbers: dict[Any, int] = {}  # of looks
-        self.first: dict[int, list[Any]] = {}  # branch -> arguments at its first step of the run under way
-        self.kinds: dict[int, tuple[Any, int]] = {}  # branch -> looks of its calls in the run under way, their number
+        self.sums, self.capture = sums, capture
+        self.loop: Loop | None = None  # runs the steps after the first
+        self.arguments = RunArguments(steps)
+        self.filler, self.stubs = Filler(near), Stubs()
+        self.block_arguments = BlockArguments(blocks, steps, self.filler, self.stubs)
+        self.variants: dict[Any, Variant] = {}  # by signature and the blocks' hooks
+        self.current: dict[int, Variant] = {}  # of the run that runs now, by branch
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        forward, step, branch = self.fn_ref.original_forward, self.moment.step, self.moment.branch
-        self.transformer = module
-        begin = self.steps[0]
+        forward = self.fn_ref.original_forward
+        latents = latents_of(module, args, kwargs)
+        if not torch.is_tensor(latents):  # a list with one tensor for each sample: the blocks run whole programs
+            if self.capture is not None:
+                self.capture.refused = "the pipeline passes its latents as a list"
+            return forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        given = latents_of(module, args, kwargs)
-        if not torch.is_tensor(given):  # a list, one tensor a sample: the traced blocks run whole
-            if self.capture is not None:
-                self.capture.refused = "the pipeline hands over its latents as a list"
-            return forward(*args, **kwargs)
-        latents = next(i for i, leaf in enumerate(leaves) if leaf is given)
-        kinds = tuple(kind_of(leaf) for leaf in leaves)
-        looks = spec, kinds, branch, torch.is_autocast_enabled(), torch.get_default_dtype()
-        if self.capture is not None and step == begin and not branch:
-            self.capture.begin((spec, kinds))
-        seen = self.seen.setdefault(looks, {})
-        if len(seen) < len(self.steps):
-            seen[step] = [kept(leaf) if i != latents else None for i, leaf in enumerate(leaves)]
-            if self.capture is not None:
-                self.capture.settle([step])
-            return forward(*args, **kwargs)
-        if step != begin and self.loop is not None and self.loop.wants(leaves[latents]):
-            return self.loop.run()
-        if step != begin:
-            self.moment.tabled = self._as_noted(looks, leaves, latents)
-            if self.capture is None:
-                return forward(*args, **kwargs)
-            if self.moment.tabled:
-                return self.capture.run(forward, leaves, spec, self.kinds[branch][1])
-            self.capture.settle([step])
-            return forward(*args, **kwargs)
-        if looks not in self.noted:
-            self.noted[looks] = noted(seen, self.steps)
-        if not self.noted[looks].conditions or looks in self.unsteady:
-            return forward(*args, **kwargs)
-        moved = self.noted[looks].moved
-        hooked = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)  # may make detours
-        call, kind = Call(forward, leaves, spec, moved), (looks, hooked)
-        self.kinds[branch] = looks, self.numbers.setdefault(kind, len(self.numbers))
-        if kind in self.learned:
+        number = next(i for i, leaf in enumerate(leaves) if leaf is latents)
+        call = TransformerCall(module, forward, leaves, spec, number)
+        signatures = tuple(signature_of(leaf) for leaf in leaves)
+        settings = self.moment.branch, torch.is_autocast_enabled(), torch.get_default_dtype()
+        if self.capture is not None and self.moment.step == self.steps[0] and not self.moment.branch:
+            self.capture.begin((spec, signatures))
+        return self._run(call, (spec, signatures, *settings))
+
+    def phase(self, call: TransformerCall, signature: Any) -> Phase:
+        """Returns what is to be done with this call; call it once for each call."""
+        if not self.arguments.is_recorded(signature):
+            return Phase.RECORD
+        if self.moment.step != self.steps[0]:
+            whole_steps = self.loop is not None and self.loop.takes_over(call.leaves[call.latents])
+            return Phase.WHOLE_STEPS if whole_steps else Phase.SERVE
+        if self.arguments.changes_of(signature) is None:
+            return Phase.PLAIN
+        return Phase.FILL if self._variant(signature).blocks else Phase.PROBE
+
+    def _run(self, call: TransformerCall, signature: Any) -> Any:
+        """Returns the output of the transformer, in the way of the phase."""
+        match self.phase(call, signature):
+            case Phase.RECORD:
+                self.arguments.record(signature, self.moment.step, call.leaves, call.latents)
+                return self._plain(call)
+            case Phase.PLAIN:
+                return self._plain(call)
+            case Phase.WHOLE_STEPS:
+                assert self.loop is not None
+                return self.loop.run()
+            case Phase.SERVE:
+                return self._serve(call, signature)
+            case _:
+                return self._begin(call, signature)
+
+    def _plain(self, call: TransformerCall) -> Any:
+        """Runs the blocks without tables and graphs."""
+        if self.capture is not None:
+            self.capture.sync_stores([self.moment.step])
+        return call.output({})
+
+    def _serve(self, call: TransformerCall, signature: Any) -> Any:
+        """Runs a later step from the tables, if its arguments are those that the tables were filled for."""
+        step, branch = self.moment.step, self.moment.branch
+        self.moment.tabled = self.arguments.is_expected(signature, call.leaves, call.latents, step, branch)
+        return self._from_tables(call, self.current[branch]) if self.moment.tabled else self._plain(call)
+
+    def _from_tables(self, call: TransformerCall, variant: Variant) -> Any:
+        if self.capture is None:
+            return call.output({})
+        return self.capture.run(call.forward, call.leaves, call.spec, variant.number)
+
+    def _begin(self, call: TransformerCall, signature: Any) -> Any:
+        """Runs the first step of a run: probes if this variant is new, else fills the tables and serves from them."""
+        branch, variant = self.moment.branch, self._variant(signature)
+        changes = self.arguments.changes_of(signature)
+        assert changes is not None
+        call = replace(call, changed=changes)
+        self.current[branch] = variant
+        if variant.blocks:
             with torch.no_grad():
-                self._fill(call, kind, branch)
+                self._fill(call, variant, branch)
             self.moment.tabled = True
-            number = self.kinds[branch][1]
-            out = forward(*args, **kwargs) if self.capture is None else self.capture.run(forward, leaves, spec, number)
+            out = self._from_tables(call, variant)
         else:
-            out = self._learn(call, latents, kind, branch)
-        self.first[branch] = leaves
+            out = self._probe(call, variant, branch)
+        self.arguments.begin(branch, signature, call.leaves)
         if self.loop is not None:
-            self.loop.branches.append(Branch(forward, leaves, spec, latents, moved, kind, out))
+            branch_call = Branch(call.forward, call.leaves, call.spec, call.latents, changes, variant.number, out)
+            self.loop.branches.append(branch_call)
         return out
 
     def reset(self) -> None:
-        self.first.clear()
-        self.kinds.clear()
-        self.comparison.reset()
+        """Ends a run."""
+        self.arguments.reset()
+        self.current.clear()
 
     def differed(self) -> bool:
-        """Returns whether arguments on a device were not those of the tables in the run that ends; then there are none again."""
-        if not self.comparison.differed():
-            return False
-        self.unsteady.update(looks for looks, _ in self.kinds.values())
-        return True
+        """Returns whether arguments on a device were not those of the tables in the run that ends; then they get none again."""
+        return self.arguments.differed()
 
-    def _as_noted(self, looks: Any, leaves: list[Any], latents: int) -> bool:
-        """Whether the arguments of this step are what the tables were made for; does not wait for a device."""
-        step, branch = self.moment.step, self.moment.branch
-        if branch not in self.first or self.kinds[branch][0] != looks:
-            return False
-        moved, first = self.noted[looks].moved[step], self.first[branch]
-        return all(i == latents or self.comparison.same(leaf, moved.get(i, first[i])) for i, leaf in enumerate(leaves))
+    def _variant(self, signature: Any) -> Variant:
+        # hooks of others on the blocks may change what a block is given
+        hooks = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)
+        return self.variants.setdefault((signature, hooks), Variant(len(self.variants)))
 
-    def _learn(self, whole: Call, latents: int, kind: Any, branch: int) -> Any:
-        """Returns the transformer's output at its first step, with which it learns how blocks are called; fills the others."""
-        calls = [BlockCall(block) for block in self.blocks]
-        for call in calls:
-            call.block.listener = call
-        try:
-            out = whole.outputs({})
-        finally:
-            for call in calls:
-                call.block.listener = None
+    def _probe(self, call: TransformerCall, variant: Variant, branch: int) -> Any:
+        """Returns the transformer's output at the first step; finds the blocks' dependence and fills the other steps."""
+        calls, out = with_recorded_blocks(self.blocks, lambda: call.output({}))
         with torch.no_grad():
-            self._probe(whole, latents, calls, out)
+            DependenceProbe(call, calls, out).run()
             steps = self.steps[1:]
-            for call in calls:
-                for filled in self.filler.fill(call, steps, branch):
-                    filled.hold(call.block, branch)
-            if self.collapse is not None:
-                self.collapse.join(calls, steps, branch)
-            self.learned[kind] = [Learned(self._stand_in(c.out), c.late, c.handed, c.moving) for c in calls]
-            self._around(whole, kind)
+            self._install(calls, [self.filler.fill(c, steps, branch) for c in calls], steps, branch)
+            variant.blocks = [self.stubs.of_call(c) for c in calls]
+            self.block_arguments.prepare(call, variant.number, variant.blocks)
         return out
 
-    def _probe(self, whole: Call, latents: int, calls: list[BlockCall], out: Any) -> None:
-        """Calls the transformer with its blocks standing still: with other latents, then at every other timestep."""
-        noise = torch.Generator().manual_seed(0)
-
-        def stirred(leaf: Any) -> Any:
-            if not torch.is_tensor(leaf) or not leaf.is_floating_point():
-                return leaf
-            return leaf + torch.randn(leaf.shape, generator=noise).to(leaf)
-
-        answers = [call.out for call in calls]
-        others = self._asked(whole, {latents: stirred(whole.leaves[latents])}, [tree_map(stirred, a) for a in answers])
-        for call, other in zip(calls, others, strict=False):
-            call.late = {i for i, (a, b) in enumerate(zip(call.leaves, other, strict=True)) if not same(a, b)}
-        self._follow(calls, out, lambda answers: self._asked(whole, {}, answers), stirred)
-        for step, values in whole.moved.items():
-            for call, other in zip(calls, self._asked(whole, values, answers), strict=False):
-                pairs = enumerate(zip(call.leaves, other, strict=True))
-                call.changed[step] = {i: b for i, (a, b) in pairs if i not in call.late and not same(a, b)}
-
-    def _asked(self, whole: Call, changed: dict[int, Any], answers: Sequence[Any]) -> list[list[Any]]:
-        """Returns the arguments of every block while they return `answers`, and last what the transformer returns."""
-        asked, out = stand_still(self.blocks, answers, lambda: whole.outputs(changed))
-        return [*asked, tree_flatten(out)[0]]
-
-    def _follow(self, calls: list[BlockCall], out: Any, arguments: Any, stirred: Any) -> None:
-        """Notes which blocks' outputs the next block takes, and nobody else: no later block, nor the transformer itself."""
-        taken = []
-        for call, after in pairwise(calls):
-            own = {id(leaf) for leaf in tree_flatten(call.out)[0] if torch.is_tensor(leaf)}
-            taken.append({i for i, leaf in enumerate(after.leaves) if id(leaf) in own} if own else set())
-        onward = [places >= after.late and bool(places) for places, after in zip(taken, calls[1:], strict=True)]
-        answers = [
-            tree_map(stirred, call.out) if on else call.out for call, on in zip(calls, [*onward, False], strict=True)
-        ]
-        before = [call.leaves for call in calls] + [tree_flatten(out)[0]]
-        expected = [set(), *taken, set()]
-        for places, was, now in zip(expected, before, arguments(answers), strict=True):
-            if any(i not in places and not same(a, b) for i, (a, b) in enumerate(zip(was, now, strict=True))):
-                return
-        for call, on in zip(calls, onward, strict=False):
-            call.handed = on
-
-    def _stand_in(self, out: Any) -> Any:
-        """Returns what looks like a block's output; blocks whose outputs look alike share it."""
-        leaves, spec = tree_flatten(out)
-        return tree_unflatten([self._alike(leaf, i) for i, leaf in enumerate(leaves)], spec)
-
-    def _alike(self, leaf: Any, number: int | None = None) -> Any:
-        """Returns zeros that look like a tensor: the same ones for all that look alike and have the same number."""
-        if not torch.is_tensor(leaf):
-            return leaf
-        key = number, kind_of(leaf)
-        if key not in self.stand_ins:
-            empty = torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device)
-            self.stand_ins[key] = empty.zero_()
-        return self.stand_ins[key]
-
-    def _fill(self, whole: Call, kind: Any, branch: int) -> None:
-        """Fills the tables of all steps without running a block; by a graph, where there are graphs."""
-        known, steps, late = self.learned[kind], self.steps, list[dict[int, Any]]()
-
-        def body(leaves: list[Any]) -> list[Any]:
-            call = Call(whole.forward, leaves, whole.spec, whole.moved)
-            begun, *others = self._arguments(call, program, parameters, [one.out for one in known])
-            found = []
-            for number, (block, one, of_block) in enumerate(zip(self.blocks, known, begun, strict=True)):
-                at_steps = [of_block, *(arguments[number] for arguments in others)]
-                mine = {s: {i: at_step[i] for i in one.moving} for s, at_step in zip(steps, at_steps, strict=True)}
-                as_called = BlockCall(block, of_block, one.out, one.late, one.handed, mine)
-                early = [None if i in one.late else leaf for i, leaf in enumerate(of_block)]
-                found.append((early, mine, self.filler.fill(as_called, steps, branch)))
-            late[:] = [{i: of_block[i] for i in one.late} for one, of_block in zip(known, begun, strict=True)]
-            return found
-
-        if self.capture is not None and self.capture.refill(kind, branch, whole.leaves):
-            for block, (ready, runs) in zip(self.blocks, self.held[kind], strict=True):
-                block.ready.update(ready)
-                block.runs.update(runs)
-                for run in runs.values():
-                    run.at = 0  # whatever happened in the run before
+    def _fill(self, call: TransformerCall, variant: Variant, branch: int) -> None:
+        """Fills the tables of all steps without running a block: by a graph if there is one, else by a new one if possible."""
+        if self.capture is not None and self.capture.refill(variant.number, branch, call.leaves):
+            variant.restore(self.blocks)
             return
-        program, parameters = self._around(whole, kind)
-        found, lasting = body(whole.leaves), None
-        if self.capture is not None and all(sum(len(f.steps) for f in filled) == len(steps) for _, _, filled in found):
-            steps_of = [
-                ([None] * len(early), {s: dict.fromkeys(m, s) for s, m in mine.items()}, [f.steps_of() for f in filled])
-                for early, mine, filled in found
-            ]
-            lasting = self.capture.fill(kind, branch, whole.leaves, body, found, steps_of)
+        arguments_of = self.block_arguments.prepare(call, variant.number, variant.blocks)
+
+        def compute(leaves: list[Any]) -> tuple[list[BlockCall], list[list[Filled]]]:
+            calls = self._block_calls(arguments_of(replace(call, leaves=leaves)), variant)
+            return calls, [self.filler.fill(c, self.steps, branch) for c in calls]
+
+        calls, filled = compute(call.leaves)
+        in_places = self._in_fixed_places(call, variant, branch, (calls, filled), compute)
+        if in_places is None:
+            self._install(calls, filled, self.steps, branch)
+            return
+        calls = [values.call(c) for values, c in zip(in_places, calls, strict=True)]
+        self._install(calls, [values.filled for values in in_places], self.steps, branch)
+        variant.keep(self.blocks, [(step, branch) for step in self.steps])
+
+    def _in_fixed_places(
+        self,
+        call: TransformerCall,
+        variant: Variant,
+        branch: int,
+        found: tuple[list[BlockCall], list[list[Filled]]],
+        compute: Callable[[list[Any]], tuple[list[BlockCall], list[list[Filled]]]],
+    ) -> list[BlockValues] | None:
+        """Returns the values in places that a graph fills in later runs; None without graphs."""
+        values = [BlockValues.of(c, filled) for c, filled in zip(*found, strict=True)]
+        complete = all(sum(len(filled.steps) for filled in one.filled) == len(self.steps) for one in values)
+        if self.capture is None or not complete:
+            return None
+
+        def body(leaves: list[Any]) -> list[BlockValues]:
+            return [BlockValues.of(c, filled) for c, filled in zip(*compute(leaves), strict=True)]
+
+        steps_of = [one.steps_of() for one in values]
+        packed: list[BlockValues] | None = self.capture.fill(
+            variant.number, branch, call.leaves, body, values, steps_of
+        )
+        return packed
+
+    def _block_calls(self, at_steps: list[list[list[Any]]], variant: Variant) -> list[BlockCall]:
+        """Returns how every block is called, from the arguments of every block at each step."""
         calls = []
-        for block, one, (early, mine, filled), others in zip(self.blocks, known, lasting or found, late, strict=True):
-            arguments = [others.get(i, leaf) for i, leaf in enumerate(early)]
-            calls.append(BlockCall(block, arguments, one.out, one.late, one.handed, mine))
-            for values in filled:
-                values.hold(block, branch)
-        if self.collapse is not None:
-            self.collapse.join(calls, steps, branch)
-        if lasting is not None:
-            ats = [(step, branch) for step in steps]
-            self.held[kind] = [
-                tuple({at: of[at] for at in ats if at in of} for of in (block.ready, block.runs))
-                for block in self.blocks
-            ]
+        for number, known in enumerate(variant.blocks):
+            of_block = [arguments[number] for arguments in at_steps]
+            pairs = zip(self.steps, of_block, strict=True)
+            changed = {step: {i: leaves[i] for i in known.changing} for step, leaves in pairs}
+            calls.append(replace(known, leaves=of_block[0], changed=changed))
+        return calls
 
-    def _arguments(
-        self, call: Call, program: OutsideProgram | None, parameters: list[torch.Tensor], answers: list[Any]
-    ) -> list[list[list[Any]]]:
-        """Returns the arguments of every block at each step; those that depend on the latents only look like it."""
-        if program is None:
-            return [self._asked(call, call.moved.get(step, {}), answers)[:-1] for step in self.steps]
-        return program.arguments(self.filler, parameters, [call.at(step) for step in self.steps])
-
-    def _around(self, whole: Call, kind: Any) -> tuple[OutsideProgram | None, list[torch.Tensor]]:
-        """Returns what is around the blocks as a program, None where that cannot be, and the parameters there."""
-        assert self.transformer is not None
-        if (
-            getattr(whole.forward, "__func__", None) is not type(self.transformer).forward
-        ):  # somebody's: offloading, say
-            return None, []
-        outside = Outside(self.transformer, self.blocks)
-        if (built := outside.built()) is None:
-            return None, []
-        key = kind, built
-        if key not in self.programs:
-            self.programs[key] = self._traced(outside, whole, self.learned[kind])
-        return self.programs[key], outside.parameters()
-
-    def _traced(self, outside: Outside, whole: Call, known: list[Learned]) -> OutsideProgram | None:
-        """Returns what is around the blocks as a program where it gives what calls give, else None."""
-        moving, answers, late = whole.moving, [one.out for one in known], [one.late for one in known]
-        looks = {tuple(kind_of(at_step[i]) for i in moving) for at_step in map(whole.at, self.steps)}
-        if len(looks) > 1 or not all(torch.is_tensor(whole.leaves[i]) for i in moving):
-            return None
-        program = outside.program(whole.forward, whole.leaves, whole.spec, answers, moving, late)
-        if program is None:
-            return None
-        parameters, asked = outside.parameters(), self._arguments(whole, None, [], answers)
-        own = {id(leaf) for leaf in tree_leaves(answers) if torch.is_tensor(leaf)}
-        program.template = [
-            [self._alike(leaf) if i in one.late and id(leaf) not in own else leaf for i, leaf in enumerate(of_block)]
-            for one, of_block in zip(known, asked[0], strict=True)
-        ]
-        for _ in range(2):  # step by step, then all at once
-            for was, now in zip(asked, self._arguments(whole, program, parameters, answers), strict=True):
-                for one, before, after in zip(known, was, now, strict=True):
-                    pairs = enumerate(zip(before, after, strict=True))
-                    if any(kind_of(a) != kind_of(b) or (i not in one.late and not same(a, b)) for i, (a, b) in pairs):
-                        return None
-        return program
+    def _install(self, calls: list[BlockCall], filled: list[list[Filled]], steps: list[int], branch: int) -> None:
+        """Gives the blocks their values and their cached sums."""
+        for call, of_block in zip(calls, filled, strict=True):
+            for values in of_block:
+                values.install(call.block, branch)
+        if self.sums is not None:
+            self.sums.join(calls, steps, branch)

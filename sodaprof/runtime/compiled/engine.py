@@ -14,11 +14,11 @@ from ...pipelines.clock import Moment
 from ..hooks.sites import SiteRow
 from ..hooks.stack import block_of
 from ..sampler.update import StateUpdate, called_steps
-from .conditioning import Tables
-from .graphs import Capture, CudaGraphs, Recorder
+from .conditioning import ConditioningTables
+from .graphs import CudaGraphs, Graphs, Recorder
 from .loop import Loop
-from .sums import Collapse
-from .trace import LoweredBlock, Program
+from .sums import Sums
+from .trace import Program, TracedBlock
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Engine:
             self.recorder = settings.graphs
         elif settings.tables and settings.graphs and (device.type == "cuda" or settings.whole_steps):
             self.recorder = CudaGraphs()
-        self.sums = Collapse(settings.sums == "fused") if settings.sums else None
-        self.blocks: list[LoweredBlock] = []
-        self.tables: list[Tables] = []
-        self.captures: list[Capture] = []
+        self.sums = Sums(settings.sums == "fused") if settings.sums else None
+        self.blocks: list[TracedBlock] = []
+        self.tables: list[ConditioningTables] = []
+        self.captures: list[Graphs] = []
         self.programs: dict[Any, Program] = {}
         self.loop: Loop | None = None
 
@@ -86,7 +86,7 @@ class Engine:
         for row in rows:
             by_block.setdefault(block_of(row.key), []).append(row)
         blocks = [
-            LoweredBlock(path, transformer.get_submodule(path), of_block, self.moment, self.programs)
+            TracedBlock(path, transformer.get_submodule(path), of_block, self.moment, self.programs)
             for path, of_block in by_block.items()
         ]
         self.blocks += blocks
@@ -95,15 +95,15 @@ class Engine:
             hooks.append((transformer, self._tables(transformer, plan, blocks), "tables"))
         return hooks
 
-    def _tables(self, transformer: nn.Module, plan: Plan, blocks: list[LoweredBlock]) -> Tables:
+    def _tables(self, transformer: nn.Module, plan: Plan, blocks: list[TracedBlock]) -> ConditioningTables:
         capture = None
         if self.recorder is not None:
-            capture = Capture(self.recorder, self.moment, blocks, transformer, self.schedule.steps)
+            capture = Graphs(self.recorder, self.moment, blocks, transformer, self.schedule.steps)
             if "S" in plan.stack:
                 capture.refused = "the schedule skips the stack, whose forecasts are kept outside of graphs"
             self.captures.append(capture)
         called = [step for step, action in enumerate(plan.stack) if action in ".S"]
-        tables = Tables(self.moment, blocks, called, self.sums, capture, self.settings.tables == "near")
+        tables = ConditioningTables(self.moment, blocks, called, self.sums, capture, self.settings.tables == "near")
         self.tables.append(tables)
         if self.settings.whole_steps and capture is not None:
             steps = called_steps(self.schedule)

@@ -1,16 +1,16 @@
-"""Capture: the transformer under each distinct pattern as one CUDA graph, for any pipeline.
+"""Graphs: the transformer under each distinct pattern as one CUDA graph, for any pipeline.
 
-A graph reads and writes fixed places outside of the graphs' own memory, which live as long as it does, so any order of
-replays is safe: the arguments of the call and the sites' stores are copied into buffers; what the tables hold is found by a
-counter on the device, so the timestep is no part of a graph's key. Filling the tables at the start of a run is a graph,
-too. All graphs share one pool and one stream. The two runs that learn how the transformer is called are not captured.
+A graph reads and writes fixed places outside of the graphs' own memory, which live as long as the graph, so replays may come in
+any order. The arguments of the call and the memory of the sites are copied into buffers. Values of the conditioning tables are
+found by a counter on the device, so the timestep is no part of a graph's key. Filling the tables at the start of a run is a
+graph, too. All graphs share one pool and one stream. The two runs that record and probe the transformer's calls are not captured.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,29 +20,29 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
 
 from ...pipelines.clock import Moment
-from .arena import Arenas, RowBuffers
-from .buffers import Packed, copy_all, expanded_copy, once, pack
-from .trace import LoweredBlock, frozen_of
+from .buffers import Arenas, Packed, RowBuffers, TableValue, compact, copy_all, expanded_copy, pack
+from .identity import frozen_of
+from .trace import Position, TracedBlock
 
 
 class Recorder(Protocol):
-    """What makes graphs."""
+    """Makes graphs."""
 
     def missing(self, device: torch.device) -> str | None:
-        """Returns why nothing can be captured on this device, None where it can."""
+        """Returns why nothing can be captured on this device, None if it can."""
 
     def capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Returns (replay, result) of run(): replay() does its work on the device again and changes result in place."""
+        """Returns (replay, result) of run(): replay() does its work on the device again and updates result in place."""
 
     def forget(self) -> None:
-        """Takes note that graphs were dropped: the next ones share nothing with them."""
+        """Is called when all graphs are dropped: later ones share nothing with them."""
 
 
 class CudaGraphs:
-    """Makes CUDA graphs in one pool, on one stream: never dropped one by one, for cuBLAS workspaces go by the stream.
+    """Makes CUDA graphs in one pool, on one stream. They are dropped only all at once: cuBLAS keeps a workspace for a stream.
 
-    A pool whose graphs are all gone cannot be captured into again while a workspace lies in it: new graphs get a new pool and
-    a new stream.
+    A pool whose graphs are all dropped cannot be captured into again while it holds a workspace, so new graphs get a new
+    pool and a new stream.
     """
 
     def __init__(self) -> None:
@@ -69,10 +69,10 @@ class Graph:
     """One captured pattern."""
 
     replay: Callable[[], None]
-    arguments: list[torch.Tensor]  # buffers: the tensors of the call
+    arguments: list[torch.Tensor]  # buffers for the tensors of the call
     out: Any
     executed: Counter[str]  # cells
-    served: Counter[str]  # as the moment counts
+    served: Counter[str]  # as `Moment.served` counts
 
 
 @dataclass
@@ -84,42 +84,42 @@ class Fill:
     packed: Packed
 
 
-class Capture:
+class Graphs:
     """The graphs of one transformer under one schedule."""
 
     def __init__(
-        self, recorder: Recorder, moment: Moment, blocks: list[LoweredBlock], transformer: nn.Module, steps: int
+        self, recorder: Recorder, moment: Moment, blocks: list[TracedBlock], transformer: nn.Module, steps: int
     ) -> None:
         self.recorder, self.moment, self.blocks, self.transformer = recorder, moment, blocks, transformer
         self.steps = steps
         self.graphs: dict[Any, Graph] = {}  # by pattern
-        self.known: dict[Any, Graph] = {}  # by steps and branches
+        self.known: dict[Any, Graph] = {}  # the same graphs by steps and branches
         self.fills: dict[Any, Fill] = {}
-        self.current: dict[int, Fill] = {}  # branch -> what filled the tables of the run under way
-        self.owed: list[list[tuple[int, int]]] = []  # replayed steps and branches whose sites have no stores yet
+        self.current: dict[int, Fill] = {}  # branch -> what filled the tables of the run that runs now
+        self.pending_replays: list[list[Position]] = []  # replayed, and not yet in the memory of the sites
         self.counter = torch.zeros(1, dtype=torch.int64)  # the step, on the device
-        self.frozen: Any = None  # what the graphs hold: where the weights are, how the transformer is built
+        self.frozen: Any = None  # what the graphs depend on: where the weights are, how the transformer is built
         self.device = torch.device("cpu")
         self.replays = 0  # of steps' graphs, in the latest run
-        self.replayed: set[int] = set()  # steps of the latest run of which a call was replayed
-        self.called: set[int] = set()  # steps of the latest run of which a call was not
+        self.replayed: set[int] = set()  # steps of the latest run with a replayed call
+        self.called: set[int] = set()  # steps of the latest run with a call that was not replayed
         self.seconds = 0.0  # spent on capturing
         self.bytes = 0  # of GPU memory that the graphs' pool took
-        self.refused: str | None = None  # why steps run uncaptured
+        self.refused: str | None = None  # why steps run without graphs
         self.rows = [row for block in blocks for row in block.rows]
-        self.buffers: dict[Any, list[RowBuffers]] = {}  # by the looks of the calls: of each row
+        self.buffers: dict[Any, list[RowBuffers]] = {}  # of each row, by signature of the calls
         if any(row.rule is not None and row.rule.base == "random" for row in self.rows):
             self.refused = "random token scores are drawn on the host"
 
-    def begin(self, looks: Any) -> None:
-        """Begins a run: graphs read weights where they were; elsewhere now, or a module changed: all are made anew."""
-        if looks not in self.buffers:
+    def begin(self, signature: Any) -> None:
+        """Begins a run; drops all graphs if weights have moved or a module has changed."""
+        if signature not in self.buffers:
             arenas = Arenas(self.rows)
-            self.buffers[looks] = [RowBuffers(arenas, row) for row in self.rows]
-        for row, buffers in zip(self.rows, self.buffers[looks], strict=True):
+            self.buffers[signature] = [RowBuffers(arenas, row) for row in self.rows]
+        for row, buffers in zip(self.rows, self.buffers[signature], strict=True):
             row.buffers = buffers
         self.current.clear()
-        self.owed.clear()
+        self.pending_replays.clear()
         self.replays = 0
         self.replayed.clear()
         self.called.clear()
@@ -132,38 +132,41 @@ class Capture:
 
     def forget(self) -> None:
         """Drops all graphs."""
-        for made in (self.graphs, self.known, self.fills, self.current):
-            made.clear()
+        for graphs in (self.graphs, self.known, self.fills, self.current):
+            graphs.clear()
         self.recorder.forget()
 
-    def refill(self, kind: Any, branch: int, leaves: list[Any]) -> bool:
-        """Fills the tables in the places that `fill` gave them, by its graph; False where there is none."""
-        fill = self.fills.get(kind)
+    def refill(self, variant: Any, branch: int, leaves: list[Any]) -> bool:
+        """Fills the tables in the places that `fill` returned, by its graph; returns False if there is none."""
+        fill = self.fills.get(variant)
         if fill is None:
             return False
-        copy_all(fill.arguments, [once(leaf) for leaf in leaves if torch.is_tensor(leaf)])
+        copy_all(fill.arguments, [compact(leaf) for leaf in leaves if torch.is_tensor(leaf)])
         fill.replay()
         self.current[branch] = fill
         return True
 
     def fill(
-        self, kind: Any, branch: int, leaves: list[Any], body: Callable[[list[Any]], Any], found: Any, steps_of: Any
+        self, variant: Any, branch: int, leaves: list[Any], body: Callable[[list[Any]], Any], found: Any, steps_of: Any
     ) -> Any:
-        """Returns what body(leaves) found in places where `refill` writes again; None where there can be no graph of it."""
+        """Returns `found` = body(leaves) in places that `refill` writes again; None if there can be no graph of it.
+
+        steps_of: the same structure with the step of each value (`pack`).
+        """
         places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
         if self.refused is not None or any(leaves[i].device != self.device for i in places):
             return None
         packed, static = pack(found, steps_of, self.steps), list(leaves)
         for i in places:
             static[i] = expanded_copy(leaves[i])
-        made = self._record(lambda: packed.write(body(static)))
-        if made is None:
+        recorded = self._record(lambda: packed.write(body(static)))
+        if recorded is None:
             return None
-        self.fills[kind] = self.current[branch] = Fill(made[0], [once(static[i]) for i in places], packed)
+        self.fills[variant] = self.current[branch] = Fill(recorded[0], [compact(static[i]) for i in places], packed)
         return packed.result
 
-    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, kind: Any) -> Any:
-        """Returns the transformer's output at a step that the tables are made for, from a graph where there can be one."""
+    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, variant: Any) -> Any:
+        """Returns the transformer's output at a step with tables, from a graph if there can be one."""
         places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
         step, branch = self.moment.step, self.moment.branch
 
@@ -175,87 +178,101 @@ class Capture:
             return forward(*args, **kwargs)
 
         self.counter.fill_(step)
-        return self.through(kind, [(step, branch)], [leaves[i] for i in places], body, self.counter)
+        return self.through(variant, [(step, branch)], [leaves[i] for i in places], body, self.counter)
 
     def through(
-        self, kind: Any, ats: list[tuple[int, int]], arguments: list[torch.Tensor],
-        body: Callable[[list[torch.Tensor]], Any], counter: torch.Tensor,
-    ) -> Any:  # fmt: skip
-        """Returns body(arguments), which calls the transformer at these steps and branches, from a graph where there can be one.
+        self,
+        variant: Any,
+        positions: list[Position],
+        arguments: list[torch.Tensor],
+        body: Callable[[list[torch.Tensor]], Any],
+        counter: torch.Tensor,
+    ) -> Any:
+        """Returns body(arguments), which calls the transformer at these steps and branches, from a graph if there can be one.
 
-        Whatever else body reads or writes lies where it lay; kind: all that it depends on beside tensors. counter: int64
-        [1], the step.
+        All else that body reads or writes stays in its place. variant: all that body depends on except tensors. counter:
+        int64 [1], the step.
         """
-        mark = kind, *ats
-        graph = self.known.get(mark) if all(branch in self.current for _, branch in ats) else None
+        known_key = variant, *positions
+        tabled = all(branch in self.current for _, branch in positions)
+        graph = self.known.get(known_key) if tabled else None
         if graph is None:
             if self.refused is None and any(a.device != self.device for a in arguments):
                 self.refused = "the pipeline calls the transformer with tensors that are not on its device"
-            if self.refused is not None or any(branch not in self.current for _, branch in ats):
-                self.settle(step for step, _ in ats)
+            if self.refused is not None or not tabled:
+                self.sync_stores(step for step, _ in positions)
                 return body(arguments)
-            key = kind, tuple(self._pattern(block, at) for at in ats for block in self.blocks)
+            key = variant, tuple(self._pattern(block, position) for position in positions for block in self.blocks)
             if key not in self.graphs:
-                self.settle(step for step, _ in ats)
-                return self._first(ats, arguments, body, counter, key)
-            graph = self.known[mark] = self.graphs[key]
+                self.sync_stores(step for step, _ in positions)
+                return self._first_call(key, positions, arguments, body, counter)
+            graph = self.known[known_key] = self.graphs[key]
         if arguments:
             copy_all(graph.arguments, arguments)
         graph.replay()
-        self.owed.append(ats)
+        self.pending_replays.append(positions)
         self.replays += 1
-        self.replayed.update(step for step, _ in ats)
+        self.replayed.update(step for step, _ in positions)
         self.moment.executed.update(graph.executed)
         self.moment.served.update(graph.served)
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, graph.out)
 
-    def settle(self, steps: Iterable[int]) -> None:
-        """Lets the sites find what replayed steps left in their buffers: before a call at these steps that is not replayed."""
+    def sync_stores(self, steps: Iterable[int]) -> None:
+        """Puts what replayed steps left in the buffers into the memory of the sites, before calls at these steps that read it."""
         self.called.update(steps)
-        at, executed = (self.moment.step, self.moment.branch), self.moment.executed.copy()
-        for ats in self.owed:
-            for self.moment.step, self.moment.branch in ats:
+        now, executed = (self.moment.step, self.moment.branch), self.moment.executed.copy()
+        for positions in self.pending_replays:
+            for self.moment.step, self.moment.branch in positions:
                 for row in self.rows:
                     row.write(self.moment, row.recall(self.moment))
-        self.owed.clear()
-        (self.moment.step, self.moment.branch), self.moment.executed = at, executed
+        self.pending_replays.clear()
+        (self.moment.step, self.moment.branch), self.moment.executed = now, executed
 
-    def _first(
-        self, ats: list[tuple[int, int]], arguments: list[torch.Tensor], body: Callable[[list[torch.Tensor]], Any],
-        counter: torch.Tensor, key: Any,
-    ) -> Any:  # fmt: skip
-        """Returns what the first call gives, uncaptured: that makes kernels and workspaces; then captures another."""
+    def replayed_steps(self) -> int:
+        """Returns how many steps of the latest run were replayed, with all calls of each."""
+        return len(self.replayed - self.called)
+
+    def _first_call(
+        self,
+        key: Any,
+        positions: list[Position],
+        arguments: list[torch.Tensor],
+        body: Callable[[list[torch.Tensor]], Any],
+        counter: torch.Tensor,
+    ) -> Any:
+        """Returns body(arguments), run without a graph: that makes kernels and workspaces. Then captures a second call."""
         before = [row.snapshot() for row in self.rows]
         executed, served = self.moment.executed.copy(), self.moment.served.copy()
         result = body(arguments)
         after = [row.snapshot() for row in self.rows]
-        counted, counted_served = self.moment.executed.copy(), self.moment.served.copy()
-        for row, stores in zip(self.rows, before, strict=True):
-            row.memory = stores
+        executed_after, served_after = self.moment.executed.copy(), self.moment.served.copy()
+        for row, memory in zip(self.rows, before, strict=True):
+            row.memory = memory
         static = [a.clone() for a in arguments]
-        known = self._kept_names()
+        kept = self._kept_names()
 
         def run() -> Any:
-            rows = {at: self.current[at[1]].packed.table.index_select(0, counter)[0] for at in ats}
-            with self._reading(rows):
+            tables = {position: self.current[position[1]].packed.table for position in positions}
+            with self._reading({p: table.index_select(0, counter)[0] for p, table in tables.items()}):
                 out = body(static)
-            if known != self._kept_names():  # they would lie in the graphs' own memory
+            if kept != self._kept_names():  # new buffers would lie in the graphs' own memory
                 raise RuntimeError("a site keeps what it did not keep in the first run")
             return out
 
-        if (made := self._record(run)) is not None:
-            self.graphs[key] = Graph(made[0], static, made[1], counted - executed, counted_served - served)
-        self.moment.executed, self.moment.served = counted, counted_served
-        for row, stores in zip(self.rows, after, strict=True):
-            row.memory = stores
+        if (recorded := self._record(run)) is not None:
+            replay, out = recorded
+            self.graphs[key] = Graph(replay, static, out, executed_after - executed, served_after - served)
+        self.moment.executed, self.moment.served = executed_after, served_after
+        for row, memory in zip(self.rows, after, strict=True):
+            row.memory = memory
         return result
 
     def _kept_names(self) -> list[set[Any]]:
-        """Returns for each site the names under which its buffers hold something."""
+        """Returns the names in the buffers of each site."""
         return [set(row.buffers.places) if isinstance(row.buffers, RowBuffers) else set() for row in self.rows]
 
     def _record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
-        """Returns (replay, result) of run() as a graph, None where it cannot be captured: then nothing is, and why is noted."""
+        """Returns (replay, result) of run() as a graph; None if it cannot be captured, after which nothing is captured."""
         began, reserved = time.perf_counter(), self._reserved()
         try:
             with torch.no_grad():
@@ -272,46 +289,28 @@ class Capture:
             self.bytes += max(0, self._reserved() - reserved)
 
     def _reserved(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # as a capture begins with it: what it gives back is no gain of the capture
-        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        """Returns the bytes that torch has reserved on the GPU."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.empty_cache()  # a capture begins with it: memory that it frees does not count for the capture
+        return torch.cuda.memory_reserved(self.device)
 
-    def _pattern(self, block: LoweredBlock, at: tuple[int, int]) -> tuple[Any, ...]:
-        """Returns what a block does at a step: its program, its neighbours in a sum, which buffers and values it reads."""
-        run, known = block.runs.get(at), self.current[at[1]].packed.places
+    def _pattern(self, block: TracedBlock, position: Position) -> tuple[Any, ...]:
+        """Returns what a block does at a step: program, place in a cached sum, slots of its table values, buffers."""
+        ready, run = block.ready[position], block.sums.get(position)
         place = None if run is None else (len(run.members), run.place(block))
-        held = block.ready[at].values if run is None else run.factors_of(block)
-        values = tuple(known.get(id(value)) for value in held)
-        return (
-            block.ready[at].program,
-            place,
-            values,
-            tuple((row.cells[at[0]].arithmetic(), row.cells[at[0]].storage()) for row in block.rows),
-        )
-
-    def replayed_steps(self) -> int:
-        """Returns how many steps of the latest run were replayed, with all calls of each."""
-        return len(self.replayed - self.called)
+        values = ready.values if run is None else run.factors_of(block)
+        slots = tuple(value.slot if isinstance(value, TableValue) else None for value in values)
+        cells = tuple((cell.arithmetic(), cell.storage()) for cell in (row.cells[position[0]] for row in block.rows))
+        return ready.program, place, slots, cells
 
     @contextmanager
-    def _reading(self, rows: dict[tuple[int, int], torch.Tensor]) -> Iterator[None]:
-        """Lets the blocks take the values of steps from these rows of the tables, while the block runs."""
-        undo = list[Callable[[], None]]()
-        for at, row in rows.items():
-            known = self.current[at[1]].packed.places
-
-            def there(value: Any, row: torch.Tensor = row, known: Any = known) -> Any:
-                return known[id(value)].of(row) if id(value) in known else value
-
-            for block in self.blocks:
-                if at in block.runs:
-                    undo.append(block.runs[at].swap(block, there))
-                else:
-                    ready = block.ready[at]
-                    block.ready[at] = ready._replace(values=[there(value) for value in ready.values])
-                    undo.append(lambda block=block, at=at, ready=ready: block.ready.__setitem__(at, ready))  # type: ignore[misc]
+    def _reading(self, rows: Mapping[Position, torch.Tensor]) -> Iterator[None]:
+        """Makes the blocks read their table values from these rows."""
+        for block in self.blocks:
+            block.table_rows = rows
         try:
             yield
         finally:
-            for one in undo:
-                one()
+            for block in self.blocks:
+                block.table_rows = {}

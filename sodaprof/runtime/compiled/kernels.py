@@ -1,7 +1,7 @@
-"""A collapsed run in one launch: start + sum of gate * weighted sum of what was kept, all read from one arena.
+"""A cached sum in one launch: start + sum of gate * weighted sum of kept outputs, all read from one arena.
 
-The sums of `collapse` for a GPU: each element of the stream is read once, the loop over the kept tensors runs inside the
-kernel. What to add is a table on the device, so one kernel serves all runs, and a CUDA graph can hold the launch.
+The sums of `sums` for a GPU: each element of the stream is read once, and the loop over the kept outputs runs inside the
+kernel. The terms are a table on the device, so one kernel serves all sums, and a CUDA graph can hold the launch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from ...errors import UnsupportedModelError
 
-tl: Any = None  # triton.language, once _compiled() has run: Triton looks the names of a kernel up among its module's
+tl: Any = None  # triton.language after _compiled(): Triton reads the names in a kernel from the module of the kernel
 
 TILE = 1024  # elements of the stream that a program adds up: 8 a thread
 
@@ -24,22 +24,22 @@ TILE = 1024  # elements of the stream that a program adds up: 8 a thread
 class Plan(NamedTuple):
     """The terms of a sum as the kernel reads them: a row for every source, in the order of addition."""
 
-    sources: torch.Tensor  # int32 [sources, 4]: slot of the arena, begins a term?, ends it?, row of its gate or -1
-    weights: torch.Tensor  # fp32 [sources]; 1 where a source is taken as it is, which changes no bit
-    slots: int  # the arena has at least as many
+    sources: torch.Tensor  # int32 [sources, 4]: slot of the arena, first of a term?, last of it?, row of its gate or -1
+    weights: torch.Tensor  # fp32 [sources]; 1 for a source that is not weighted, which changes no bit
+    slots: int  # least number of slots in the arena
     terms: int
-    plain: bool  # each term is one source as it is: such a sum needs fewer roundings
+    plain: bool  # each term is one source, not weighted: such a sum needs fewer roundings
 
 
 def available() -> bool:
-    """Returns whether Triton is installed. Without a GPU it runs under TRITON_INTERPRET=1 alone, for tests."""
+    """Returns whether Triton is installed. Without a GPU it runs only with TRITON_INTERPRET=1, for tests."""
     return find_spec("triton") is not None
 
 
 def plan_of(terms: Sequence[tuple[Sequence[tuple[int, float | None]], bool]], device: torch.device | str) -> Plan:
     """Returns the plan of a sum, on `device`.
 
-    terms: (sources, gated?) of each, in order; a source is (slot of the arena, weight or None: as it is).
+    terms: (sources, gated?) of each, in order; a source is (slot of the arena, weight; None: not weighted).
     """
     rows, weights = list[tuple[int, int, int, int]](), list[float]()
     for number, (sources, gated) in enumerate(terms):
@@ -60,13 +60,14 @@ def sum_kept(
     ordered: bool,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns start + sum of gate * weighted sum of slots, as `collapse` sums: ordered, bit for bit what torch's own
-    operators give one by one; else fused, in fp32 and rounded once.
+    """Returns start + sum of gate * weighted sum of slots.
+
+    ordered: with the bits of torch's own operators one by one; else fused, in fp32 and rounded once.
 
     start: [B, N, D]; arena: [slots, B, N, D]; gates: [terms, B, D], rows of terms without a gate are not read; all
-    contiguous, on one GPU, of one dtype: fp32, bf16 or fp16. out: as start, which it may be; None: a new tensor.
-    Nothing waits for the device. The first call for a dtype, an order and a plan that is plain or not compiles: make it
-    before a graph is captured.
+    contiguous, on one GPU, of one dtype: fp32, bf16 or fp16. out: a tensor like start, which may be start itself; None: a
+    new tensor. There is no host sync. The first call for a dtype, for ordered or not, and for a plain plan or not compiles a
+    kernel: make it before a graph is captured.
     """
     kernel, (batch, tokens, width) = _compiled(), start.shape
     out = torch.empty_like(start) if out is None else out
@@ -83,19 +84,19 @@ def sum_kept(
         shapes = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors)
         raise ValueError(
             f"start, arena, gates and out are {shapes}, for {plan.terms} terms from {plan.slots} slots on "
-            f"{plan.sources.device}; wanted: [B, N, D], [slots, B, N, D], [terms, B, D] and [B, N, D], contiguous, of "
-            "one dtype (fp32, bf16 or fp16), on one device with the plan."
+            f"{plan.sources.device}; expected: [B, N, D], [slots, B, N, D], [terms, B, D] and [B, N, D], contiguous, of "
+            "one dtype (fp32, bf16 or fp16), on the device of the plan."
         )
     cols = min(128, 1 << (width - 1).bit_length())
     rows = TILE // cols
     grid = (-(-width // cols), -(-tokens // rows), batch)
     rounding = str(start.dtype if ordered else torch.float32).removeprefix("torch.")
     with torch.cuda.device_of(start):  # Triton launches on the current device
-        # Ordered: a multiplication and the addition that takes its result must not become one FMA, which rounds once where
-        # torch's kernels round twice. A cast between the two is no safeguard: LLVM computes in bf16 or fp16 where that gives
+        # Ordered: a multiplication and the addition that takes its result must not become one FMA, which rounds once while
+        # torch's kernels round twice. A cast between the two does not prevent it: LLVM computes in bf16 or fp16 if that gives
         # the same bits, and fuses there. enable_fp_fusion is Triton's launch option for it: it goes to LLVM and to ptxas
-        # (--fmad=false), before what TRITON_DEFAULT_FP_FUSION says; Inductor passes it where it is to give eager's bits.
-        # libdevice.mul_rn and inline PTX are NVIDIA's alone, and the interpreter runs neither.
+        # (--fmad=false) and precedes TRITON_DEFAULT_FP_FUSION; Inductor passes it to give the bits of eager mode.
+        # libdevice.mul_rn and inline PTX exist on NVIDIA GPUs only, and the interpreter runs neither.
         kernel[grid](
             start, arena, gates, plan.sources, plan.weights, out, len(plan.sources), tokens, width, start.numel(),
             PLAIN=plan.plain, ROWS=rows, COLS=cols, ROUNDING=getattr(tl, rounding), num_warps=4, enable_fp_fusion=not ordered,
@@ -108,11 +109,11 @@ def _compiled() -> Any:
     global tl
     if not available():
         raise UnsupportedModelError(
-            "No Triton here, which the kernel for collapsed blocks is written in; it comes with torch for CUDA on Linux. "
+            "Triton is not installed; the kernel for cached sums is written in it, and it comes with torch for CUDA on Linux. "
             "Install it (pip install triton), or run without this kernel."
         )
     tl = importlib.import_module("triton.language")
-    # numbers that vary from run to run: a kernel for each kind of them would compile within a picture, or a capture
+    # numbers that vary from sum to sum: a kernel specialized for them would compile within a generation, or a capture
     return importlib.import_module("triton").jit(_sum, do_not_specialize=["sources", "tokens"])
 
 
@@ -124,15 +125,17 @@ def _sum(  # type: ignore[no-untyped-def]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     inside = (row < tokens)[:, None] & (col < width)
-    at = (batch.to(tl.int64) * tokens + row)[:, None] * width + col  # an arena may have more than 2^31 elements
-    across = tl.broadcast_to(col, [ROWS, COLS])  # read once a row, from the L1 cache: no exchange between threads
-    total = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
+    element = (batch.to(tl.int64) * tokens + row)[:, None] * width + col  # an arena may have more than 2^31 elements
+    across = tl.broadcast_to(
+        col, [ROWS, COLS]
+    )  # read once for each row, from the L1 cache: no exchange between threads
+    total = tl.load(start + element, mask=inside, other=0.0).to(tl.float32)
     part = tl.zeros([ROWS, COLS], dtype=tl.float32)
-    # no branches, and turns unrolled: the loads of one need not wait for the sum of another
+    # no branches, and an unrolled loop: the loads of one iteration need not wait for the sum of another
     for i in tl.range(0, sources, loop_unroll_factor=4):
         slot = tl.load(table + 4 * i).to(tl.int64)
         row_of_gate = tl.load(table + 4 * i + 3).to(tl.int64)
-        kept = tl.load(arena + slot * size + at, mask=inside, other=0.0).to(tl.float32)
+        kept = tl.load(arena + slot * size + element, mask=inside, other=0.0).to(tl.float32)
         if PLAIN:
             part = kept
         else:
@@ -144,4 +147,4 @@ def _sum(  # type: ignore[no-untyped-def]
         term = (gate * part).to(ROUNDING).to(tl.float32)
         added = (total + term).to(ROUNDING).to(tl.float32)
         total = added if PLAIN else tl.where(tl.load(table + 4 * i + 2) != 0, added, total)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + element, total.to(out.dtype.element_ty), mask=inside)

@@ -1,10 +1,10 @@
-"""The whole-step loop: all steps but the first without the pipeline's Python, guidance and solver in the captured graph.
+"""The whole-step loop: all steps except the first without the pipeline's Python, with guidance and solver inside the graph.
 
-The pipeline runs its first step itself. What it does with the network's outputs is read off that step: guidance as a weighted
-sum of the branches, the solver as a table of coefficients, the schedule's own where it updates the latents. The other steps
-then run here, at the pipeline's next call of its transformer; steps without network are composed into those before, so they
-cost nothing. For the rest of its loop the pipeline is handed the last latents. What it does between steps beside that (a
-callback that changes latents, another guidance at some steps) is not seen.
+The pipeline runs its first step itself. That step shows what it does with the outputs of the network: guidance as a weighted sum
+of the branches, the solver as a table of coefficients (those of the schedule if it has a fitted update). The loop runs the other
+steps at the pipeline's next call of its transformer. Skipped steps are composed into those before, so they cost nothing. For
+the rest of its own loop the pipeline is given the final latents. Whatever else it does between steps (a callback that changes
+latents, another guidance at some steps) is not seen.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from ...pipelines.clock import Moment
 from ...pipelines.guidance import combined, guidance_of
 from ...pipelines.sampler_steps import advance, own_update, table_of
 from ..sampler.update import Jump, Ring, StateUpdate, defaults_of, drawn, jumps, refuse_options
-from .buffers import copy_all, expanded_copy, once
-from .graphs import Capture
+from .buffers import compact, copy_all, expanded_copy
+from .graphs import Graphs
 
 
 @dataclass
 class Branch:
-    """How the transformer is called on a guidance branch in the run under way."""
+    """How the transformer is called on a guidance branch in this run."""
 
     forward: Any
     leaves: list[Any]  # arguments of the first step
     spec: TreeSpec
-    latents: int  # which of them the latents are
-    moving: dict[int, dict[int, Any]]  # step, from 1 on -> argument -> value, where it changes
-    looks: Any
-    out: Any  # what the first step returned
+    latents: int  # number of the latents among them
+    changed: dict[int, dict[int, Any]]  # step, from the second on -> argument -> value, if it changes
+    variant: Any
+    out: Any  # output of the first step
 
 
 @dataclass
@@ -45,67 +45,67 @@ class State:
     """The fixed places that graphs read and write between calls of the transformer."""
 
     x: torch.Tensor
-    ring: torch.Tensor  # [K, …] fp32, what the solver weighs, newest first
+    ring: torch.Tensor  # [K, …] fp32, terms of the solver's weighted sum, newest first
     counter: torch.Tensor  # int64 [1], the step
-    following: torch.Tensor  # int64 [T], of each step the next that calls the transformer
+    following: torch.Tensor  # int64 [T], for each step the next one that calls the transformer
     noise: torch.Tensor  # fp32, weighted
-    arguments: list[dict[int, torch.Tensor]]  # of each branch: tensors that hold for the run
-    moving: list[dict[int, torch.Tensor]]  # of each branch: tensors that change, a row a step
+    fixed: list[dict[int, torch.Tensor]]  # of each branch: arguments that hold for the run
+    changing: list[dict[int, torch.Tensor]]  # of each branch: arguments that change, a row for each step
     number: int
 
 
 @dataclass
-class Begun:
-    """A run whose first step the pipeline took."""
+class FirstStep:
+    """The scheduler's call at the first step, which the pipeline takes."""
 
-    sample: torch.Tensor  # what the scheduler was given at the first step
+    sample: torch.Tensor
     output: torch.Tensor
-    result: Any  # what it answered
+    result: Any  # what the scheduler returned
     prev: torch.Tensor  # the latents after the latest step
     generator: Any
 
 
 class Loop:
-    """The steps after the first of a transformer's runs; `called` are those that call it."""
+    """Runs the steps after the first of a transformer; called: for each step, whether it calls the transformer."""
 
     def __init__(
-        self, moment: Moment, capture: Capture, called: list[bool], sampler: Sampler, update: StateUpdate | None = None
+        self, moment: Moment, capture: Graphs, called: list[bool], sampler: Sampler, update: StateUpdate | None = None
     ) -> None:
         self.moment, self.capture, self.called, self.sampler, self.update = moment, capture, called, sampler, update
         self.steps = [step for step, calls in enumerate(called) if calls]
         self.tables: dict[Any, torch.Tensor] = {}
-        self.tabled: dict[Any, list[Jump]] = {}  # what each of them holds
-        self.own: OwnUpdate | None = None  # the schedule holds for these timesteps and settings alone
+        self.tabled: dict[Any, list[Jump]] = {}  # the coefficients in each of them
+        self.own: OwnUpdate | None = None  # of the scheduler; a schedule has one set of timesteps and settings
         self.jumps: list[Jump] = []
-        self.twice = False  # the transformer is called with the latents twice
+        self.twice = False  # the transformer is given the latents twice
         self.branches: list[Branch] = []
         self.states: dict[Any, State] = {}
-        self.refused: str | None = None  # why the pipeline runs its own steps
-        self.final: torch.Tensor | None = None  # latents after the last step, once they are there
+        self.refused: str | None = None  # why the pipeline runs all steps itself
+        self.final: torch.Tensor | None = None  # latents after the last step, once it has run
         self.weights: list[float] = []  # of the branches in the guided output
-        self.doubled = False  # the solver's sample holds the latents twice
-        self.begun: Begun | None = None
+        self.doubled = False  # the sample of the solver is the latents twice
+        self.first_step: FirstStep | None = None
 
     def reset(self) -> None:
-        self.branches, self.final, self.begun = [], None, None
+        self.branches, self.final, self.first_step = [], None, None
 
     def take(
         self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """Returns the final latents if the steps were taken here, else the pipeline's own step (`clock.StepTaker`)."""
+        """Returns the final latents if the loop has run all steps, else the pipeline's own step (`clock.StepTaker`)."""
         if self.final is not None:
             return self.last()
         result = own(*arguments, **options)
         if step == 0:
             self._begin(scheduler, arguments[0], arguments[2], result, options)
-        elif self.begun is not None:
-            self.begun.prev = _latents(result)
+        elif self.first_step is not None:
+            self.first_step.prev = _latents(result)
         return result
 
     def _begin(self, scheduler: Any, output: Any, sample: Any, result: Any, kwargs: dict[str, Any]) -> None:
-        """Reads guidance and solver off the first step, which the pipeline took."""
+        """Finds guidance and solver from the first step, which the pipeline took."""
         self.refused = None
-        if not self.branches:  # not yet noted: the next run
+        if not self.branches:  # arguments not recorded yet: from the next run on
             return
         try:
             outs = [tree_leaves(branch.out)[0] for branch in self.branches]
@@ -124,37 +124,40 @@ class Loop:
         except UnsupportedModelError as error:
             self.refused = str(error)
             return
-        self.begun = Begun(sample, output, result, _latents(result), kwargs.get("generator"))
+        self.first_step = FirstStep(sample, output, result, _latents(result), kwargs.get("generator"))
 
-    def wants(self, hidden: torch.Tensor) -> bool:
-        """Whether the steps from here on are run here; hidden: the latents that the pipeline calls the transformer with."""
+    def takes_over(self, hidden: torch.Tensor) -> bool:
+        """Returns whether the loop runs the steps from here on; hidden: the latents that the transformer is called with."""
         if self.final is not None:
             return True
-        if self.begun is None or self.moment.step != self.steps[1] or self.moment.branch:
+        if self.first_step is None or self.moment.step != self.steps[1] or self.moment.branch:
             return False
-        prev = self.begun.prev
+        prev = self.first_step.prev
         self.twice = hidden.shape[0] == 2 * prev.shape[0]
         fed = self._fed(prev)
         if hidden.shape != fed.shape or not torch.equal(hidden, fed.to(hidden.dtype)):
-            self.refused, self.begun = "the pipeline does more to the latents between steps than its scheduler", None
+            self.refused, self.first_step = (
+                "the pipeline does more to the latents between steps than its scheduler",
+                None,
+            )
             return False
         return True
 
     def _fed(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns what the transformer is called with: both guidance branches begin with the same latents."""
-        if self.doubled:  # only their first half counts, for a scheduler may have drawn other noise for the second
+        """Returns what the transformer is called with: both guidance branches have the same latents."""
+        if self.doubled:  # only the first half counts: a scheduler may have drawn other noise for the second
             x = x[: x.shape[0] // 2]
         return torch.cat([x, x]) if self.doubled or self.twice else x
 
     def run(self) -> Any:
-        """Returns an output of the transformer that the pipeline may do with what it likes; runs all steps, if not yet."""
+        """Returns an output of the transformer, which the pipeline may use in any way; runs all steps if they have not run."""
         if self.final is None:
             with torch.no_grad():
                 self._steps()
         return self.branches[min(self.moment.branch, len(self.branches) - 1)].out
 
     def finished(self, step: int) -> bool:
-        """Whether all steps from this one on are taken (`clock.LoopTaker`); counts the cells of skipped ones among them."""
+        """Returns whether all steps from this one on have run; counts the cells of skipped ones (`clock.LoopTaker`)."""
         if self.final is None:
             return False
         if skipped := self.called[step:].count(False):
@@ -162,66 +165,66 @@ class Loop:
         return True
 
     def last(self) -> Any:
-        """Returns the scheduler's answer at the steps that were taken here: the final latents, as it would hand them over."""
-        assert self.begun is not None
+        """Returns what the scheduler returns at the steps that the loop ran: the final latents in the form of its result."""
+        assert self.first_step is not None
         assert self.final is not None
-        result = self.begun.result
+        result = self.first_step.result
         if isinstance(result, tuple):
             return (self.final, *result[1:])
         return type(result)(**{**result, "prev_sample": self.final})
 
     def _steps(self) -> None:
-        assert self.begun is not None
+        assert self.first_step is not None
         assert self.own is not None
-        begun = self.begun
-        looks = tuple(b.looks for b in self.branches), tuple(self.weights), self.doubled, self.twice
-        state = self.states.get(looks)
+        first_step = self.first_step
+        key = tuple(branch.variant for branch in self.branches), tuple(self.weights), self.doubled, self.twice
+        state = self.states.get(key)
         if state is None:
-            state = self.states[looks] = self._state(begun)
-        table = self._table(begun.sample.device)
-        first = Ring(1)
-        first.add(self.own.data[0], begun.sample, begun.output)
-        places, news = [state.x, state.ring[0]], [begun.prev, first.newest[0]]
-        for branch, held in zip(self.branches, state.arguments, strict=True):
-            places += [once(tensor) for tensor in held.values()]
-            news += [once(branch.leaves[i]) for i in held]
-        copy_all(places, news)
+            state = self.states[key] = self._state(first_step)
+        table = self._table(first_step.sample.device)
+        ring = Ring(1)
+        ring.add(self.own.data[0], first_step.sample, first_step.output)
+        places, values = [state.x, state.ring[0]], [first_step.prev, ring.newest[0]]
+        for branch, fixed in zip(self.branches, state.fixed, strict=True):
+            places += [compact(tensor) for tensor in fixed.values()]
+            values += [compact(branch.leaves[i]) for i in fixed]
+        copy_all(places, values)
         state.ring[1:].zero_()
         state.noise.zero_()
         state.counter.fill_(self.steps[1])
-        executed_at = self.moment.step
+        step_before = self.moment.step
         for jump in self.jumps[1:]:
-            noise = drawn(jump.noise, begun.output, begun.generator)
+            noise = drawn(jump.noise, first_step.output, first_step.generator)
             if noise is not None:
                 state.noise.copy_(noise)
             elif any(other.noise for other in self.jumps):
                 state.noise.zero_()
             self._step(jump.start, state, table)
-        self.moment.step, self.moment.branch = executed_at, 0
+        self.moment.step, self.moment.branch = step_before, 0
         self.final = state.x.clone()
 
-    def _state(self, begun: Begun) -> State:
-        """Returns places for runs of this kind."""
-        arguments, moving = [], []
+    def _state(self, first_step: FirstStep) -> State:
+        """Returns new places for runs with these calls and this guidance."""
+        fixed, changing = [], []
         for branch in self.branches:
-            changing = branch.moving[self.steps[1]]  # at every step the same arguments
-            still = [i for i, leaf in enumerate(branch.leaves) if torch.is_tensor(leaf) and i != branch.latents]
-            arguments.append({i: expanded_copy(branch.leaves[i]) for i in still if i not in changing})
-            rows: dict[int, list[torch.Tensor]] = {i: [branch.leaves[i]] for i in changing}
+            changed = branch.changed[self.steps[1]]  # the same arguments change at every step
+            tensors = [i for i, leaf in enumerate(branch.leaves) if torch.is_tensor(leaf) and i != branch.latents]
+            fixed.append({i: expanded_copy(branch.leaves[i]) for i in tensors if i not in changed})
+            rows: dict[int, list[torch.Tensor]] = {i: [branch.leaves[i]] for i in changed}
             for step in range(1, len(self.called)):
                 for i, values in rows.items():
-                    values.append(branch.moving[step][i] if self.called[step] else values[-1])
-            moving.append({i: torch.stack([once(value) for value in values]) for i, values in rows.items()})
-        device = begun.sample.device
+                    values.append(branch.changed[step][i] if self.called[step] else values[-1])
+            changing.append({i: torch.stack([compact(value) for value in values]) for i, values in rows.items()})
+        device = first_step.sample.device
         counter = torch.zeros(1, dtype=torch.int64, device=device)
         after = dict(zip(self.steps, [*self.steps[1:], self.steps[0]], strict=True))
         following = torch.tensor([after.get(step, 0) for step in range(len(self.called))], device=device)
-        wide = torch.zeros_like(begun.sample, dtype=torch.float32)
+        wide = torch.zeros_like(first_step.sample, dtype=torch.float32)
         ring = wide.expand(len(self.jumps[0].coefficients) - 1, *wide.shape).clone()
-        return State(begun.prev.clone(), ring, counter, following, wide, arguments, moving, len(self.states))
+        return State(first_step.prev.clone(), ring, counter, following, wide, fixed, changing, len(self.states))
 
     def _table(self, device: torch.device) -> torch.Tensor:
-        """Returns the coefficients in a place of their own, which graphs may read in later runs, too."""
+        """Returns the coefficients in a fixed place, which graphs read in later runs, too."""
         assert self.own is not None
         key = device, len(self.jumps[0].coefficients)
         if key in self.tables and self.tabled[key] is self.jumps:
@@ -230,19 +233,19 @@ class Loop:
         for jump in self.jumps:
             rows[jump.start] = list(jump.coefficients)
         new = table_of(rows, self.own.data).to(device, torch.float32)
-        known = self.tables.setdefault(key, new)
-        known.copy_(new)
+        table = self.tables.setdefault(key, new)
+        table.copy_(new)
         self.tabled[key] = self.jumps
-        return known
+        return table
 
     def _step(self, step: int, state: State, table: torch.Tensor) -> None:
         def body(_: list[torch.Tensor]) -> None:
             fed, outputs = self._fed(state.x), []
-            for number, (branch, held, moving) in enumerate(
-                zip(self.branches, state.arguments, state.moving, strict=True)
+            for number, (branch, fixed, changing) in enumerate(
+                zip(self.branches, state.fixed, state.changing, strict=True)
             ):
-                now = [held.get(i, leaf) for i, leaf in enumerate(branch.leaves)]
-                for i, values in moving.items():
+                now = [fixed.get(i, leaf) for i, leaf in enumerate(branch.leaves)]
+                for i, values in changing.items():
                     now[i] = values.index_select(0, state.counter)[0].expand(branch.leaves[i].shape)
                 now[branch.latents] = fed.to(branch.leaves[branch.latents].dtype)
                 self.moment.step, self.moment.branch, self.moment.tabled = step, number, True
@@ -255,11 +258,11 @@ class Loop:
             state.ring.copy_(ring)
             state.counter.copy_(state.following.index_select(0, state.counter))
 
-        ats = [(step, number) for number in range(len(self.branches))]
-        self.capture.through(("loop", state.number), ats, [], body, state.counter)
+        positions = [(step, number) for number in range(len(self.branches))]
+        self.capture.through(("loop", state.number), positions, [], body, state.counter)
 
 
 def _latents(result: Any) -> torch.Tensor:
-    """Returns the latents in a scheduler's answer."""
+    """Returns the latents in the result of a scheduler."""
     latents: torch.Tensor = result[0] if isinstance(result, tuple) else result.prev_sample
     return latents

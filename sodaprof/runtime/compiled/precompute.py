@@ -1,8 +1,9 @@
-"""What a run's conditioning tables hold: each program split by what it depends on, its early parts computed ahead.
+"""The values of the conditioning tables: each program is split by what it depends on, and its early parts run ahead of the loop.
 
-A part that depends on the step is computed for all its steps at once where that gives the same bits, which is tried at the
-first fill: matrix products of all steps are one batch of the step's own products. Under `near` they are one larger product,
-and values may differ by rounding: a part whose bits a batch does not keep would take an operator a step and block otherwise.
+A part that depends on the step is computed for all its steps at once if that gives the same bits, which is tried when the
+tables are filled for the first time: the matrix products of all steps are one batch of the products of the steps. With `near`
+they are one larger product, and values may differ by rounding; without it, a part whose bits change in a batch takes its
+operators once for each step and block.
 """
 
 from __future__ import annotations
@@ -15,38 +16,40 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .trace import BlockCall, LoweredBlock, Program, Ready, kind_of
+from .dependence import BlockCall
+from .identity import same, signature_of
+from .trace import Program, Ready, TracedBlock
 
 
 def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Returns (early, rest): early maps the inputs to values, rest takes the inputs and these values.
 
-    late: numbers of the inputs that are not there yet when `early` runs. The first inputs are parameters: what depends
-    on them alone stays where it is used. What draws random numbers is late.
+    late: numbers of the inputs that are not known yet when `early` runs. The first inputs are parameters: an operator that
+    depends only on them stays in the part that uses its result. Operators that draw random numbers are late.
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    plain, not_yet = set(inputs[:parameters]), {inputs[i] for i in late}
+    constant, not_yet = set(inputs[:parameters]), {inputs[i] for i in late}
     early: set[fx.Node] = set()
     work = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     for node in work:
-        above = node.all_input_nodes
-        if any(n in not_yet for n in above) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        sources = node.all_input_nodes
+        if any(n in not_yet for n in sources) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             not_yet.add(node)
         else:
-            (plain if all(n in plain for n in above) else early).add(node)
-    handed = [node for node in work if node in early and any(u in not_yet or u.op == "output" for u in node.users)]
+            (constant if all(n in constant for n in sources) else early).add(node)
+    passed = [node for node in work if node in early and any(u in not_yet or u.op == "output" for u in node.users)]
 
     first, rest = fx.Graph(), fx.Graph()
-    for new, values, mine in ((first, [], early), (rest, handed, not_yet)):
+    for new, values, part in ((first, [], early), (rest, passed, not_yet)):
         copies = {node: new.placeholder(node.name) for node in inputs}
         copies |= {node: new.placeholder(f"{node.name}_early") for node in values}
         for node, copy in copies.items():
             copy.meta = dict(node.meta)
         for node in work:
-            if node in plain or node in mine:
+            if node in constant or node in part:
                 copies[node] = new.node_copy(node, copies.__getitem__)
         out = next(node for node in graph.graph.nodes if node.op == "output")
-        new.output([copies[node] for node in handed] if new is first else fx.map_arg(out.args[0], copies.__getitem__))
+        new.output([copies[node] for node in passed] if new is first else fx.map_arg(out.args[0], copies.__getitem__))
         new.eliminate_dead_code()
     return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
 
@@ -56,8 +59,10 @@ ADDMM, SPLIT, SLICE, T = ATEN.addmm.default, ATEN.split.Tensor, ATEN.slice.Tenso
 
 
 def narrowed(graph: fx.GraphModule) -> fx.GraphModule:
-    """Returns the graph with linear layers cut to the parts of their output that are used: a block's gates without the
-    shifts and scales that only norms would take."""
+    """Returns the graph with linear layers cut to the parts of their output that are used.
+
+    Example: the gates of a block without the shifts and scales, which only norms take.
+    """
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
@@ -80,42 +85,42 @@ class Filled(NamedTuple):
     """The values of the steps that share a program."""
 
     program: Program
-    rest: fx.GraphModule  # what is left of it
+    rest: fx.GraphModule  # the part of the program that takes the values
     steps: list[int]
     of_run: list[Any]  # values that hold for the run
-    of_steps: list[list[Any]]  # values of each step
+    of_steps: list[list[Any]]  # values of each step; TableValue if they lie in a table
 
     def steps_of(self) -> Filled:
-        """Returns the same structure with the step of each value, None where it holds for the run."""
+        """Returns the same structure with the step of each value, None for one that holds for the run."""
         steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
         none: Any = None
         return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
 
-    def hold(self, block: LoweredBlock, branch: int) -> None:
-        """Lets the block take the values."""
+    def install(self, block: TracedBlock, branch: int) -> None:
+        """Gives the values to the block."""
         for step, values in zip(self.steps, self.of_steps, strict=True):
             block.ready[step, branch] = Ready(self.program, self.rest, [*self.of_run, *values])
 
 
 class Parts(NamedTuple):
-    """A program in three parts: for a run, for each step, and what is left, which takes the values of the other two."""
+    """A program in three parts: for a run, for each step, and the rest, which takes the values of the other two."""
 
     of_run: fx.GraphModule
     of_step: fx.GraphModule
     rest: fx.GraphModule
 
 
-def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], moving: set[int]) -> Parts:
-    """Returns the graph in parts; late and moving: numbers of inputs that depend on the latents, and on the step alone."""
-    of_run, rest = split(graph, parameters, late | moving)
+def parts_of(graph: fx.GraphModule, parameters: int, late: set[int], changing: set[int]) -> Parts:
+    """Returns the graph in parts; late, changing: numbers of the inputs that depend on the latents, or only on the step."""
+    of_run, rest = split(graph, parameters, late | changing)
     of_step, rest = split(rest, parameters, late)
     return Parts(of_run, of_step, rest)
 
 
 class Affine(torch.autograd.Function):
-    """bias + x @ weight, whose batch over steps is one operator: rounded once, as the product of a step.
+    """bias + x @ weight, whose batch over steps is one operator, rounded once as the operator of one step is.
 
-    With weights batched as well it is one product a step, else one product of all steps.
+    If the weights are batched as well it is one product for each step, else one product of all steps.
     """
 
     @staticmethod
@@ -124,7 +129,7 @@ class Affine(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Keeps nothing: there is no backward pass."""
+        """Saves nothing: there is no backward pass."""
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, bias: Any, x: Any, weight: Any) -> tuple[torch.Tensor, int]:
@@ -143,7 +148,7 @@ def affine(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.T
     return out
 
 
-def once_rounded(graph: fx.GraphModule) -> fx.GraphModule:
+def with_affine(graph: fx.GraphModule) -> fx.GraphModule:
     """Returns the graph with each linear layer as `affine`."""
     new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.graph.nodes:
@@ -156,39 +161,40 @@ def once_rounded(graph: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(graph, new)
 
 
-NEAR = (
+NEAR_ROUNDINGS, NEAR_SHARE = (
     4,
     1e-5,
-)  # roundings of the largest number, and at least this share of it: by how much values may differ under `near`
+)  # of the largest number: how much values may differ with `near`, the larger of the two
 
 
 class Filler:
-    """Fills the tables of blocks, one after the other, so that a block's weights stay near.
+    """Computes the values of blocks, one block after the other, so that the weights of a block stay in the processor's cache.
 
     near: all steps as one product, equal except for rounding, instead of the same bits.
     """
 
     def __init__(self, near: bool = False) -> None:
         self.near = near
-        self.parts: dict[Any, Parts] = {}  # of programs, by what is late and what moves
-        self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # parts of a step: what does all steps at once
-        self.batches: dict[Any, Callable[..., Any]] = {}  # that, traced: by the number of steps, and what moves
+        self.parts: dict[Any, Parts] = {}  # by program and its late and changing inputs
+        self.at_once: dict[
+            fx.GraphModule, fx.GraphModule | None
+        ] = {}  # part of a step -> graph whose batch gives its bits
+        self.batches: dict[Any, Callable[..., Any]] = {}  # traced batches, by graph, number of steps and inputs
 
     def fill(self, call: BlockCall, steps: Sequence[int], branch: int) -> list[Filled]:
-        """Returns the block's values at these steps, as `hold` takes them."""
-        block, by_program, fits = call.block, dict[Program, list[int]](), dict[Program, bool]()
+        """Returns the values of the block at these steps, of each program that runs there."""
+        block, by_program, takes = call.block, dict[Program, list[int]](), dict[Program, bool]()
         parameters, found = block.parameters(), list[Filled]()
         for step in steps:
             for program in block.by_step.get((step, branch), ()):
-                if program not in fits:
-                    fits[program] = block.fits(program, call.leaves)
-                if fits[program]:
+                if program not in takes:
+                    takes[program] = block.takes(program, call.leaves)
+                if takes[program]:
                     by_program.setdefault(program, []).append(step)
                     break
         for program, its_steps in by_program.items():
             parts = self._parts(program, call)
-            leaves = [call.at(step) for step in its_steps]
-            inputs = [[at_step[i] if i < len(at_step) else None for i in program.places] for at_step in leaves]
+            inputs = [call.inputs(step, program.places) for step in its_steps]
             of_run = parts.of_run.forward(*parameters, *inputs[0])
             values = self.of_steps(parts, parameters, inputs, of_run)
             found.append(Filled(program, parts.rest, its_steps, of_run, values))
@@ -197,7 +203,7 @@ class Filler:
     def of_steps(
         self, parts: Parts, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
     ) -> list[list[Any]]:
-        """Returns the values of each step, of the inputs of each."""
+        """Returns the values of each step, from the inputs of each."""
         each = parts.of_step
 
         def one_by_one() -> list[list[Any]]:
@@ -210,59 +216,55 @@ class Filler:
             return one_by_one() if whole is None else self._batched(whole, parameters, inputs, of_run)
         values = one_by_one()
         self.at_once[each] = None
-        cut, laid_out = narrowed(each), not _only_scales(parts.rest)
-        tries = [(once_rounded(cut), laid_out), (cut, laid_out), (once_rounded(each), True), (each, True)]
-        alike = close if self.near else same
+        cut, layout_counts = narrowed(each), not _only_scales(parts.rest)
+        tries = [(with_affine(cut), layout_counts), (cut, layout_counts), (with_affine(each), True), (each, True)]
+        equal = close if self.near else same
         for whole, strict in tries:
             try:
                 tried = self._batched(whole, parameters, inputs, of_run)
-            except RuntimeError:  # an operator that knows no batches
+            except RuntimeError:  # an operator without a rule for batches
                 continue
             pairs = [(a, b) for xs, ys in zip(values, tried, strict=True) for a, b in zip(xs, ys, strict=True)]
-            if all(alike(a, b) and (not strict or a.stride() == b.stride()) for a, b in pairs):
+            if all(equal(a, b) and (not strict or a.stride() == b.stride()) for a, b in pairs):
                 self.at_once[each] = whole
                 return tried if self.near else values  # the same values in every run
         return values
 
     def _parts(self, program: Program, call: BlockCall) -> Parts:
-        late, moving, arguments = call.late, call.moving, len(call.leaves)
-        mark = program, frozenset(late), frozenset(moving)
-        if mark not in self.parts:
+        late, changing, arguments = call.late, call.changing, len(call.leaves)
+        key = program, frozenset(late), frozenset(changing)
+        if key not in self.parts:
             count = program.parameters
             not_yet = {count + n for n, i in enumerate(program.places) if i in late or i >= arguments}
-            moved = {count + n for n, i in enumerate(program.places) if i in moving}
-            self.parts[mark] = parts_of(program.graph, count, not_yet, moved)
-        return self.parts[mark]
+            on_step = {count + n for n, i in enumerate(program.places) if i in changing}
+            self.parts[key] = parts_of(program.graph, count, not_yet, on_step)
+        return self.parts[key]
 
     def _batched(
         self, each: fx.GraphModule, parameters: list[Any], inputs: list[list[Any]], of_run: list[Any]
     ) -> list[list[Any]]:
         """Returns the values of all steps, computed at once."""
         steps, columns = len(inputs), list(zip(*inputs, strict=True))
-        moves = [any(x is not column[0] for x in column) for column in columns]
+        differs = [any(x is not column[0] for x in column) for column in columns]
         used = [bool(node.users) for node in each.graph.nodes if node.op == "placeholder"]
-        if not any(move and use for move, use in zip(moves, used[len(parameters) :], strict=False)):
+        if not any(differ and use for differ, use in zip(differs, used[len(parameters) :], strict=False)):
             first = [column[0] for column in columns]
-            return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]  # nothing that differs is used here
-        # weights batched, too, by a stride of 0: so a product of all steps is one product a step, as in the step itself
-        own = [use and not self.near for use in used[: len(parameters)]]
-        fixed = [p.expand(steps, *p.shape) if mine else p for p, mine in zip(parameters, own, strict=True)]
-        rows = [torch.stack(column) if move else column[0] for column, move in zip(columns, moves, strict=True)]
-        flat = [x if use else None for x, use in zip([*fixed, *rows, *of_run], used, strict=True)]
-        places = [
-            *(0 if mine else None for mine in own),
-            *(0 if move else None for move in moves),
-            *(None for _ in of_run),
-        ]
-        key = each, steps, tuple(moves), tuple(None if x is None else kind_of(x) for x in flat)
+            return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]  # no input that differs is used
+        # the weights are batched, too, with a stride of 0: all steps are then one product each, as in the step itself
+        repeated = [use and not self.near for use in used[: len(parameters)]]
+        weights = [p.expand(steps, *p.shape) if repeat else p for p, repeat in zip(parameters, repeated, strict=True)]
+        rows = [torch.stack(column) if differ else column[0] for column, differ in zip(columns, differs, strict=True)]
+        flat = [x if use else None for x, use in zip([*weights, *rows, *of_run], used, strict=True)]
+        key = each, steps, tuple(differs), tuple(None if x is None else signature_of(x) for x in flat)
         if key not in self.batches:
-            dims = tuple(place if use else None for place, use in zip(places, used, strict=True))
+            batched = [*repeated, *differs, *(False for _ in of_run)]
+            dims = tuple(0 if batch and use else None for batch, use in zip(batched, used, strict=True))
             self.batches[key] = traced(torch.func.vmap(each, in_dims=dims), flat)
         return [list(values) for values in zip(*(v.unbind() for v in self.batches[key](flat)), strict=True)]
 
 
 def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[Any]], Any]:
-    """Returns a traced function of inputs that look like these, tensors or None, which it takes as a list."""
+    """Returns the function traced for inputs with these signatures, tensors or None; it takes them as a list."""
     places = [i for i, x in enumerate(inputs) if x is not None]
 
     def of_tensors(*tensors: torch.Tensor) -> list[Any]:
@@ -276,7 +278,7 @@ def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[An
 
 
 def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Returns bias, input and weight where the node takes one part of a linear layer's output that is used in part."""
+    """Returns bias, input and weight if the node takes one part of a linear layer whose output is not used whole, else None."""
     if node.op != "call_function" or node.target is not getitem or node.args[0].target is not SPLIT:  # type: ignore[union-attr]
         return None
     split: Any = node.args[0]
@@ -290,22 +292,15 @@ def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 
 def _only_scales(rest: fx.GraphModule) -> bool:
-    """Whether what is left of a program only multiplies and adds the values, whose layout then changes no bit."""
+    """Returns whether the rest of a program only multiplies and adds the values: then their layout changes no bit."""
     values = [node for node in rest.graph.nodes if node.op == "placeholder" and node.name.endswith("_early")]
     return all(user.target in (ATEN.add.Tensor, ATEN.mul.Tensor) for value in values for user in value.users)
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are equal except for a few roundings."""
+    """Returns whether two tensors are equal except for a few roundings."""
     if not a.is_floating_point() or a.shape != b.shape or a.dtype != b.dtype:
         return same(a, b)
-    roundings, least = NEAR  # fp32 sums differ by the order of their terms, narrower ones by the rounding of the result
-    allowed = max(roundings * torch.finfo(a.dtype).eps, least) * a.abs().max()
+    # fp32 sums differ by the order of their terms, narrower ones by the rounding of the result
+    allowed = max(NEAR_ROUNDINGS * torch.finfo(a.dtype).eps, NEAR_SHARE) * a.abs().max()
     return bool((a - b).abs().max() <= allowed)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal, tensors in all their elements."""
-    if torch.is_tensor(a) and torch.is_tensor(b):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
-    return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and bool(a == b))

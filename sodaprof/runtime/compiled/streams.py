@@ -1,8 +1,12 @@
-"""What is left of a block that computes nothing, read as sums: each output an argument plus gates times kept outputs."""
+"""Reads the rest of a program as sums: each output of a block is an argument plus gates times kept outputs.
+
+This holds for a block none of whose sites compute. It is read from the graph, not from the code of a model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -10,132 +14,198 @@ import torch
 from torch import fx
 
 ATEN = torch.ops.aten
-ADD, MUL, VIEW, SLICE, CAT = (
-    ATEN.add.Tensor, ATEN.mul.Tensor, ATEN.view.default, ATEN.slice.Tensor, ATEN.cat.default
-)  # fmt: skip
-VIEWS = (VIEW, ATEN.transpose.int, SLICE)
+ADD, MUL, CAT = ATEN.add.Tensor, ATEN.mul.Tensor, ATEN.cat.default
+VIEW, TRANSPOSE, SLICE = ATEN.view.default, ATEN.transpose.int, ATEN.slice.Tensor
+VIEWS = (VIEW, TRANSPOSE, SLICE)
 
 
 class Kept(NamedTuple):
-    """A kept output as a term takes it."""
+    """A kept output in a term."""
 
-    leaf: int  # of the block's call
-    views: tuple[tuple[Any, tuple[Any, ...]], ...] = ()  # operators and their other arguments, in turn
-    weight: float | None = None  # of a forecast's source; None: as it is
+    leaf: int  # number among the leaves of the block's call
+    views: tuple[tuple[Any, tuple[Any, ...]], ...] = ()  # operators and their other arguments, in order
+    weight: float | None = None  # of a source of a forecast; None: not weighted
 
 
 class Term(NamedTuple):
-    """factor * (kept output, or the weighted sum of kept outputs), as a block adds it to a stream."""
+    """What a block adds to a stream: factor * (a kept output, or the weighted sum of kept outputs)."""
 
     kept: tuple[Kept, ...]
-    factor: int | None = None  # an input of the program: a gate
+    factor: int | None = None  # number of an input of the program: the gate
     shape: tuple[int, ...] = ()  # of the stream where it is added
 
 
 class Stream(NamedTuple):
-    """One output of a block: an argument of it and the terms added to that, in the block's order."""
+    """One output of a block: one of its arguments and the terms that the block adds to it, in its order."""
 
-    origin: int  # leaf of the block's call
+    origin: int  # number of the argument
     terms: tuple[Term, ...]
     shape: tuple[int, ...]  # of the output
     stride: tuple[int, ...]
 
 
-def streams_of(
-    rest: fx.GraphModule, parameters: int, places: Sequence[int], arguments: int, late: set[int], outputs: int
-) -> tuple[Stream | None, ...] | None:
-    """Returns a block's outputs as streams (None: returns None there), or None where they are anything but sums.
+class Part(NamedTuple):
+    """A range of a dimension."""
 
-    rest: what is left of its program. Its inputs are parameters, the leaves `places` of the call, and values from the
-    tables; the first `arguments` leaves are arguments, those in `late` depend on the latents, the other leaves are kept.
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass
+class StreamReader:
+    """Reads the outputs of one block.
+
+    rest: the rest of its program. Its inputs are parameters, the leaves `places` of the block's call, and values from the
+    conditioning tables. The first `arguments` leaves are arguments of the call, those in `late` depend on the latents, the
+    other leaves are kept outputs.
     """
-    inputs = [node for node in rest.graph.nodes if node.op == "placeholder"]
-    leaf = {node: places[i - parameters] for i, node in enumerate(inputs) if 0 <= i - parameters < len(places)}
-    number = {node: i for i, node in enumerate(inputs)}
 
-    def term_of(node: Any) -> Term | None:
-        if not isinstance(node, fx.Node) or node.kwargs:
+    rest: fx.GraphModule
+    parameters: int
+    places: Sequence[int]
+    arguments: int
+    late: set[int]
+
+    def __post_init__(self) -> None:
+        self.inputs = [node for node in self.rest.graph.nodes if node.op == "placeholder"]
+        self.numbers = {node: i for i, node in enumerate(self.inputs)}
+        self.leaves = dict(zip(self.inputs[self.parameters :], self.places, strict=False))
+
+    def read(self, outputs: int) -> tuple[Stream | None, ...] | None:
+        """Returns the block's first `outputs` outputs as streams; None for an output that is None.
+
+        Returns None if an output is not such a sum.
+        """
+        returned: Any = self.rest.graph.output_node().args[0]
+        found = returned[:outputs]
+        streams = [self._stream(node) if isinstance(node, fx.Node) else None for node in found]
+        if any(stream is None and node is not None for stream, node in zip(streams, found, strict=True)):
             return None
-        if leaf.get(node, -1) >= arguments:
-            return Term((Kept(leaf[node]),))
-        if node.target in VIEWS:
-            inner = term_of(node.args[0])
-            if inner is None or len(inner.kept) != 1 or inner.factor is not None or inner.kept[0].weight is not None:
+        return tuple(streams)
+
+    def _stream(self, node: fx.Node) -> Stream | None:
+        """Returns an output as a stream: follows its additions back to an argument."""
+        output, terms = node.meta.get("val"), list[Term]()
+        part: Part | None = None  # the part of a larger tensor, two streams in one, that the output is
+        if not torch.is_tensor(output):
+            return None
+        while not 0 <= self.leaves.get(node, -1) < self.arguments:
+            shape = _shape_within(node, part, output)
+            if shape is None:
                 return None
-            kept = inner.kept[0]
-            return Term((kept._replace(views=(*kept.views, (node.target, tuple(node.args[1:])))),))
-        if node.target is ADD:
-            first, second = term_of(node.args[0]), term_of(node.args[1])
-            if first is None or second is None or first.factor is not None or second.factor is not None:
+            if node.target is ADD:
+                found = self._addition(node, shape, part, output.dtype)
+                if found is None:
+                    return None
+                node, term = found
+                terms.append(term)
+                continue
+            before = _before_view(node, part)
+            if before is None:
                 return None
-            kepts = first.kept + second.kept
-            return Term(kepts) if len(second.kept) == 1 and all(k.weight is not None for k in kepts) else None
-        if node.target is MUL:
-            for some, other in (node.args, node.args[::-1]):
-                inner = term_of(some)
-                if inner is None or inner.factor is not None:
-                    continue
-                if isinstance(other, float) and len(inner.kept) == 1 and inner.kept[0].weight is None:
-                    return Term((inner.kept[0]._replace(weight=other),))
-                place = leaf.get(other, -1) if isinstance(other, fx.Node) else arguments
-                if other in number and place < arguments and place not in late:
-                    return inner._replace(factor=number[other])
+            node, part = before
+        if part is not None:
+            return None
+        return Stream(self.leaves[node], tuple(reversed(terms)), tuple(output.shape), output.stride())
+
+    def _addition(
+        self, node: fx.Node, shape: tuple[int, ...], part: Part | None, dtype: torch.dtype
+    ) -> tuple[fx.Node, Term] | None:
+        """Returns the summand of an addition that leads on to the argument, and the other one as a term."""
+        for stream, other in (node.args, node.args[::-1]):
+            term = self._term(other)
+            if term is not None and isinstance(stream, fx.Node) and _dtype(other, dtype) == dtype:
+                cut = term if part is None else self._cut(term, part)
+                return None if cut is None else (stream, cut._replace(shape=shape))
         return None
 
-    def stream_of(node: Any) -> Stream | None:
-        looks, terms = node.meta.get("val"), list[Term]()
-        part: tuple[int, int, int] | None = None  # dim, start and stop of what is looked at, within two streams in one
-        while not 0 <= leaf.get(node, -1) < arguments:
-            value = node.meta.get("val")
-            if node.kwargs or not torch.is_tensor(value) or not torch.is_tensor(looks) or value.dtype != looks.dtype:
-                return None
-            shape = list(value.shape)
-            if part is not None:
-                shape[part[0]] = part[2] - part[1]
-            if torch.Size(shape).numel() != looks.numel() and node.target is not SLICE:
-                return None
-            if node.target is VIEW and part is None:
-                node = node.args[0]
-            elif node.target is SLICE and part is None and len(node.args) == 4:
-                node, dim, *ends = node.args
-                part = dim, *slice(*ends).indices(node.meta["val"].shape[dim])[:2]
-            elif node.target is CAT and part is not None and (node.args[1:] or (0,))[0] == part[0]:
-                ends = list(accumulate((n.meta["val"].shape[part[0]] for n in node.args[0]), initial=0))
-                if part[1:] not in pairwise(ends):
-                    return None
-                node, part = node.args[0][ends.index(part[1])], None
-            elif node.target is ADD:
-                for some, other in (node.args, node.args[::-1]):
-                    term = term_of(other)
-                    if term is not None and isinstance(some, fx.Node) and _dtype(other, looks) == looks.dtype:
-                        break
-                else:
-                    return None
-                term = term if part is None else cut(term, *part)
-                if term is None:
-                    return None
-                terms.append(term._replace(shape=tuple(shape)))
-                node = some
-            else:
-                return None
-        if not torch.is_tensor(looks) or part is not None:
-            return None
-        return Stream(leaf[node], tuple(reversed(terms)), tuple(looks.shape), looks.stride())
-
-    def cut(term: Term, dim: int, start: int, stop: int) -> Term | None:
+    def _cut(self, term: Term, part: Part) -> Term | None:
+        """Returns this part of a term; None if its gate differs along the dimension of the part."""
         if term.factor is not None:
-            gate = inputs[term.factor].meta.get("val")
-            if gate is None or gate.shape[dim] != 1:
+            gate = self.inputs[term.factor].meta.get("val")
+            if gate is None or gate.shape[part.dim] != 1:
                 return None
-        one = (SLICE, (dim, start, stop))
-        return term._replace(kept=tuple(k._replace(views=(*k.views, one)) for k in term.kept))
+        view = (SLICE, tuple(part))
+        return term._replace(kept=tuple(kept._replace(views=(*kept.views, view)) for kept in term.kept))
 
-    found = next(node for node in rest.graph.nodes if node.op == "output").args[0][:outputs]
-    streams = [stream_of(node) if isinstance(node, fx.Node) else None for node in found]
-    return None if any(s is None and f is not None for s, f in zip(streams, found, strict=True)) else tuple(streams)
+    def _term(self, node: Any) -> Term | None:
+        if not isinstance(node, fx.Node) or node.kwargs:
+            return None
+        if self.leaves.get(node, -1) >= self.arguments:
+            return Term((Kept(self.leaves[node]),))
+        if node.target in VIEWS:
+            return self._view(node)
+        if node.target is ADD:
+            return self._weighted_sum(node)
+        return self._product(node) if node.target is MUL else None
+
+    def _view(self, node: fx.Node) -> Term | None:
+        """Returns a view of one kept output as a term."""
+        inner = self._term(node.args[0])
+        if inner is None or not _is_one_output(inner):
+            return None
+        kept = inner.kept[0]
+        return Term((kept._replace(views=(*kept.views, (node.target, tuple(node.args[1:])))),))
+
+    def _weighted_sum(self, node: fx.Node) -> Term | None:
+        """Returns a weighted sum of kept outputs as a term, if it was added up from the left."""
+        first, second = self._term(node.args[0]), self._term(node.args[1])
+        if first is None or second is None or first.factor is not None or second.factor is not None:
+            return None
+        kept = first.kept + second.kept
+        return Term(kept) if len(second.kept) == 1 and all(one.weight is not None for one in kept) else None
+
+    def _product(self, node: fx.Node) -> Term | None:
+        """Returns a kept output times its weight, or a term times its gate."""
+        for some, other in (node.args, node.args[::-1]):
+            inner = self._term(some)
+            if inner is None or inner.factor is not None:
+                continue
+            if isinstance(other, float) and _is_one_output(inner):
+                return Term((inner.kept[0]._replace(weight=other),))
+            if isinstance(other, fx.Node) and other in self.numbers and self._is_early(other):
+                return inner._replace(factor=self.numbers[other])
+        return None
+
+    def _is_early(self, node: fx.Node) -> bool:
+        """Returns whether an input is known ahead of the loop: no kept output, and independent of the latents."""
+        leaf = self.leaves.get(node, -1)
+        return leaf < self.arguments and leaf not in self.late
 
 
-def _dtype(node: Any, looks: torch.Tensor) -> torch.dtype:
-    """Returns the dtype of a term; what is kept as it is may have its own."""
-    dtype: torch.dtype = node.meta["val"].dtype if node.op == "call_function" else looks.dtype
+def _is_one_output(term: Term) -> bool:
+    return len(term.kept) == 1 and term.factor is None and term.kept[0].weight is None
+
+
+def _shape_within(node: fx.Node, part: Part | None, output: torch.Tensor) -> tuple[int, ...] | None:
+    """Returns the shape of a part of a node's value; None if the output cannot be a view of that part."""
+    value = node.meta.get("val")
+    if node.kwargs or not torch.is_tensor(value) or value.dtype != output.dtype:
+        return None
+    shape = list(value.shape)
+    if part is not None:
+        shape[part.dim] = part.stop - part.start
+    same_size = torch.Size(shape).numel() == output.numel()
+    return tuple(shape) if same_size or node.target is SLICE else None
+
+
+def _before_view(node: fx.Node, part: Part | None) -> tuple[fx.Node, Part | None] | None:
+    """Returns (node, part) that a view, a slice or a concatenation takes; None for any other operator."""
+    args: Any = node.args
+    if node.target is VIEW and part is None:
+        return args[0], None
+    if node.target is SLICE and part is None and len(args) == 4:
+        source, dim, *ends = args
+        return source, Part(dim, *slice(*ends).indices(source.meta["val"].shape[dim])[:2])
+    if node.target is CAT and part is not None and (args[1:] or (0,))[0] == part.dim:
+        ends = list(accumulate((source.meta["val"].shape[part.dim] for source in args[0]), initial=0))
+        if (part.start, part.stop) in pairwise(ends):
+            return args[0][ends.index(part.start)], None
+    return None
+
+
+def _dtype(node: Any, default: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a term; a kept output itself may have a dtype of its own, which changes nothing."""
+    dtype: torch.dtype = node.meta["val"].dtype if node.op == "call_function" else default
     return dtype

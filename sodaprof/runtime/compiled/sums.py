@@ -1,16 +1,16 @@
-"""Collapse: blocks in a row that compute nothing become one weighted sum over what their sites kept.
+"""Cached sums: consecutive blocks that compute nothing become one weighted sum of what their sites kept.
 
-Such a block, its conditioning computed ahead, is x + sum of gate * output: no norm is needed in between. That is read off
-what is left of its program, not off model code. Ordered, the sum is taken as the blocks take it, bit for bit; fused, in
-one accumulator without rounding in between.
+Such a block is x + sum of gate * output, with its gates from the conditioning tables, so no norm between the blocks is needed.
+This is read from the rest of its program, not from the code of a model. In order, the sum gives the bits of the blocks; fused,
+it is taken in one accumulator without rounding in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -20,35 +20,50 @@ from ...errors import MismatchError
 from ...pipelines.clock import Moment
 from ..hooks.cells import CellInputs, CellResult
 from . import kernels
-from .streams import Stream, Term, streams_of
-from .trace import BlockCall, LoweredBlock, leaves_of
+from .buffers import TableValue
+from .dependence import BlockCall
+from .identity import leaves_of
+from .streams import Kept, Stream, StreamReader, Term
+from .trace import Position, TracedBlock
 
 EMPTY_RESULT, ONE = CellResult(None), torch.tensor(1.0, device="cpu")
 Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
 
 
-def kept_leaves(spec: TreeSpec) -> dict[int, tuple[int, int | None, int | None]]:
-    """Returns {leaf of a block's call: (row, source, part)} for the outputs that its sites are given.
+class KeptOutput(NamedTuple):
+    """Where a block's call has a kept output of one of its sites."""
 
-    source: its place among a forecast's, None for the cache; part: of outputs that are tuples.
-    """
-    given: list[CellInputs] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
-    found: dict[int, tuple[int, int | None, int | None]] = {}
-    for row, one in enumerate(given):
+    row: int
+    source: int | None  # number among the sources of a forecast, None for the cache
+    part: int | None  # of an output that is a tuple
+
+    def of(self, inputs: list[CellInputs]) -> torch.Tensor:
+        """Returns the kept output among the inputs of the block's cells."""
+        sources = inputs[self.row].sources
+        found = inputs[self.row].cache if self.source is None or sources is None else sources[self.source]
+        out: torch.Tensor = found if self.part is None else found[self.part]
+        return out
+
+
+def kept_outputs(spec: TreeSpec) -> dict[int, KeptOutput]:
+    """Returns {number of the leaf: kept output} of a block's call (args, kwargs, inputs of its cells)."""
+    inputs: list[CellInputs] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
+    found: dict[int, KeptOutput] = {}
+    for row, one in enumerate(inputs):
         sources: Any = one.sources if isinstance(one.sources, tuple) else ()
         for source, output in ((None, one.cache), *enumerate(sources)):
             if isinstance(output, tuple):
-                found |= {leaf: (row, source, part) for part, leaf in enumerate(output)}
+                found |= {leaf: KeptOutput(row, source, part) for part, leaf in enumerate(output)}
             else:
-                found[output] = row, source, None
+                found[output] = KeptOutput(row, source, None)
     return found
 
 
 class Scalars(dict[tuple[float, torch.dtype], torch.Tensor]):
-    """(weight, dtype of what is weighed) -> the weight as a tensor without dimensions.
+    """(weight, dtype of what is weighted) -> the weight as a tensor without dimensions.
 
-    It multiplies to the same bits as the number, of which torch makes such a tensor at every use: half of the time that a
-    small network's product takes.
+    A product with it has the bits of a product with the number. For a number, torch makes such a tensor at every use, which
+    takes half of the time of a small network's product.
     """
 
     def __missing__(self, key: tuple[float, torch.dtype]) -> torch.Tensor:
@@ -59,9 +74,10 @@ class Scalars(dict[tuple[float, torch.dtype], torch.Tensor]):
 
 @lru_cache
 def adds_products(dtype: torch.dtype) -> bool:
-    """Returns whether one addcmul on a CPU gives the bits of a product by a weight and its addition, found by trying.
+    """Returns whether one addcmul on a CPU gives the bits of a product with a weight and its addition, found by trying.
 
-    It takes sum + (weight * tensor) * 1: an FMA of the last two changes no bit. Narrow types' products it does not round.
+    It computes sum + (weight * tensor) * 1, in which an FMA of the last two changes no bit. It does not round the products of
+    narrow types.
     """
     noise = torch.Generator().manual_seed(0)
     total, tensor = torch.randn(2, 4099, generator=noise, dtype=torch.float64, device="cpu").to(dtype)
@@ -71,70 +87,70 @@ def adds_products(dtype: torch.dtype) -> bool:
 
 @dataclass
 class Member:
-    """A block of a run at one step, and how it is called."""
+    """A block of a cached sum at one step."""
 
-    block: LoweredBlock
+    block: TracedBlock
     streams: tuple[Stream | None, ...]
     out: TreeSpec
-    factors: dict[int, torch.Tensor]
-    kept: dict[int, tuple[int, int | None, int | None]]  # leaf -> number of the row, of the source, of the tuple's part
+    factors: dict[int, torch.Tensor | TableValue]  # number of a program's input -> gate
+    kept: dict[int, KeptOutput]  # by number of the leaf
+
+    def terms(self, moment: Moment) -> list[list[Added]]:
+        """Returns what the block adds to each of its streams; writes the memory of its sites, which keep nothing."""
+        inputs = [row.read(moment) for row in self.block.rows]
+        table_row = self.block.table_rows.get((moment.step, moment.branch))
+        added: list[list[Added]] = []
+        for stream in self.streams:
+            added.append([])
+            for term in stream.terms if stream is not None else ():
+                outputs = [_viewed(self.kept[kept.leaf].of(inputs), kept) for kept in term.kept]
+                factor = None if term.factor is None else self.factors[term.factor]
+                gate = factor.read(table_row) if isinstance(factor, TableValue) else factor
+                added[-1].append((outputs, term, gate))
+        for row in self.block.rows:
+            row.write(moment, EMPTY_RESULT)
+        return added
 
 
 @dataclass
-class Run:
-    """Consecutive blocks at one step on one branch, each taking what the one before hands on."""
+class CachedSum:
+    """A cached sum of consecutive blocks at one step on one branch; each takes what the block before returns."""
 
     members: list[Member]
     fused: bool
     plans: dict[Any, kernels.Plan]  # of sums on a GPU
     scalars: Scalars
-    handed: list[torch.Tensor | None] = field(default_factory=list)  # what the next block must be given
-    at: int = 0
+    outputs: list[torch.Tensor | None] = field(default_factory=list)  # what every block returns and the next is given
+    position: int = 0  # of the next block to be called
 
     def call(self, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the block's output: of all blocks at the first, which the others hand on."""
-        leaves, member = leaves_of((args, kwargs), []), self.members[self.at]
-        if self.at == 0:
-            self.handed = self._sums(moment, leaves)
-        elif any(s is not None and leaves[s.origin] is not h for s, h in zip(member.streams, self.handed, strict=True)):
+        """Returns the output of the next block: the sum over all blocks, taken at the call of the first."""
+        leaves, member = leaves_of((args, kwargs), []), self.members[self.position]
+        if self.position == 0:
+            self.outputs = self._sums(moment, leaves)
+        elif any(
+            s is not None and leaves[s.origin] is not x for s, x in zip(member.streams, self.outputs, strict=True)
+        ):
             raise MismatchError(
-                f"{member.block.path} is not given what the block before it returned, as it was in the run before. Run "
-                "the schedule without cached sums: apply(pipe, schedule, runtime=Compiled(sums=None))."
+                f"{member.block.path} is not given the output of the block before it, as it was in the run before. Run the "
+                "schedule without cached sums: apply(pipe, schedule, runtime=Compiled(sums=None))."
             )
-        out = tree_unflatten(self.handed, member.out)
-        self.at = (self.at + 1) % len(self.members)
+        out = tree_unflatten(self.outputs, member.out)
+        self.position = (self.position + 1) % len(self.members)
         return out
 
-    def place(self, block: LoweredBlock) -> int:
-        """Which of the run's blocks this is."""
+    def place(self, block: TracedBlock) -> int:
+        """Returns the number of the block in the sum."""
         return next(i for i, member in enumerate(self.members) if member.block is block)
 
-    def factors_of(self, block: LoweredBlock) -> list[torch.Tensor]:
-        """What the block's terms are multiplied by."""
+    def factors_of(self, block: TracedBlock) -> list[torch.Tensor | TableValue]:
+        """Returns the gates of the block's terms."""
         return list(self.members[self.place(block)].factors.values())
-
-    def swap(self, block: LoweredBlock, other: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
-        """Puts other(factor) in place of each of the block's factors; returns what takes that back."""
-        member = self.members[self.place(block)]
-        own = member.factors
-        member.factors = {number: other(factor) for number, factor in own.items()}
-
-        def undo() -> None:
-            member.factors = own
-
-        return undo
 
     def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
         moment.served["sums"] += 1
-        added: list[list[Added]] = [[] for _ in self.members[0].streams]
-        for member in self.members:
-            given = [row.read(moment) for row in member.block.rows]
-            for mine, stream in zip(added, member.streams, strict=True):
-                for term in stream.terms if stream is not None else ():
-                    outputs = [_viewed(given, member.kept[kept.leaf], kept.views) for kept in term.kept]
-                    mine.append((outputs, term, None if term.factor is None else member.factors[term.factor]))
-            for row in member.block.rows:
-                row.write(moment, EMPTY_RESULT)
+        of_members = [member.terms(moment) for member in self.members]
+        added = [[term for terms in streams for term in terms] for streams in zip(*of_members, strict=True)]
         first, last = self.members[0].streams, self.members[-1].streams
         return [
             None if begin is None or end is None else self._sum(moment, leaves[begin.origin], terms, end)
@@ -151,7 +167,7 @@ class Run:
         return total.result(stream)
 
     def _by_kernel(self, total: _Total, added: list[Added]) -> bool:
-        """Adds all terms in one launch; False where they do not lie in one arena, or are no plain gates."""
+        """Adds all terms in one launch; returns False if they do not lie in one arena or a gate differs between tokens."""
         arena = added[0][0][0]._base if added else None
         start, gates = total.value, [factor for _, _, factor in added]
         if arena is None or arena.shape[1:] != start.shape or not kernels.available():
@@ -175,32 +191,32 @@ class Run:
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether the kernel can take it. Elsewhere it runs in Triton's interpreter alone, for tests."""
+    """Returns whether the kernel can take the tensor. On a CPU it runs in Triton's interpreter only, for tests."""
     return tensor.is_cuda
 
 
 def _gates(shape: torch.Size) -> tuple[tuple[int, ...], ...]:
-    """Returns the shapes of gates that hold for all tokens of a stream [B, N, D]."""
+    """Returns the shapes of gates that are the same for all tokens of a stream [B, N, D]."""
     batch, _, width = shape
     return (batch, 1, width), (1, 1, width), (1, width), (width,)
 
 
 class _Total:
-    """A sum under way: its first addition makes a tensor of its own, the others add to it in place."""
+    """A partial sum: its first addition makes a new tensor, the others add to that in place."""
 
     def __init__(self, start: torch.Tensor, scalars: Scalars) -> None:
         self.value, self.dtype, self.shape, self.own = start.contiguous(), start.dtype, tuple(start.shape), False
         self.scalars, self.adds = scalars, start.device.type == "cpu" and adds_products(start.dtype)
         self.buffer: torch.Tensor | None = None  # for one term after the other
 
-    def seen(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Returns the sum so far as a block sees its stream: a view takes as long as a small network's addition."""
+    def viewed(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Returns the partial sum in the shape of a block's stream; a view is made only if the shape changes."""
         if self.shape != shape:
             self.value, self.shape, self.buffer = self.value.view(shape), shape, None
         return self.value
 
     def result(self, stream: Stream) -> torch.Tensor:
-        """Returns the sum laid out as the blocks' own would be: what comes after may depend on it in its last bits."""
+        """Returns the sum with the layout of the blocks' own output, on which the last bits of later operators may depend."""
         value = self.value.view(stream.shape)
         if value.stride() == stream.stride and value.dtype == self.dtype:
             return value
@@ -208,7 +224,8 @@ class _Total:
 
 
 def _ordered(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch.Tensor | None) -> None:
-    value, part = total.seen(term.shape), outputs[0]
+    """Adds a term with the roundings of the block's own operators."""
+    value, part = total.viewed(term.shape), outputs[0]
     buffer = total.buffer = torch.empty_like(value) if total.buffer is None else total.buffer
     for i, (output, kept) in enumerate(zip(outputs, term.kept, strict=True)):
         if kept.weight is None:  # the only one
@@ -218,8 +235,8 @@ def _ordered(total: _Total, outputs: list[torch.Tensor], term: Term, factor: tor
         elif i:
             part.add_(output * total.scalars[kept.weight, output.dtype])
         else:
-            fits = output.dtype is total.dtype and output.shape == term.shape
-            part = torch.mul(output, total.scalars[kept.weight, output.dtype], out=buffer if fits else None)
+            in_buffer = output.dtype is total.dtype and output.shape == term.shape
+            part = torch.mul(output, total.scalars[kept.weight, output.dtype], out=buffer if in_buffer else None)
     if factor is not None:
         part = torch.mul(factor, part, out=buffer)
     total.value = value.add_(part) if total.own else value + part
@@ -227,10 +244,11 @@ def _ordered(total: _Total, outputs: list[torch.Tensor], term: Term, factor: tor
 
 
 def _fused(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch.Tensor | None) -> None:
+    """Adds a term in fp32 (or wider) without rounding to the stream's dtype."""
     if not total.own:
         total.value = total.value.to(torch.promote_types(total.dtype, torch.float32), copy=True)
         total.own = True
-    value = total.seen(term.shape)
+    value = total.viewed(term.shape)
     for output, kept in zip(outputs, term.kept, strict=True):
         weight = 1.0 if kept.weight is None else kept.weight
         if factor is None:
@@ -239,68 +257,63 @@ def _fused(total: _Total, outputs: list[torch.Tensor], term: Term, factor: torch
             value.addcmul_(factor, output, value=weight)
 
 
-def _viewed(given: list[CellInputs], place: tuple[int, int | None, int | None], views: Any) -> torch.Tensor:
-    row, source, part = place
-    sources = given[row].sources
-    found = given[row].cache if source is None or sources is None else sources[source]
-    out: torch.Tensor = found if part is None else found[part]
-    for view, arguments in views:
-        out = view(out, *arguments)
-    return out
+def _viewed(output: torch.Tensor, kept: Kept) -> torch.Tensor:
+    for view, arguments in kept.views:
+        output = view(output, *arguments)
+    return output
 
 
-class Collapse:
-    """Finds the runs of a schedule's steps once the conditioning tables of a run are filled."""
+class Sums:
+    """Finds the cached sums of a schedule's steps, once the conditioning tables of a run are filled."""
 
     def __init__(self, fused: bool) -> None:
         self.fused = fused
         self.plans: dict[Any, kernels.Plan] = {}
         self.scalars = Scalars()
-        self.streams: dict[fx.GraphModule, tuple[Stream | None, ...] | None] = {}  # of what is left of each program
+        self.streams: dict[fx.GraphModule, tuple[Stream | None, ...] | None] = {}  # by rest of a program
 
     def join(self, calls: list[BlockCall], steps: Sequence[int], branch: int) -> None:
-        """Gives the blocks of each step that are sums alone their runs, neighbours that hand on what they return one."""
+        """Gives each block that is only a sum at a step its cached sum; consecutive blocks share one if each feeds the next."""
         for step in steps:
-            run: Run | None = None
+            run: CachedSum | None = None
             before: BlockCall | None = None
             for call in calls:
                 member = self._member(call, (step, branch))
                 if member is None:
                     run = None
-                elif run is not None and before is not None and _hands_on(before, call, member):
+                elif run is not None and before is not None and _feeds(before, call, member):
                     run.members.append(member)
                 else:
-                    run = Run([member], self.fused, self.plans, self.scalars)
+                    run = CachedSum([member], self.fused, self.plans, self.scalars)
                 if run is not None:
-                    call.block.runs[step, branch] = run
+                    call.block.sums[step, branch] = run
                 before = call
 
-    def _member(self, call: BlockCall, at: tuple[int, int]) -> Member | None:
-        if at not in call.block.ready or not all(row.cells[at[0]].reuses for row in call.block.rows):
+    def _member(self, call: BlockCall, position: Position) -> Member | None:
+        block, step = call.block, position[0]
+        if position not in block.ready or not all(row.cells[step].reuses for row in block.rows):
             return None
-        program, rest, values = call.block.ready[at]
+        program, rest, values = block.ready[position]
         outputs, spec = tree_flatten(call.out)
         if rest not in self.streams:
-            self.streams[rest] = streams_of(
-                rest, program.parameters, program.places, len(call.leaves), call.late, len(outputs)
-            )
+            reader = StreamReader(rest, program.parameters, program.places, len(call.leaves), call.late)
+            self.streams[rest] = reader.read(len(outputs))
         streams = self.streams[rest]
         if streams is None:
             return None
-        at_step = call.at(at[0])
-        flat = [*call.block.parameters(), *(at_step[i] if i < len(at_step) else None for i in program.places), *values]
+        inputs = [*block.parameters(), *call.inputs(step, program.places), *values]
         terms = [term for stream in streams if stream is not None for term in stream.terms]
-        factors = {term.factor: flat[term.factor] for term in terms if term.factor is not None}
-        return Member(call.block, streams, spec, factors, kept_leaves(program.key[2]))
+        factors = {term.factor: inputs[term.factor] for term in terms if term.factor is not None}
+        return Member(block, streams, spec, factors, kept_outputs(program.key[2]))
 
 
-def _hands_on(before: BlockCall, call: BlockCall, member: Member) -> bool:
-    """Whether a block takes of the latents just what the one before returned, in its order."""
+def _feeds(before: BlockCall, call: BlockCall, member: Member) -> bool:
+    """Returns whether what the block takes of the latents is just the output of the block before, in its order."""
     outputs = tree_flatten(before.out)[0]
-    places = [(s.origin, out) for s, out in zip(member.streams, outputs, strict=False) if s is not None]
+    taken = [(s.origin, out) for s, out in zip(member.streams, outputs, strict=False) if s is not None]
     return (
-        before.handed
+        before.handed_on
         and len(outputs) == len(member.streams)
-        and {origin for origin, _ in places} >= call.late
-        and all(torch.is_tensor(out) and call.leaves[origin] is out for origin, out in places)
+        and {origin for origin, _ in taken} >= call.late
+        and all(torch.is_tensor(out) and call.leaves[origin] is out for origin, out in taken)
     )

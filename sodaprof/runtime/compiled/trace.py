@@ -1,14 +1,13 @@
-"""Lowering: each block traced under its cells, through the hooks of its sites, and cleaned of what nobody reads.
+"""Traced blocks: each block's operators under its cells as a graph, without code whose result nothing reads.
 
-Norms, modulation and conditioning in front of a module that is not run vanish, without a copy of any model's forward.
-A program is a function of tensors alone: parameters are inputs, so blocks that are built alike share it.
+Norms, modulation and conditioning in front of a module that does not run are absent from the graph, and no model's forward is
+copied. A program is a function of tensors only. Parameters are inputs, so blocks that are built alike share a program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,61 +15,68 @@ from diffusers.hooks import ModelHook
 from torch import fx, nn
 from torch.func import functional_call, functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ...errors import SodaprofError, UnsupportedModelError
 from ...formats.sites import SiteKey
 from ...pipelines.clock import Moment
 from ..hooks.cells import CellInputs, CellResult
 from ..hooks.sites import SiteRow
+from .buffers import TableValue
+from .identity import build_of, form_of, leaves_of, signature_of, stored_tensors
 
-PLAIN = (bool, int, float, str, type(None))
-LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
-CONTAINERS = {tuple, list, dict, CellInputs}
-MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing of how it is built
+Position = tuple[int, int]  # step and branch
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A block under its cells: graph(*parameters, *tensors of the call) -> leaves of (output, what each site made)."""
+    """A block under its cells: graph(*parameters, *tensors of the call) -> leaves of (output, result of each site)."""
 
     graph: fx.GraphModule
-    made: TreeSpec
-    parameters: int  # how many of the graph's inputs are parameters, the first ones
-    key: Any  # what it was traced for
-    places: list[int]  # of the other inputs among the leaves of (args, kwargs, what the sites are given)
+    results: TreeSpec  # structure of (output, results of the sites)
+    parameters: int  # how many of the graph's first inputs are parameters
+    key: Any  # all that the program is bound to
+    places: list[int]  # of the other inputs among the leaves of (args, kwargs, inputs of the cells)
 
     def structured(self, found: list[Any]) -> tuple[Any, list[CellResult]]:
-        """Returns the block's output and what each site made, from what the graph returned."""
-        out: tuple[Any, list[CellResult]] = tree_unflatten(found, self.made)
+        """Returns the block's output and the result of each site, from the leaves that the graph returned."""
+        out: tuple[Any, list[CellResult]] = tree_unflatten(found, self.results)
         return out
 
 
 class Ready(NamedTuple):
-    """What is left of a program at a step, and the values that it takes beside its inputs."""
+    """The rest of a program at one step, and the values from the conditioning tables that it takes."""
 
     program: Program
     rest: fx.GraphModule
-    values: list[Any]
+    values: list[Any]  # a TableValue is read from the row of the step's table
 
 
-class Tracer:
-    """Stands in for the rows' stores while a block is traced: what each site is given, and what it makes."""
+class TracedCells:
+    """Runs the cells of a block's sites while the block is traced: from given inputs, without the sites' memory."""
 
-    def __init__(self, rows: list[SiteRow], given: list[CellInputs], step: int) -> None:
-        self.given, self.step = {row.key: g for row, g in zip(rows, given, strict=True)}, step
-        self.made: dict[str, CellResult] = {}
+    def __init__(self, rows: list[SiteRow], inputs: list[CellInputs], step: int) -> None:
+        self.inputs, self.step = {row.key: one for row, one in zip(rows, inputs, strict=True)}, step
+        self.results: dict[str, CellResult] = {}
 
     def run(self, row: SiteRow, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = self.given[row.key]
-        source = self.made.get(row.scored_by.key) if row.scored_by is not None else None
-        if source is not None and source.statistic is not None:  # taken at this step, a moment ago
-            given = given._replace(scored=source.statistic)
-        made = self.made[row.key] = row.act(self.step, given, forward, args, kwargs)
-        return made.out
+        inputs = self.inputs[row.key]
+        source = self.results.get(row.scored_by.key) if row.scored_by is not None else None
+        if source is not None and source.statistic is not None:  # observed earlier in this call of the block
+            inputs = inputs._replace(scored=source.statistic)
+        result = self.results[row.key] = row.act(self.step, inputs, forward, args, kwargs)
+        return result.out
 
 
-class LoweredBlock(ModelHook):  # type: ignore[misc]
+@dataclass
+class RecordedCall:
+    """The arguments and the output of one call of a block."""
+
+    leaves: list[Any]
+    out: Any = None
+
+
+class TracedBlock(ModelHook):  # type: ignore[misc]
     """The diffusers hook on a block that runs its programs, traced at their first use and kept in `programs`."""
 
     def __init__(
@@ -78,158 +84,161 @@ class LoweredBlock(ModelHook):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.path, self.block, self.rows, self.moment, self.programs = path, block, rows, moment, programs
-        self.built: Any = None
-        self.known: dict[Any, Program] = {}  # built as it was last: by all else that a program is bound to
+        self.built: Any = None  # how the block is built; None: not read in this run
+        self.known: dict[Any, Program] = {}  # programs of the latest build, by all else that they are bound to
         self.known_built: Any = None
-        self.tensors: list[tuple[dict[str, Any], str]] = []  # where the block's parameters and buffers are found
-        self.names: list[str] = []
-        # for conditioning tables
-        self.by_step: dict[
-            tuple[int, int], list[Program]
-        ] = {}  # (step, branch) -> programs that ran, of all batch sizes
-        self.ready: dict[tuple[int, int], Ready] = {}
-        self.runs: dict[tuple[int, int], Any] = {}  # collapsed with its neighbours
-        self.listener: BlockCall | None = None  # is told arguments and output of the next call
-        self.answer: tuple[Any] | None = None  # stands still: returns this, notes what it was asked
-        self.asked: list[Any] = []
+        self.tensors: list[tuple[str, dict[str, Any], str]] = []  # where the parameters and buffers are stored
+        # the rest is for the conditioning tables
+        self.by_step: dict[Position, list[Program]] = {}  # programs that ran there, of all batch sizes
+        self.ready: dict[Position, Ready] = {}
+        self.sums: dict[Position, Any] = {}  # cached sums that the block belongs to
+        self.table_rows: Mapping[
+            Position, torch.Tensor
+        ] = {}  # rows to read table values from, while a graph is recorded
+        self.recorded: RecordedCall | None = None  # filled by the next call
+        self.stub: tuple[Any] | None = None  # stubbed: the block returns this and records its inputs
+        self.recorded_inputs: list[Any] = []
 
     def reset(self) -> None:
-        """Forgets the values of a run; notices what was built into the block since: adapters, other processors."""
+        """Drops the values of a run; a change of the block since (an adapter, another processor) is noticed afterwards."""
         self.built = None
         self.ready.clear()
-        self.runs.clear()
+        self.sums.clear()
 
     def parameters(self) -> list[torch.Tensor]:
         """Returns parameters and buffers as they are now, in the order in which programs take them."""
         if self.built is None:
-            self._look()
-        return [found[name] for found, name in self.tensors]
+            self._read_build()
+        return [found[name] for _, found, name in self.tensors]
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.built is None:
-            self._look()
-        if self.answer is not None:
-            self.asked = tree_flatten((args, kwargs))[0]
-            return self.answer[0]
-        at, tabled = (self.moment.step, self.moment.branch), self.moment.tabled
-        if tabled and at in self.runs and not torch.is_grad_enabled():
-            return self.runs[at].call(self.moment, args, kwargs)
-        given = [row.read(self.moment) for row in self.rows]
-        leaves = leaves_of((args, kwargs, given), [])
-        if tabled and at in self.ready:  # called as it was when the tables were made: no need to look again
-            program, graph, values = self.ready[at]
+            self._read_build()
+        if self.stub is not None:
+            self.recorded_inputs = tree_flatten((args, kwargs))[0]
+            return self.stub[0]
+        position, tabled = (self.moment.step, self.moment.branch), self.moment.tabled
+        if tabled and position in self.sums and not torch.is_grad_enabled():
+            return self.sums[position].call(self.moment, args, kwargs)
+        inputs = [row.read(self.moment) for row in self.rows]
+        leaves = leaves_of((args, kwargs, inputs), [])
+        if tabled and position in self.ready:  # called as when the tables were made: the signature needs no check
+            program, graph, values = self.ready[position]
+            row = self.table_rows.get(position)
+            values = [value.read(row) if type(value) is TableValue else value for value in values]
             self.moment.served["blocks"] += 1
         else:
-            program, values = self._program((args, kwargs, given), leaves, at), []
+            program, values = self._program((args, kwargs, inputs), leaves, position), []
             graph = program.graph
         found = graph.forward(*self.parameters(), *[leaves[i] for i in program.places], *values)
-        out, made = program.structured(found)
-        if self.listener is not None:
-            self.listener.leaves, self.listener.out = tree_flatten((args, kwargs))[0], out
-        for row, one in zip(self.rows, made, strict=True):
-            row.write(self.moment, one)
+        out, results = program.structured(found)
+        if self.recorded is not None:
+            self.recorded.leaves, self.recorded.out = tree_flatten((args, kwargs))[0], out
+        for site_row, result in zip(self.rows, results, strict=True):
+            site_row.write(self.moment, result)
         return out
 
-    def _program(self, call: tuple[Any, ...], leaves: list[Any], at: tuple[int, int]) -> Program:
-        """Returns the program for these arguments at this step, traced where there is none yet."""
-        cells = tuple([row.cells[at[0]].arithmetic() for row in self.rows])
-        kinds = tuple([kind_of(leaf) for leaf in leaves])
+    def _program(self, call: tuple[Any, ...], leaves: list[Any], position: Position) -> Program:
+        """Returns the program for these arguments at this step, traced if there is none yet."""
+        cells = tuple([row.cells[position[0]].arithmetic() for row in self.rows])
+        signatures = tuple([signature_of(leaf) for leaf in leaves])
         settings = torch.is_autocast_enabled(), torch.get_default_dtype()
-        mark = cells, form_of(call), kinds, *settings
-        program = self.known.get(mark)
+        known_key = cells, form_of(call), signatures, *settings
+        program = self.known.get(known_key)
         if program is None:
             spec = tree_flatten(call)[1]
-            key = self.built, cells, spec, kinds, *settings
+            key = self.built, cells, spec, signatures, *settings
             program = self.programs.get(key)
             if program is None:
-                program = self.programs[key] = self._trace(key, leaves, spec, at[0])
-            self.known[mark] = program
-        if program not in (ran := self.by_step.setdefault(at, [])):
+                program = self.programs[key] = self._trace(key, leaves, spec, position[0])
+            self.known[known_key] = program
+        if program not in (ran := self.by_step.setdefault(position, [])):
             ran.append(program)
         return program
 
-    def fits(self, program: Program, leaves: list[Any]) -> bool:
-        """Whether a program noted before is still that of a call with these arguments; after `parameters`, which looks."""
-        now = (
-            self.built,
-            tuple(kind_of(leaf) for leaf in leaves),
-            torch.is_autocast_enabled(),
-            torch.get_default_dtype(),
-        )
-        built, _, _, kinds, *settings = program.key
-        return now == (built, kinds[: len(leaves)], *settings)
+    def takes(self, program: Program, leaves: list[Any]) -> bool:
+        """Returns whether a call with these arguments still runs the program; call `parameters` first, which reads the build."""
+        signatures = tuple(signature_of(leaf) for leaf in leaves)
+        now = self.built, signatures, torch.is_autocast_enabled(), torch.get_default_dtype()
+        built, _, _, traced, *settings = program.key
+        return now == (built, traced[: len(leaves)], *settings)
 
-    def _look(self) -> None:
-        """Notes how the block is built, and where its parameters are: read at each call, so that new weights count."""
-        self.names, self.tensors = [], []
-        for prefix, module in self.block.named_modules():
-            for found in (module._parameters, module._buffers):
-                for name, value in found.items():
-                    if value is not None:
-                        self.names.append(f"{prefix}.{name}" if prefix else name)
-                        self.tensors.append((found, name))
-        shapes = tuple(kind_of(found[name]) for found, name in self.tensors)
+    def _read_build(self) -> None:
+        """Reads how the block is built and where its parameters are stored; each call reads them there, so new weights count."""
+        self.tensors = stored_tensors(self.block.named_modules())
+        names = tuple(path for path, _, _ in self.tensors)
+        signatures = tuple(signature_of(found[name]) for _, found, name in self.tensors)
         sites = tuple(
-            (SiteKey.parse(row.key).name, row.tokens, row.raster, row.rule,
-             None if row.scored_by is None else SiteKey.parse(row.scored_by.key).name)
+            (
+                SiteKey.parse(row.key).name,
+                row.tokens,
+                row.raster,
+                row.rule,
+                row.scored_by and SiteKey.parse(row.scored_by.key).name,
+            )
             for row in self.rows
-        )  # fmt: skip
-        built = (tuple(self.names), shapes, build_of(self.block), sites)
+        )
+        built = (names, signatures, build_of(self.block), sites)
         if built != self.known_built:
             self.known.clear()
-            # one object for all that are built alike, which is compared and hashed at once
+            # one object for all blocks that are built alike: it compares equal by identity
             self.known_built = next((p.key[0] for p in self.programs.values() if p.key[0] == built), built)
         self.built = self.known_built
 
     def _trace(self, key: Any, leaves: list[Any], spec: TreeSpec, step: int) -> Program:
         constants = [None if torch.is_tensor(leaf) else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
-        made_spec: list[TreeSpec] = []
+        names = [f"block.{path}" for path, _, _ in self.tensors]
+        results: list[TreeSpec] = []
 
         def run(*flat: torch.Tensor) -> list[Any]:
             filled = list(constants)
-            for place, tensor in zip(places, flat[len(self.names) :], strict=True):
+            for place, tensor in zip(places, flat[len(names) :], strict=True):
                 filled[place] = tensor
-            args, kwargs, given = tree_unflatten(filled, spec)
-            tracer = Tracer(self.rows, given, step)
+            args, kwargs, inputs = tree_unflatten(filled, spec)
+            cells = TracedCells(self.rows, inputs, step)
             for row in self.rows:
-                row.runner = tracer
-            parameters = {f"block.{name}": value for name, value in zip(self.names, flat, strict=False)}
+                row.runner = cells
+            parameters = dict(zip(names, flat, strict=False))
             out = functional_call(Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
-            missing = [row.key for row in self.rows if row.key not in tracer.made]
+            missing = [row.key for row in self.rows if row.key not in cells.results]
             if missing:
                 raise UnsupportedModelError(
-                    f"{missing[0]} was not called by its block. Run the schedule without lowering."
+                    f'{missing[0]} was not called by its block. Run the schedule with runtime="hooks".'
                 )
-            found, made = tree_flatten((out, [tracer.made[row.key] for row in self.rows]))
-            made_spec.append(made)
+            found, structure = tree_flatten((out, [cells.results[row.key] for row in self.rows]))
+            results.append(structure)
             return found
 
-        self.moment.forward += 1  # a site's first call under the trace is its first
+        self.moment.forward += 1  # the first call of a site while it is traced is its first in a forward pass
         try:
             with torch.no_grad():
-                # fake tensors: a branch on data is refused here instead of being baked into the program
-                trace = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)
-                graph = trace(*self.parameters(), *[leaves[i] for i in places])
-        except SodaprofError:  # a site's own word: another resolution, an output of another kind
+                graph = graph_of(run, [*self.parameters(), *(leaves[i] for i in places)])
+        except SodaprofError:  # raised by a site: another resolution, an output of another kind
             raise
-        except Exception as error:  # whatever an operator says that cannot be traced
+        except Exception as error:  # any error of an operator that cannot be traced
             first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UnsupportedModelError(
-                f"{self.path} ({type(self.block).__name__}) cannot be lowered, it depends on data or has an operator that "
-                f"cannot be traced ({type(error).__name__}: {first}). Run the schedule without lowering: apply(pipe, schedule)."
+                f"{self.path} ({type(self.block).__name__}) cannot be traced: it depends on data or has an operator that "
+                f'cannot be traced ({type(error).__name__}: {first}). Run the schedule with runtime="hooks".'
             ) from error
         finally:
             for row in self.rows:
                 row.runner = None
-        graph.graph.eliminate_dead_code()
-        graph.recompile()
         self.moment.programs += 1
-        return Program(graph, made_spec[-1], len(self.names), key, places)
+        return Program(graph, results[-1], len(names), key, places)
+
+
+def graph_of(run: Callable[..., list[Any]], inputs: list[Any]) -> fx.GraphModule:
+    """Returns run(*inputs) as a graph without dead code. Fake tensors: a branch on data fails and becomes no constant."""
+    graph = make_fx(functionalize(run), tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
 
 
 class Bare(nn.Module):
-    """A block without what others hooked to it: that runs around its program, and must not run within it, too."""
+    """A block without the hooks of others: they run around its program and must not run inside it as well."""
 
     def __init__(self, block: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()
@@ -237,97 +246,3 @@ class Bare(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
-
-
-@dataclass
-class BlockCall:
-    """How one block is called in the run under way."""
-
-    block: LoweredBlock
-    leaves: list[Any] = field(default_factory=list)  # its arguments at step 0
-    out: Any = None  # its output at step 0
-    late: set[int] = field(default_factory=set)  # arguments that depend on the latents
-    handed: bool = False  # the next block takes its output, and nobody else does
-    changed: dict[int, dict[int, Any]] = field(default_factory=dict)  # step -> argument -> value, where it changes
-
-    @property
-    def moving(self) -> set[int]:
-        return {i for values in self.changed.values() for i in values}
-
-    def at(self, step: int) -> list[Any]:
-        """Returns its arguments at a step; those that depend on the latents as they were at step 0."""
-        changed = self.changed.get(step, {})
-        return [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
-
-
-def leaves_of(tree: Any, into: list[Any]) -> list[Any]:
-    """Returns the leaves of a call as `tree_flatten` orders them, added to `into`, without the time that it takes."""
-    for value in tree.values() if type(tree) is dict else tree:
-        kind = type(value)
-        if kind in LEAVES:
-            into.append(value)
-        elif kind in CONTAINERS:
-            leaves_of(value, into)
-        else:
-            into += tree_leaves(value)
-    return into
-
-
-def form_of(tree: Any) -> Any:
-    """Returns the structure of a call, to compare with another's."""
-    parts = [
-        form_of(v) if (kind := type(v)) in CONTAINERS else None if kind in LEAVES else tree_flatten(v)[1]
-        for v in (tree.values() if type(tree) is dict else tree)
-    ]
-    return type(tree), tuple(tree) if type(tree) is dict else None, *parts
-
-
-def kind_of(leaf: Any) -> Any:
-    """Returns what a program is bound to of an argument: all of a plain value, the looks of a tensor."""
-    if torch.is_tensor(leaf):
-        return leaf.shape, leaf.dtype, leaf.device, leaf.stride()
-    if not isinstance(leaf, Hashable):
-        raise UnsupportedModelError(
-            f"A block is called with a {type(leaf).__name__}. Run the schedule without lowering."
-        )
-    return leaf
-
-
-def build_of(block: nn.Module) -> tuple[Any, ...]:
-    """Returns how a module is built: classes and settings of its modules and of what these hold, its own name aside.
-
-    Whatever a trace would bake in counts, an adapter's scale or a processor's, so that a change of it is noticed.
-    """
-    return tuple((name, type(module), setting_of(vars(module))) for name, module in block.named_modules())
-
-
-def frozen_of(module: nn.Module) -> tuple[Any, ...]:
-    """Returns what a graph of the module freezes: how it is built, and where its parameters and buffers lie."""
-    found: list[Any] = []
-    for part in module.modules():
-        found.append(type(part))
-        for name, value in vars(part).items():
-            if name not in MODULES_OWN:
-                found.append(value if type(value) in PLAIN else setting_of(value))
-            elif name in ("_parameters", "_buffers"):
-                found += [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in value.values()]
-    return tuple(found)
-
-
-def setting_of(value: Any, depth: int = 0) -> Any:
-    """Returns what a trace would bake in of an attribute of a module, to compare."""
-    if isinstance(value, PLAIN):
-        return value
-    if isinstance(value, tuple | list):
-        return tuple(setting_of(v, depth + 1) for v in value)
-    if isinstance(value, set | frozenset):
-        return frozenset(setting_of(v, depth + 1) for v in value)
-    if isinstance(value, dict):
-        return tuple((key, setting_of(v, depth + 1)) for key, v in value.items() if key not in MODULES_OWN)
-    if isinstance(value, torch.Tensor):  # a constant of the trace, which keeps it alive
-        return id(value), value._version
-    if isinstance(value, FunctionType | BuiltinFunctionType | type | torch.dtype | torch.device):
-        return value
-    if not isinstance(value, nn.Module) and hasattr(value, "__dict__") and depth < 3:
-        return type(value), setting_of(vars(value), depth + 1)
-    return type(value)

@@ -123,6 +123,6 @@ class BlockHook(ModelHook):  # type: ignore[misc]
         self.stack, self.block, self.moment, self.lowered = stack, block, moment, lowered
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.lowered is not None and self.lowered.answer is not None:  # a probe: this is no step
+        if self.lowered is not None and self.lowered.stub is not None:  # a probe: this is no step
             return self.fn_ref.original_forward(*args, **kwargs)
         return self.stack.run(self.block, self.moment, self.fn_ref.original_forward, args, kwargs)

@@ -1,4 +1,4 @@
-"""Conditioning computed ahead: the same bits; found by probing; set aside where a run is not what was noted."""
+"""Conditioning tables: the same bits, and not used for a run whose arguments differ from those recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sodaprof.measure.bench import all_compute
 from sodaprof.pipelines.device import Operators
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import call, load_pipeline
-from sodaprof.runtime.compiled import precompute as fill
+from sodaprof.runtime.compiled import precompute
 from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.precompute import split
 from tests.tape import Tapes
@@ -29,7 +29,7 @@ def pipe():
 
 
 def short_schedule(pipe):
-    """All four actions in as few programs as can be: the blocks share them, and so do two steps."""
+    """All four actions in few programs: the blocks share them, and so do two steps."""
     attn, ff = SITES[::2], SITES[1::2]
     rows, k = dict.fromkeys(attn, "CRRPF") | dict.fromkeys(ff, "CRRFC"), dict.fromkeys(attn, (5,))
     return schedule_for(pipe, rows, k, dict.fromkeys(SITES, (Forecast((0,), (0.9,)),)), steps=SHORT)
@@ -40,17 +40,8 @@ def operators(graph):
 
 
 def served(handle):
-    """Notes each call of a block that took values from a table: [(step, branch)]."""
-    noted = []
-    for block in handle.engine.blocks:
-
-        class Noting(dict):
-            def __getitem__(self, at):
-                noted.append(at)
-                return super().__getitem__(at)
-
-        block.ready = Noting(block.ready)
-    return noted
+    """Returns how many calls of a block took values from the tables in the latest run."""
+    return handle.report().counters.blocks_from_tables
 
 
 def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
@@ -58,18 +49,14 @@ def test_tables_serve_from_the_second_run_on_with_the_same_bits(pipe):
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe)
     with sodaprof.apply(pipe, schedule, runtime=Compiled(sums=None, graphs=False)) as handle:
-        counts = served(handle)
-        assert np.array_equal(draw(pipe), wanted)
-        assert not counts
-        assert np.array_equal(draw(pipe), wanted)
-        assert len(counts) == 7 * 2  # all steps but the first, both blocks
-        counts.clear()
-        assert np.array_equal(draw(pipe), wanted)
-        assert len(counts) == 8 * 2  # from the third run on the first step, too
+        # none in the first run, then both blocks at all steps except the first, from the third run on at all steps
+        for blocks in (0, 7 * BLOCKS, 8 * BLOCKS):
+            assert np.array_equal(draw(pipe), wanted)
+            assert served(handle) == blocks
         assert handle.report().executed == handle.report().planned
 
 
-def test_what_is_left_of_a_reused_block_is_its_gates_and_sums(pipe):
+def test_the_rest_of_a_reused_block_is_its_gates_and_sums(pipe):
     rows = dict.fromkeys(SITES, "CRR")
     with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), runtime="compiled") as handle:
         draw(pipe, steps=3), draw(pipe, steps=3)
@@ -106,7 +93,7 @@ class Switching(TwoPassPipeline):
         return super().__call__(class_labels=class_labels, **kwargs)
 
 
-def test_labels_changed_within_a_run_are_not_served_the_old_ones():
+def test_labels_changed_within_a_run_get_no_values_of_the_old_ones():
     pipe = tiny_pipe(cls=Switching)
     schedule = schedule_for(pipe, {SITES[1]: "CRCR"}, steps=4)
     with sodaprof.apply(pipe, schedule):
@@ -138,21 +125,20 @@ def test_two_pass_guidance():
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=4)
     with sodaprof.apply(pipe, schedule, runtime=Compiled(sums=None, graphs=False)) as handle:
-        counts = served(handle)
-        for _ in range(3):
+        for steps in (0, 3, 4):
             assert np.array_equal(draw(pipe, steps=4), wanted)
-        assert len(counts) == (3 + 4) * 2 * BLOCKS  # steps of two runs, branches
+            assert served(handle) == steps * 2 * BLOCKS  # on both branches
 
 
-def test_values_are_forgotten_after_a_run(pipe):
+def test_no_values_are_kept_after_a_run(pipe):
     with sodaprof.apply(pipe, short_schedule(pipe), runtime="compiled") as handle:
         for _ in range(2):
             draw(pipe, steps=SHORT)
             assert not any(block.ready for block in handle.engine.blocks)
-            assert not handle.engine.tables[0].first
+            assert not handle.engine.tables[0].arguments.first
 
 
-def test_tables_can_be_left_out(pipe):
+def test_tables_can_be_switched_off(pipe):
     schedule = short_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=SHORT)
@@ -162,7 +148,7 @@ def test_tables_can_be_left_out(pipe):
         assert not handle.engine.tables
 
 
-def test_split_keeps_random_numbers_where_they_were():
+def test_random_numbers_are_not_drawn_ahead():
     def f(weight, early, late):
         noise = torch.rand_like(early)
         return (early @ weight.t()) * late + noise + early.sin().sum()
@@ -179,7 +165,7 @@ def test_split_keeps_random_numbers_where_they_were():
 
 
 @pytest.mark.parametrize("error", [0.0, 1e-6])
-def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
+def test_steps_are_computed_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
     schedule = short_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=SHORT)
@@ -189,7 +175,7 @@ def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
         batches.append(len(inputs))
         return [[v + error if error else v for v in each(*parameters, *at_step, *of_run)] for at_step in inputs]
 
-    monkeypatch.setattr(fill.Filler, "_batched", batched)
+    monkeypatch.setattr(precompute.Filler, "_batched", batched)
     with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         draw(pipe, steps=SHORT), draw(pipe, steps=SHORT)
         tried, count = handle.engine.tables[0].filler.at_once, len(batches)
@@ -198,14 +184,14 @@ def test_all_steps_at_once_only_with_the_same_bits(pipe, monkeypatch, error):
         assert (len(batches) > count) == (error == 0)
 
 
-def test_a_batch_is_tried_against_the_steps():
+def test_a_batch_with_other_bits_is_not_taken():
     def lossy(weight, x):
         return [x @ weight, torch.sort(x @ weight)[0] * 0.1]
 
     each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
     weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
     wanted = [each(weight, x) for x in xs]
-    filler, parts = fill.Filler(), fill.parts_of(each, 1, set(), {1})
+    filler, parts = precompute.Filler(), precompute.parts_of(each, 1, set(), {1})
     for _ in range(2):
         found = filler.of_steps(parts, [weight], [[x] for x in xs], [])
         assert all(
@@ -223,13 +209,13 @@ def test_a_linear_layer_of_all_steps_is_one_operator(dtype):
     batch = (bias.expand(6, -1), x, weight.expand(6, -1, -1)), (0, 0, 0), "aten.baddbmm.default"
     product = (bias, x, weight), (None, 0, None), "aten.addmm.default"
     for inputs, dims, operator in (batch, product):
-        graph = make_fx(torch.func.vmap(fill.affine, in_dims=dims))(*inputs)
+        graph = make_fx(torch.func.vmap(precompute.affine, in_dims=dims))(*inputs)
         assert [o for o in operators(graph) if "mm" in o or "add" in o or "mul" in o] == [operator]
-        assert fill.close(wanted, graph(*inputs))
+        assert precompute.close(wanted, graph(*inputs))
 
 
 @pytest.mark.parametrize(("tables", "dtype"), [(True, torch.float32), ("near", torch.bfloat16)])
-def test_filling_takes_few_operators(tables, dtype):
+def test_tables_are_filled_in_few_operators(tables, dtype):
     class Counted(Tapes):
         def __init__(self):
             super().__init__()
@@ -257,12 +243,12 @@ def test_filling_takes_few_operators(tables, dtype):
     assert counted.counts[0] <= 45 * layers  # one by one it is 10 operators and more for each block and step
 
 
-def test_tables_of_another_name_are_refused(pipe):
+def test_an_unknown_kind_of_tables_is_refused(pipe):
     with pytest.raises(SodaprofError, match="tables is 'nearly'; expected True, False or 'near'"):
         sodaprof.apply(pipe, short_schedule(pipe), runtime=Compiled(tables="nearly", graphs=False))
 
 
-def test_linear_layers_are_cut_to_what_is_used():
+def test_linear_layers_are_cut_to_the_parts_that_are_used():
     def gates(weight, bias, x):
         parts = torch.nn.functional.linear(x, weight, bias).chunk(6, dim=1)
         return [parts[2], parts[5][:, None]]
@@ -270,13 +256,13 @@ def test_linear_layers_are_cut_to_what_is_used():
     weight, bias, x = torch.randn(24, 8), torch.randn(24), torch.randn(2, 8)
     graph = make_fx(gates, tracing_mode="fake")(weight, bias, x)
     graph.graph.eliminate_dead_code()
-    cut = fill.narrowed(graph)
+    cut = precompute.narrowed(graph)
     assert sum("addmm" in o for o in operators(cut)) == 2
     assert "aten.split.Tensor" not in operators(cut)
     for a, b in zip(gates(weight, bias, x), cut(weight, bias, x), strict=True):
         assert torch.allclose(a, b)
     whole = make_fx(lambda w, b, x: list(torch.nn.functional.linear(x, w, b).chunk(6, dim=1)), tracing_mode="fake")
-    same = fill.narrowed(whole(weight, bias, x))
+    same = precompute.narrowed(whole(weight, bias, x))
     assert operators(same).count("aten.addmm.default") == 1
 
 
@@ -291,7 +277,7 @@ def two_blocks():
     return pipe
 
 
-def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_between_runs_counts():
+def test_conditioning_outside_of_the_blocks_is_a_program_and_follows_every_change_of_the_modules():
     pipe, prompts = two_blocks(), ["two red circles", "a blue square left of a green star"]
     embedding = pipe.transformer.adaln_single
 
@@ -303,13 +289,10 @@ def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_betwee
 
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, prompts[0])
     handle = sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled")
-    counts = served(handle)
     made(), made(), made()
-    (program,) = handle.engine.tables[0].programs.values()
+    (program,) = handle.engine.tables[0].block_arguments.programs.values()
     assert program is not None
-    assert not any(
-        "conv" in o for part in program.parts[:3] for o in operators(part)
-    )  # what leads to the latents is gone
+    assert not any("conv" in o for part in program.parts for o in operators(part))  # nothing reads the embedded latents
     handle.remove()
     changes = [
         lambda: None,
@@ -327,13 +310,12 @@ def test_conditioning_around_the_blocks_is_a_program_and_whatever_changes_betwee
         assert before is None or not np.array_equal(before, wanted[0])
         before = wanted[0]
         with handle:
-            counts.clear()
             for pictures, arguments in zip(wanted, ((), (1,), (0, 2.0)), strict=True):
                 assert np.array_equal(made(*arguments), pictures)
-            assert len(counts) == 3 * 3 * BLOCKS  # runs, steps
+                assert served(handle) == 3 * BLOCKS  # at all steps
 
 
-def test_arguments_that_cannot_be_traced_are_asked_for_at_every_step(monkeypatch):
+def test_arguments_that_cannot_be_traced_are_found_by_calls_at_every_step(monkeypatch):
     pipe = two_blocks()
     embedding = pipe.transformer.adaln_single.emb
     plain = embedding.forward
@@ -342,8 +324,7 @@ def test_arguments_that_cannot_be_traced_are_asked_for_at_every_step(monkeypatch
     wanted = made()
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, "two red circles")
     with sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled") as handle:
-        counts = served(handle)
-        for _ in range(4):
+        for steps in (0, 2, 3, 3):
             assert np.array_equal(made(), wanted)
-        assert set(handle.engine.tables[0].programs.values()) == {None}
-        assert len(counts) == (2 + 3 + 3) * BLOCKS
+            assert served(handle) == steps * BLOCKS
+        assert set(handle.engine.tables[0].block_arguments.programs.values()) == {None}

@@ -1,4 +1,4 @@
-"""Captured steps: the same bits from fixed places, whatever changes between runs. A tape stands in for CUDA graphs."""
+"""Graphs: replayed steps give the bits of the blocks, whatever changes between runs. A tape replaces CUDA graphs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import sodaprof
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast, TokenRule
 from sodaprof.runtime.apply import Counters
-from sodaprof.runtime.compiled import kernels
-from sodaprof.runtime.compiled import sums as collapse
+from sodaprof.runtime.compiled import kernels, sums
 from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.graphs import CudaGraphs
 from sodaprof.runtime.hooks.cells import slots_of
@@ -40,7 +39,7 @@ def pipe():
     return tiny_pipe()
 
 
-def eager(pipe, schedule, *args, **kwargs):
+def by_hooks(pipe, schedule, *args, **kwargs):
     with sodaprof.apply(pipe, schedule):
         return draw(pipe, *args, **kwargs)
 
@@ -66,11 +65,11 @@ FLOAT, HALF = torch.float32, torch.bfloat16
         (schedule_for, STEPS, 1, "ordered", FLOAT), (few_schedule, FEW, 4, "ordered", HALF),
     ],
 )  # fmt: skip
-def test_replays_are_bit_identical(make, steps, graphs, mode, dtype):
+def test_replayed_steps_are_bit_identical_to_the_hooks(make, steps, graphs, mode, dtype):
     pipe, tapes = tiny_pipe().to(dtype), Tapes()
     schedule = make(pipe)
-    wanted = eager(pipe, schedule, steps=steps)
-    others = eager(pipe, schedule, (7, 3), steps=steps, seed=5)
+    wanted = by_hooks(pipe, schedule, steps=steps)
+    others = by_hooks(pipe, schedule, (7, 3), steps=steps, seed=5)
     with captured(pipe, schedule, tapes, sums=mode) as handle:
         for run in range(3):
             assert np.array_equal(draw(pipe, steps=steps), wanted), run
@@ -78,7 +77,7 @@ def test_replays_are_bit_identical(make, steps, graphs, mode, dtype):
         assert np.array_equal(draw(pipe, (7, 3), steps, seed=5), others)  # other labels and noise, the same graphs
         assert handle.report().executed == handle.report().planned
         assert np.array_equal(draw(pipe, steps=steps), wanted)
-        assert len(handle.engine.captures[0].graphs) == graphs  # equal steps share one
+        assert handle.report().counters.graphs == graphs  # equal steps share one
         assert tapes.made == graphs + 1  # and one fills the tables
         # in the third run, a graph's first step is not replayed
         assert tapes.played == 2 * (steps + 1) + steps - graphs
@@ -88,7 +87,7 @@ def test_replays_are_bit_identical(make, steps, graphs, mode, dtype):
 def test_two_pass_guidance():
     pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
     schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, tapes):
         for _ in range(4):
             assert np.array_equal(few(pipe), wanted)
@@ -96,9 +95,9 @@ def test_two_pass_guidance():
         assert tapes.played == 2 * FEW - graphs + 2 * (FEW + 1)
 
 
-def test_another_batch_and_back(pipe):
+def test_batch_sizes_in_turn_are_replayed(pipe):
     schedule, tapes = few_schedule(pipe), Tapes()
-    two, one = eager(pipe, schedule, steps=FEW), eager(pipe, schedule, (4,), FEW)
+    two, one = by_hooks(pipe, schedule, steps=FEW), by_hooks(pipe, schedule, (4,), FEW)
     with captured(pipe, schedule, tapes):
         for run in range(4):
             for labels, wanted in (((1, 2), two), ((4,), one)):  # in turn, as requests come
@@ -107,9 +106,9 @@ def test_another_batch_and_back(pipe):
             assert (tapes.played - played == FEW + 1) == (run == 3)
 
 
-def test_new_weights_in_place_and_elsewhere(pipe):
+def test_new_weights_count_in_place_and_elsewhere(pipe):
     schedule, tapes, other = few_schedule(pipe), Tapes(), tiny_pipe(seed=5)
-    wanted = eager(other, schedule, steps=FEW)
+    wanted = by_hooks(other, schedule, steps=FEW)
     with captured(pipe, schedule, tapes) as handle:
         for _ in range(4):
             few(pipe)
@@ -119,7 +118,7 @@ def test_new_weights_in_place_and_elsewhere(pipe):
         assert tapes.made == made  # the same places
         pipe.transformer.load_state_dict(tiny_pipe().transformer.state_dict(), assign=True)
         few(pipe)
-        assert tapes.made == 2 * made  # nothing has to be learned again
+        assert tapes.made == 2 * made  # nothing is recorded or probed again
         pipe.transformer.load_state_dict(other.transformer.state_dict(), assign=True)
         assert np.array_equal(few(pipe), wanted)
         assert handle.report().path.startswith("compiled: ")
@@ -127,7 +126,7 @@ def test_new_weights_in_place_and_elsewhere(pipe):
 
 def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
     schedule, tapes = few_schedule(pipe), Tapes()
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, tapes) as handle:
         few(pipe), few(pipe), few(pipe)
         step = pipe.scheduler.step
@@ -143,7 +142,7 @@ def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
         pipe.scheduler.step = step
         assert np.array_equal(few(pipe), wanted)
     second = schedule_for(pipe, {SITES[0]: "CRRR"}, steps=FEW)
-    expected = eager(pipe, second, steps=FEW)
+    expected = by_hooks(pipe, second, steps=FEW)
     with captured(pipe, second, Tapes()):
         few(pipe), few(pipe), few(pipe)
         assert np.array_equal(few(pipe), expected)
@@ -154,7 +153,7 @@ def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
 def test_two_pipelines_at_once(pipe):
     other = tiny_pipe(seed=9)
     schedules = few_schedule(pipe), taylor_schedule(other)
-    wanted = eager(pipe, schedules[0], steps=FEW), eager(other, schedules[1])
+    wanted = by_hooks(pipe, schedules[0], steps=FEW), by_hooks(other, schedules[1])
     tapes = Tapes()
     with captured(pipe, schedules[0], tapes), captured(other, schedules[1], tapes):
         for _ in range(4):
@@ -163,9 +162,9 @@ def test_two_pipelines_at_once(pipe):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("not permitted")])
-def test_a_failed_capture_runs_the_blocks_and_says_so(pipe, error):
+def test_a_failed_capture_runs_the_blocks_and_is_reported(pipe, error):
     schedule = few_schedule(pipe)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, Tapes(error)) as handle:
         for _ in range(4):
             assert np.array_equal(few(pipe), wanted)
@@ -173,7 +172,7 @@ def test_a_failed_capture_runs_the_blocks_and_says_so(pipe, error):
         assert handle.report().path == f"compiled, no CUDA graphs: the capture failed ({error})"
 
 
-def test_a_pipeline_that_keeps_outputs_keeps_its_own(pipe):
+def test_outputs_that_a_pipeline_keeps_are_not_overwritten(pipe):
     schedule, kept = schedule_for(pipe, steps=FEW), []  # one graph, replayed at every step
     with captured(pipe, schedule, Tapes()):
         few(pipe), few(pipe), few(pipe)
@@ -183,9 +182,9 @@ def test_a_pipeline_that_keeps_outputs_keeps_its_own(pipe):
     assert len({t.data_ptr() for t in kept}) == FEW
 
 
-def test_without_a_gpu_the_blocks_run_and_the_report_says_so(pipe):
+def test_without_a_gpu_the_blocks_run_and_the_report_says_why(pipe):
     schedule = few_schedule(pipe)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, True) as handle:
         few(pipe)
         assert np.array_equal(few(pipe), wanted)
@@ -197,7 +196,7 @@ def test_without_a_gpu_the_blocks_run_and_the_report_says_so(pipe):
 def test_random_token_scores_are_not_captured(pipe):
     rule = TokenRule("random", seed=3)
     schedule = schedule_for(pipe, {SITES[3]: "CPRR"}, {SITES[3]: (3,)}, rule=rule, steps=FEW)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, Tapes()) as handle:
         for _ in range(3):
             assert np.array_equal(few(pipe), wanted)
@@ -209,21 +208,19 @@ def test_random_token_scores_are_not_captured(pipe):
     reason="needs triton and TRITON_INTERPRET=1, or a GPU",
 )
 @pytest.mark.parametrize("mode", ["ordered", "fused"])
-def test_sums_by_kernel_from_the_arena(monkeypatch, mode):
-    pipe, launched = tiny_pipe(layers=4), []
+def test_the_kernel_sums_from_the_arena(monkeypatch, mode):
+    pipe = tiny_pipe(layers=4)
     schedule = schedule_for(
         pipe, {f"transformer_blocks.{i}.{m}": "CRRCRRRC" for i in range(4) for m in ("attn1", "ff")}
     )
-    wanted = eager(pipe, schedule)
-    monkeypatch.setattr(collapse, "on_gpu", lambda tensor: True)
-    real = kernels.sum_kept
-    monkeypatch.setattr(kernels, "sum_kept", lambda *a, **kw: launched.append(a) or real(*a, **kw))
-    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), sums=mode):
+    wanted = by_hooks(pipe, schedule)
+    monkeypatch.setattr(sums, "on_gpu", lambda tensor: True)
+    with captured(pipe, schedule, Tapes(RuntimeError("no graphs here")), sums=mode) as handle:
         draw(pipe), draw(pipe)
-        launched.clear()
         pictures = draw(pipe)
-    assert len(launched) == 5  # one launch a cached step, 8 kept outputs each
-    assert {len(args[2].sources) for args in launched} == {8}
+        counters = handle.report().counters
+    assert counters.kernel_sums == counters.sums == 5  # one launch for each cached step
+    assert counters.blocks_from_tables == 3 * 4  # the others
     assert np.array_equal(pictures, wanted) if mode == "ordered" else np.allclose(pictures, wanted, atol=1e-4)
 
 
@@ -247,7 +244,7 @@ def test_cuda_graphs_replay_what_the_blocks_compute(make, dtype):
         assert counters.replays == counters.steps_replayed == STEPS
 
 
-def test_graphs_after_forgotten_ones_get_a_pool_of_their_own(monkeypatch):
+def test_graphs_after_dropped_ones_get_a_new_pool(monkeypatch):
     captures = []
 
     @contextmanager
@@ -269,7 +266,7 @@ def test_graphs_after_forgotten_ones_get_a_pool_of_their_own(monkeypatch):
     assert third[1] is not first[1]
 
 
-def test_counters_say_what_ran(pipe):
+def test_counters_of_each_runtime(pipe):
     schedule, tapes = few_schedule(pipe), Tapes()
     with sodaprof.apply(pipe, schedule) as handle:
         few(pipe)
@@ -289,7 +286,7 @@ def test_counters_say_what_ran(pipe):
         assert handle.report().counters == Counters(2 * (FEW - 1), 1, 0, FEW, FEW, FEW, 0)
 
 
-def test_as_few_buffers_as_sources_at_once():
+def test_sources_share_as_few_slots_as_possible():
     assert slots_of({0: 4, 2: 7, 5: 7, 6: 9}) == {0: 0, 2: 1, 5: 0, 6: 2}
 
 
@@ -297,7 +294,7 @@ def test_as_few_buffers_as_sources_at_once():
 def test_another_resolution_is_refused_and_the_profiled_one_still_runs(extra):
     pipe, tapes = tiny_pipe(cls=TwoPassPipeline), Tapes()
     schedule = schedule_for(pipe, {SITES[1]: "CRRC", SITES[2]: "CRRR"}, steps=FEW)
-    wanted = eager(pipe, schedule, steps=FEW)
+    wanted = by_hooks(pipe, schedule, steps=FEW)
     with captured(pipe, schedule, tapes, **extra) as handle:
         few(pipe), few(pipe), few(pipe)
         larger = pipe.transformer.register_forward_pre_hook(

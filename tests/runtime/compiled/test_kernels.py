@@ -1,4 +1,4 @@
-"""The kernel for collapsed blocks against the sums of `collapse`: in order bit for bit, fused but for rounding."""
+"""The kernel of cached sums against the sums of torch operators: bit-identical in order, fused equal except for rounding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from sodaprof.errors import UnsupportedModelError
-from sodaprof.runtime.compiled import kernels
-from sodaprof.runtime.compiled import sums as collapse
+from sodaprof.runtime.compiled import kernels, sums
 from sodaprof.runtime.compiled.streams import Kept, Term
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -46,8 +45,8 @@ def tensors(terms, shape, dtype, slots=5):
 
 
 def by_torch(start, arena, gates, terms, add):
-    """The sum as `collapse` takes it."""
-    total = collapse._Total(start, collapse.Scalars())
+    """The sum by torch operators."""
+    total = sums._Total(start, sums.Scalars())
     for i, (sources, gated) in enumerate(terms):
         kept = tuple(Kept(slot, (), weight) for slot, weight in sources)
         term = Term(kept, i if gated else None, tuple(start.shape))
@@ -77,7 +76,7 @@ def exact(start, arena, gates, terms):
 def test_in_order_the_bits_are_those_of_torch(shape, terms, dtype):
     start, arena, gates = tensors(terms, shape, dtype)
     found = kernels.sum_kept(start, arena, kernels.plan_of(terms, DEVICE), gates, ordered=True)
-    wanted = by_torch(start, arena, gates, terms, collapse._ordered)
+    wanted = by_torch(start, arena, gates, terms, sums._ordered)
     assert found.dtype == dtype
     assert wanted.isfinite().all()
     assert torch.equal(found, wanted)
@@ -90,7 +89,7 @@ def test_fused_differs_by_rounding_alone(terms):
     found = kernels.sum_kept(start, arena, kernels.plan_of(terms, DEVICE), gates, ordered=False)
     total, size = exact(start, arena, gates, terms)
     assert ((found - total).abs() <= 1e-6 * size).all()
-    wanted = by_torch(start, arena, gates, terms, collapse._fused)
+    wanted = by_torch(start, arena, gates, terms, sums._fused)
     assert ((found - wanted).abs() <= 1e-6 * size).all()
 
 
@@ -102,7 +101,7 @@ def test_fused_rounds_narrow_types_once(dtype):
     total, size = exact(start, arena, gates, FORECAST)
     once = torch.finfo(dtype).eps / 2 * total.abs()
     assert ((found - total).abs() <= once * 1.001 + 1e-6 * size).all()
-    assert not torch.equal(found, by_torch(start, arena, gates, FORECAST, collapse._ordered))
+    assert not torch.equal(found, by_torch(start, arena, gates, FORECAST, sums._ordered))
 
 
 @pytest.mark.skipif(not INTERPRETED or not kernels.available(), reason="of the interpreter: TRITON_INTERPRET=1")
@@ -146,9 +145,7 @@ def test_signs_of_zero_and_infinities_are_those_of_torch():
     arena[3, :, 2], arena[2, :, 3] = torch.inf, 60000.0  # times 2.0 is infinite in fp16
     gates.fill_(1.0)
     found = kernels.sum_kept(start, arena, kernels.plan_of(terms, DEVICE), gates, ordered=True)
-    assert torch.equal(
-        found.view(torch.int16), by_torch(start, arena, gates, terms, collapse._ordered).view(torch.int16)
-    )
+    assert torch.equal(found.view(torch.int16), by_torch(start, arena, gates, terms, sums._ordered).view(torch.int16))
     assert found.isinf().any()
 
 
@@ -165,7 +162,7 @@ def test_signs_of_zero_and_infinities_are_those_of_torch():
 )
 def test_what_the_kernel_would_misread_is_refused(spoil):
     given = spoil(*tensors(FORECAST, (2, 12, 24), torch.float32))
-    with pytest.raises(ValueError, match="wanted: "):
+    with pytest.raises(ValueError, match="expected: "):
         kernels.sum_kept(given[0], given[1], kernels.plan_of(FORECAST, DEVICE), given[2], ordered=True)
 
 
@@ -189,4 +186,4 @@ def test_a_graph_can_hold_it(terms):
         kernels.sum_kept(start, arena, plan, gates, ordered=True, out=out)
     start.mul_(0.5)
     graph.replay()
-    assert torch.equal(out, by_torch(start, arena, gates, terms, collapse._ordered))
+    assert torch.equal(out, by_torch(start, arena, gates, terms, sums._ordered))

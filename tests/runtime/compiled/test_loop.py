@@ -1,4 +1,4 @@
-"""Whole steps: the pipeline's pictures without its Python, from graphs that hold guidance and solver."""
+"""The whole-step loop: the pictures of the pipeline from graphs with guidance and solver inside."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in ("ddim", "dp
 
 
 @pytest.mark.parametrize(("cls", "scheduler"), [*BOTH, (TwoPassPipeline, "flow"), (TwoPassPipeline, "rectified")])
-def test_pictures_are_the_pipelines(cls, scheduler):
+def test_pictures_equal_those_of_the_pipeline(cls, scheduler):
     pipe, tapes = tiny_pipe(cls=cls), Tapes()
     set_scheduler(pipe, scheduler)
     schedule, plain = few_schedule(pipe), sample(pipe)
@@ -63,15 +63,15 @@ def test_pictures_are_the_pipelines(cls, scheduler):
             assert np.allclose(sample(pipe), wanted, atol=2e-5)
             assert handle.report().executed == handle.report().planned
         assert np.allclose(sample(pipe, (7, 3), seed=5), others, atol=2e-5)
-        graphs = FEW - 1 + (2 if cls is TwoPassPipeline else 1)  # of whole steps, and of the first, a branch each
+        graphs = FEW - 1 + (2 if cls is TwoPassPipeline else 1)  # of whole steps, and one for each branch of the first
         assert handle.report().path == f"compiled: {graphs} graphs, {FEW}/{FEW} steps replayed, whole steps"
         assert np.allclose(sample(pipe, guidance_scale=1.5), weaker, atol=2e-5)
         assert np.allclose(sample(pipe), wanted, atol=2e-5)
         assert tapes.played > 3 * FEW
-    assert np.array_equal(sample(pipe), plain)  # taken off, nothing is left
+    assert np.array_equal(sample(pipe), plain)  # after removal
 
 
-def test_without_a_gpu_the_loop_runs_uncaptured():
+def test_without_a_gpu_the_loop_runs_without_graphs():
     pipe = tiny_pipe()
     schedule = schedule_for(pipe, steps=FEW)
     wanted = few(pipe)
@@ -82,7 +82,7 @@ def test_without_a_gpu_the_loop_runs_uncaptured():
     assert np.array_equal(few(pipe), wanted)
 
 
-def test_an_aborted_run_harms_nothing():
+def test_a_run_after_an_aborted_one_gives_the_same_pictures():
     pipe = tiny_pipe()
     schedule = few_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
@@ -101,7 +101,7 @@ def test_an_aborted_run_harms_nothing():
         assert np.allclose(few(pipe), wanted, atol=2e-5)
 
 
-def test_a_pipeline_that_changes_latents_between_steps_takes_its_own():
+def test_a_pipeline_that_changes_latents_between_steps_runs_its_own_steps():
     class Scaled(TwoPassPipeline):
         pass
 
@@ -118,13 +118,13 @@ def test_a_pipeline_that_changes_latents_between_steps_takes_its_own():
     hook.remove()
 
 
-def test_it_is_for_captured_transformers():
+def test_whole_steps_need_graphs():
     pipe = tiny_pipe()
     with pytest.raises(SodaprofError, match="whole_steps needs tables and graphs"):
         sodaprof.apply(pipe, schedule_for(pipe), runtime=Compiled(graphs=False, whole_steps=True))
 
 
-def test_guidance_is_read_off_a_step():
+def test_guidance_is_found_from_a_step():
     one, other = torch.randn(2, 2, 8, 4, 4)
     guided = other[:, :4] + 4.0 * (one[:, :4] - other[:, :4])
     assert guidance_of(guided, [torch.cat([one, other])], "halves") == ([4.0, -3.0], False)
@@ -145,7 +145,7 @@ def test_guidance_is_read_off_a_step():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("apart", [1.0, 0.1, 0.01])
-def test_guidance_is_read_off_a_step_of_rounded_numbers(dtype, apart):
+def test_guidance_is_found_from_a_step_of_rounded_numbers(dtype, apart):
     generator = torch.Generator().manual_seed(0)
     other, step = torch.randn(2, 2, 4, 16, 16, generator=generator)
     one, other = (other + apart * step).to(dtype), other.to(dtype)
@@ -174,7 +174,7 @@ def test_runs_in_bf16_share_their_graphs(cls):
 
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("cls", [DiTPipeline, TwoPassPipeline])
-def test_the_pipeline_iterates_twice_where_it_iterates_over_the_timesteps(cls, listed):
+def test_a_pipeline_that_iterates_over_the_timesteps_iterates_twice(cls, listed):
     pipe, calls = tiny_pipe(cls=cls), []
     schedule, branches = few_schedule(pipe), 2 if cls is TwoPassPipeline else 1
     if listed:
@@ -196,7 +196,7 @@ def test_the_pipeline_iterates_twice_where_it_iterates_over_the_timesteps(cls, l
     assert len(pipe.scheduler.timesteps) == FEW
 
 
-def test_steps_without_network_are_counted():
+def test_skipped_steps_are_counted():
     pipe = tiny_pipe()
     schedule = updated(pipe, RESTING)
     with looped(pipe, schedule, Tapes()) as handle:

@@ -1,4 +1,4 @@
-"""Blocks that compute nothing, as one sum: the same bits in order, fused equal but for rounding; never across a detour."""
+"""Cached sums: the same bits in order, fused equal except for rounding, and only over blocks that feed each other."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import sodaprof
 from sodaprof.errors import MismatchError, SodaprofError
 from sodaprof.formats.schedule import Forecast
-from sodaprof.runtime.compiled import sums as collapse
+from sodaprof.runtime.compiled import sums
 from sodaprof.runtime.compiled.engine import Compiled
-from sodaprof.runtime.compiled.streams import Kept, Stream, Term, streams_of
-from sodaprof.runtime.compiled.sums import Run, Scalars
+from sodaprof.runtime.compiled.streams import Kept, Stream, StreamReader, Term
+from sodaprof.runtime.compiled.sums import Scalars
 from sodaprof.runtime.hooks.cells import weighted
 from tests.tiny_pipelines import SITES, TwoPassPipeline, draw, schedule_for, tiny_pipe, with_known_programs
 
@@ -22,32 +22,20 @@ TAYLOR = Forecast((1, 0), (1.75, -0.75))
 
 
 def idle_schedule(pipe):
-    """Of three layers: whole steps of R, one of F, and one whose last block computes."""
+    """Three layers: steps of R, one of F, and one whose last block computes."""
     sites = [f"transformer_blocks.{i}.{m}" for i in range(3) for m in ("attn1", "ff")]
     rows = dict.fromkeys(sites, "CCRRFRC") | {sites[-1]: "CCRRFCC"}
     return schedule_for(pipe, rows, forecasts=dict.fromkeys(sites, (TAYLOR,)), steps=7)
 
 
-def runs_of(pipe, schedule, mode, runs=2):
-    """Returns the last pictures and how many blocks each sum was of: {(step, branch): [blocks]}."""
-    found: dict = {}
+def sums_of(pipe, schedule, mode, runs=2):
+    """Returns the pictures of the last run, its number of sums, and its blocks that took values from tables by themselves."""
     with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(sums=mode, graphs=False))) as handle:
-        for _ in range(runs - 1):
-            draw(pipe, steps=schedule.steps)
-        call, original = Run.call, Run.call
-
-        def noted(self, moment, args, kwargs):
-            if self.at == 0:
-                found.setdefault((moment.step, moment.branch), []).append(len(self.members))
-            return call(self, moment, args, kwargs)
-
-        Run.call = noted
-        try:
+        for _ in range(runs):
             pictures = draw(pipe, steps=schedule.steps)
-        finally:
-            Run.call = original
-        assert handle.report().executed == handle.report().planned
-    return pictures, found
+        report = handle.report()
+    assert report.executed == report.planned
+    return pictures, report.counters.sums, report.counters.blocks_from_tables
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -56,9 +44,10 @@ def test_in_order_the_bits_are_those_of_the_blocks(dtype):
     schedule = idle_schedule(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=7)
-    pictures, found = runs_of(pipe, schedule, "ordered")
+    pictures, count, blocks = sums_of(pipe, schedule, "ordered")
     assert np.array_equal(pictures, wanted)
-    assert found == {(s, 0): [3] for s in (2, 3, 4)} | {(5, 0): [2]}
+    assert count == 4  # of 3, 3, 3 and 2 blocks
+    assert blocks == 6 * 3 - (3 * 3 + 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -74,7 +63,7 @@ def test_a_weight_as_a_tensor_multiplies_to_the_bits_of_the_number(dtype):
 
 WHOLE, SPLIT = (2, 6, 4), (2, 2, 3, 4)
 TERMS = [
-    # weights of the kept outputs (None: as it is), gated?, how the block sees its stream there
+    # weights of the kept outputs (None: not weighted), gated?, shape of the stream in the block
     ((1.75, -0.751234), True, WHOLE),
     ((None,), True, WHOLE),
     ((1 / 3, 3.1, -2.7), True, WHOLE),
@@ -87,54 +76,54 @@ TERMS = [
 WIDE, NARROW = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
 
 
-@pytest.mark.filterwarnings("error")  # memory of another shape would be made to fit
+@pytest.mark.filterwarnings("error")  # torch warns if it resizes an output
 @pytest.mark.parametrize("tried", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "odd"),
     [(dtype, odd) for dtype in WIDE + NARROW for odd in ("", "strided", "one for all")]
     + [(dtype, odd) for dtype in WIDE for odd in ("narrow", "narrow last")],
 )
-def test_one_term_after_the_other_gives_the_bits_of_plain_operators(monkeypatch, dtype, odd, tried):
-    if not tried:  # as where torch does not give these bits in one operator
-        monkeypatch.setattr(collapse, "adds_products", lambda dtype: False)
+def test_a_sum_term_by_term_gives_the_bits_of_plain_operators(monkeypatch, dtype, odd, tried):
+    if not tried:  # as if torch did not give these bits in one operator
+        monkeypatch.setattr(sums, "adds_products", lambda dtype: False)
     noise = torch.Generator().manual_seed(0)
     wanted = start = torch.randn(WHOLE, generator=noise).to(dtype)
-    total, given = collapse._Total(start, Scalars()), [(start, start.clone())]
+    total, given = sums._Total(start, Scalars()), [(start, start.clone())]
     for weights, gated, shape in TERMS:
         outputs = [torch.randn(shape, generator=noise).to(dtype) for _ in weights]
         if odd == "strided":
             outputs = [output.transpose(1, 2).contiguous().transpose(1, 2) for output in outputs]
         elif odd == "one for all" and gated:
             outputs = [output[:1] for output in outputs]
-        elif gated:  # the gate makes of a narrow one what the stream is
+        elif gated:  # the gate widens a narrow output to the dtype of the stream
             first = {"narrow": 0, "narrow last": 1}.get(odd, len(outputs))
             outputs = [output.bfloat16() if i >= first else output for i, output in enumerate(outputs)]
         gate = torch.randn(2, *[1] * (len(shape) - 2), 4, generator=noise).to(dtype) if gated else None
         given += [(tensor, tensor.clone()) for tensor in (*outputs, gate) if tensor is not None]
         kept = tuple(Kept(i, (), weight) for i, weight in enumerate(weights))
-        collapse._ordered(total, outputs, Term(kept, 0 if gated else None, shape), gate)
+        sums._ordered(total, outputs, Term(kept, 0 if gated else None, shape), gate)
         part = outputs[0] if weights[0] is None else weighted(outputs, weights)
         wanted = wanted.view(shape) + (part if gate is None else gate * part)
         assert torch.equal(total.value, wanted)
-    assert all(torch.equal(now, before) for now, before in given)  # nothing is written to but the sum's own
+    assert all(torch.equal(now, before) for now, before in given)  # only the sum's own tensors are written to
 
 
 @pytest.mark.parametrize("dtype", WIDE + NARROW)
 @pytest.mark.parametrize("size", [1, 7, 64, 100_003])
-def test_one_operator_is_taken_for_two_only_where_it_gives_their_bits(dtype, size):
-    adds = collapse.adds_products(dtype)
+def test_one_operator_replaces_two_only_if_it_gives_their_bits(dtype, size):
+    adds = sums.adds_products(dtype)
     assert adds is False or dtype in WIDE
     noise = torch.Generator().manual_seed(size)
     total, tensor = torch.randn(2, size, generator=noise, dtype=torch.float64).to(dtype)
     for weight in (1.75, -0.751234, 1 / 3, 1.0, -0.0):
         wanted = total + tensor * weight
         if adds:
-            assert torch.equal(total.clone().addcmul_(tensor, collapse.ONE, value=weight), wanted)
+            assert torch.equal(total.clone().addcmul_(tensor, sums.ONE, value=weight), wanted)
             across = tensor.repeat(3, 1).T.contiguous().T  # strided: no vectors
-            assert torch.equal(total.repeat(3, 1).addcmul_(across, collapse.ONE, value=weight), wanted.repeat(3, 1))
+            assert torch.equal(total.repeat(3, 1).addcmul_(across, sums.ONE, value=weight), wanted.repeat(3, 1))
 
 
-def test_forecasts_of_branches_and_batches_do_not_meet():
+def test_forecasts_of_branches_and_batches_are_kept_apart():
     pipe = tiny_pipe(cls=TwoPassPipeline)
     schedule = schedule_for(pipe, dict.fromkeys(SITES, "CCFRF"), forecasts=dict.fromkeys(SITES, (TAYLOR,) * 2), steps=5)
     calls = {(1, 2): 0, (3,): 1, (4, 5): 2}
@@ -146,7 +135,7 @@ def test_forecasts_of_branches_and_batches_do_not_meet():
                 assert np.array_equal(draw(pipe, labels, 5, seed), wanted[labels])
 
 
-def test_mixed_cells_stay_with_their_blocks():
+def test_a_block_with_a_computing_cell_is_in_no_sum():
     pipe = tiny_pipe()
     rows = dict(zip(SITES, ("CRPRF", "CRRCR", "CRPRF", "CCRRC"), strict=True))
     k = {SITES[0]: (5,), SITES[2]: (0,)}
@@ -154,12 +143,13 @@ def test_mixed_cells_stay_with_their_blocks():
     schedule = schedule_for(pipe, rows, k, forecasts, steps=5)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=5)
-    pictures, found = runs_of(pipe, schedule, "ordered", runs=3)
+    pictures, count, blocks = sums_of(pipe, schedule, "ordered", runs=3)
     assert np.array_equal(pictures, wanted)
-    assert found == {(s, 0): [1] for s in (1, 2, 3, 4)}
+    assert count == 4  # of one block each
+    assert blocks == 5 * 2 - 4
 
 
-def test_fused_differs_by_rounding_alone():
+def test_fused_sums_differ_only_by_rounding():
     pipe = tiny_pipe(layers=3)
     schedule = idle_schedule(pipe)
 
@@ -187,22 +177,23 @@ def test_two_pass_guidance():
     schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRRCR"), steps=5)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=5)
-    pictures, found = runs_of(pipe, schedule, "ordered")
+    pictures, count, blocks = sums_of(pipe, schedule, "ordered")
     assert np.array_equal(pictures, wanted)
-    assert found == {(s, b): [2] for s in (1, 2, 4) for b in (0, 1)}
+    assert count == 3 * 2  # steps, branches
+    assert blocks == 2 * 2  # step 3, on both branches
 
 
-def test_the_first_run_and_other_modes():
+def test_no_sums_in_the_first_run_or_without_the_option():
     pipe = tiny_pipe()
     schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRR"), steps=3)
-    assert runs_of(pipe, schedule, "ordered", runs=1)[1] == {}  # notes how the blocks are called
-    assert runs_of(pipe, schedule, None)[1] == {}
+    assert sums_of(pipe, schedule, "ordered", runs=1)[1] == 0  # records how the blocks are called
+    assert sums_of(pipe, schedule, None)[1] == 0
     with pytest.raises(SodaprofError, match="expected 'ordered', 'fused' or None"):
         sodaprof.apply(pipe, schedule, runtime=Compiled(sums="quick", graphs=False))
 
 
 class Skips(DiTTransformer2DModel):
-    """Uses the first block's output again after the last: no neighbour alone takes it."""
+    """Uses the first block's output again after the last, so it does not go only to the next block."""
 
     def forward(self, *args, **kwargs):
         self.kept = []
@@ -218,29 +209,29 @@ class Skips(DiTTransformer2DModel):
                 hook.remove()
 
 
-def test_outputs_that_others_take_too_are_not_summed_across():
+def test_an_output_that_others_read_ends_a_sum():
     pipe = tiny_pipe(layers=3)
     pipe.transformer.__class__ = Skips
     rows = {f"transformer_blocks.{i}.{m}": "CRRCR" for i in range(3) for m in ("attn1", "ff")}
     schedule = schedule_for(pipe, rows, steps=5)
     with sodaprof.apply(pipe, schedule):
         wanted = draw(pipe, steps=5)
-    pictures, found = runs_of(pipe, schedule, "ordered")
+    pictures, count, blocks = sums_of(pipe, schedule, "ordered")
     assert np.array_equal(pictures, wanted)
-    assert set(map(tuple, found.values())) == {(1, 1, 1)}
+    assert (count, blocks) == (3 * 3, 3)  # each block by itself
 
 
-def test_a_detour_that_was_not_there_before_is_refused():
+def test_an_output_replaced_within_a_sum_is_refused():
     pipe = tiny_pipe()
     first = pipe.transformer.transformer_blocks[0]
     with sodaprof.apply(pipe, schedule_for(pipe, dict.fromkeys(SITES, "CRRR"), steps=4), runtime="compiled") as handle:
         plain = draw(pipe, steps=4)
         hook = first.register_forward_hook(lambda m, a, out: out + 1)
-        detour = draw(pipe, steps=4)  # there from the beginning of a run on: each block by itself
+        detour = draw(pipe, steps=4)  # from the beginning of a run on: each block by itself
         hook.remove()
         assert not np.array_equal(plain, detour)
         hook = first.register_forward_hook(lambda m, a, out: out + 1 if handle.moment.step > 1 else out)
-        with pytest.raises(MismatchError, match="sums=None"):
+        with pytest.raises(MismatchError, match=r"runtime=Compiled\(sums=None\)"):
             draw(pipe, steps=4)
         hook.remove()
         assert np.array_equal(draw(pipe, steps=4), plain)
@@ -267,10 +258,11 @@ X, GATE, KEPT = torch.randn(2, 6, 4), torch.randn(2, 1, 4), torch.randn(2, 6, 4)
 
 def read(function, outputs=1):
     """Streams of a block with one parameter, arguments x (late), y and gate, and two kept outputs."""
-    return streams_of(traced(function, GATE[0], X, X + 1, GATE, KEPT, KEPT + 1), 1, [0, 1, 2, 3, 4], 3, {0}, outputs)
+    graph = traced(function, GATE[0], X, X + 1, GATE, KEPT, KEPT + 1)
+    return StreamReader(graph, 1, [0, 1, 2, 3, 4], 3, {0}).read(outputs)
 
 
-def test_sums_are_read_off_the_graph():
+def test_sums_are_read_from_the_graph():
     whole = (2, 6, 4)
     gated = Term((Kept(3),), 3, whole)
     plain = Term((Kept(4),), None, whole)
@@ -282,7 +274,7 @@ def test_sums_are_read_off_the_graph():
     assert [stream.origin for stream in two] == [0, 1]
 
 
-def test_what_is_no_sum_is_none():
+def test_an_output_that_is_no_sum_gives_none():
     assert read(lambda p, x, y, g, a, b: [x + x.mean() * a]) is None
     assert read(lambda p, x, y, g, a, b: [x + x * a]) is None
     assert read(lambda p, x, y, g, a, b: [(x + a).tanh()]) is None
@@ -292,19 +284,18 @@ def test_what_is_no_sum_is_none():
     assert read(lambda p, x, y, g, a, b: [(x + a).bfloat16()]) is None
 
 
-def test_two_streams_in_one_are_told_apart():
+def test_two_streams_in_one_tensor_are_separated():
     def single(p, x, y, g, a, b):
         both = torch.cat([x, y], 1) + g * torch.cat([a, b], 1)
         return [both[:, :6], both[:, 6:]]
 
-    assert read(single, 2) is None  # what is kept is one tensor, in the models
+    assert read(single, 2) is None  # in the models the kept output is one tensor
 
     def blocks(p, x, y, g, a, b):
         both = torch.cat([x, y], 1) + g * a
         return [both[:, :6], both[:, 6:]]
 
-    found = streams_of(
-        traced(blocks, GATE[0], X, X + 1, GATE, torch.randn(2, 12, 4), KEPT), 1, [0, 1, 2, 3, 4], 3, {0}, 2
-    )
+    graph = traced(blocks, GATE[0], X, X + 1, GATE, torch.randn(2, 12, 4), KEPT)
+    found = StreamReader(graph, 1, [0, 1, 2, 3, 4], 3, {0}).read(2)
     assert [stream.origin for stream in found] == [0, 1]
     assert [stream.terms[0].kept[0].views[-1][1] for stream in found] == [(1, 0, 6), (1, 6, 12)]

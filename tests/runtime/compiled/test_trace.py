@@ -1,4 +1,4 @@
-"""Lowered blocks: the same bits as through the hooks, for every action; shared programs; refused where data decides."""
+"""Traced blocks: the bits of the hooks for every action, shared programs, refusal of blocks that branch on data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.tiny_pipelines import (
 
 
 def nodes(program: Program) -> int:
-    """Operators that are run."""
+    """Returns the number of operators in a program."""
     return sum(node.op == "call_function" for node in program.graph.graph.nodes)
 
 
@@ -47,13 +47,13 @@ def test_every_action_is_bit_identical(make, steps, dtype):
     pipe = tiny_pipe().to(dtype)
     schedule = make(pipe)
     with sodaprof.apply(pipe, schedule):
-        eager = draw(pipe, steps=steps)
+        wanted = draw(pipe, steps=steps)
     with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
         first, second = draw(pipe, steps=steps), draw(pipe, steps=steps)
         assert handle.report().executed == handle.report().planned
         assert handle.engine.programs
-    assert np.array_equal(first, eager)
-    assert np.array_equal(second, eager)
+    assert np.array_equal(first, wanted)
+    assert np.array_equal(second, wanted)
 
 
 def test_all_compute_is_bit_identical_to_the_plain_pipeline(pipe):
@@ -64,7 +64,7 @@ def test_all_compute_is_bit_identical_to_the_plain_pipeline(pipe):
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "actions"),  # what stands in the rows and, of the stack, in its own
+    ("name", "steps", "actions"),  # actions in the rows of the sites and of the stack
     [
         ("dit-duca-50", 12, "CPRS"), ("dit-toca-values", 12, "CPR"), ("pixart-duca-few", 6, "CPRS"),
         ("opensora-toca-little-age", 9, "CPR"), ("opensora-duca-entropy", 8, "CPRS"),
@@ -80,30 +80,28 @@ def test_token_rules_and_skipped_stacks_are_bit_identical(name, steps, actions, 
     plan = schedule.transformers["transformer"]
     assert set("".join([*plan.rows.values(), plan.stack])) >= set(actions)
     outputs = []
-    for lower in (False, True):
+    for runtime in ("hooks", "compiled"):
         pipe = SimpleNamespace(components={"transformer": network}, scheduler=Scheduler())
         outputs.append([])
-        with sodaprof.apply(pipe, schedule, runtime="compiled" if lower else "hooks") as handle:
+        with sodaprof.apply(pipe, schedule, runtime=runtime) as handle:
             pipe.scheduler.set_timesteps(case.steps)
             for t, call in zip(pipe.scheduler.timesteps, calls, strict=True):
                 out = network(**call, return_dict=False)[0]
                 outputs[-1].append((out, [row.selected for row in handle.rows]))
                 pipe.scheduler.step(out, t, call["hidden_states"])
             assert handle.report().executed == handle.report().planned
-    for (eager, chosen), (lowered, also) in zip(*outputs, strict=True):
-        assert torch.equal(eager, lowered)
-        assert all(torch.equal(a, b) for a, b in zip(chosen, also, strict=True) if a is not None)
+    for (by_hooks, chosen), (traced, chosen_again) in zip(*outputs, strict=True):
+        assert torch.equal(by_hooks, traced)
+        assert all(torch.equal(a, b) for a, b in zip(chosen, chosen_again, strict=True) if a is not None)
 
 
-def test_layers_share_programs_and_what_only_fed_a_reused_module_is_gone():
+def test_layers_share_programs_without_what_only_a_reused_module_reads():
     pipe = tiny_pipe(layers=6)
     rows = {f"transformer_blocks.{i}.{m}": "CRCR" for i in range(6) for m in ("attn1", "ff")}
     with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=FEW), runtime="compiled") as handle:
         few(pipe)
         programs = list(handle.engine.programs.values())
-    assert (
-        len(programs) <= 4
-    )  # C and R, each for the first layer, whose input lies otherwise in memory, and for the rest
+    assert len(programs) <= 4  # C and R, each for the first layer, whose input has other strides, and for the others
     full, reuse = max(map(nodes, programs)), min(map(nodes, programs))
     assert reuse < full / 2
     fewest = min(programs, key=nodes)
@@ -131,8 +129,8 @@ def test_new_weights_count_at_once(pipe):
         assert np.array_equal(few(pipe), wanted)
 
 
-def test_what_is_built_into_a_block_afterwards_is_traced_anew(pipe):
-    """As an adapter is: a module in a module's place."""
+def test_a_block_with_a_module_replaced_is_traced_again(pipe):
+    """An adapter replaces a module in this way."""
 
     class Adapter(nn.Module):
         def __init__(self, base):
@@ -176,15 +174,13 @@ def test_a_block_that_branches_on_data_is_refused_by_name(pipe):
     block.ff.net[0] = Branching(block.ff.net[0])
     with (
         sodaprof.apply(pipe, schedule, runtime="compiled"),
-        pytest.raises(
-            UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be lowered"
-        ),
+        pytest.raises(UnsupportedModelError, match=r"transformer_blocks\.1 \(BasicTransformerBlock\) cannot be traced"),
     ):
         few(pipe)
     assert few(pipe) is not None
 
 
-def test_an_exception_in_a_step_harms_nothing(pipe):
+def test_a_run_after_an_exception_gives_the_same_bits(pipe):
     schedule = few_schedule(pipe)
     with with_known_programs(sodaprof.apply(pipe, schedule, runtime="compiled")):
         wanted, calls = few(pipe), []
@@ -201,7 +197,7 @@ def test_an_exception_in_a_step_harms_nothing(pipe):
         assert np.array_equal(few(pipe), wanted)
 
 
-def test_nothing_is_left_on_the_modules(pipe):
+def test_modules_are_as_before_after_removal(pipe):
     before = {name: set(vars(module)) for name, module in pipe.transformer.named_modules()}
     with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), runtime="compiled")):
         few(pipe)
@@ -210,7 +206,7 @@ def test_nothing_is_left_on_the_modules(pipe):
         assert not getattr(module, "_diffusers_hook", None) or not module._diffusers_hook.hooks
 
 
-def test_two_pass_guidance_keeps_the_branches_apart():
+def test_branches_of_two_pass_guidance_are_kept_apart():
     pipe = tiny_pipe(cls=TwoPassPipeline)
     schedule = schedule_for(pipe, {SITES[1]: "CRCC", SITES[2]: "CRRC"}, steps=FEW)
     with sodaprof.apply(pipe, schedule):

@@ -1,4 +1,4 @@
-"""Arguments of later runs against those that the tables were made for: on a device, compared without waiting for it."""
+"""Arguments of later runs are compared with those that the tables were made for; on a device without a host sync."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sodaprof
 from sodaprof.errors import MismatchError
-from sodaprof.runtime.compiled import noted
+from sodaprof.runtime.compiled import arguments
 from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.tiny_pipelines import FEW, TwoPassPipeline, few, few_schedule, tiny_pipe, with_known_programs
 
 
 def test_a_timestep_expanded_to_the_batch_is_compared_on_the_device():
-    comparison = noted.Comparison()
-    with (
-        FakeTensorMode(),
-        torch.device("cuda:0"),
-    ):  # no GPU is needed: these have no values, so nothing can wait for them
+    comparison = arguments.Comparison()
+    # fake tensors need no GPU and have no values, so a host sync would fail
+    with FakeTensorMode(), torch.device("cuda:0"):
         timestep, other = torch.tensor(7).expand(2), torch.tensor(7).expand(2)
         prompt, again = torch.zeros(2, 300, 64), torch.zeros(2, 300, 64)
         for leaf, expected in ((timestep, other), (prompt, again), ((timestep / 1000).half(), (other / 1000).half())):
@@ -34,14 +32,14 @@ def test_a_timestep_expanded_to_the_batch_is_compared_on_the_device():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("cls", [None, TwoPassPipeline])
-def test_steps_are_replayed_where_arguments_are_on_a_device(monkeypatch, cls, scaled):
+def test_steps_are_replayed_if_arguments_are_on_a_device(monkeypatch, cls, scaled):
     pipe, tapes = tiny_pipe(**({"cls": cls} if cls else {})), Tapes()
     schedule = few_schedule(pipe)
-    if scaled:  # as Flux: new numbers of a batch at each call, no view of one
+    if scaled:  # as Flux does: a new tensor for the whole batch at each call, no expanded one
         pipe.transformer.register_forward_pre_hook(_scaled, with_kwargs=True)
     with sodaprof.apply(pipe, schedule):
         wanted, others = few(pipe), few(pipe, (7, 3), seed=5)
-    monkeypatch.setattr(noted, "on_host", lambda tensor: False)
+    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
     with with_known_programs(sodaprof.apply(pipe, schedule, runtime=Compiled(graphs=tapes))) as handle:
         few(pipe), few(pipe), few(pipe)
         calls = 2 if cls else 1
@@ -52,7 +50,7 @@ def test_steps_are_replayed_where_arguments_are_on_a_device(monkeypatch, cls, sc
         assert handle.report().path.startswith("compiled: ")
 
 
-def test_a_later_run_compares_its_latents_alone_on_the_host(monkeypatch):
+def test_a_later_run_compares_only_its_latents_on_the_host(monkeypatch):
     class Equal(TorchDispatchMode):
         count = 0
 
@@ -61,7 +59,7 @@ def test_a_later_run_compares_its_latents_alone_on_the_host(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     pipe = tiny_pipe()
-    monkeypatch.setattr(noted, "on_host", lambda tensor: False)
+    monkeypatch.setattr(arguments, "on_host", lambda tensor: False)
     with with_known_programs(sodaprof.apply(pipe, few_schedule(pipe), runtime=Compiled(graphs=Tapes()))):
         few(pipe), few(pipe), few(pipe)
         with Equal() as equal:
@@ -74,7 +72,7 @@ def _scaled(module, args, kwargs):
     return args, kwargs | {"timestep": kwargs["timestep"].float() / 2}
 
 
-def test_other_timesteps_than_noted_fail_once_and_run_without_tables_after(monkeypatch):
+def test_other_timesteps_than_recorded_fail_once_and_run_without_tables_afterwards(monkeypatch):
     pipe, shift = tiny_pipe(), [0]
     schedule = few_schedule(pipe)
 
@@ -88,7 +86,7 @@ def test_other_timesteps_than_noted_fail_once_and_run_without_tables_after(monke
         others = few(pipe)
     assert not np.array_equal(wanted, others)
     for on_host in (True, False):
-        monkeypatch.setattr(noted, "on_host", lambda tensor, answer=on_host: answer)
+        monkeypatch.setattr(arguments, "on_host", lambda tensor, found=on_host: found)
         shift[0] = 0
         with with_known_programs(sodaprof.apply(pipe, schedule, runtime="compiled")):
             for _ in range(3):

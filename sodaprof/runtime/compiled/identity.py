@@ -1,0 +1,110 @@
+"""What a traced program or a graph is bound to: signatures of arguments, the structure of a call, the build of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from ...errors import UnsupportedModelError
+from ..hooks.cells import CellInputs
+
+PLAIN = (bool, int, float, str, type(None))
+LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
+CONTAINERS = {tuple, list, dict, CellInputs}
+MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing about the build
+
+
+def signature_of(leaf: Any) -> Any:
+    """Returns the signature of an argument: a plain value itself; shape, dtype, device and strides of a tensor."""
+    if torch.is_tensor(leaf):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.stride()
+    if not isinstance(leaf, Hashable):
+        raise UnsupportedModelError(
+            f'A block is called with a {type(leaf).__name__}. Run the schedule with runtime="hooks".'
+        )
+    return leaf
+
+
+def stored_tensors(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, dict[str, Any], str]]:
+    """Returns (path, dictionary, name) of all parameters and buffers of (path, module) pairs: dictionary[name] is the tensor."""
+    return [
+        (f"{prefix}.{name}" if prefix else name, found, name)
+        for prefix, module in modules
+        for found in (module._parameters, module._buffers)
+        for name, value in found.items()
+        if value is not None
+    ]
+
+
+def leaves_of(tree: Any, into: list[Any]) -> list[Any]:
+    """Returns the leaves of a call in the order of `tree_flatten`, added to `into`; faster than `tree_flatten`."""
+    for value in tree.values() if type(tree) is dict else tree:
+        kind = type(value)
+        if kind in LEAVES:
+            into.append(value)
+        elif kind in CONTAINERS:
+            leaves_of(value, into)
+        else:
+            into += tree_flatten(value)[0]
+    return into
+
+
+def form_of(tree: Any) -> Any:
+    """Returns the structure of a call, to compare with another's."""
+    parts = [
+        form_of(v) if (kind := type(v)) in CONTAINERS else None if kind in LEAVES else tree_flatten(v)[1]
+        for v in (tree.values() if type(tree) is dict else tree)
+    ]
+    return type(tree), tuple(tree) if type(tree) is dict else None, *parts
+
+
+def build_of(block: nn.Module) -> tuple[Any, ...]:
+    """Returns how a module is built: classes and settings of its modules, without the name of the module itself.
+
+    It holds whatever a trace would make a constant (an adapter's scale, a processor's), so that a change is noticed.
+    """
+    return tuple((name, type(module), setting_of(vars(module))) for name, module in block.named_modules())
+
+
+def frozen_of(module: nn.Module) -> tuple[Any, ...]:
+    """Returns what a graph of the module freezes: its build, and the addresses of its parameters and buffers."""
+    found: list[Any] = []
+    for part in module.modules():
+        found.append(type(part))
+        for name, value in vars(part).items():
+            if name not in MODULES_OWN:
+                found.append(value if type(value) in PLAIN else setting_of(value))
+            elif name in ("_parameters", "_buffers"):
+                found += [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in value.values()]
+    return tuple(found)
+
+
+def setting_of(value: Any, depth: int = 0) -> Any:
+    """Returns what a trace would make a constant from an attribute of a module, to compare with a later one."""
+    if isinstance(value, PLAIN):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(setting_of(v, depth + 1) for v in value)
+    if isinstance(value, set | frozenset):
+        return frozenset(setting_of(v, depth + 1) for v in value)
+    if isinstance(value, dict):
+        return tuple((key, setting_of(v, depth + 1)) for key, v in value.items() if key not in MODULES_OWN)
+    if isinstance(value, torch.Tensor):  # a constant of the trace, which keeps it alive
+        return id(value), value._version
+    if isinstance(value, FunctionType | BuiltinFunctionType | type | torch.dtype | torch.device):
+        return value
+    if not isinstance(value, nn.Module) and hasattr(value, "__dict__") and depth < 3:
+        return type(value), setting_of(vars(value), depth + 1)
+    return type(value)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Returns whether two values are equal, tensors in all their elements."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
+    return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and bool(a == b))
