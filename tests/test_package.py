@@ -141,4 +141,6 @@ def test_modules_and_functions_are_short():
                 length = (node.end_lineno or 0) - node.lineno + 1
                 given = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args) if arg.arg not in ("self", "cls")]
                 assert length <= 60 or node.name in LONG, f"{path}: {node.name} has {length} lines"
-                assert len(given) <= 8 or node.name in MANY_PARAMETERS, f"{path}: {node.name} has {len(given)} parameters"
+                assert len(given) <= 8 or node.name in MANY_PARAMETERS, (
+                    f"{path}: {node.name} has {len(given)} parameters"
+                )

@@ -38,7 +38,7 @@ def test_a_benchmark_holds_every_contender(pipe):
     assert result["rows"][2]["programs"] > 0
     launches = list(zip(result["rows"][5]["launches"], RESTING, strict=True))
     assert max(n for n, action in launches if action == "-") < min(n for n, action in launches if action == ".") / 4
-    assert result["rows"][5]["path"] == "lowered"
+    assert result["rows"][5]["path"] == "compiled"
     assert (draw(pipe) == before).all()  # the pipeline is as before
 
 

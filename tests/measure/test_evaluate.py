@@ -124,10 +124,10 @@ def test_compiled_pictures_score_the_same():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"runtime": "quick"}, "--runtime is 'quick'; expected hooks, compiled or whole-steps"),
-        ({"runtime": "lowered"}, "Type: --runtime compiled --no-graphs"),
-        ({"runtime": "captured"}, "Type: --runtime compiled$"),
-        ({"runtime": "whole-steps", "graphs": False}, "Whole steps are CUDA graphs. Leave --no-graphs out"),
+        ({"runtime": "quick"}, "No runtime 'quick'; there are hooks, compiled, whole-steps"),
+        ({"runtime": "lowered"}, "another name now: --runtime compiled --no-graphs"),
+        ({"runtime": "captured"}, "another name now: --runtime compiled$"),
+        ({"runtime": "whole-steps", "graphs": False}, "whole-steps needs graphs. Leave --no-graphs out"),
     ],
 )
 def test_other_runtimes_are_refused(settings, message):
