@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 
 import sodaprof
 from sodaprof.pipelines.discover import inspect_pipeline
@@ -17,7 +19,7 @@ PIPE = tiny_pipe()
 MODEL, SAMPLER, _ = inspect_pipeline(PIPE, "tiny", STEPS, 4.0, 0)
 
 
-@settings(max_examples=5)
+@settings(max_examples=5, phases=[Phase.generate])  # to shrink a failing schedule would take minutes
 @given(legal_schedules(MODEL, SAMPLER, "CRFPS"))
 def test_any_legal_schedule_gives_the_same_bits_in_every_runtime(schedule):
     with sodaprof.apply(PIPE, schedule):
@@ -30,6 +32,6 @@ def test_any_legal_schedule_gives_the_same_bits_in_every_runtime(schedule):
             for _ in range(4):  # records, probes, fills the tables and captures, replays
                 assert np.array_equal(draw(PIPE, steps=STEPS), wanted, equal_nan=True)
                 report = handle.report()
-                assert report.executed == report.planned
+                assert Counter(report.executed) == Counter(report.planned)  # which may have counts of 0
             if recorder and graphs:
                 assert report.counters.steps_replayed == STEPS
