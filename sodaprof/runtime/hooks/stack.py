@@ -81,7 +81,7 @@ class StackRow:
         if block != self.blocks[-1]:
             return out
         if skips:
-            if moment.branch == 0:
+            if moment.branch == 0 and self.untouched[step]:
                 moment.executed["-"] += self.untouched[step]
             out = self._forecast(store, step)
         else:
