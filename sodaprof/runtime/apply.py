@@ -33,8 +33,6 @@ FORMER_KEYWORDS = {  # of apply
     "capture": 'runtime="compiled"',
     "loop": 'runtime="whole-steps"',
 }
-RUNTIME_NAMES = ("hooks", "compiled", "whole-steps")  # what users name
-REPLACED = {"lowered": "--runtime compiled --no-graphs", "captured": "--runtime compiled"}
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def measure_distances(maker: Maker, setting: Setting, variants: Sequence[Variant
         cache = options.build / setting.model / "distances" / ("fewer.json" if fewer else "schedules.json")
         controls = sorted({rivals[budget] for budget in whose}) if fewer else False
         result = maker.evaluate(
-            made, setting.model, None, cache, samples=options.distance_samples, controls=controls, data=data, runtime="lowered"
+            made, setting.model, None, cache, samples=options.distance_samples, controls=controls, data=data, runtime="compiled"
         )  # fmt: skip
         rows = kept_rows(result, made)
         for budget, row in zip(whose, rows, strict=False):
@@ -193,7 +193,7 @@ def make_latency(maker: Maker, setting: Setting, variants: Sequence[Variant]) ->
             budgets.append({"budget": budget, "rows": [], "left_out": left_out})
             continue
         cache = folder / "evaluation" / "table.json"
-        result = maker.evaluate(made, model, budget, cache, samples=options.samples, runtime="lowered")
+        result = maker.evaluate(made, model, budget, cache, samples=options.samples, runtime="compiled")
         timed = folder / "evaluation" / f"bench-{digest([load_schedule(p).digest() for _, p in made])[:12]}.json"
         files = [str(path) for _, path in made]
         if not timed.exists() and (reason := maker.sodaprof("bench", model, *files, "-o", str(timed))):
@@ -230,7 +230,7 @@ def make_robust(maker: Maker, setting: Setting, variants: Sequence[Variant]) -> 
             cache = folder / f"{budget:g}x" / "evaluation" / f"{digest(case.name)[:12]}.json"
             result = maker.evaluate(
                 made, model, budget, cache, samples=options.robust_samples, prompts=list(case.labels) or None,
-                guidance_scale=case.guidance_scale, controls=ROBUST_CONTROLS, runtime="lowered",
+                guidance_scale=case.guidance_scale, controls=ROBUST_CONTROLS, runtime="compiled",
             )  # fmt: skip
             cases.append({"case": case.name, "budget": budget, "rows": kept_rows(result, made), "left_out": left_out})
     head = heading("sodaprof.robustness", model, result, chosen)
