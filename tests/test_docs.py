@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, its README keeps its form, its figures are those of the recorded results."""
+"""The documentation: its links and paths lead somewhere, its README keeps its form, its tables and figures are those made."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import pytest
 import typer.main
 
 from sodaprof.cli import app
+from sodaprof.compiler.policies import POLICIES
 
 from .studies.cli_page import page
+from .studies.policies_page import knobs_table, policies_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob(".github/**/*.md"), *ROOT.glob("docs/**/*.md")]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+PATH = re.compile(r"`((?:sodaprof|tests|docs)/[\w./-]*)`")
+MODULE = re.compile(r"-m (tests(?:\.\w+)+)")
+PEERS = ROOT / "docs" / "studies" / "peers.md"  # holds commands of the commits at which it was measured
 
 
 def without_code(text: str) -> str:
@@ -54,6 +59,31 @@ def test_a_dead_link_is_found(tmp_path):
         "[a](other.md) [b](gone.md) [c](other.md#some-heading-2) [d](other.md#gone) [e](#gone) `[f](code.md)`\n"
     )
     assert dead_links(page) == ["gone.md", "other.md#gone", "#gone"]
+
+
+def missing_files(text: str) -> list[str]:
+    """Returns the paths in back-quotes and the modules after `-m` that are not in the repository."""
+    modules = {module: module.replace(".", "/") for module in MODULE.findall(text)}
+    missing = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+    return missing + [m for m, path in modules.items() if not any((ROOT / p).exists() for p in (f"{path}.py", path))]
+
+
+@pytest.mark.parametrize(
+    "path", [page for page in PAGES if page != PEERS], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_files_that_a_page_names_exist(path):
+    assert missing_files(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_missing_file_is_found():
+    text = "`sodaprof/cli` `sodaprof/gone.py` `tests/test_docs.py` python -m tests.gpu, -m tests.gone, -m tests.studies.page"
+    assert missing_files(text) == ["sodaprof/gone.py", "tests.gone"]
+
+
+def test_the_policies_page_has_the_tables_of_the_registry():
+    text = (ROOT / "docs" / "policies.md").read_text(encoding="utf-8")
+    assert policies_table() in text
+    assert [name for name in POLICIES if knobs_table(name) not in text] == []
 
 
 def test_every_page_is_in_the_index():
