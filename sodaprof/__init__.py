@@ -1,4 +1,4 @@
-"""sodaprof: measures once what every step, layer and module of a diffusion transformer suffers when its result is reused,
+"""sodaprof: measures once the error that every step, layer and module of a diffusion transformer causes if its result is reused,
 and compiles that into a schedule for the speed-up you ask for.
 
     import sodaprof

@@ -98,9 +98,10 @@ def marked(work: Work) -> Iterator[list[tuple[str, float]]]:
     The marks are in and out, begin and end. On a GPU they are events of its stream.
     """
     marks: list[tuple[str, Any]] = []
+    cuda = work.cuda  # once: diffusers searches all modules for the device
 
     def mark(name: str) -> None:
-        if work.cuda:
+        if cuda:
             marks.append((name, torch.cuda.Event(enable_timing=True)))
             marks[-1][1].record()
         else:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import sodaprof
-from sodaprof.compiler.problem import draw_jumps, draw_schedule
+from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Plan, Schedule, Update
 from sodaprof.formats.sites import Model, Sampler
@@ -40,7 +40,8 @@ def solver_schedule(pipe: Any, model: Model, sampler: Sampler, called: list[int]
     pipe.scheduler.set_timesteps(sampler.steps)
     own = own_update(pipe.scheduler, sampler.timesteps)
     update = Update(own.basis, own.history, rounded(own.coefficients), {"guidance_scale": SCALE, "loop": "open"})
-    return replace(draw_jumps(model, sampler, called), update=update)
+    anchors = dict.fromkeys(model.transformers, called)
+    return replace(draw_steps(model, sampler, anchors, "-"), update=update)
 
 
 def all_different(model: Model, sampler: Sampler) -> Schedule:
