@@ -36,7 +36,7 @@ def compile_(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A policy of the list below; mix: measure several on the model and take the best.  [default: solver, or soda "
+            help="A policy, see docs/policies.md or the list in --help; mix: measure several on the model and take the best.  [default: solver, or soda "
             "if the profile does not allow it]"
         ),
     ] = None,

@@ -57,7 +57,7 @@ def schedule(profiled):
         (("--device", "meta"), "--device is 'meta'"),
         (
             ("--scheduler", "HeunDiscreteScheduler"),
-            "some of them twice; this release takes samplers that call the network once",
+            "some of them twice; this release needs samplers that call the network once",
         ),
     ],
 )

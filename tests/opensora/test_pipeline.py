@@ -398,10 +398,10 @@ def test_sites_and_sampler_of_the_pipeline(pipe):
     assert len(sites) == 12
 
 
-@pytest.mark.parametrize("options", [{}, {"lower": True}])
-def test_all_compute_is_bit_identical(pipe, options):
+@pytest.mark.parametrize("runtime", ["hooks", "compiled"])
+def test_all_compute_is_bit_identical(pipe, runtime):
     plain = draw(pipe)
-    with sodaprof.apply(pipe, schedule_for(pipe), **options) as handle:
+    with sodaprof.apply(pipe, schedule_for(pipe), runtime=runtime) as handle:
         for _ in range(2):
             assert np.array_equal(draw(pipe), plain)
             assert handle.report().executed == handle.report().planned == {"C": 12 * STEPS}

@@ -451,7 +451,9 @@ def test_a_given_number_of_anchors_is_split_at_its_best(synthetic):
     schedule = compile_schedule(folder, 1.0, knobs={"uas": "none", "anchors": 5})
     best = min((error, anchors) for _, error, anchors in choices if sum(map(len, anchors)) == 5)
     assert tuple(tuple(p.anchors()) for p in schedule.transformers.values()) == best[1]
-    with pytest.raises(BudgetError, match="2 anchors do not fit 1x within max-interval 5; 3 to 10 do"):
+    with pytest.raises(
+        BudgetError, match="Knob anchors is 2; 3 to 10 full steps meet a budget of 1x. Full steps are at most 5 apart"
+    ):
         compile_schedule(folder, 1.0, knobs={"anchors": 2})
     with pytest.raises(BudgetError, match="at most"):
         compile_schedule(folder, 50.0)
@@ -503,9 +505,9 @@ def test_fora_spreads_its_anchors_within_each_turn(synthetic):
     assert best.predicted["speedup"] >= 2.0
     assert load_cost(folder / "cost.flops.json").speedup(best) == best.predicted["speedup"]
     more = {"anchors": best.policy["knobs"]["anchors"] + 1}
-    with pytest.raises(BudgetError, match="anchors of 10 give"):
+    with pytest.raises(BudgetError, match="Knob anchors is 5; 2 to 4 full steps meet a budget of 2x"):
         compile_schedule(folder, 2.0, "fora", knobs=more)
-    with pytest.raises(BudgetError, match="expected 2 to 10"):
+    with pytest.raises(BudgetError, match="2 to 10 full steps meet a budget of 1x"):
         compile_schedule(folder, 1.0, "fora", knobs={"anchors": 1})
 
 
@@ -749,8 +751,8 @@ def test_show_prints_both_pictures(wan):
     assert "CRRCR______" in text
     assert "_____CCRCRR" in text
     assert "_ another transformer's step" in text
-    assert "anchors at 0 3\ncache intervals 3 2" in text
-    assert "anchors at 5 6 8\ncache intervals 1 2 3" in text
+    assert "full steps: 0 3\ncache intervals: 3 2" in text
+    assert "full steps: 5 6 8\ncache intervals: 1 2 3" in text
     data = schedule_data(schedule)
     assert data["counts"] == {"C": 30, "R": 36}
     assert data["transformers"]["transformer"]["intervals"] == [3, 2]
