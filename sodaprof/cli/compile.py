@@ -36,8 +36,8 @@ def compile_(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="A policy, see docs/policies.md or the list in --help; mix: measure several on the model and take the best.  [default: solver, or soda "
-            "if the profile does not allow it]"
+            help="A policy: see the list in --help, or docs/policies.md; mix: measure several on the model and take the best.  "
+            "[default: solver, or soda if the profile does not allow it]"
         ),
     ] = None,
     cost: Cost = "flops",

@@ -1,4 +1,4 @@
-"""Schedules beside the weights: `MODEL/sodaprof/*.json`, in a folder or in a hub repository."""
+"""Schedules next to the weights: `MODEL/sodaprof/*.json`, in a folder or in a hub repository."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FOLDER = "sodaprof"
 def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Path:
     """Copies a schedule to the folder of the pipeline that it is for, and returns where to.
 
-    Raises SodaprofError where `model` is no folder of a pipeline, MismatchError where the schedule does not fit it,
-    FormatError where the file is there already and `force` is not set.
+    Raises SodaprofError if `model` is no folder of a pipeline, MismatchError if the schedule does not match it, FormatError
+    if the file exists and `force` is not set.
     """
     folder = find_model(str(model))
     if isinstance(folder, str):
@@ -29,7 +29,6 @@ def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Pat
         )
     schedule = Path(schedule)
     loaded = load_schedule(schedule)
-    verify(loaded)
     check_matches(load_pipeline(str(model), device="cpu"), loaded)
     there = folder / FOLDER / schedule.with_suffix(".json").name
     with replacing(there, force=force) as temporary:
@@ -38,14 +37,14 @@ def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Pat
 
 
 def find_shipped(pipe: Any, steps: int | None = None) -> Path:
-    """Returns the file of the one schedule beside the pipeline's weights that fits it (and so many steps, if given).
+    """Returns the file of the one schedule next to the pipeline's weights that matches it (and the number of steps, if given).
 
-    Raises SodaprofError where none or several do, and lists them.
+    Raises SodaprofError if none or several do, and lists them.
     """
     where = str(getattr(pipe, "name_or_path", None) or getattr(pipe.config, "_name_or_path", None) or "")
     if not where:
         raise SodaprofError(
-            "This pipeline was not loaded from a folder or the hub, so nothing is shipped beside it. Give a schedule: "
+            "This pipeline was not loaded from a folder or the hub, so no schedule is shipped with it. Give a schedule: "
             "sodaprof.apply(pipe, 'schedule.json')"
         )
     files = sorted(_folder_of(where).glob("*.json"))
@@ -54,17 +53,17 @@ def find_shipped(pipe: Any, steps: int | None = None) -> Path:
             f"{where} ships no schedules ({FOLDER}/*.json). Name a file, or put one there: "
             f"sodaprof ship schedule.json {where}"
         )
-    reasons = {path: _misfit(pipe, load_schedule(path), steps) for path in files}
-    fitting = [path for path, reason in reasons.items() if reason is None]
-    if not fitting:
+    reasons = {path: _mismatch(pipe, load_schedule(path), steps) for path in files}
+    matching = [path for path, reason in reasons.items() if reason is None]
+    if not matching:
         listed = "\n".join(f"  {path.name}: {reason}" for path, reason in reasons.items())
-        raise MismatchError(f"No schedule shipped with {where} fits:\n{listed}")
-    if len(fitting) > 1:
-        listed = "\n".join(f"  {path}: {_told(load_schedule(path))}" for path in fitting)
+        raise MismatchError(f"No schedule shipped with {where} matches:\n{listed}")
+    if len(matching) > 1:
+        listed = "\n".join(f"  {path}: {_summary(load_schedule(path))}" for path in matching)
         raise SodaprofError(
-            f"{where} ships {len(fitting)} schedules that fit. Name one, or say how many steps:\n{listed}"
+            f"{where} ships {len(matching)} schedules that match. Name one, or give the number of steps:\n{listed}"
         )
-    return fitting[0]
+    return matching[0]
 
 
 def _folder_of(where: str) -> Path:
@@ -83,7 +82,7 @@ def _folder_of(where: str) -> Path:
         ) from None
 
 
-def _misfit(pipe: Any, schedule: Schedule, steps: int | None) -> str | None:
+def _mismatch(pipe: Any, schedule: Schedule, steps: int | None) -> str | None:
     if steps is not None and schedule.steps != steps:
         return f"it is for {schedule.steps} steps, not {steps}"
     try:
@@ -94,7 +93,7 @@ def _misfit(pipe: Any, schedule: Schedule, steps: int | None) -> str | None:
     return None
 
 
-def _told(schedule: Schedule) -> str:
+def _summary(schedule: Schedule) -> str:
     predicted = schedule.predicted or {}
     speed = f", {predicted['speedup']:.2f}x {predicted['unit']}" if "speedup" in predicted else ""
     return f"{schedule.policy['name']}, {schedule.steps} steps{speed}"

@@ -283,7 +283,7 @@ def test_latents_in_a_list_are_not_captured_and_the_report_says_so():
         wanted = case.draw()
     with sodaprof.apply(case.pipe, schedule, runtime=Compiled(graphs=Tapes())) as handle:
         assert torch.equal(case.draw(), wanted)
-        assert handle.report().path == "lowered: the pipeline hands over its latents as a list"
+        assert handle.report().path == "compiled, no CUDA graphs: the pipeline passes its latents as a list"
 
 
 def test_a_pipeline_that_carries_a_schedule_is_not_inspected():

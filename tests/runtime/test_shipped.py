@@ -55,7 +55,7 @@ def test_steps_tell_several_apart(model, pipe, tmp_path):
     assert find_shipped(pipe, 4).name == "four.json"
     assert find_shipped(pipe, 8).name == "eight.json"
     with pytest.raises(
-        SodaprofError, match=r"2 schedules that fit(.|\n)*eight.json: test, 8 steps\n.*four.json: test, 4 steps"
+        SodaprofError, match=r"2 schedules that match(.|\n)*eight.json: test, 8 steps\n.*four.json: test, 4 steps"
     ):
         sodaprof.apply(pipe)
     with pytest.raises(MismatchError, match=r"eight.json: it is for 8 steps, not 5\n"):

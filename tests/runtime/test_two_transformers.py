@@ -451,9 +451,7 @@ def test_a_given_number_of_anchors_is_split_at_its_best(synthetic):
     schedule = compile_schedule(folder, 1.0, knobs={"uas": "none", "anchors": 5})
     best = min((error, anchors) for _, error, anchors in choices if sum(map(len, anchors)) == 5)
     assert tuple(tuple(p.anchors()) for p in schedule.transformers.values()) == best[1]
-    with pytest.raises(
-        BudgetError, match="Knob anchors is 2; 3 to 10 full steps meet a budget of 1x. Full steps are at most 5 apart"
-    ):
+    with pytest.raises(BudgetError, match="Knob anchors is 2; 3 to 10 full steps meet a budget of 1x"):
         compile_schedule(folder, 1.0, knobs={"anchors": 2})
     with pytest.raises(BudgetError, match="at most"):
         compile_schedule(folder, 50.0)
