@@ -175,7 +175,8 @@ def _costs(
 
     computed = {name: excess(name, "C", 0) for name in modules}
     together = sum(computed[name] * len(sites) for name, sites in modules.items())
-    scale = (full - cached) / together if together > 0 else 1.0  # so that both ends, all R and all C, are as measured
+    # so that both ends, all R and all C, are as measured; a timing in which all C is the faster one gives no negative cost
+    scale = max(0.0, full - cached) / together if together > 0 else 1.0
     site_costs = {}
     for name, sites in modules.items():
         c = computed[name] * scale

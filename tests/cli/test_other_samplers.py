@@ -65,7 +65,7 @@ def test_a_fit_refuses_another_scheduler(model, folder):
 
 
 def test_schedulers_that_cannot_take_the_place():
-    with pytest.raises(SodaprofError, match="DiTPipeline: no scheduler of diffusers"):
+    with pytest.raises(SodaprofError, match="DiTPipeline: not a scheduler of diffusers"):
         set_scheduler(tiny_pipe(), "DiTPipeline")
     with pytest.raises(SodaprofError, match="samples a flow; the pipeline has DDIMScheduler"):
         set_scheduler(tiny_pipe(), "FlowMatchEulerDiscreteScheduler")
