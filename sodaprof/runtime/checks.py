@@ -1,4 +1,4 @@
-"""Whether a schedule fits a pipeline, and the rows of a schedule by the modules that they drive."""
+"""Checks that a schedule matches a pipeline, and builds the rows of a schedule by module."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ HOOK = "sodaprof"  # the name of our hooks in diffusers' registries
 
 
 def check_matches(pipe: Any, schedule: Schedule) -> None:
-    """Raises MismatchError naming the first thing in which schedule and pipeline differ, and what to do.
+    """Raises MismatchError that names the first difference between schedule and pipeline, and what to do.
 
-    UnsupportedModelError where the schedule updates the latents and the scheduler's steps are no weighted sums.
+    UnsupportedModelError if the schedule has an update and the scheduler's steps are no weighted sums.
     """
     parts = transformers_of(pipe)
     for name, plan in schedule.transformers.items():
@@ -66,9 +66,9 @@ def _other(config: dict[str, Any], wanted: dict[str, Any]) -> str | None:
 
 
 def _config_started(scheduler: Any, steps: int) -> dict[str, Any]:
-    """Returns the settings as a run leaves them: DPMSolverSinglestepScheduler changes some of its own when it is started."""
+    """Returns the settings after `set_timesteps`: DPMSolverSinglestepScheduler changes some of its own there."""
     started = copy.deepcopy(scheduler)
-    with suppress(TypeError, ValueError):  # what takes more than a number of steps to be started changes nothing
+    with suppress(TypeError, ValueError):  # one that needs more arguments changes no settings
         started.set_timesteps(steps)
     return config_of(started)
 
@@ -84,9 +84,9 @@ def _take_scheduler(name: str) -> str:
 
 
 def _check_boundary(pipe: Any, schedule: Schedule) -> None:
-    """Raises MismatchError where diffusers' `boundary_ratio` gives steps to another transformer than the schedule does.
+    """Raises MismatchError if diffusers' `boundary_ratio` gives steps to another transformer than the schedule does.
 
-    What other pipelines change transformers by is seen while they run.
+    Other pipelines that change transformers are checked while they run.
     """
     config, trained = getattr(pipe, "config", {}), schedule.sampler.config.get("num_train_timesteps")
     if set(schedule.transformers) != {"transformer", "transformer_2"} or "boundary_ratio" not in config or not trained:
@@ -148,7 +148,7 @@ def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str
 
 
 def raster(schedule: Schedule, plan: Plan, site: str, grid: int) -> tuple[int, int]:
-    """Returns rows and columns of the site's tokens; MismatchError where blocks of grid x grid do not fill them."""
+    """Returns rows and columns of the site's tokens; MismatchError if blocks of grid x grid do not fill them."""
     tokens, patch = plan.tokens(site), plan.fingerprint.get("patch", 1)
     patches = patch[-2:] if isinstance(patch, list) else [patch, patch]
     sides = [size // p for size, p in zip(schedule.shape["latent"][-2:], patches, strict=True)]
