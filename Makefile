@@ -20,12 +20,12 @@ DEMO := build/demo
 demo: .venv/ready
 	rm -rf $(DEMO)
 	$(BIN)/sodaprof profile tiny-dit -o $(DEMO)/profile --samples 16
-	$(BIN)/sodaprof compile $(DEMO)/profile --budget 2.0x -o $(DEMO)/update-2.0x.json
+	$(BIN)/sodaprof compile $(DEMO)/profile --budget 2.0x -o $(DEMO)/solver-2.0x.json
 	$(BIN)/sodaprof compile $(DEMO)/profile --budget 2.0x --policy soda -o $(DEMO)/soda-2.0x.json
-	$(BIN)/sodaprof show $(DEMO)/update-2.0x.json
+	$(BIN)/sodaprof show $(DEMO)/solver-2.0x.json
 	$(BIN)/sodaprof show $(DEMO)/soda-2.0x.json
-	$(BIN)/sodaprof run tiny-dit $(DEMO)/update-2.0x.json --label 5 --label 7 -o $(DEMO)/star-and-heart.png
-	$(BIN)/sodaprof eval tiny-dit $(DEMO)/update-2.0x.json $(DEMO)/soda-2.0x.json --samples 16 -o $(DEMO)/eval.json --picture $(DEMO)/side-by-side.png
+	$(BIN)/sodaprof run tiny-dit $(DEMO)/solver-2.0x.json --label 5 --label 7 -o $(DEMO)/star-and-heart.png
+	$(BIN)/sodaprof eval tiny-dit $(DEMO)/solver-2.0x.json $(DEMO)/soda-2.0x.json --samples 16 -o $(DEMO)/eval.json --picture $(DEMO)/side-by-side.png
 	@echo "Look at $(DEMO)/side-by-side.png"
 
 # Files side by side, one thread each: the tests' networks are tiny, and threads that wait for each other only slow them down.
