@@ -14,7 +14,9 @@ from .options import Cost, Device, Dtype, Force, MaxCache, Model, Prompts, Sched
 def refine_(
     model: Model,
     source: Annotated[Path, typer.Argument(metavar="FILE", help="Schedule to start from.")],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Best schedule found so far.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="File for the best schedule found so far.")
+    ],
     time: Annotated[str | None, typer.Option(metavar="SPAN", help="Stop after this time: 90s, 5m, 1h.")] = None,
     evaluations: Annotated[
         int | None, typer.Option(help="Stop after this many candidates; the result is then reproducible.")

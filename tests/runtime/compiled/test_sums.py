@@ -149,8 +149,9 @@ def test_a_block_with_a_computing_cell_is_in_no_sum():
     assert blocks == 5 * 2 - 4
 
 
-def test_fused_sums_differ_only_by_rounding():
-    pipe = tiny_pipe(layers=3)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.bfloat16, 0.02)])
+def test_fused_sums_differ_only_by_rounding(dtype, limit):
+    pipe = tiny_pipe(layers=3).to(dtype)
     schedule = idle_schedule(pipe)
 
     def outputs():
@@ -167,9 +168,12 @@ def test_fused_sums_differ_only_by_rounding():
         draw(pipe, steps=7)
         fused = outputs()
     assert len(plain) == len(fused) == 7
-    assert [torch.equal(a, b) for a, b in zip(plain, fused, strict=True)][:3] == [True, True, False]
+    same = [torch.equal(a, b) for a, b in zip(plain, fused, strict=True)]
+    assert same[:2] == [True, True]  # no sums yet
+    # in bf16 no product is rounded before it is added; in fp32 that depends on the CPU's instructions
+    assert dtype == torch.float32 or not same[2]
     for a, b in zip(plain, fused, strict=True):
-        assert (a - b).norm() / a.norm() < 1e-6
+        assert (a - b).norm() / a.norm() < limit
 
 
 def test_two_pass_guidance():
