@@ -7,7 +7,6 @@ from typing import Any
 
 from ..errors import MismatchError, SodaprofError
 from ..formats.files import replacing
-from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
 from ..pipelines.load import find_model, load_pipeline
@@ -17,7 +16,7 @@ FOLDER = "sodaprof"
 
 
 def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Path:
-    """Copies a schedule to the folder of the pipeline that it is for, and returns where to.
+    """Copies a schedule to the folder of the pipeline that it is for, and returns the copy's path.
 
     Raises SodaprofError if `model` is no folder of a pipeline, MismatchError if the schedule does not match it, FormatError
     if the file exists and `force` is not set.
@@ -27,13 +26,11 @@ def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Pat
         raise SodaprofError(
             f"{model} is a hub id. Ship to a local folder of the model, then upload its folder {FOLDER}/."
         )
-    schedule = Path(schedule)
-    loaded = load_schedule(schedule)
-    check_matches(load_pipeline(str(model), device="cpu"), loaded)
-    there = folder / FOLDER / schedule.with_suffix(".json").name
-    with replacing(there, force=force) as temporary:
-        temporary.write_bytes(schedule.read_bytes())
-    return there
+    check_matches(load_pipeline(str(model), device="cpu"), load_schedule(schedule))
+    copied = folder / FOLDER / Path(schedule).with_suffix(".json").name
+    with replacing(copied, force=force) as temporary:
+        temporary.write_bytes(Path(schedule).read_bytes())
+    return copied
 
 
 def find_shipped(pipe: Any, steps: int | None = None) -> Path:
@@ -53,13 +50,14 @@ def find_shipped(pipe: Any, steps: int | None = None) -> Path:
             f"{where} ships no schedules ({FOLDER}/*.json). Name a file, or put one there: "
             f"sodaprof ship schedule.json {where}"
         )
-    reasons = {path: _mismatch(pipe, load_schedule(path), steps) for path in files}
+    schedules = {path: load_schedule(path) for path in files}
+    reasons = {path: _mismatch(pipe, schedule, steps) for path, schedule in schedules.items()}
     matching = [path for path, reason in reasons.items() if reason is None]
     if not matching:
         listed = "\n".join(f"  {path.name}: {reason}" for path, reason in reasons.items())
         raise MismatchError(f"No schedule shipped with {where} matches:\n{listed}")
     if len(matching) > 1:
-        listed = "\n".join(f"  {path}: {_summary(load_schedule(path))}" for path in matching)
+        listed = "\n".join(f"  {path}: {_summary(schedules[path])}" for path in matching)
         raise SodaprofError(
             f"{where} ships {len(matching)} schedules that match. Name one, or give the number of steps:\n{listed}"
         )
@@ -67,10 +65,10 @@ def find_shipped(pipe: Any, steps: int | None = None) -> Path:
 
 
 def _folder_of(where: str) -> Path:
-    """Returns the folder of schedules of a model, fetched where the model is a hub id; it need not exist."""
+    """Returns the folder of schedules of a model, fetched if the model is a hub id; it need not exist."""
     if Path(where).is_dir():
         return Path(where) / FOLDER
-    from huggingface_hub import snapshot_download  # `from_pretrained` leaves files that it does not know behind
+    from huggingface_hub import snapshot_download  # `from_pretrained` does not fetch files that it does not know
 
     try:
         return Path(snapshot_download(where, allow_patterns=[f"{FOLDER}/*.json"])) / FOLDER
@@ -86,7 +84,6 @@ def _mismatch(pipe: Any, schedule: Schedule, steps: int | None) -> str | None:
     if steps is not None and schedule.steps != steps:
         return f"it is for {schedule.steps} steps, not {steps}"
     try:
-        verify(schedule)
         check_matches(pipe, schedule)
     except SodaprofError as error:
         return str(error)
