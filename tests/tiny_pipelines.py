@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from msgspec.structs import replace
 
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
@@ -65,6 +66,21 @@ MIXED_FORECASTS = {SITES[0]: (Forecast((3, 0), (1.5, -0.5)),), SITES[1]: (Foreca
 def mixed_schedule(pipe) -> Schedule:
     """All four actions."""
     return schedule_for(pipe, MIXED_ROWS, MIXED_K, MIXED_FORECASTS)
+
+
+SKIPPING_STACK = "...S.SS."
+
+
+def skipping_schedule(pipe, forms=("output", "drift", "output"), layer_0="CCC-C--C") -> Schedule:
+    """Skips the stack at steps 3, 5 and 6; C cells of layer 0 may be computed under an S."""
+    sources, weights = ((2, 0), (4,), (4, 2)), ((1.5, -0.5), (1.0,), (2.0, -1.0))
+    schedule = schedule_for(pipe, dict.fromkeys(SITES, "CCC-C--C") | dict.fromkeys(SITES[:2], layer_0))
+    plan = replace(
+        schedule.transformers["transformer"],
+        stack=SKIPPING_STACK,
+        stack_forecasts=tuple(map(Forecast, sources, weights, forms)),
+    )
+    return replace(schedule, transformers={"transformer": plan})
 
 
 FEW = 4

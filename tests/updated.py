@@ -13,7 +13,7 @@ from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Schedule, Update
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.sampler_steps import own_update
-from tests.tiny_pipelines import STEPS, draw, schedule_for
+from tests.tiny_pipelines import STEPS, draw, schedule_for, tiny_pipe
 
 RESTING = "..-.--.."  # the steps of a run: where the network is called, where not
 CALLED = RESTING.count(".")
@@ -34,6 +34,18 @@ def set_sampler(pipe: Any, name: str) -> None:
     else:
         cls, more = SAMPLERS[name]
         pipe.scheduler = getattr(diffusers, cls).from_config(dict(pipe.scheduler.config), **more)
+
+
+def pipe_of(cls: type = diffusers.DiTPipeline, sampler: str = "ddim", layers: int = 2) -> Any:
+    """Returns a tiny pipeline with this scheduler."""
+    pipe = tiny_pipe(layers, cls=cls)
+    set_sampler(pipe, sampler)
+    return pipe
+
+
+def apart(found: Any, wanted: Any) -> float:
+    """Returns the largest difference, relative to the largest element."""
+    return float(abs(found - wanted).max() / abs(wanted).max())
 
 
 def with_update(pipe: Any, schedule: Schedule, stack: str = "", history: int = 3, stir: float = 0.0) -> Schedule:

@@ -1,4 +1,4 @@
-"""LoRA: loaded before the schedule or after a capture, scaled, switched off, merged; always the pictures of now."""
+"""LoRA: loaded before the schedule or after a capture, scaled, switched off, merged: each change has its effect at once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 import sodaprof
-from tests.tape import RUNTIMES
 from tests.tape import runtime as runtime_of
 from tests.tiny_pipelines import SHORT, short_schedule, tiny_pipe
 from tests.tiny_pipelines import draw as draw_steps
+
+RUNTIMES = ("hooks", "graphs", "whole-steps")  # "graphs" runs all that "compiled" does
 
 
 def draw(pipe):
@@ -21,9 +22,9 @@ def draw(pipe):
 
 def add_lora(pipe, seed=0):
     torch.manual_seed(seed)
-    last = len(pipe.transformer.transformer_blocks) - 1  # of the blocks the last alone: each is to be looked at
+    last = len(pipe.transformer.transformer_blocks) - 1  # of the blocks the last alone: each has to be examined
     within = rf"transformer_blocks\.{last}\.(attn1\.to_q|ff\.net\.0\.proj)"
-    modules = rf"pos_embed\.proj|{within}|proj_out_2"  # before the blocks, within and behind them
+    modules = rf"pos_embed\.proj|{within}|proj_out_2"  # before the blocks, within and after them
     inject_adapter_in_model(LoraConfig(r=2, target_modules=modules, init_lora_weights=False), pipe.transformer)
 
 

@@ -1,8 +1,9 @@
-"""What servers do to a pipeline: offload, tiled decoding, callbacks, other processors; and what is refused with a way out."""
+"""What servers do to a pipeline: offload, tiled decoding, callbacks, other processors; and what is refused."""
 
 from __future__ import annotations
 
 import functools
+from itertools import count
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor
 import sodaprof
 from sodaprof.errors import MismatchError
 from sodaprof.formats.schedule import TokenRule
+from sodaprof.pipelines.patch import patched
 from tests.tape import runtime as runtime_of
 from tests.tiny_pipelines import (
     MIXED_K,
@@ -43,15 +45,16 @@ def short(pipe):
     return draw(pipe, steps=SHORT)
 
 
-@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize(
+    ("runtime", "before"), [("hooks", True), ("hooks", False), ("graphs", True), ("graphs", False)]
+)
 def test_model_offload_before_and_after(runtime, before):
     pipe = tiny_pipe(layers=1)
     schedule, plain = short_schedule(pipe), short(pipe)
     expected = wanted(pipe, schedule)
     if before:
-        pipe.enable_model_cpu_offload(device="cpu")  # puts its hooks on anew after every call of the pipeline
-    with sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime)) as handle:
+        pipe.enable_model_cpu_offload(device="cpu")  # registers its hooks again after every call of the pipeline
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime))) as handle:
         if not before:
             short(pipe)
             pipe.enable_model_cpu_offload(device="cpu")
@@ -96,44 +99,37 @@ def test_group_offload_is_refused(pipe, before):
 
 
 def test_tiled_and_sliced_decoding(pipe):
-    schedule = mixed_schedule(pipe)
+    schedule, latents, decode = mixed_schedule(pipe), [], pipe.vae.decode
+    pipe.vae.decode = lambda z, **kwargs: latents.append(z) or decode(z, **kwargs)
     pipe.vae.enable_tiling()
     pipe.vae.enable_slicing()
-    latents = []
-    decode = pipe.vae.decode
-    pipe.vae.decode = lambda z, **kwargs: latents.append(z) or decode(z, **kwargs)
     expected = wanted(pipe, schedule)
     pipe.vae.disable_tiling()
     pipe.vae.disable_slicing()
-    plain = wanted(pipe, schedule)
-    assert torch.equal(*latents)  # the loop does not see it
-    assert np.allclose(expected, plain, atol=1e-5)
+    assert np.allclose(expected, wanted(pipe, schedule), atol=1e-5)
+    assert torch.equal(*latents)  # decoding has no effect on the loop
 
 
 class Calling(TwoPassPipeline):
-    """Calls back after each step, as diffusers' pipelines do, and takes the latents that it is given back."""
+    """Calls back after each step, as diffusers' pipelines do, and takes the latents that the callback returns."""
 
     callback = None
 
     @functools.wraps(TwoPassPipeline.__call__)
     def __call__(self, *args, **kwargs):
-        step, count = self.scheduler.step, [0]
+        steps = count()
 
-        def called_back(*a, **kw):
+        def called_back(step, *a, **kw):
             out = step(*a, **kw)
             given = {"latents": out.prev_sample}
-            out.prev_sample = (self.callback(self, count[0], None, given) or given)["latents"]
-            count[0] += 1
+            out.prev_sample = (self.callback(self, next(steps), None, given) or given)["latents"]
             return out
 
-        self.scheduler.step = called_back
-        try:
+        with patched(self.scheduler, "step", called_back):
             return super().__call__(*args, **kwargs)
-        finally:
-            self.scheduler.step = step
 
 
-@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
+@pytest.mark.parametrize("runtime", ["hooks", "graphs"])
 def test_callbacks_between_steps_see_and_change_the_latents(runtime):
     pipe = tiny_pipe(layers=1, cls=Calling)
     schedule, seen = schedule_for(pipe, {"transformer_blocks.0.ff": "CRRCRRCR"}), []
@@ -154,7 +150,7 @@ def test_callbacks_between_steps_see_and_change_the_latents(runtime):
 
 
 @pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
-def test_other_attention_processors_are_taken_from_the_next_picture_on(pipe, runtime):
+def test_other_attention_processors_count_from_the_next_picture_on(pipe, runtime):
     schedule = short_schedule(pipe)
     expected = wanted(pipe, schedule)
 
@@ -165,7 +161,7 @@ def test_other_attention_processors_are_taken_from_the_next_picture_on(pipe, run
     with sodaprof.apply(pipe, schedule, runtime=runtime_of(runtime)) as handle:
         for _ in range(4):
             assert np.array_equal(short(pipe), expected)
-        pipe.transformer.transformer_blocks[-1].attn1.set_processor(Half())  # of one: each is to be looked at
+        pipe.transformer.transformer_blocks[-1].attn1.set_processor(Half())  # of one: each has to be examined
         pictures = [short(pipe) for _ in range(3)]
         assert handle.report().executed == handle.report().planned
     with_others = wanted(pipe, schedule)
@@ -173,7 +169,7 @@ def test_other_attention_processors_are_taken_from_the_next_picture_on(pipe, run
     assert all(np.array_equal(p, with_others) for p in pictures)
 
 
-def test_a_processor_whose_attention_a_rule_cannot_see_is_refused(pipe):
+def test_a_processor_without_the_attention_that_a_rule_reads_is_refused(pipe):
     rule = TokenRule("attention_received", age_weight=0.5, age_period=3)
     rows = {site: row.replace("F", "R") for site, row in MIXED_ROWS.items()}
     schedule = schedule_for(pipe, rows, MIXED_K, {}, rule)
@@ -181,7 +177,9 @@ def test_a_processor_whose_attention_a_rule_cannot_see_is_refused(pipe):
         draw(pipe)
         for block in pipe.transformer.transformer_blocks:
             block.attn1.set_processor(AttnProcessor())  # without scaled_dot_product_attention
-        with pytest.raises(sodaprof.SodaprofError, match=r"scaled_dot_product_attention"):
+        with pytest.raises(
+            sodaprof.SodaprofError, match=r"scaled_dot_product_attention 0 times.*set_attention_backend"
+        ):
             draw(pipe)
 
 
@@ -190,29 +188,23 @@ class Partial(TwoPassPipeline):
 
     @functools.wraps(TwoPassPipeline.__call__)
     def __call__(self, *args, **kwargs):
-        set_timesteps = self.scheduler.set_timesteps
-
-        def later(*a, **kw):
+        def later(set_timesteps, *a, **kw):
             set_timesteps(*a, **kw)
             self.scheduler.timesteps = self.scheduler.timesteps[2:]
             if hasattr(self.scheduler, "set_begin_index"):
                 self.scheduler.set_begin_index(2)
 
-        self.scheduler.set_timesteps = later
-        try:
+        with patched(self.scheduler, "set_timesteps", later):
             return super().__call__(*args, **kwargs)
-        finally:
-            self.scheduler.set_timesteps = set_timesteps
 
 
 @pytest.mark.parametrize(("dpm", "on_host"), [(True, True), (True, False), (False, True)])
 def test_a_run_that_starts_late_is_refused(monkeypatch, dpm, on_host):
     pipe, whole = tiny_pipe(cls=Partial), tiny_pipe(cls=TwoPassPipeline)
     if dpm:
-        pipe.scheduler, whole.scheduler = (
-            DPMSolverMultistepScheduler.from_config(pipe.scheduler.config) for _ in range(2)
-        )
-        if not on_host:  # timesteps on a GPU are not looked at: the scheduler's own count is
+        for p in (pipe, whole):
+            p.scheduler = DPMSolverMultistepScheduler.from_config(p.scheduler.config)
+        if not on_host:  # timesteps on a GPU are not read; the scheduler's own count is
             monkeypatch.setattr("sodaprof.pipelines.clock.Clock._check_step", lambda *_: None)
     with sodaprof.apply(pipe, schedule_for(whole)), pytest.raises(MismatchError, match="no strength below 1"):
         draw(pipe)

@@ -1,8 +1,7 @@
-"""Schedules beside the weights: put there after a check, found by what fits, listed where that is unclear."""
+"""Schedules next to the weights: copied there after a check, found if they match, listed if several or none do."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -12,7 +11,6 @@ from diffusers import DDIMScheduler, DiTPipeline
 from msgspec.structs import replace
 
 import sodaprof
-from sodaprof import cli
 from sodaprof.errors import FormatError, MismatchError, SodaprofError
 from sodaprof.runtime.shipped import find_shipped, ship
 from tests.tiny_pipelines import SITES, STEPS, draw, schedule_for, tiny_pipe
@@ -38,7 +36,7 @@ def saved(pipe, path, row="CRRRRRRR", **changes) -> Path:
     return path
 
 
-def test_what_is_shipped_is_applied_without_naming_it(model, pipe, tmp_path):
+def test_a_shipped_schedule_is_applied_without_a_name(model, pipe, tmp_path):
     file = saved(pipe, tmp_path / "soda-2x.json")
     with sodaprof.apply(pipe, file):
         wanted = draw(pipe)
@@ -49,7 +47,7 @@ def test_what_is_shipped_is_applied_without_naming_it(model, pipe, tmp_path):
         assert handle.report().executed["R"] == STEPS - 1
 
 
-def test_steps_tell_several_apart(model, pipe, tmp_path):
+def test_several_schedules_are_distinguished_by_their_steps(model, pipe, tmp_path):
     ship(saved(pipe, tmp_path / "eight.json"), model)
     ship(saved(pipe, tmp_path / "four.json", "CRRR"), model)
     assert find_shipped(pipe, 4).name == "four.json"
@@ -62,21 +60,21 @@ def test_steps_tell_several_apart(model, pipe, tmp_path):
         sodaprof.apply(pipe, steps=5)
 
 
-def test_another_scheduler_fits_none(model, pipe, tmp_path):
+def test_a_schedule_for_another_scheduler_is_listed_with_the_reason(model, pipe, tmp_path):
     ship(saved(pipe, tmp_path / "s.json"), model)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     with pytest.raises(MismatchError, match=r"s.json: The scheduler's prediction_type is 'v_prediction'"):
         sodaprof.apply(pipe)
 
 
-def test_nothing_shipped(model, pipe):
+def test_without_a_shipped_schedule_the_message_names_the_command(model, pipe):
     with pytest.raises(SodaprofError, match=f"ships no schedules.*sodaprof ship schedule.json {model}"):
         sodaprof.apply(pipe)
     with pytest.raises(SodaprofError, match="not loaded from a folder or the hub"):
         sodaprof.apply(tiny_pipe())
 
 
-def test_only_what_fits_is_shipped_and_nothing_is_overwritten(model, pipe, tmp_path):
+def test_only_what_matches_is_shipped_and_nothing_is_overwritten(model, pipe, tmp_path):
     file = saved(pipe, tmp_path / "s.json")
     other = saved(tiny_pipe(layers=3), tmp_path / "other.json")
     with pytest.raises(MismatchError, match="layers 2, the schedule is for 3"):
@@ -96,39 +94,29 @@ def test_a_hub_repository_is_asked_for_its_schedules_alone(model, pipe, tmp_path
 
     def snapshot(repo, allow_patterns):
         asked.append((repo, allow_patterns))
+        if len(asked) > 1:
+            raise ConnectionError("no route")
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     pipe.register_to_config(_name_or_path="someone/model")
     assert find_shipped(pipe) == model / "sodaprof" / "s.json"
     assert asked == [("someone/model", ["sodaprof/*.json"])]
-
-    def unreachable(repo, allow_patterns):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(SodaprofError, match=r"nor fetched from the hub \(no route\)"):
         find_shipped(pipe)
 
 
-def test_the_command_line(model, pipe, tmp_path, monkeypatch, capsys):
-    def typed(*words):
-        monkeypatch.setattr(sys, "argv", ["sodaprof", *map(str, words)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, capsys.readouterr()
-
-    file = saved(pipe, tmp_path / "s.json")
-    picture = tmp_path / "p.png"
-    code, out = typed("run", model, "--label", 1, "-o", picture)
+def test_the_command_line(model, pipe, tmp_path, command):
+    file, picture = saved(pipe, tmp_path / "s.json"), tmp_path / "p.png"
+    code, _, said = command("run", model, "--label", 1, "-o", picture)
     assert (code, picture.exists()) == (1, False)
-    assert "ships no schedules" in out.err
-    code, out = typed("ship", file, model)
+    assert "ships no schedules" in said
+    code, out, _ = command("ship", file, model)
     assert code == 0
-    assert "sodaprof run" in out.out
-    code, out = typed("run", model, "--label", 1, "-o", picture)
+    assert "sodaprof run" in out
+    code, out, _ = command("run", model, "--label", 1, "-o", picture)
     assert (code, picture.exists()) == (0, True)
-    assert "R 7/7" in out.out
-    code, out = typed("run", model, file, "--steps", 9, "--label", 1, "-o", picture, "--force")
+    assert "R 7/7" in out
+    code, _, said = command("run", model, file, "--steps", 9, "--label", 1, "-o", picture, "--force")
     assert code == 1
-    assert "is for 8 steps, not 9" in out.err
+    assert "is for 8 steps, not 9" in said

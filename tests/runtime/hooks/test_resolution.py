@@ -1,4 +1,4 @@
-"""Another resolution than profiled: refused, or with the same share of the tokens pruned where that is allowed."""
+"""Another resolution than profiled: refused, or, if allowed, run with the same share of the tokens pruned."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def draw(pipe, size=8, count=1, seed=0):
 
 
 def schedule_for(pipe, size=8, k=0.5, rule=None):
-    step = inspect_pipeline(pipe, "tiny", 6, 4.5, 0, lambda entries, generators: draw(pipe, size))
-    model, sampler, _ = step
+    model, sampler, _ = inspect_pipeline(pipe, "tiny", 6, 4.5, 0, lambda entries, generators: draw(pipe, size))
     of = model.transformers["transformer"]
     rows = {site.key: ROWS[site.module] for site in of.sites}
     ks = {s.key: (round(k * s.tokens),) * ROWS[s.module].count("P") for s in of.sites if "P" in ROWS[s.module]}
@@ -52,7 +51,7 @@ def schedule_for(pipe, size=8, k=0.5, rule=None):
     return Schedule({"transformer": plan}, sampler, model.shape, policy, token_rule=rule or TokenRule("feature_mean"))
 
 
-@pytest.mark.parametrize("runtime", ["hooks", "compiled", "graphs"])
+@pytest.mark.parametrize("runtime", ["hooks", "graphs"])
 def test_a_scaled_schedule_is_that_of_the_other_size(pipe, runtime):
     small, large = schedule_for(pipe), schedule_for(pipe, 16)
     wanted = {}
@@ -60,7 +59,7 @@ def test_a_scaled_schedule_is_that_of_the_other_size(pipe, runtime):
         with sodaprof.apply(pipe, schedule):
             wanted[size] = draw(pipe, size)
     with sodaprof.apply(pipe, small, allow_resolution=True, runtime=runtime_of(runtime)) as handle:
-        for size in (8, 16, 16, 8, 16, 8, 8, 16):
+        for size in (8, 16, 16, 8, 16, 8):
             assert np.array_equal(draw(pipe, size), wanted[size])
             report = handle.report()
             assert report.executed == report.planned

@@ -11,15 +11,12 @@ from sodaprof.formats.schedule import TokenRule
 from sodaprof.opensora.layers import SelfAttention
 from sodaprof.pipelines.attention import AttentionCall
 from sodaprof.runtime.hooks.tokens import (
-    attention_received,
     base_score,
-    entropy,
     feature_mean,
     mean_attention,
     random_scores,
     statistic,
     top,
-    value_smallness,
     with_age,
     with_bonus,
 )
@@ -33,7 +30,15 @@ def t(*rows, dtype=torch.float64):
 
 
 def close(found, wanted):
-    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
+
+
+def call_of(weights=None, v=None):
+    """Returns an attention with these weights [B, N, L], or with these values [B, H, N, d]."""
+    if weights is None:
+        return AttentionCall(v, v, v, None, None)
+    keys = torch.eye(weights.shape[-1], dtype=weights.dtype).expand(len(weights), 1, -1, -1)
+    return AttentionCall(weights.log().clamp_min(-10_000)[:, None], keys, keys, None, 1.0)
 
 
 def plogp(*shares: float) -> float:
@@ -41,7 +46,7 @@ def plogp(*shares: float) -> float:
     return -sum(p * math.log(p + 1e-7) for p in shares)
 
 
-# ---- what attention says of a token -----------------------------------------------------------------------------------
+# ---- statistics of an attention ---------------------------------------------------------------------------------------
 
 
 def test_feature_mean():
@@ -50,9 +55,9 @@ def test_feature_mean():
 
 def test_attention_received_is_summed_over_queries():
     """Columns, not rows: each row is one query's and sums to 1."""
-    weights = t([[0.5, 0.5, 0], [0.25, 0.5, 0.25], [0, 0.5, 0.5]])
-    close(attention_received(weights), t([0.75, 1.5, 0.75]))
-    close(base_score(S1, attention_received(weights)), t([1, 2, 1]) / math.sqrt(6))
+    received = statistic(S1, call_of(t([[0.5, 0.5, 0], [0.25, 0.5, 0.25], [0, 0.5, 0.5]])))
+    close(received, t([0.75, 1.5, 0.75]))
+    close(base_score(S1, received), t([1, 2, 1]) / math.sqrt(6))
 
 
 def test_attention_is_averaged_over_heads():
@@ -61,6 +66,8 @@ def test_attention_is_averaged_over_heads():
     k = t([[[1.0], [0.0]], [[1.0], [0.0]]])
     close(mean_attention(q, k), t([[0.625, 0.375]]))
     close(mean_attention(q * 2, k, scale=0.5), t([[0.625, 0.375]]))
+    shared = t([[[1.0]], [[1.0]], [[1.0]], [[1.0]]]), t([[[0.0], [0.0]], [[math.log(3)], [0.0]]])  # fewer heads of keys
+    close(mean_attention(*shared), t([[0.625, 0.375]]))
 
 
 def test_attention_is_divided_by_the_root_of_the_head_width():
@@ -78,22 +85,16 @@ def test_masked_text_has_no_share(mask):
     assert mean_attention(q, k, mask).tolist() == [[[0.5, 0.5, 0]]]
 
 
-def test_keys_may_be_of_fewer_heads():
-    q, k = t([[[1.0]], [[1.0]], [[1.0]], [[1.0]]]), t([[[0.0], [0.0]], [[math.log(3)], [0.0]]])
-    close(mean_attention(q, k), t([[0.625, 0.375]]))
-
-
-def test_attention_is_in_single_precision_at_least():
-    q = torch.ones(1, 2, 3, 4, dtype=torch.bfloat16)
-    assert mean_attention(q, q).dtype == torch.float32
-    assert value_smallness(q).dtype == torch.float32
+def test_statistics_are_in_single_precision_at_least():
+    x = torch.ones(1, 2, 3, 4, dtype=torch.bfloat16)
+    assert {statistic(rule, call_of(v=x)).dtype for rule in (S1, S2, VALUES)} == {torch.float32}
 
 
 def test_values_count_by_their_length_in_each_head():
     """3-4-5 in one head, 0 in the other: (1 − 5) + (1 − 0); not the length of both together."""
-    v = t([[[3.0, 4.0], [0.6, 0.8]], [[0.0, 0.0], [0.3, 0.4]]])
-    close(value_smallness(v), t([-3, 0.5]))
-    close(base_score(VALUES, value_smallness(v)), t([-3, 0.5]) / math.sqrt(9.25))
+    found = statistic(VALUES, call_of(v=t([[[3.0, 4.0], [0.6, 0.8]], [[0.0, 0.0], [0.3, 0.4]]])))
+    close(found, t([-3, 0.5]))
+    close(base_score(VALUES, found), t([-3, 0.5]) / math.sqrt(9.25))
 
 
 def test_values_over_frames_are_in_the_order_of_the_tokens():
@@ -107,46 +108,23 @@ def test_values_over_frames_are_in_the_order_of_the_tokens():
     assert two.tolist() == [wanted[0], [i + 100 for i in wanted[0]]]
 
 
-# ---- entropy of text, with halves -------------------------------------------------------------------------------------
+# ---- text, and halves that share scores -------------------------------------------------------------------------------
 
 
 def test_entropy():
-    weights = t([[0.5, 0.5, 0], [1, 0, 0], [0.25, 0.25, 0.5]])
-    close(entropy(weights), t([plogp(0.5, 0.5), plogp(1), plogp(0.25, 0.25, 0.5)]))
-    assert entropy(weights)[0, 1].item() == pytest.approx(-1e-7, rel=1e-6)  # log(1 + 1e-7), not 0
+    found = statistic(S2, call_of(t([[0.5, 0.5, 0], [1, 0, 0], [0.25, 0.25, 0.5]])))
+    close(found, t([plogp(0.5, 0.5), plogp(1), plogp(0.25, 0.25, 0.5)]))
+    assert found[0, 1].item() == pytest.approx(-1e-7, rel=1e-6)  # log(1 + 1e-7), not 0
+    scores = [1 + plogp(0.5, 0.5), 1 + plogp(1), 1 + plogp(0.25, 0.25, 0.5)]
+    close(base_score(S2, found), t(scores) / math.hypot(*scores))
 
 
-def test_shared_entropy_is_of_both_texts_side_by_side():
+def test_shared_entropy_is_of_both_texts_in_a_row():
     """One sample, two tokens. Neither the entropy of the mean of both maps nor one a half."""
-    first, second = t([[0.5, 0.5], [1, 0]]), t([[0.25, 0.75], [0.5, 0.5]])
+    rule = SHARED["cross_attention_entropy"]
+    maps = t([[0.5, 0.5], [1, 0]], [[0.25, 0.75], [0.5, 0.5]])
     wide = [1 + plogp(0.25, 0.25, 0.125, 0.375), 1 + plogp(0.5, 0, 0.25, 0.25)]
-    norm = math.hypot(*wide)
-    score = base_score(SHARED["cross_attention_entropy"], entropy(torch.cat((first, second)), 0.5))
-    close(score, t([w / norm for w in wide], [w / norm for w in wide]))
-
-
-def test_entropy_of_one_half_alone():
-    weights = t([[0.5, 0.5], [1, 0]])
-    scores = [1 + plogp(0.5, 0.5), 1 + plogp(1)]
-    close(base_score(S2, entropy(weights)), t([s / math.hypot(*scores) for s in scores]))
-
-
-@pytest.mark.parametrize(("share_halves", "share"), [(False, 1.0), (True, 0.5)])
-def test_shared_halves_have_half_of_the_map_each(share_halves, share):
-    heard = AttentionCall(
-        t([[[0.0]]], [[[0.0]]]), t([[[0.0], [0.0]]], [[[0.0], [0.0]]]), t([[[0.0], [0.0]]]), None, None
-    )
-    rule = TokenRule("cross_attention_entropy", share_halves=share_halves)
-    close(statistic(rule, heard), torch.full((2, 1), plogp(share / 2, share / 2), dtype=torch.float64))
-
-
-def test_statistics_of_one_attention():
-    """Two tokens, one head: queries log 3 and 0 against keys 1 and 0; values of length 5 and 0."""
-    q, k, v = t([[[math.log(3)], [0.0]]]), t([[[1.0], [0.0]]]), t([[[3.0, 4.0], [0.0, 0.0]]])
-    heard = AttentionCall(q, k, v, None, None)
-    close(statistic(S1, heard), t([1.25, 0.75]))
-    close(statistic(VALUES, heard), t([-4, 1]))
-    close(statistic(S2, heard), t([plogp(0.75, 0.25), plogp(0.5, 0.5)]))
+    close(base_score(rule, statistic(rule, call_of(maps))), t(wide, wide) / math.hypot(*wide))
 
 
 def test_halves_share_with_their_own_sample():

@@ -15,24 +15,15 @@ from sodaprof.errors import MismatchError, SodaprofError, UnsupportedModelError
 from sodaprof.formats.schedule import Plan, Schedule
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.discover import config_of, inspect_pipeline
-from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, schedule_for, tiny_pipe
-from tests.updated import CALLED, RESTING, sample, set_sampler, updated, with_update
+from sodaprof.pipelines.patch import patched
+from tests.tiny_pipelines import STEPS, TwoPassPipeline, mixed_schedule, schedule_for
+from tests.updated import CALLED, RESTING, apart, pipe_of, sample, updated, with_update
 from tests.video_pipelines import draw as draw_video
 from tests.video_pipelines import tiny_video_pipe
 from tests.zoo import zoo_pipelines
 
 BOTH = [(cls, s) for cls in (DiTPipeline, TwoPassPipeline) for s in ("ddim", "ddpm", "dpm", "unipc", "rectified")]
 BOTH += [(TwoPassPipeline, "flow"), (TwoPassPipeline, "euler")]
-
-
-def pipe_of(cls=DiTPipeline, sampler="ddim"):
-    pipe = tiny_pipe(cls=cls)
-    set_sampler(pipe, sampler)
-    return pipe
-
-
-def apart(found, wanted):
-    return float(abs(found - wanted).max() / abs(wanted).max())
 
 
 @pytest.mark.parametrize(("cls", "sampler"), BOTH)
@@ -55,23 +46,22 @@ def test_pictures_are_those_of_apply(cls, sampler):
     assert config_of(type(own).from_config(pipe.scheduler.config)) == config_of(own)  # the way back
 
 
-def test_whole_steps_alone_are_the_plain_pipeline():
-    for sampler in ("ddim", "ddpm", "unipc"):
-        pipe = pipe_of(TwoPassPipeline, sampler)
-        plain, schedule = sample(pipe), updated(pipe)
-        pipe.scheduler = sodaprof.scheduler(schedule)
-        assert apart(sample(pipe), plain) < 1e-5
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "unipc"])
+def test_a_schedule_of_full_steps_is_the_plain_pipeline(sampler):
+    pipe = pipe_of(TwoPassPipeline, sampler)
+    plain, schedule = sample(pipe), updated(pipe)
+    pipe.scheduler = sodaprof.scheduler(schedule)
+    assert apart(sample(pipe), plain) < 1e-5
 
 
-def zoo_schedule(case, stack):
-    model, sampler, _ = inspect_pipeline(case.pipe, "tiny", zoo_pipelines.STEPS, own=case.call)
+def inspected(pipe, *arguments, **options):
+    """Returns a schedule of full steps of a pipeline, as `inspect_pipeline` finds it; the arguments are those after its name."""
+    model, sampler, _ = inspect_pipeline(pipe, "tiny", *arguments, **options)
     plans = {
-        name: Plan(
-            t.class_name, t.fingerprint, dict.fromkeys((s.key for s in t.sites), "C" * len(stack)), "." * len(stack)
-        )
+        name: Plan(t.class_name, t.fingerprint, {s.key: "C" * sampler.steps for s in t.sites}, "." * sampler.steps)
         for name, t in model.transformers.items()
     }
-    return with_update(case.pipe, Schedule(plans, sampler, model.shape, {"name": "test", "knobs": {}}), stack, stir=0.1)
+    return Schedule(plans, sampler, model.shape, {"name": "test", "knobs": {}})
 
 
 @pytest.mark.parametrize(
@@ -83,7 +73,8 @@ def test_real_pipelines_run_it(name, monkeypatch):
     scheduler = case.pipe.scheduler
     if scheduler.config.get("clip_sample"):
         case.pipe.scheduler = type(scheduler).from_config(scheduler.config, clip_sample=False)
-    schedule = zoo_schedule(case, "..-.-.")
+    whole = inspected(case.pipe, zoo_pipelines.STEPS, own=case.call)
+    schedule = with_update(case.pipe, whole, "..-.-.", stir=0.1)
     with sodaprof.apply(case.pipe, schedule):
         wanted = case.draw()
     case.pipe.scheduler = sodaprof.scheduler(schedule)
@@ -92,47 +83,42 @@ def test_real_pipelines_run_it(name, monkeypatch):
 
 
 def test_open_sora_runs_it():
-    pipe = tiny_video_pipe()
-    steps, stack = 6, "..-.-."
-    kept = []
+    pipe, steps, kept = tiny_video_pipe(), 6, []
+
+    def sampled(steps):
+        kept.clear()
+        draw_video(pipe, steps=steps)
+        return kept[0]
+
     decode = pipe.vae.decode
     pipe.vae.decode = lambda x, *args, **kwargs: (kept.append(x.clone()), decode(x, *args, **kwargs))[1]
-    model, sampler, _ = inspect_pipeline(pipe, "tiny", steps, 7.0, "a red disk moves left")
-    (name,) = model.transformers
-    t = model.transformers[name]
-    plan = Plan(t.class_name, t.fingerprint, dict.fromkeys((s.key for s in t.sites), "C" * steps), "." * steps)
-    schedule = Schedule({name: plan}, sampler, model.shape, {"name": "test", "knobs": {}})
-    kept.clear()
-    draw_video(pipe, steps=steps)
-    schedule = with_update(pipe, schedule, stack, stir=0.1)
+    whole = inspected(pipe, steps, 7.0, "a red disk moves left")
+    plain = sampled(steps)
+    schedule = with_update(pipe, whole, "..-.-.", stir=0.1)
     with sodaprof.apply(pipe, schedule):
-        draw_video(pipe, steps=steps)
+        wanted = sampled(steps)
     pipe.scheduler = sodaprof.scheduler(schedule)
-    draw_video(pipe, steps=4)
-    plain, wanted, found = kept[0], kept[len(kept) // 3], kept[2 * len(kept) // 3]
-    assert apart(found, wanted) < 2e-6
+    assert apart(sampled(4), wanted) < 2e-6
     assert apart(plain, wanted) > 1e-3
     assert isinstance(RectifiedFlowScheduler.from_config(pipe.scheduler.config), RectifiedFlowScheduler)
 
 
-def test_an_aborted_run_harms_nothing():
+def test_an_interrupted_run_has_no_effect_on_the_next():
     pipe = pipe_of(DiTPipeline, "unipc")
-    pipe.scheduler = scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))
-    wanted, step, count = sample(pipe, steps=CALLED), scheduler.step, iter(range(STEPS))
+    pipe.scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))
+    wanted, count = sample(pipe, steps=CALLED), iter(range(STEPS))
 
-    def fails(*args, **kwargs):
+    def fail(step, *args, **kwargs):
         if next(count) == 2:
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
-    scheduler.step = fails
-    with pytest.raises(KeyboardInterrupt):
+    with patched(pipe.scheduler, "step", fail), pytest.raises(KeyboardInterrupt):
         sample(pipe, (7, 3), seed=5, steps=CALLED)
-    del scheduler.step
     assert np.array_equal(sample(pipe, steps=CALLED), wanted)
 
 
-def test_half_precision_and_both_kinds_of_answer():
+def test_half_precision_and_both_forms_of_the_result():
     pipe = pipe_of(DiTPipeline, "dpm")
     scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))
     x = torch.randn(2, 4, 8, 8).bfloat16()
@@ -161,15 +147,15 @@ def test_a_step_does_not_wait_for_the_device():
     pipe = pipe_of(DiTPipeline, "unipc")
     scheduler = sodaprof.scheduler(updated(pipe, RESTING))
     scheduler.set_timesteps(CALLED, device="meta")
-    x, v = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, 4, 8, 8, device="meta")
-    times = list(scheduler.timesteps)
+    x = v = torch.empty(2, 4, 8, 8, device="meta")
+    timesteps = list(scheduler.timesteps)
     with Watched():
-        for t in times:
+        for t in timesteps:
             x = scheduler.step(v, t, scheduler.scale_model_input(x, t)).prev_sample
     assert x.shape == v.shape
 
 
-def test_timesteps_are_the_schedules_whatever_is_given():
+def test_timesteps_are_those_of_the_schedule_whatever_is_given():
     pipe = pipe_of(TwoPassPipeline, "flow")
     schedule = updated(pipe, RESTING)
     scheduler = sodaprof.scheduler(schedule)
@@ -193,7 +179,7 @@ def test_timesteps_are_the_schedules_whatever_is_given():
         scheduler.set_begin_index(2)
 
 
-def test_steps_out_of_turn_are_refused():
+def test_steps_in_another_order_are_refused():
     scheduler = sodaprof.scheduler(updated(pipe_of(), RESTING))
     x = torch.zeros(1, 4, 8, 8)
     with pytest.raises(SodaprofError, match="call set_timesteps first"):
