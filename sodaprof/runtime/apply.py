@@ -127,7 +127,7 @@ class Handle:
             )
 
     def _forget(self) -> None:
-        """Drops all caches: at the begin of its turn a transformer computes everything."""
+        """Drops all caches: at the beginning of its turn a transformer computes everything."""
         parts: list[Any] = [*self.rows, *self.stacks, *self.turns]
         for part in parts:
             part.reset()

@@ -26,7 +26,8 @@ from ...opensora.scheduler import RectifiedFlowScheduler
 from ...pipelines.sampler_steps import own_update
 from .update import Ring, called_steps, check_linear, drawn, jumps, next_dtype
 
-UNSCALED = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler")  # and without noise
+# these scale no input, draw no noise and weigh the outputs themselves
+UNSCALED = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler")
 
 
 def scheduler(schedule: Schedule | str | Path) -> JumpScheduler:
