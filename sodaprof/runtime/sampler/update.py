@@ -127,9 +127,7 @@ class StateUpdate:
     def reset(self) -> None:
         self.ring.newest = []
 
-    def take(
-        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+    def take(self, own: Callable[..., Any], scheduler: Any, step: int, *arguments: Any, **options: Any) -> Any:
         """Returns the next latents in the form of the scheduler's step, whose index moves on (`clock.StepTaker`)."""
         assert self.own is not None
         output, timestep, sample, *others = arguments
