@@ -131,7 +131,8 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """
     import diffusers
 
-    own, cls = pipe.scheduler, getattr(diffusers, name, None)
+    own = pipe.scheduler
+    cls: Any = getattr(diffusers, name, None)
     known = isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
     if not known:
         advice = "Give a class, such as DPMSolverMultistepScheduler"
