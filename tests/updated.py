@@ -70,6 +70,6 @@ def sample(pipe: Any, *args: Any, **kwargs: Any) -> np.ndarray:
     """Returns the latents that the pipeline decodes; what a stochastic sampler draws is the same each time."""
     torch.manual_seed(11)  # these pipelines pass their generator to no scheduler
     found = []
-    with patched(pipe.vae, "decode", lambda decode, x: (found.append(x.float().numpy()), decode(x))[1]):
+    with patched(pipe.vae, "decode", lambda decode, x: (found.append(x.float().cpu().numpy()), decode(x))[1]):
         draw(pipe, *args, **kwargs)
     return found[0]
