@@ -24,12 +24,12 @@ from tests.tape import Tapes
 
 @dataclass(frozen=True)
 class Settings:
-    """What the driver asks of a part."""
+    """The settings of a part."""
 
     part: str
     out: Path
     device: str
-    rehearsal: bool  # tiny stand-ins for the networks, few steps; a tape in place of CUDA graphs unless on a GPU
+    rehearsal: bool  # tiny networks, few steps; a tape in place of CUDA graphs unless on a GPU
 
     @property
     def cuda(self) -> bool:
@@ -64,7 +64,7 @@ def settings_of(part: str) -> Settings:
 
 
 class Results:
-    """The JSON of a part, written anew after every entry: a part that is stopped leaves what it has measured."""
+    """The JSON of a part, written anew after every entry: if a part is stopped, the file holds what it has measured."""
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.out / f"{settings.part}.json"
