@@ -38,9 +38,8 @@ def models(draw: st.DrawFn, transformers: int = 1) -> Model:
     known = {f"blocks.{m}": MODULES[m] for m in modules}
     fingerprint = {"layers": layers, "tokens": dict.fromkeys(known, tokens), "kinds": known}
     shape = {"latent": [4, 8, 8], "tokens": tokens, "batch_profiled": 1, "dtype": "float32"}
-    return Model(
-        "tiny", "Pipeline", {f"t{i}": Transformer("DiT", fingerprint, sites) for i in range(transformers)}, shape
-    )
+    found = {f"t{i}": Transformer("DiT", fingerprint, sites) for i in range(transformers)}
+    return Model("tiny", "Pipeline", found, shape)
 
 
 @st.composite
@@ -57,7 +56,7 @@ def legal_schedules(
 ) -> Schedule:
     """Legal schedules of at most 6 steps with cells of these actions, of `model` and `sampler` or of drawn ones.
 
-    `_` stands for two transformers in turns; it needs a drawn model, or one with two transformers. P is drawn for prunable
+    `_` means two transformers in turns; it needs a drawn model, or one with two transformers. P is drawn for prunable
     sites alone. Token rule, fitted update, origin, prediction and measurements are drawn as well.
     """
     steps = draw(st.integers(1, 6)) if sampler is None else sampler.steps
@@ -70,22 +69,14 @@ def legal_schedules(
     plans = {}
     for name, transformer in model.transformers.items():
         plans[name] = draw(_plans(transformer, [one == name for one in called], actions))
-    rule = (
-        draw(_token_rules(plans, sampler)) if any("P" in r for p in plans.values() for r in p.rows.values()) else None
-    )
+    pruned = any("P" in row for plan in plans.values() for row in plan.rows.values())
+    rule = draw(_token_rules(plans, sampler)) if pruned else None
     runs = [any(plan.stack[t] in ".S" for plan in plans.values()) for t in range(steps)]
     needed = any("-" in plan.stack for plan in plans.values())
     update = draw(_updates(runs)) if needed or ("-" in actions and draw(st.booleans())) else None
     profile = st.fixed_dictionaries({"digest": texts, "seed": st.integers(0, 9), "samples": st.integers(1, 9)})
-    predicted = st.fixed_dictionaries(
-        {
-            "unit": texts,
-            "speedup": numbers,
-            "cost": numbers,
-            "error": st.none() | numbers,
-            "cache_bytes": st.integers(0, 9),
-        }
-    )
+    costs = {"unit": texts, "speedup": numbers, "cost": numbers}
+    predicted = st.fixed_dictionaries(costs | {"error": st.none() | numbers, "cache_bytes": st.integers(0, 9)})
     return Schedule(
         plans, sampler, model.shape, {"name": draw(texts), "knobs": draw(free)}, draw(st.none() | profile), rule, update,
         draw(st.none() | predicted), tuple(draw(st.lists(free, max_size=2))), draw(texts),
@@ -102,9 +93,9 @@ def _plans(draw: st.DrawFn, transformer: Transformer, called: list[bool], action
     for step, is_called in enumerate(called):
         first = is_called and not (step and called[step - 1])
         begin = step if first else begin
-        action = (
-            "_" if not is_called else "." if first else draw(st.sampled_from([a for a in ".S-" if a in "." + actions]))
-        )
+        action = "." if is_called else "_"
+        if is_called and not first:
+            action = draw(st.sampled_from([a for a in ".S-" if a in "." + actions]))
         prefix = draw(st.integers(0, len(sites))) if action == "S" else 0
         if action == "S":
             sources = [t for t in range(begin, step) if stack[t] == "."]

@@ -1,7 +1,7 @@
 """A replacement for CUDA graphs on a CPU: records operators with the tensors that they read and write, and runs them again.
 
-Like a graph it depends on tensors, not on Python: a value read while it was recorded, a branch taken, an object replaced later,
-all that is frozen. Unlike a capture it computes while it records, so it restores the tensors that it wrote to.
+Like a graph it keeps the values that Python read, and the branches that it took, while it was recorded. Unlike a capture it
+computes while it records, so it restores the tensors that it wrote to.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from sodaprof.runtime.compiled.engine import Compiled
 RUNTIMES = ("hooks", "compiled", "graphs", "whole-steps")  # "graphs": compiled, with a tape in place of CUDA graphs
 
 
+def tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if torch.is_tensor(leaf)]
+
+
 class _Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -25,21 +29,17 @@ class _Recording(TorchDispatchMode):
         self.own: dict[int, torch.Tensor] = {}  # made while recording
         self.before: list[
             tuple[torch.Tensor, torch.Tensor]
-        ] = []  # (tensor from outside that was written to, its value)
+        ] = []  # tensors from outside that were written to, their values
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError("operation not permitted when stream is capturing")
+        given = {id(leaf): leaf for leaf in tensors((args, kwargs))}
         if func._schema.is_mutable:
-            for leaf in tree_leaves((args, kwargs)):
-                if torch.is_tensor(leaf) and id(leaf) not in self.own:
-                    self.before.append((leaf, leaf.clone()))
+            self.before += [(leaf, leaf.clone()) for key, leaf in given.items() if key not in self.own]
         out = func(*args, **kwargs)
-        given = {id(leaf) for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
-        for leaf in tree_leaves(out):
-            if torch.is_tensor(leaf) and id(leaf) not in given:
-                self.own[id(leaf)] = leaf
+        self.own |= {id(leaf): leaf for leaf in tensors(out) if id(leaf) not in given}
         self.ops.append((func, args, kwargs, out))
         return out
 
@@ -63,8 +63,7 @@ class Tapes:
             result = run()
         for tensor, value in reversed(tape.before):
             tensor.copy_(value)
-        results = [leaf.detach() for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
-        static = [leaf.clone() for leaf in results]
+        static = [leaf.detach().clone() for leaf in tensors(result)]
         self.made += 1
 
         def replay() -> None:
@@ -80,7 +79,7 @@ class Tapes:
                     for old, fresh in zip(tree_leaves(out), tree_leaves(new), strict=True):
                         if torch.is_tensor(old) and id(old) in tape.own:
                             now[id(old)] = fresh
-                for place, leaf in zip(static, [x for x in tree_leaves(result) if torch.is_tensor(x)], strict=True):
+                for place, leaf in zip(static, tensors(result), strict=True):
                     place.copy_(current(leaf))
 
         places = iter(static)

@@ -14,12 +14,7 @@ from sodaprof.runtime.apply import Handle
 from sodaprof.runtime.compiled.trace import Program
 
 STEPS = 8
-SITES = (
-    "transformer_blocks.0.attn1",
-    "transformer_blocks.0.ff",
-    "transformer_blocks.1.attn1",
-    "transformer_blocks.1.ff",
-)
+SITES = tuple(f"transformer_blocks.{layer}.{module}" for layer in (0, 1) for module in ("attn1", "ff"))
 
 
 def tiny_vae() -> AutoencoderKL:

@@ -12,12 +12,14 @@ from msgspec.structs import replace
 from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Schedule, Update
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
+from sodaprof.pipelines.patch import patched
 from sodaprof.pipelines.sampler_steps import own_update
 from tests.tiny_pipelines import STEPS, draw, schedule_for, tiny_pipe
 
 RESTING = "..-.--.."  # the steps of a run: where the network is called, where not
 CALLED = RESTING.count(".")
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {  # name -> class of diffusers, settings beside the pipeline's own
+# name -> class of diffusers, settings in addition to the pipeline's own
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "dpm": ("DPMSolverMultistepScheduler", {}),
@@ -49,28 +51,22 @@ def apart(found: Any, wanted: Any) -> float:
 
 
 def with_update(pipe: Any, schedule: Schedule, stack: str = "", history: int = 3, stir: float = 0.0) -> Schedule:
-    """Returns the schedule with the scheduler's own update, or one up to `stir` beside it, and with - where stack has it.
+    """Returns the schedule with the scheduler's own update, changed by at most stir / 2, and skipped steps as in `stack`.
 
-    The pipeline's scheduler is to be the one of the schedule, after `set_timesteps`.
+    The pipeline's scheduler must be that of the schedule, after `set_timesteps`.
     """
     own = own_update(pipe.scheduler, pipe.scheduler.timesteps)
     wide, generator = max(history, own.history), torch.Generator().manual_seed(0)
     stack = stack or "." * schedule.steps
-    rows, called = [list(row) for row in own.padded(wide)], 0
-    for row, action in zip(rows, stack, strict=True):
-        called += action != "-"
-        noise = torch.rand(len(row), generator=generator).tolist()
-        for j, value in enumerate(row):
-            row[j] = (value + stir * (noise[j] - 0.5)) if j <= called else 0.0
-    plans = {
-        name: replace(
-            plan,
-            stack=stack,
-            rows={key: "".join("-" if a == "-" else c for a, c in zip(stack, row, strict=True))
-                  for key, row in plan.rows.items()},
-        )
-        for name, plan in schedule.transformers.items()
-    }  # fmt: skip
+    called = torch.tensor([[action != "-"] for action in stack]).cumsum(0)  # outputs that exist
+    rows = torch.tensor(own.padded(wide), dtype=torch.float64)
+    rows = rows + stir * (torch.rand(rows.shape, generator=generator) - 0.5)
+    rows = torch.where(torch.arange(1 + wide) <= called, rows, 0.0).tolist()
+    plans = {}
+    for name, plan in schedule.transformers.items():
+        cells = {key: zip(stack, row, strict=True) for key, row in plan.rows.items()}
+        row_of = {key: "".join("-" if a == "-" else cell for a, cell in row) for key, row in cells.items()}
+        plans[name] = replace(plan, stack=stack, rows=row_of)
     fitted = {"guidance_scale": schedule.sampler.guidance_scale, "loop": "open"}
     return replace(schedule, transformers=plans, update=Update(own.basis, wide, rounded(rows), fitted))
 
@@ -84,11 +80,8 @@ def updated(pipe: Any, stack: str = "", history: int = 3, stir: float = 0.0, gui
 
 def sample(pipe: Any, *args: Any, **kwargs: Any) -> np.ndarray:
     """Returns the latents that the pipeline decodes; what a stochastic sampler draws is the same each time."""
-    torch.manual_seed(11)  # these pipelines hand their generator to nobody
-    found, decode = [], pipe.vae.decode
-    pipe.vae.decode = lambda x: (found.append(x.float().numpy()), decode(x))[1]
-    try:
+    torch.manual_seed(11)  # these pipelines pass their generator to no scheduler
+    found = []
+    with patched(pipe.vae, "decode", lambda decode, x: (found.append(x.float().cpu().numpy()), decode(x))[1]):
         draw(pipe, *args, **kwargs)
-    finally:
-        del pipe.vae.decode
     return found[0]

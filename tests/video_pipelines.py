@@ -12,28 +12,8 @@ from sodaprof.opensora.network import STDiT3
 from sodaprof.opensora.pipeline import OpenSoraPipeline
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 
-WORDS = [
-    "<pad>",
-    "</s>",
-    "<unk>",
-    "a",
-    "red",
-    "blue",
-    "disk",
-    "square",
-    "moves",
-    "left",
-    "right",
-    "up",
-    "down",
-    "aesthetic",
-    "motion",
-    "score",
-    ":",
-    "6",
-    "5",
-    ".",
-]
+VOCABULARY = "<pad> </s> <unk> a red blue disk square moves left right up down aesthetic motion score : 6 5 ."
+WORDS = VOCABULARY.split()
 LENGTH = 12  # text tokens
 VAE = {
     "block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "filters": 4,
@@ -58,17 +38,8 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_video_pipe(seed: int = 0, transform: bool = True, clean_caption: bool = False) -> OpenSoraPipeline:
     """17 frames of 16 × 24 pixels: latents [4, 5, 8, 12], 24 tokens a frame."""
     torch.manual_seed(seed)
-    encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(WORDS),
-            d_model=12,
-            d_kv=6,
-            d_ff=16,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-        )
-    )
+    sizes = {"vocab_size": len(WORDS), "d_model": 12, "d_kv": 6, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    encoder = T5EncoderModel(T5Config(**sizes, feed_forward_proj="gated-gelu"))
     pipe = OpenSoraPipeline(
         word_tokenizer(), encoder.eval(), STDiT3(**NETWORK).eval(), AutoencoderKLOpenSora(**VAE).eval(),
         RectifiedFlowScheduler(use_timestep_transform=transform), height=16, width=24, num_frames=17,

@@ -3,7 +3,7 @@
     python3 -m tests.gpu [--out build/gpu] [--wheels FOLDER] [--device cuda] [--rehearsal] [--seconds 480] [--only PART ...]
 
 Nothing is installed into the Python that runs this: wheels go to a folder of their own, which only the parts see. Imports
-nothing besides the standard library, for what it would import may lie in the wheels.
+the standard library only: other packages may be in the wheels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {"correct": 110.0, "dit": 210.0, "profiling": 70.0, "pixart": 90.0}  # in order of worth; seconds, at most
+PARTS = {
+    "correct": 110.0,
+    "dit": 210.0,
+    "profiling": 70.0,
+    "pixart": 90.0,
+}  # the most important first; seconds, at most
 SECONDS = 480.0
 PATIENCE = 4.0  # a rehearsal may take so many times as long: its CPU may be busy with other work
 
@@ -32,7 +37,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that the base Python lacks")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rehearsal", action="store_true", help="tiny stand-ins for the networks, without network")
+    parser.add_argument(
+        "--rehearsal", action="store_true", help="tiny networks in place of the real ones, no network access"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together, outside of a rehearsal")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()
@@ -67,7 +74,7 @@ def main() -> int:
 
 
 def run(part: str, command: list[str], environment: dict[str, str], limit: float, log: Path) -> dict[str, Any]:
-    """Returns what became of a part: passed, failed, stopped at its limit, or not started as no time was left."""
+    """Returns the status of a part: passed, failed, stopped at its limit, or not started because no time was left."""
     if limit < 5:
         return {"part": part, "status": "not started", "seconds": 0.0}
     began, used = time.monotonic(), cpu_seconds()
@@ -104,15 +111,15 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def isolation() -> tuple[list[str], str]:
-    """Returns the command that takes a process off the network, and what to say about it."""
+    """Returns the command that runs a process without network, and what to report about it."""
     unshare = shutil.which("unshare")
     if unshare and subprocess.run([unshare, "-rn", "true"], capture_output=True).returncode == 0:
         return [unshare, "-rn"], "none (a network namespace of its own)"
-    return [], "not taken away: unshare -rn is not permitted here"
+    return [], "as the machine's: unshare -rn is not permitted here"
 
 
 def gpu_facts() -> str:
-    """Returns name, driver and memory of the GPU as nvidia-smi says them; "" without it."""
+    """Returns name, driver and memory of the GPU as nvidia-smi reports them; "" without it."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()

@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.vae import DecoderOutput
 
 from sodaprof.formats.files import write_json
+from sodaprof.formats.schedule import Schedule
 from sodaprof.pipelines.device import device_facts, launches_of, versions
 from sodaprof.pipelines.load import call
+from sodaprof.pipelines.patch import patched
 from tests.tape import Tapes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the driver asks of a part."""
+    """The settings of a part."""
 
     part: str
     out: Path
     device: str
-    rehearsal: bool  # tiny stand-ins for the networks, few steps; a tape in place of CUDA graphs unless on a GPU
+    rehearsal: bool  # tiny networks, few steps; a tape in place of CUDA graphs unless on a GPU
 
     @property
     def cuda(self) -> bool:
@@ -38,7 +41,7 @@ class Settings:
         return 1 if self.rehearsal else 20
 
     def rounds(self, count: int) -> int:
-        """Returns how many runs are timed, of `count` in earnest."""
+        """Returns how many runs are timed: `count`, in a rehearsal one."""
         return 1 if self.rehearsal else count
 
     def recorder(self) -> Any:
@@ -61,7 +64,7 @@ def settings_of(part: str) -> Settings:
 
 
 class Results:
-    """The JSON of a part, written anew after every entry: a part that is stopped leaves what it has measured."""
+    """The JSON of a part, written anew after every entry: if a part is stopped, the file holds what it has measured."""
 
     def __init__(self, settings: Settings) -> None:
         self.path = settings.out / f"{settings.part}.json"
@@ -100,14 +103,6 @@ class Results:
         return 1 if self.data["failed"] else 0
 
 
-class Decoded(tuple[Any, ...]):
-    """What a stubbed decoder returns, by either of its ways."""
-
-    @property
-    def sample(self) -> Any:
-        return self[0]
-
-
 class Loop:
     """Runs a pipeline and times its denoising loop: from the first call of the transformer to the decoder, which is a stub."""
 
@@ -115,35 +110,28 @@ class Loop:
         self.settings, self.pipe, self.steps, self.scale, self.batch = settings, pipe, steps, scale, batch
         self.entries: list[Any] = [0] * batch if hasattr(pipe, "labels") else ["a red circle"] * batch
         self.began: float | None = None
-        self.latents: torch.Tensor | None = None
 
     def run(self, seed: int = 0) -> tuple[float, float]:
         """Returns milliseconds of the loop: until the host was done, and until the device was."""
         self.began, marks = None, list[float]()
-        decode = vars(self.pipe.vae).get("decode")
 
         def start(*_: Any) -> None:
             if self.began is None:
                 self.settings.wait()
                 self.began = time.perf_counter()
 
-        def stub(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Decoded:
+        def stub(decode: Any, latents: torch.Tensor, *args: Any, **kwargs: Any) -> DecoderOutput:
             marks.append(time.perf_counter())
             self.settings.wait()
             marks.append(time.perf_counter())
-            self.latents = latents.detach().clone()
-            return Decoded((torch.zeros(self.batch, 3, 8, 8, device=latents.device),))
+            return DecoderOutput(torch.zeros(self.batch, 3, 8, 8, device=latents.device))
 
         hook = self.pipe.transformer.register_forward_pre_hook(start)
-        self.pipe.vae.decode = stub
         try:
-            call(self.pipe, self.entries, [seed + i for i in range(self.batch)], self.steps, self.scale)
+            with patched(self.pipe.vae, "decode", stub):
+                call(self.pipe, self.entries, [seed + i for i in range(self.batch)], self.steps, self.scale)
         finally:
             hook.remove()
-            if decode is None:
-                del self.pipe.vae.decode
-            else:
-                self.pipe.vae.decode = decode
         assert self.began is not None
         return (marks[0] - self.began) * 1e3, (marks[1] - self.began) * 1e3
 
@@ -172,37 +160,37 @@ def memory(settings: Settings) -> dict[str, float]:
 
 def graphs_of(settings: Settings, handle: Any) -> list[dict[str, Any]]:
     """Returns each graph that a handle captured: what it runs, microseconds of a replay alone, kernels."""
-    found = []
+    made: list[tuple[str, dict[str, int], Callable[[], Any]]] = []
     for capture in handle.engine.captures:
-        made = [("tables", fill.replay, {}) for fill in capture.fills.values()]
-        made += [("step", graph.replay, dict(graph.executed)) for graph in capture.graphs.values()]
-        for kind, replay, cells in made:
-            entry = {"kind": kind, "cells": cells, "us": round(microseconds(settings, replay), 2)}
-            entry["kernels"] = kernels(settings, replay)
-            found.append(entry)
-    return found
+        made += [("tables", {}, fill.replay) for fill in capture.fills.values()]
+        made += [("step", dict(graph.executed), graph.replay) for graph in capture.graphs.values()]
+    return [{"kind": kind, "cells": cells} | alone(settings, replay, "us") for kind, cells, replay in made]
 
 
-def microseconds(settings: Settings, run: Callable[[], Any]) -> float:
-    """Returns microseconds of one run on the device, from several in a row."""
-    run()
-    settings.wait()
-    began = time.perf_counter()
-    for _ in range(settings.repeats):
-        run()
-    settings.wait()
-    return (time.perf_counter() - began) * 1e6 / settings.repeats
-
-
-def kernels(settings: Settings, run: Callable[[], Any]) -> int:
-    """Returns how many kernels one run launches; on a CPU, operators."""
+def alone(settings: Settings, run: Callable[[], Any], key: str) -> dict[str, Any]:
+    """Returns microseconds of one run on the device, under `key`, and the kernels that it launches (on a CPU, operators)."""
 
     def marked(mark: Callable[[], None]) -> None:
         mark()
         run()
         mark()
 
-    return launches_of(marked, settings.cuda)[0]
+    run()
+    settings.wait()
+    began = time.perf_counter()
+    for _ in range(settings.repeats):
+        run()
+    settings.wait()
+    took = (time.perf_counter() - began) * 1e6 / settings.repeats
+    return {key: round(took, 2), "kernels": launches_of(marked, settings.cuda)[0]}
+
+
+def check_run(handle: Any, schedule: Schedule) -> None:
+    """Raises AssertionError unless the planned cells ran, and each step that calls the network was replayed."""
+    report, called = handle.report(), sum(a != "-" for a in schedule.transformers["transformer"].stack)
+    assert report.executed == report.planned, f"executed {report.executed}, planned {report.planned}"
+    replayed = report.counters.steps_replayed
+    assert replayed == called, f"{replayed} of {called} steps were replayed"
 
 
 def captures_of(handle: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Plan, Schedule, Update
 from sodaprof.formats.sites import Model, Sampler
 from sodaprof.pipelines.discover import inspect_pipeline
+from sodaprof.pipelines.patch import patched
 from sodaprof.pipelines.sampler_steps import own_update
 from sodaprof.runtime.compiled.engine import Compiled
-from tests.gpu.common import Loop, Results, Settings, captures_of, graphs_of, kernels, memory, microseconds, settings_of
+from tests.gpu.common import Loop, Results, Settings, alone, captures_of, check_run, graphs_of, memory, settings_of
 from tests.gpu.networks import dit
 
 SCALE, ROUNDS, WARM_UP = 4.0, 5, 4  # runs: the first traces, the second probes, the third captures, the fourth replays
@@ -62,17 +63,13 @@ def contender(
     tables: bool | str = "near",
 ) -> None:  # fmt: skip
     """Fills an entry with the times of a schedule, its graphs one by one, and what capturing took."""
-    before = memory(settings)
+    found["allocated_before_mib"] = memory(settings).get("allocated_mib")
+    found["steps"] = schedule.steps
     runtime = Compiled(tables=tables, graphs=settings.recorder(), whole_steps=whole)
     with sodaprof.apply(loop.pipe, schedule, runtime=runtime) as handle:
         found |= loop.time(WARM_UP, rounds) | captures_of(handle)
         found["graphs"] = graphs_of(settings, handle)[:8]
-    found["allocated_before_mib"] = before.get("allocated_mib")
-    steps, report = len(schedule.sampler.timesteps), handle.report()
-    called = sum(action != "-" for action in schedule.transformers["transformer"].stack)
-    found["steps"] = steps
-    assert report.executed == report.planned, f"executed {report.executed}, planned {report.planned}"
-    assert report.counters.steps_replayed == called, f"{report.counters.steps_replayed} of {called} steps were replayed"
+    check_run(handle, schedule)
     free()
 
 
@@ -114,14 +111,9 @@ class Replayed:
         return tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, self.out)
 
 
-@contextmanager
-def forward_of(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_of(module: Any, forward: Callable[..., Any]) -> AbstractContextManager[None]:
     """Puts another forward on a module while the block runs."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
+    return patched(module, "forward", lambda own, *args, **kwargs: forward(*args, **kwargs))
 
 
 @contextmanager
@@ -146,12 +138,11 @@ def by_hand(settings: Settings, loop: Loop, forward: Callable[..., Any], found: 
     with torch.no_grad(), forward_of(loop.pipe.transformer, replayed):
         found |= loop.time(2, ROUNDS)
     if replayed.graph is not None:
-        found["step_us"] = round(microseconds(settings, replayed.graph.replay), 2)
-        found["kernels"] = kernels(settings, replayed.graph.replay)
+        found |= alone(settings, replayed.graph.replay, "step_us")
 
 
 def compiled(settings: Settings, loop: Loop, found: dict[str, Any]) -> None:
-    """torch.compile without its own graphs, under one captured by hand."""
+    """Fills an entry with the loop under torch.compile without its own graphs, in a graph captured by hand."""
     forward, began = loop.pipe.transformer.forward, time.perf_counter()
     options = {"backend": "eager"} if settings.rehearsal else {"mode": MODE}
     fast = torch.compile(forward, **options)

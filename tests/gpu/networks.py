@@ -1,4 +1,4 @@
-"""The pipelines of the run, with random weights, made on the device; tiny stand-ins of the same classes for a rehearsal."""
+"""The pipelines of the run, with random weights, made on the device; tiny ones of the same classes for a rehearsal."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def tiny_pixart() -> PixArtAlphaPipeline:
 
 def ready(settings: Settings, pipe: Any) -> Any:
     """Returns the pipeline in bf16 on the device, without dropout and progress bars."""
-    for part in (pipe.transformer, pipe.vae, getattr(pipe, "text_encoder", None)):
-        if part is not None:
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
             part.eval()
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its numbers are kept on the CPU, as ever
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # its numbers are kept on the CPU
     pipe.to(settings.device, torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     return pipe

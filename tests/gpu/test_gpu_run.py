@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import os
 import subprocess
 import sys
@@ -42,15 +40,10 @@ def test_a_part_is_stopped_with_what_it_started(tmp_path):
 
 def wheel(folder, name):
     """Writes a wheel of one module."""
-    files = {f"{name}.py": b"VALUE = 7\n", f"{name}-1.dist-info/METADATA": f"Name: {name}\nVersion: 1\n".encode()}
-    files[f"{name}-1.dist-info/METADATA"] = b"Metadata-Version: 2.1\n" + files[f"{name}-1.dist-info/METADATA"]
-    files[f"{name}-1.dist-info/WHEEL"] = b"Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    digests = {
-        path: base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        for path, data in files.items()
-    }
-    record = "".join(f"{path},sha256={digests[path]},{len(data)}\n" for path, data in files.items())
-    files[f"{name}-1.dist-info/RECORD"] = f"{record}{name}-1.dist-info/RECORD,,\n".encode()
+    about = f"{name}-1.dist-info"
+    files = {f"{name}.py": "VALUE = 7\n", f"{about}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n"}
+    files[f"{about}/WHEEL"] = "Wheel-Version: 1.0\nGenerator: t\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files[f"{about}/RECORD"] = "".join(f"{path},,\n" for path in (*files, f"{about}/RECORD"))
     with zipfile.ZipFile(folder / f"{name}-1-py3-none-any.whl", "w") as archive:
         for path, data in files.items():
             archive.writestr(path, data)
