@@ -40,13 +40,13 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
     steps are moved while that lowers its final error. Raises BudgetError if the budget leaves no full step, FormatError if
     the profile has no inner products, UnsupportedModelError if the sampler is not linear.
     """
-    name = problem.only_transformer("solver")
+    name, _ = problem.only_transformer("solver")
     profile, sampler = problem.tables("solver"), problem.sampler
     span = Span(profile.state_products(), profile.own_update(), profile.response())
-    problem = dataclasses.replace(
-        problem, own_update=span.own
-    )  # the update is paid for in place of the scheduler's step
-    count = problem.full_steps(knobs.anchors, lambda count: problem.whole_steps({name: count}, "-"))
+    problem = dataclasses.replace(problem, own_update=span.own)  # its cost replaces that of the scheduler's step
+    possible = range(1, sampler.steps + 1)
+    loop = lambda count: problem.whole_steps({name: count}, "-")  # noqa: E731
+    count = max(problem.affordable(possible, loop, knobs.anchors, bounded=False))
     anchors = _placed(span, count, knobs)
     coefficients, error = fit_open_loop(span, anchors, knobs.history, knobs.ridge)
     fitted = {"loop": "open", "guidance_scale": sampler.guidance_scale, "samples": profile.manifest["samples"]}

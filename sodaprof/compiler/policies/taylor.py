@@ -8,10 +8,10 @@ import numpy as np
 
 from ...errors import BudgetError
 from ...formats.schedule import Schedule
-from ..forecasts import FORMULAS, taylor
+from ..forecasts import FORMULAS, sources_of, taylor
 from ..knobs import knob
 from ..placement import ForecastRule, Placed, draw_placed, place_forecasts
-from ..problem import Problem, WholeSteps
+from ..problem import Problem, WholeSteps, bisect
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def _interval(problem: Problem, rule: ForecastRule, given: float) -> float:
     longest = float(problem.sampler.steps)
     if not problem.meets(loop(longest)):
         raise problem.unreachable(loop(longest))
-    found = 1.0 if problem.meets(loop(1.0)) else problem.cheapest_that_meets(loop, 1.0, longest, absolute=1e-4)
+    meets = lambda interval: problem.meets(loop(interval))  # noqa: E731
+    found = 1.0 if meets(1.0) else bisect(meets, 1.0, longest, absolute=1e-4)
     return round(found + 5e-4, 3)
 
 
@@ -76,5 +77,5 @@ def _even(problem: Problem, rule: ForecastRule, interval: float) -> dict[str, Pl
             begin = min(rule.first, len(turn)) - 1
             later = {begin + round(i * interval) for i in range(1, len(turn))}
             anchors += [turn.start + t for t in range(len(turn)) if t <= begin or t in later]
-        placed[name] = rule.placed(turns, anchors, known)
+        placed[name] = Placed(anchors, sources_of(anchors, turns, rule.history, known), 0.0)
     return placed
