@@ -19,10 +19,6 @@ AT_ONCE = 32_768  # forecasts whose weights are found at once, of whole sites: a
 METRICS = ("l2", "absolute")
 FORMULAS = ("published", "lagrange")
 
-# 10^k that brings a number of each binary exponent (of a float64, 1023 for 1) to 6 digits before the point, or to 7; one below
-# 1e-12 to fewer
-SCALES = 10.0 ** (DIGITS - 1 - np.clip(np.floor((np.arange(2048) - 1023) * np.log10(2)), -12, 300))
-
 
 def ridge(strength: float) -> Weigh:
     """Returns the weights that minimise |Y_t − Σ w Y_s|² + strength · energy · |w − reuse|².
@@ -89,19 +85,18 @@ def taylor(formula: str) -> Weigh:
 
 def _lagrange(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Returns the weights [..., K, n] of the polynomial through the sources: Π_j≠i (t − s_j) / (s_i − s_j)."""
-    same = np.eye(sources.shape[-1])
+    same = np.eye(sources.shape[-1], dtype=bool)
     apart = sources[..., :, None] - sources[..., None, :] + same
     factors = (targets - sources[..., None, :, None]) / apart[..., None]
-    return np.where(same[..., None] == 1, 1.0, factors).prod(axis=-2)
+    return np.where(same[..., None], 1.0, factors).prod(axis=-2)
 
 
 def round_weights(weights: np.ndarray) -> np.ndarray:
     """Returns the weights with 6 significant digits, as a file holds them."""
-    scale = SCALES.take(np.abs(weights).view(np.int64) >> 52)  # by the exponent: for 6 digits, or 7
-    found: np.ndarray = weights * scale
-    np.divide(scale, 10, out=scale, where=np.abs(found) >= 10**DIGITS)
-    np.rint(np.multiply(weights, scale, out=found), out=found)
-    found /= scale
+    with np.errstate(divide="ignore"):
+        exponent = np.floor(np.log10(np.abs(weights)))
+    scale = 10.0 ** (DIGITS - 1 - np.clip(exponent, -12, 300))
+    found: np.ndarray = np.rint(weights * scale) / scale
     return found
 
 

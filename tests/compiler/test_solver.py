@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sodaprof.compiler import compile_schedule, default_policy
-from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
+from sodaprof.compiler.fit import Span, fit_open_loop, jump_costs
 from sodaprof.compiler.policies import solver
 from sodaprof.compiler.policies.solver import polished
 from sodaprof.errors import FormatError
@@ -81,7 +81,7 @@ def test_a_response_moves_the_outputs_with_the_state():
 
 def test_jump_costs_are_least_squares_residuals():
     states, outputs, own = trajectory()
-    missed = jump_costs(span_of(states, outputs, own), 10)
+    missed = jump_costs(span_of(states, outputs, own))
     for a, gap, n in ((0, 0, 3), (4, 2, 3), (5, 5, 4), (9, 1, 1)):
         regressors = [states[a], outputs[a], *([outputs[a - gap]] if gap else [])]
         left = np.linalg.lstsq(np.stack(regressors, 1), states[a + n], rcond=None)[1:2][0]

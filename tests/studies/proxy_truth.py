@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sodaprof.compiler.fit import Stepper
+from sodaprof.compiler.fit import Span, Stepper, fit_open_loop
 from sodaprof.compiler.forecasts import forecasts_at, ridge, sources_of
-from sodaprof.compiler.open_loop import Span, fit_open_loop
 from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.files import read_json, write_json
 from sodaprof.formats.profile import Profile

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 from msgspec.structs import replace
 
 from ...formats.sampler import MAX_HISTORY, RIDGE
 from ...formats.schedule import Schedule, Update
+from ..fit import Span, fit_open_loop, jump_costs
 from ..knobs import knob
-from ..open_loop import Span, fit_open_loop, jump_costs
 from ..placement import place_full_steps
 from ..problem import Problem, draw_steps
 
@@ -57,7 +58,7 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
 
 def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
     """Returns so many full steps, by simulation if there is a response to simulate with."""
-    missed = jump_costs(span, span.steps)
+    missed = jump_costs(span)
     if span.response is None:
         return place_full_steps(missed, count)[count][0]
 
@@ -74,19 +75,17 @@ def polished(anchors: list[int], steps: int, error: Callable[[list[int]], float]
 
     At most `tries` placements are tried, in a fixed order; a move that helps is kept at once.
     """
-    best, least, left, failed = list(anchors), error(list(anchors)), tries, 0
+    best, least, failed = anchors, error(anchors), 0
     moves = [(number, by) for number in range(1, len(anchors)) for by in (-1, 1, -2, 2)]
-    while moves and failed < len(moves):  # until all moves in a row have failed
-        for number, by in moves:
-            if failed >= len(moves) or not left:
-                return best
-            failed += 1
-            to = best[number] + by
-            if not 0 < to < steps or to in best:
-                continue
-            tried = sorted([*best[:number], to, *best[number + 1 :]])
-            left -= 1
-            found = error(tried)
-            if found < least:
-                best, least, failed = tried, found, 0
+    for number, by in cycle(moves):
+        if failed == len(moves) or not tries:  # all moves in a row have failed
+            break
+        failed += 1
+        to = best[number] + by
+        if not 0 < to < steps or to in best:
+            continue
+        tries -= 1
+        tried = sorted([*best[:number], to, *best[number + 1 :]])
+        if (found := error(tried)) < least:
+            best, least, failed = tried, found, 0
     return best
