@@ -121,6 +121,7 @@ MIXED, MIXED_SKIPPED = "F" + PARTIAL[1:], "F" + NONE[1:]
     ids=str,
 )
 def test_the_steps_of_dit_are_the_published_ones(policy, steps, knobs, expected):
+    """By the value of the counter, which runs down; all other steps are partial."""
     found = words(draw(policy, DIT, steps, **knobs))
     at = {word: [steps - 1 - t for t, one in enumerate(found) if one == word] for word in found}
     assert at | {PARTIAL: None} == expected | {PARTIAL: None}
@@ -137,6 +138,7 @@ def test_the_steps_of_dit_are_the_published_ones(policy, steps, knobs, expected)
     ids=str,
 )
 def test_the_steps_of_pixart_are_the_published_ones(policy, knobs, expected):
+    """By the value of the counter, which is the step; all other steps are partial."""
     found = words(draw(policy, PIXART, 20, **knobs))
     at = {word: [t for t, one in enumerate(found) if one == word] for word in found}
     assert at | {PARTIAL: None} == expected | {PARTIAL: None}
