@@ -113,11 +113,9 @@ def _default(source: Inspection) -> tuple[str, str]:
         return "soda", "the profile holds no inner products to fit an update from. Profile again without --no-gram."
     try:
         source.own_update()
-    except UnsupportedModelError as error:
-        return "soda", str(error)
-    except FormatError as error:
-        if (source.folder / "solver.json").exists():  # a broken file is no reason for another policy
-            raise
+    except (FormatError, UnsupportedModelError) as error:
+        if isinstance(error, FormatError) and (source.folder / "solver.json").exists():
+            raise  # a broken file is no reason for another policy
         return "soda", str(error)
     return "solver", ""
 

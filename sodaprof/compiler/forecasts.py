@@ -17,7 +17,6 @@ Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (products,
 DIGITS = 6  # significant digits of a weight in a file
 AT_ONCE = 32_768  # forecasts whose weights are found at once, of whole sites: about what a processor's cache holds
 METRICS = ("l2", "absolute")
-FORMULAS = ("published", "lagrange")
 
 
 def ridge(strength: float) -> Weigh:
@@ -150,8 +149,9 @@ def segment_costs(
         targets = np.arange(anchor + 1, anchor + ages)
         cells = np.zeros(len(targets))  # [g_1, …, targets], by the number of sources
         for count in range(1, history + 1):
-            gaps = _gaps(count - 1, min(longest, anchor))
-            sources = anchor - np.concatenate([np.zeros((len(gaps), 1), dtype=int), gaps.cumsum(axis=1)], axis=1)
+            each, older = min(longest, anchor), count - 1
+            gaps = 1 + np.indices((each,) * older).reshape(older, each**older).T  # all tuples of gaps 1…each
+            sources = anchor - np.pad(gaps.cumsum(axis=1), ((0, 0), (1, 0)))
             possible = sources[:, -1] >= 0
             possible[possible] = known[anchor, sources[possible, -1]]
             gaps, sources = gaps[possible], sources[possible]
@@ -168,11 +168,6 @@ def segment_costs(
             cells[index] = np.where(known[sources[:, -1:], targets], found, cells[index])
         segment[anchor, ..., 2 : ages + 1] = cells.cumsum(axis=-1)
     return segment
-
-
-def _gaps(count: int, longest: int) -> np.ndarray:
-    """Returns all tuples [m, count] of gaps 1…longest."""
-    return np.indices((longest,) * count).reshape(count, -1).T + 1 if count else np.zeros((1, 0), dtype=int)
 
 
 def sources_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -103,6 +103,14 @@ class ForecastRule:
     metric: str = "l2"
     first: int = 1  # steps at the beginning of a turn that are full in any case
     form: str = "output"
+
+    def placed(self, problem: Problem, full_steps: Callable[[str, range], Sequence[int]]) -> dict[str, Placed]:
+        """Returns full steps that are given for each turn of a transformer, counted from its start; they predict no error."""
+        known, found = np.ones((problem.sampler.steps,) * 2, dtype=bool), {}
+        for name, turns in problem.turns.items():
+            anchors = [turn.start + step for turn in turns for step in full_steps(name, turn)]
+            found[name] = Placed(anchors, sources_of(anchors, turns, self.history, known), 0.0)
+        return found
 
     def whole_steps(self, placed: Mapping[str, Placed]) -> WholeSteps:
         """Returns the steps by their action, as `Problem` counts costs."""

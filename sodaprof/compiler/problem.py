@@ -85,10 +85,10 @@ class Problem:
         assert self.profile is not None  # a policy without tables is not restricted by them
         return self.profile.max_age + 1
 
-    def whole_steps(self, full: Mapping[str, int], action: str, sources: int = 0) -> WholeSteps:
+    def whole_steps(self, full: Mapping[str, int], action: str) -> WholeSteps:
         """Returns so many full steps of each transformer and the action at all its other steps."""
         own = {name: sum(map(len, turns)) for name, turns in self.turns.items()}
-        return {name: {("C", 0): count, (action, sources): own[name] - count} for name, count in full.items()}
+        return {name: {("C", 0): count, (action, 0): own[name] - count} for name, count in full.items()}
 
     def cost_of(self, loop: Loop) -> float:
         """Returns the cost of the denoising loop."""
@@ -126,17 +126,17 @@ class Problem:
 
         bounded: by the intervals that the profile measured. Raises BudgetError if there are none.
         """
-        counts = [sum(steps["C", 0] for steps in loop(choice).values()) for choice in choices]
-        found = [(choice, count) for choice, count in zip(choices, counts, strict=True) if self.meets(loop(choice))]
-        if not found:
+        meeting = [choice for choice in choices if self.meets(loop(choice))]
+        if not meeting:
             raise self.unreachable(min(map(loop, choices), key=self.cost_of), bounded=bounded)
-        fewest, most = (bound(count for _, count in found) for bound in (min, max))
-        if anchors and all(count != anchors for _, count in found):
-            more = self._measured_intervals() if bounded and anchors < fewest else ""
+        counts = [sum(steps["C", 0] for steps in loop(choice).values()) for choice in meeting]
+        if anchors and anchors not in counts:
+            more = self._measured_intervals() if bounded and anchors < min(counts) else ""
             raise BudgetError(
-                f"Knob anchors is {anchors}; {fewest} to {most} full steps meet a budget of {self.budget:.3g}x.{more}"
+                f"Knob anchors is {anchors}; {min(counts)} to {max(counts)} full steps meet a budget of "
+                f"{self.budget:.3g}x.{more}"
             )
-        return [choice for choice, count in found if anchors in (0, count)]
+        return [choice for choice, count in zip(meeting, counts, strict=True) if anchors in (0, count)]
 
     def threshold(self, given: float, draw: Callable[[float], Loop], **unreachable: Any) -> float:
         """Returns the given threshold, or for 0 the smallest, to 1e-6 of it, whose loop meets the budget.

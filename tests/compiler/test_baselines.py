@@ -10,7 +10,6 @@ from sodaprof.compiler.policies.magcache import full_steps
 from sodaprof.compiler.policies.smoothcache import row_of
 from sodaprof.errors import BudgetError
 from sodaprof.formats.cost import load_cost
-from sodaprof.formats.tables import TABLES
 
 STEPS = 12  # of `random_profile`
 
@@ -61,16 +60,6 @@ def test_taylor_takes_the_smallest_interval_that_meets_the_budget(random_profile
     if knobs["N"] > 1.001:
         with pytest.raises(BudgetError, match="Leave out --knob N"):
             compile_schedule(random_profile, budget, "taylor", knobs=knobs | {"N": knobs["N"] - 0.002})
-
-
-def test_taylor_needs_no_tables(make_profile, random_errors):
-    folder = make_profile(random_errors)
-    for table in TABLES:
-        (folder / f"{table}.parquet").unlink()
-    (folder / "manifest.json").unlink()
-    assert speedup(folder, compile_schedule(folder, 2, "taylor")) >= 2
-    with pytest.raises(BudgetError, match="taylor with placement=dp needs a profile"):
-        compile_schedule(folder, 2, "taylor", knobs={"placement": "dp"})
 
 
 # ---- MagCache ---------------------------------------------------------------------------------------------------------
@@ -148,8 +137,3 @@ def test_smoothcache_reads_the_relative_l1_error(make_profile, random_errors):
     mixed = compile_schedule(make_profile(errors, name="mixed"), 2.0, "smoothcache")
     alone = compile_schedule(make_profile(random_errors, name="alone"), 2.0, "smoothcache")
     assert mixed.transformers == alone.transformers
-
-
-def test_an_unreachable_budget_of_smoothcache(random_profile):
-    with pytest.raises(BudgetError, match=r"A budget of 9x cannot be met: at most 3\.\d+x"):
-        compile_schedule(random_profile, 9.0, "smoothcache")

@@ -18,7 +18,7 @@ from ...formats.schedule import Schedule, Update
 from ..fit import Span, fit_open_loop, jump_costs
 from ..knobs import knob
 from ..placement import place_full_steps
-from ..problem import Problem, draw_steps
+from ..problem import Problem, WholeSteps, draw_steps
 
 POWERS = (0.75, 1.0, 2.0)  # of the missed lengths
 LONG = 100  # steps above which fewer placements are tried, for a simulation takes longer
@@ -45,9 +45,11 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
     profile, sampler = problem.tables("solver"), problem.sampler
     span = Span(profile.state_products(), profile.own_update(), profile.response())
     problem = dataclasses.replace(problem, own_update=span.own)  # its cost replaces that of the scheduler's step
-    possible = range(1, sampler.steps + 1)
-    loop = lambda count: problem.whole_steps({name: count}, "-")  # noqa: E731
-    count = max(problem.affordable(possible, loop, knobs.anchors, bounded=False))
+
+    def loop(count: int) -> WholeSteps:
+        return problem.whole_steps({name: count}, "-")
+
+    count = max(problem.affordable(range(1, sampler.steps + 1), loop, knobs.anchors, bounded=False))
     anchors = _placed(span, count, knobs)
     coefficients, error = fit_open_loop(span, anchors, knobs.history, knobs.ridge)
     fitted = {"loop": "open", "guidance_scale": sampler.guidance_scale, "samples": profile.manifest["samples"]}

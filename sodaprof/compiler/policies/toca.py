@@ -172,34 +172,23 @@ def family_of(policy: str, model: Model, transformer: Transformer) -> Family:
 # ---- the policies -----------------------------------------------------------------------------------------------------
 
 
-def compile_toca(problem: Problem, knobs: ToCaKnobs) -> Schedule:
+def compile_toca(problem: Problem, knobs: ToCaKnobs, duca: bool = False) -> Schedule:
     """Returns ToCa's schedule: full steps every N or so, in between R sets how many tokens are recomputed.
 
+    duca: DuCa's, which skips the stack at even distances from the full steps and takes the newest output of the last block.
     With a budget of 0 R is the released one (or the knob's); else the one of smallest speed-up that meets the budget at the
     given N. Raises UnsupportedModelError for models that the rules were not written for, BudgetError as all policies do.
     """
-    return _compile("toca", problem, knobs)
-
-
-def compile_duca(problem: Problem, knobs: ToCaKnobs) -> Schedule:
-    """Returns DuCa's schedule: ToCa's, but the stack is skipped at even distances from the full steps.
-
-    A skipped step takes the newest output of the last block. Budget and errors as for `compile_toca`.
-    """
-    return _compile("duca", problem, knobs)
-
-
-def _compile(policy: str, problem: Problem, knobs: ToCaKnobs) -> Schedule:
-    (name, transformer), sampler = problem.only_transformer(policy), problem.sampler
-    family, duca = family_of(policy, problem.model, transformer), policy == "duca"
+    policy, sampler = "duca" if duca else "toca", problem.sampler
+    name, transformer = problem.only_transformer(policy)
+    family = family_of(policy, problem.model, transformer)
     chosen = _released(family, sampler.steps, knobs, duca)
     rule = _token_rule(family, chosen, sampler, duca)
     counter = range(sampler.steps)[:: -1 if family.descending else 1]
 
     def drawn(rate: float) -> Schedule:
-        plan = _draw(
-            transformer, family.steps(family, counter, replace(chosen, R=rate), duca), counter, chosen.ratio, rate
-        )
+        steps = family.steps(family, counter, replace(chosen, R=rate), duca)
+        plan = _draw(transformer, steps, counter, chosen.ratio, rate)
         return Schedule({name: plan}, sampler, problem.model.shape, {}, token_rule=rule if plan.k else None)
 
     if problem.budget > 0 and knobs.R is None:
