@@ -369,11 +369,6 @@ def test_another_cost_table_makes_another_schedule(folder, tmp_path):
         compile_schedule(folder, 1000.0, "fora", cost=tmp_path / "cost.json")
 
 
-def test_a_missing_cost_table(folder):
-    with pytest.raises(FormatError, match="no such file"):
-        compile_schedule(folder, 2.0, cost=folder / "none.json")
-
-
 QUICK = {"uas": "none"}  # reads all the same, and bisects nothing
 
 

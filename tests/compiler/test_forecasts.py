@@ -196,6 +196,8 @@ def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
     [
         *[("forecast", {"K": k}, k, ridge(1e-4), 1) for k in (1, 2, 3, 4)],
         *[("drift", {"K": 2, "form": form}, 2, ridge(1e-4), 1) for form in ("drift", "output")],
+        ("forecast", {"first": 3}, 2, ridge(1e-4), 3),
+        ("drift", {"first": 3, "K": 1, "form": "drift"}, 1, ridge(1e-4), 3),
         *[("dpcache", {"first": first}, 2, taylor("published"), first) for first in (1, 3)],
         *[
             ("taylor", {"placement": "dp", "order": order, "formula": formula}, order + 1, taylor(formula), order + 1)
@@ -231,22 +233,6 @@ def test_the_budget_is_met_with_the_least_error(random_profile, values, policy, 
         assert {cell.form for cell in plan.stack_forecasts} <= {form}
 
 
-@pytest.mark.parametrize(("policy", "budget"), [("forecast", 1.5), ("drift", 2.0)])
-def test_first_steps_may_be_full_in_any_case(random_profile, values, policy, budget):
-    free = compile_schedule(random_profile, budget, policy)
-    bound = compile_schedule(random_profile, budget, policy, knobs={"first": 4})
-    assert bound.anchors()[:4] == (0, 1, 2, 3)
-    assert free.anchors()[:4] != (0, 1, 2, 3)
-    assert bound.predicted["error"] > free.predicted["error"]
-
-
-def test_the_number_of_full_steps_may_be_given(random_profile, values):
-    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 4})
-    assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
-    with pytest.raises(BudgetError, match=r"Knob anchors is 9; 3 to 5 full steps meet a budget of 2x\."):
-        compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 9})
-
-
 @pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "smoothcache"])
 def test_unreachable_budgets(random_profile, values, policy):
     """Full steps are at most 5 apart, so there are at least 3 of 12."""
@@ -262,7 +248,7 @@ def test_a_profile_without_inner_products(random_profile, policy):
 
 @pytest.mark.parametrize("policy", ["drift", "dpcache", "magcache"])
 def test_stacks_that_return_several_tensors(random_profile, monkeypatch, policy):
-    known_products(monkeypatch, stacks={})
+    known_products(monkeypatch, {}, {})
     with pytest.raises(UnsupportedModelError, match="no products of the stack of t"):
         compile_schedule(random_profile, 2.0, policy)
 
