@@ -36,9 +36,8 @@ def place_full_steps(segment: np.ndarray, most: int | None = None) -> Placements
     best[(0, *[0] * len(inner))] = 0.0
     found: Placements = {}
     oldest = np.zeros((most + 1, steps, *inner), dtype=np.int16)  # the oldest gap of a state's best predecessor
-    costs = np.ascontiguousarray(np.moveaxis(segment, -1, 0))
+    costs, lengths = np.ascontiguousarray(np.moveaxis(segment, -1, 0)), range(1, min(longest, steps) + 1)
     for count in range(1, most + 1):
-        lengths = [n for n in range(1, longest + 1) if n <= steps]
         ends = [best[steps - n] + costs[n, steps - n] for n in lengths]
         last = min(range(len(ends)), key=lambda i: float(ends[i].min()))
         if np.isfinite(ends[last].min()):

@@ -221,7 +221,8 @@ def test_the_budget_is_met_with_the_least_error(random_profile, values, policy, 
     bests = [min(placements(n, first), key=price, default=None) for n in range(first, STEPS + 1)]
     for budget in (1.0, 1.3, 2.0, 2.4):
         schedule = compile_schedule(random_profile, budget, policy, knobs=knobs)
-        plan, anchors = schedule.transformers["t"], schedule.transformers["t"].anchors()
+        plan = schedule.transformers["t"]
+        anchors = plan.anchors()
         assert cost.speedup(schedule) >= budget * (1 - 1e-9)
         assert schedule.predicted["cost"] == pytest.approx(cost.schedule(schedule)) == cost_of(anchors)
         assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", outputs), rel=1e-6)
@@ -236,8 +237,16 @@ def test_the_budget_is_met_with_the_least_error(random_profile, values, policy, 
 @pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "smoothcache"])
 def test_unreachable_budgets(random_profile, values, policy):
     """Full steps are at most 5 apart, so there are at least 3 of 12."""
-    with pytest.raises(BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can"):
+    with pytest.raises(
+        BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can.*--max-interval 6"
+    ):
         compile_schedule(random_profile, 4.0, policy, knobs={"first": 1} if policy == "dpcache" else {})
+
+
+def test_products_that_reach_no_other_step(random_profile, monkeypatch):
+    known_products(monkeypatch, {"t": products(wandering(SITES, STEPS), 0)}, {})
+    with pytest.raises(BudgetError, match="No full steps at most 5 apart have forecasts"):
+        compile_schedule(random_profile, 2.0, "forecast")
 
 
 @pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache"])

@@ -127,7 +127,7 @@ def test_wrong_knobs_are_one_error(name, value, message):
         ("soda", {"uas": "loud"}, "'loud'; expected one of priced, paper, none"),
         ("soda", {"segment": "mean"}, "'mean'; expected one of sum, endpoint"),
         ("soda", {"metric": "l3"}, "'l3'; expected one of cos, l1, l2"),
-        ("soda", {"anchors": 2}, "Knob anchors is 2; 3 to 5 full steps meet a budget of 2x."),
+        ("soda", {"anchors": 2}, "3 to 5 full steps meet a budget of 2x. Full steps are at most 5 apart, the longest"),
         ("soda", {"anchors": 6}, "Knob anchors is 6; 3 to 5 full steps meet a budget of 2x."),
         ("fora", {"anchors": -1}, "Knob anchors is -1; expected at least 0"),
         ("fora", {"anchors": 13}, "Knob anchors is 13; 1 to 5 full steps meet a budget of 2x."),
