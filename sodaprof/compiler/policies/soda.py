@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -70,18 +71,15 @@ def _choices(
     """Returns what can be pruned under each number of full steps of each transformer."""
     profile = problem.tables("soda")
     caching, (pruning, rates) = profile.caching_error("cos"), profile.pruning_error()
+    paper = partial(by_the_paper, scale=knobs.scale)
+    rules: dict[str, Callable[[Cells], Choices]] = {"priced": priced, "paper": paper, "none": reused}
     choices: dict[tuple[str, int], Choices] = {}
     for name, count in {item for full in affordable for item in full.items()}:
         steps = [step for turn in problem.turns[name] for step in turn]
         anchors = [steps.index(t) for t in placements[name][count][0]]
         errors = caching[name][steps], pruning[name][steps]
         cells = Cells(anchors, *errors, rates, problem.model.transformers[name].sites, problem.cost.transformers[name])
-        if knobs.uas == "priced":
-            choices[name, count] = priced(cells)
-        elif knobs.uas == "paper":
-            choices[name, count] = by_the_paper(cells, knobs.scale)
-        else:
-            choices[name, count] = reused(cells)
+        choices[name, count] = rules[knobs.uas](cells)
     return choices
 
 
