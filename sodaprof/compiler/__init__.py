@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,38 @@ def compile_schedule(
     sampler's own steps. Raises BudgetError if the budget or the bytes cannot be met and for wrong knobs, FormatError if a file
     is broken.
     """
-    folder = Path(folder)
-    source = load_profile(folder) if (folder / "manifest.json").exists() else load_inspection(folder)
-    name, chosen = _policy(policy, source)
-    problem = _problem(source, chosen, budget, cost, updated)
+    source = _source(folder)
+    name = _policy(policy, source)
+    chosen = POLICIES[name]
+    ratio = 0.0 if budget is None and chosen.released else parse_budget(2.0 if budget is None else budget)
+    table, flops = cost_of(source.folder, cost), source.folder / "cost.flops.json"
+    problem = Problem(
+        source.model,
+        source.sampler,
+        table,
+        ratio,
+        source if isinstance(source, Profile) else None,
+        load_cost(flops) if table.unit == "ms" and flops.exists() else None,
+        source.own_update() if updated else None,
+    )
     settings: Any = read_knobs(name, chosen.knobs, knobs or {})
-    schedules = _ever_smaller(problem, chosen, settings, knobs or {})
-    schedule = next(schedules) if max_cache is None else _within_cache(schedules, max_cache, problem)
-    verify(schedule)
-    return schedule
+    for schedule in _ever_smaller(problem, chosen, settings, knobs or {}):
+        kept = cache_bytes(schedule, problem.model)
+        if max_cache is None or kept <= max_cache:
+            verify(schedule)
+            return replace(schedule, predicted=(schedule.predicted or {}) | {"cache_bytes": kept})
+    raise BudgetError(
+        f"The caches of one generation take {kept:,} bytes, at most {max_cache:,} are allowed (--max-cache). Allow as much, or "
+        "take a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
+    )
 
 
-def _policy(name: str | None, source: Inspection) -> tuple[str, Policy]:
-    """Returns the policy of this name, or the default; logs a reason for another default than `solver` and a former name."""
+def _source(folder: str | Path) -> Inspection:
+    return load_profile(folder) if (Path(folder) / "manifest.json").exists() else load_inspection(folder)
+
+
+def _policy(name: str | None, source: Inspection) -> str:
+    """Returns the policy's name of today, or the default's; logs a former name, and why the default is not `solver`."""
     if name is None:
         name, why = _default(source)
         if why:
@@ -72,24 +91,7 @@ def _policy(name: str | None, source: Inspection) -> tuple[str, Policy]:
         )
     if name not in POLICIES:
         raise BudgetError(f"No policy {name!r}; there are {', '.join(POLICIES)}. Try --policy soda")
-    return name, POLICIES[name]
-
-
-def _problem(
-    source: Inspection, policy: Policy, budget: str | float | None, cost: str | Path, updated: bool
-) -> Problem:
-    """Returns the problem of a folder, with the FLOPs next to a cost table in ms and the sampler's own steps if updated."""
-    ratio = 0.0 if budget is None and policy.released else parse_budget(2.0 if budget is None else budget)
-    table, flops = cost_of(source.folder, cost), source.folder / "cost.flops.json"
-    return Problem(
-        source.model,
-        source.sampler,
-        table,
-        ratio,
-        source if isinstance(source, Profile) else None,
-        load_cost(flops) if table.unit == "ms" and flops.exists() else None,
-        source.own_update() if updated else None,
-    )
+    return name
 
 
 def default_policy(folder: str | Path) -> tuple[str, str]:
@@ -98,8 +100,7 @@ def default_policy(folder: str | Path) -> tuple[str, str]:
     A fitted update is nearest to the full run at every budget that was measured (docs/studies/results.md); it needs a profile
     with inner products, one transformer, and a scheduler whose steps are linear. Raises FormatError if one of them is broken.
     """
-    folder = Path(folder)
-    return _default(load_profile(folder)) if (folder / "manifest.json").exists() else ("soda", "")
+    return _default(_source(folder))
 
 
 def _default(source: Inspection) -> tuple[str, str]:
@@ -112,11 +113,9 @@ def _default(source: Inspection) -> tuple[str, str]:
         return "soda", "the profile holds no inner products to fit an update from. Profile again without --no-gram."
     try:
         source.own_update()
-    except UnsupportedModelError as error:
-        return "soda", str(error)
-    except FormatError as error:
-        if (source.folder / "solver.json").exists():  # a broken file is no reason for another policy
-            raise
+    except (FormatError, UnsupportedModelError) as error:
+        if isinstance(error, FormatError) and (source.folder / "solver.json").exists():
+            raise  # a broken file is no reason for another policy
         return "soda", str(error)
     return "solver", ""
 
@@ -138,17 +137,6 @@ def _ever_smaller(problem: Problem, policy: Policy, knobs: Any, given: Mapping[s
         if not depth or getattr(knobs, depth[0]) <= 1:
             return
         knobs = dataclasses.replace(knobs, **{depth[0]: getattr(knobs, depth[0]) - 1})
-
-
-def _within_cache(schedules: Iterable[Schedule], most: int, problem: Problem) -> Schedule:
-    """Returns the first of the schedules whose caches take at most `most` bytes; BudgetError if none does."""
-    for schedule in schedules:
-        if (kept := cache_bytes(schedule, problem.model)) <= most:
-            return replace(schedule, predicted=(schedule.predicted or {}) | {"cache_bytes": kept})
-    raise BudgetError(
-        f"The caches of one generation take {kept:,} bytes, at most {most:,} are allowed (--max-cache). Allow as much, or take "
-        "a policy that keeps less: solver keeps a few latents, drift a few outputs of the last block."
-    )
 
 
 def parse_budget(text: str | float) -> float:

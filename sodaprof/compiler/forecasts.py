@@ -6,7 +6,7 @@ Sources are steps, newest first, [..., K]; targets later steps [n]; weights [S o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -17,11 +17,6 @@ Weigh = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # (products,
 DIGITS = 6  # significant digits of a weight in a file
 AT_ONCE = 32_768  # forecasts whose weights are found at once, of whole sites: about what a processor's cache holds
 METRICS = ("l2", "absolute")
-FORMULAS = ("published", "lagrange")
-
-# 10^k that brings a number of each binary exponent (of a float64, 1023 for 1) to 6 digits before the point, or to 7; one below
-# 1e-12 to fewer
-SCALES = 10.0 ** (DIGITS - 1 - np.clip(np.floor((np.arange(2048) - 1023) * np.log10(2)), -12, 300))
 
 
 def ridge(strength: float) -> Weigh:
@@ -72,48 +67,35 @@ def taylor(formula: str) -> Weigh:
     """
 
     def weigh(products: np.ndarray, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        ahead = targets - sources[..., :1]  # [..., n]
         if formula == "lagrange":
             found = _lagrange(sources, targets)
         else:
+            ahead, distance = targets - sources[..., :1], -np.diff(sources)[..., None]
             found, power = np.zeros((*sources.shape, len(targets))), np.ones(ahead.shape)
-            for order, difference in enumerate(_differences(sources)):
-                found += difference[..., None] * power[..., None, :]
-                power = power * ahead / (order + 1)
+            differences = np.eye(sources.shape[-1])  # [..., source at which it is taken, weight of each source]
+            for order in range(1, 1 + sources.shape[-1]):
+                found += differences[..., 0, :, None] * power[..., None, :]
+                power = power * ahead / order
+                differences = -np.diff(differences, axis=-2) / distance[..., : differences.shape[-2] - 1, :]
         return round_weights(found)[None]
 
     return weigh
 
 
-def _differences(sources: np.ndarray) -> list[np.ndarray]:
-    """Returns the finite differences of order 0… at the newest source, as weights [..., K] of the sources."""
-    count = sources.shape[-1]
-    level = [np.broadcast_to(row, sources.shape) for row in np.eye(count)]  # at each source, newest first
-    found = [level[0]]
-    for _ in range(1, count):
-        distance = [(sources[..., i] - sources[..., i + 1])[..., None] for i in range(len(level) - 1)]
-        level = [(level[i] - level[i + 1]) / distance[i] for i in range(len(level) - 1)]
-        found.append(level[0])
-    return found
-
-
 def _lagrange(sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    found = np.ones((*sources.shape, len(targets)))
-    for i in range(sources.shape[-1]):
-        for j in range(sources.shape[-1]):
-            if i != j:
-                apart = (sources[..., i] - sources[..., j])[..., None]
-                found[..., i, :] *= (targets - sources[..., j, None]) / apart
-    return found
+    """Returns the weights [..., K, n] of the polynomial through the sources: Π_j≠i (t − s_j) / (s_i − s_j)."""
+    same = np.eye(sources.shape[-1], dtype=bool)
+    apart = sources[..., :, None] - sources[..., None, :] + same
+    factors = (targets - sources[..., None, :, None]) / apart[..., None]
+    return np.where(same[..., None], 1.0, factors).prod(axis=-2)
 
 
 def round_weights(weights: np.ndarray) -> np.ndarray:
     """Returns the weights with 6 significant digits, as a file holds them."""
-    scale = SCALES.take(np.abs(weights).view(np.int64) >> 52)  # by the exponent: for 6 digits, or 7
-    found: np.ndarray = weights * scale
-    np.divide(scale, 10, out=scale, where=np.abs(found) >= 10**DIGITS)
-    np.rint(np.multiply(weights, scale, out=found), out=found)
-    found /= scale
+    with np.errstate(divide="ignore"):
+        exponent = np.floor(np.log10(np.abs(weights)))
+    scale = 10.0 ** (DIGITS - 1 - np.clip(exponent, -12, 300))
+    found: np.ndarray = np.rint(weights * scale) / scale
     return found
 
 
@@ -167,8 +149,9 @@ def segment_costs(
         targets = np.arange(anchor + 1, anchor + ages)
         cells = np.zeros(len(targets))  # [g_1, …, targets], by the number of sources
         for count in range(1, history + 1):
-            gaps = _gaps(count - 1, min(longest, anchor))
-            sources = anchor - np.concatenate([np.zeros((len(gaps), 1), dtype=int), gaps.cumsum(axis=1)], axis=1)
+            each, older = min(longest, anchor), count - 1
+            gaps = 1 + np.indices((each,) * older).reshape(older, each**older).T  # all tuples of gaps 1…each
+            sources = anchor - np.pad(gaps.cumsum(axis=1), ((0, 0), (1, 0)))
             possible = sources[:, -1] >= 0
             possible[possible] = known[anchor, sources[possible, -1]]
             gaps, sources = gaps[possible], sources[possible]
@@ -187,18 +170,19 @@ def segment_costs(
     return segment
 
 
-def _gaps(count: int, longest: int) -> np.ndarray:
-    """Returns all tuples [m, count] of gaps 1…longest."""
-    return np.indices((longest,) * count).reshape(count, -1).T + 1 if count else np.zeros((1, 0), dtype=int)
+def sources_of(
+    anchors: Sequence[int], turns: Sequence[range], history: int, known: np.ndarray
+) -> dict[int, tuple[int, ...]]:
+    """Returns for each step that is not full the last `history` full steps of its turn, newest first, as `segment_costs`.
 
-
-def sources_of(anchors: list[int], turn: range, history: int, known: np.ndarray) -> dict[int, tuple[int, ...]]:
-    """Returns for each step of the turn that is not full the last `history` full steps, newest first, as `segment_costs`."""
+    known [T, T]: which steps may be sources of which.
+    """
     found = {}
-    for step in turn:
-        if step not in anchors:
-            past = [a for a in reversed(anchors) if turn.start <= a < step][:history]
-            found[step] = tuple(a for a in past if known[a, step])
+    for turn in turns:
+        for step in turn:
+            past = [a for a in anchors if turn.start <= a < step][: -1 - history : -1]
+            if step not in anchors:
+                found[step] = tuple(a for a in past if known[a, step])
     return found
 
 

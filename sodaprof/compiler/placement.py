@@ -1,4 +1,4 @@
-"""The dynamic programs that place full steps: SODA's DCS, and one that knows the full steps before."""
+"""The dynamic program that places full steps, for reuse (SODA's DCS) and for forecasts."""
 
 from __future__ import annotations
 
@@ -36,9 +36,8 @@ def place_full_steps(segment: np.ndarray, most: int | None = None) -> Placements
     best[(0, *[0] * len(inner))] = 0.0
     found: Placements = {}
     oldest = np.zeros((most + 1, steps, *inner), dtype=np.int16)  # the oldest gap of a state's best predecessor
-    costs = np.ascontiguousarray(np.moveaxis(segment, -1, 0))
+    costs, lengths = np.ascontiguousarray(np.moveaxis(segment, -1, 0)), range(1, min(longest, steps) + 1)
     for count in range(1, most + 1):
-        lengths = [n for n in range(1, longest + 1) if n <= steps]
         ends = [best[steps - n] + costs[n, steps - n] for n in lengths]
         last = min(range(len(ends)), key=lambda i: float(ends[i].min()))
         if np.isfinite(ends[last].min()):
@@ -64,15 +63,15 @@ def _path_to(state: tuple[int, ...], oldest: np.ndarray, count: int) -> list[int
     return anchors[::-1]
 
 
-def place_in_turns(turns: Sequence[range], place: Callable[[range], Placements]) -> Placements:
+def place_in_turns(turns: Sequence[range], placements: Sequence[Placements]) -> Placements:
     """Returns the best placements of a transformer over all its turns, by their number of full steps.
 
-    place: returns the placements within a turn, steps counted from its start. Exact: counts are split over the turns.
+    placements: of each turn, steps counted from its start. Exact: counts are split over the turns.
     """
     found: Placements = {0: ([], 0.0)}
-    for turn in turns:
+    for turn, own in zip(turns, placements, strict=True):
         before, found = found, {}
-        for (count, (anchors, error)), (more, (others, added)) in product(before.items(), place(turn).items()):
+        for (count, (anchors, error)), (more, (others, added)) in product(before.items(), own.items()):
             if count + more not in found or error + added < found[count + more][1]:
                 found[count + more] = [*anchors, *(turn.start + step for step in others)], error + added
     return found
@@ -92,14 +91,6 @@ def reuse_segment_costs(error: np.ndarray, last_only: bool = False) -> np.ndarra
     return segment
 
 
-def ages_since(anchors: list[int], steps: int) -> np.ndarray:
-    """Returns the steps since the last full step [T]; 0 at full steps."""
-    is_anchor = np.zeros(steps, dtype=bool)
-    is_anchor[anchors] = True
-    last = np.maximum.accumulate(np.where(is_anchor, np.arange(steps), 0))
-    return np.arange(steps) - last
-
-
 @dataclass(frozen=True)
 class ForecastRule:
     """How the steps between full steps are forecast, and how their errors count."""
@@ -112,18 +103,13 @@ class ForecastRule:
     first: int = 1  # steps at the beginning of a turn that are full in any case
     form: str = "output"
 
-    def segments(self, products: np.ndarray, longest: int) -> np.ndarray:
-        """Returns the errors of intervals within one turn, from its products [S, T, T]."""
-        segment = segment_costs(products, self.history, longest, self.weigh, self.power, self.metric)
-        segment[: self.first - 1, ..., 2:] = np.inf
-        return segment
-
-    def placed(self, turns: Sequence[range], anchors: list[int], known: np.ndarray, error: float = 0.0) -> Placed:
-        """Returns the full steps with the sources of the steps between them; known [T, T]: which sources may serve which step."""
-        sources: dict[int, tuple[int, ...]] = {}
-        for turn in turns:
-            sources |= sources_of(anchors, turn, self.history, known)
-        return Placed(anchors, sources, error)
+    def placed(self, problem: Problem, full_steps: Callable[[str, range], Sequence[int]]) -> dict[str, Placed]:
+        """Returns full steps that are given for each turn of a transformer, counted from its start; they predict no error."""
+        known, found = np.ones((problem.sampler.steps,) * 2, dtype=bool), {}
+        for name, turns in problem.turns.items():
+            anchors = [turn.start + step for turn in turns for step in full_steps(name, turn)]
+            found[name] = Placed(anchors, sources_of(anchors, turns, self.history, known), 0.0)
+        return found
 
     def whole_steps(self, placed: Mapping[str, Placed]) -> WholeSteps:
         """Returns the steps by their action, as `Problem` counts costs."""
@@ -159,13 +145,7 @@ def place_forecasts(
             f"No full steps at most {problem.longest} apart have forecasts that the tables have products for. Profile again "
             "with a larger --max-interval: sodaprof profile MODEL -o DIR"
         )
-    affordable = [some for some in every if problem.meets(rule.whole_steps(some))]
-    if not affordable:
-        raise problem.unreachable(min(map(rule.whole_steps, every), key=problem.cost_of), bounded=True)
-    if count:
-        counts = [sum(len(p.anchors) for p in some.values()) for some in affordable]
-        problem.check_count(count, counts, bounded=True)
-        affordable = [some for some, n in zip(affordable, counts, strict=True) if n == count]
+    affordable = problem.affordable(every, rule.whole_steps, count)
     return min(affordable, key=lambda some: sum(p.error for p in some.values()))
 
 
@@ -173,13 +153,17 @@ def _options(problem: Problem, name: str, products: np.ndarray, rule: ForecastRu
     """Returns the best placement of a transformer for each number of full steps that the budget may leave."""
     loop = problem.sampler.steps * problem.cost.loop_step(problem.own_update is not None)
     affordable = int((problem.allowed - loop) / problem.cost.transformers[name].full)
-
-    def place(turn: range) -> Placements:
-        inside, least = slice(turn.start, turn.stop), rule.first + -(-len(turn) // problem.longest)
-        return place_full_steps(rule.segments(products[:, inside, inside], problem.longest), max(affordable, least))
-
-    turns, known = problem.turns[name], ~np.isnan(products).any(axis=0)
-    return [rule.placed(turns, anchors, known, error) for anchors, error in place_in_turns(turns, place).values()]
+    turns, longest, placements = problem.turns[name], problem.longest, []
+    for turn in turns:
+        inside = products[:, turn.start : turn.stop, turn.start : turn.stop]
+        segment = segment_costs(inside, rule.history, longest, rule.weigh, rule.power, rule.metric)
+        segment[: rule.first - 1, ..., 2:] = np.inf
+        placements.append(place_full_steps(segment, max(affordable, rule.first + -(-len(turn) // longest))))
+    known = ~np.isnan(products).any(axis=0)
+    return [
+        Placed(anchors, sources_of(anchors, turns, rule.history, known), error)
+        for anchors, error in place_in_turns(turns, placements).values()
+    ]
 
 
 def draw_placed(

@@ -1,15 +1,14 @@
-"""The problem that a policy solves: a model, a sampler, a profile, a cost table and a budget; and the schedules drawn for it.
-
-Costs are counted here for all policies, of a schedule or of whole steps by their action, and one bisection serves all budgets.
-"""
+"""The problem that a policy solves: a model, a sampler, a profile, a cost table and a budget; and the schedules drawn for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,7 +18,7 @@ from ..formats.cost import CostModel, TransformerCost, check_covers
 from ..formats.profile import Profile
 from ..formats.sampler import MAX_HISTORY, OwnUpdate, rounded
 from ..formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
-from ..formats.sites import Model, Sampler
+from ..formats.sites import Model, Sampler, Transformer
 from ..version import __version__
 
 FEATURE_MEAN = TokenRule(base="feature_mean")
@@ -27,6 +26,7 @@ FEATURE_MEAN = TokenRule(base="feature_mean")
 # of each transformer, how many of its steps take an action at every site: (action, sources of its forecast) -> steps
 WholeSteps = Mapping[str, Mapping[tuple[str, int], int]]
 Loop = Schedule | WholeSteps
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Problem:
             )
         return self.profile
 
-    def only_transformer(self, policy: str) -> str:
-        """Returns the name of the model's transformer; UnsupportedModelError if there are several."""
+    def only_transformer(self, policy: str) -> tuple[str, Transformer]:
+        """Returns the model's transformer and its name; UnsupportedModelError if there are several."""
         if len(self.model.transformers) != 1:
             names = ", ".join(self.model.transformers)
             raise UnsupportedModelError(
                 f"{self.model.name} has several transformers ({names}); --policy {policy} takes one."
             )
-        return next(iter(self.model.transformers))
+        return next(iter(self.model.transformers.items()))
 
     @cached_property
     def turns(self) -> dict[str, list[range]]:
@@ -68,19 +68,16 @@ class Problem:
 
         Raises UnsupportedModelError unless exactly one transformer is called at each step.
         """
-        steps = self.sampler.steps
-        past = {name: transformer.past(steps) for name, transformer in self.model.transformers.items()}
+        past = {name: transformer.past(self.sampler.steps) for name, transformer in self.model.transformers.items()}
         if any(sum(p >= 0 for p in column) != 1 for column in zip(*past.values(), strict=True)):
             raise UnsupportedModelError(
                 f"{self.model.name} has several transformers ({', '.join(self.model.transformers)}) that do not take turns; "
                 "policies need one that is called at each step."
             )
-        turns = {}
-        for name, ages in past.items():
-            starts = [t for t, age in enumerate(ages) if age == 0]
-            stops = [t for t in range(1, steps + 1) if ages[t - 1] >= 0 and (t == steps or ages[t] <= 0)]
-            turns[name] = [range(start, stop) for start, stop in zip(starts, stops, strict=True)]
-        return turns
+        return {
+            name: [range(t - age, t + 1) for t, (age, later) in enumerate(pairwise([*ages, -1])) if age >= 0 >= later]
+            for name, ages in past.items()
+        }
 
     @property
     def longest(self) -> int:
@@ -88,44 +85,58 @@ class Problem:
         assert self.profile is not None  # a policy without tables is not restricted by them
         return self.profile.max_age + 1
 
-    def whole_steps(self, full: Mapping[str, int], action: str, sources: int = 0) -> WholeSteps:
+    def whole_steps(self, full: Mapping[str, int], action: str) -> WholeSteps:
         """Returns so many full steps of each transformer and the action at all its other steps."""
         own = {name: sum(map(len, turns)) for name, turns in self.turns.items()}
-        return {name: {("C", 0): count, (action, sources): own[name] - count} for name, count in full.items()}
+        return {name: {("C", 0): count, (action, 0): own[name] - count} for name, count in full.items()}
 
-    def cost_of(self, loop: Loop, cost: CostModel | None = None) -> float:
-        """Returns the cost of the denoising loop, by default by the problem's own table."""
-        cost = cost or self.cost
+    def cost_of(self, loop: Loop) -> float:
+        """Returns the cost of the denoising loop."""
         if isinstance(loop, Schedule):
-            return cost.schedule(self._with_update(loop))
-        return self.sampler.steps * cost.loop_step(self.own_update is not None) + sum(
-            step_cost(cost.transformers[name], *column) * count
+            return self.cost.schedule(self._with_update(loop))
+        return self.sampler.steps * self.cost.loop_step(self.own_update is not None) + sum(
+            step_cost(self.cost.transformers[name], *column) * count
             for name, steps in loop.items()
             for column, count in steps.items()
         )
 
-    def full_cost(self, cost: CostModel | None = None) -> float:
-        """Returns the cost of the loop with every step full, under the scheduler's own step."""
-        cost, steps = cost or self.cost, self.sampler.steps
-        called = {n: sum(past >= 0 for past in t.past(steps)) for n, t in self.model.transformers.items()}
-        return steps * cost.loop_step(False) + sum(cost.transformers[n].full * count for n, count in called.items())
-
     @cached_property
+    def full_cost(self) -> float:
+        """The cost of the loop with every step full, under the scheduler's own step."""
+        steps = self.sampler.steps
+        called = {name: sum(age >= 0 for age in t.past(steps)) for name, t in self.model.transformers.items()}
+        inside = sum(self.cost.transformers[name].full * count for name, count in called.items())
+        return steps * self.cost.loop_step(False) + inside
+
+    @property
     def allowed(self) -> float:
         """The cost that the budget leaves for the loop."""
-        return self.full_cost() / self.budget
+        return self.full_cost / self.budget
 
     def speedup(self, loop: Loop) -> float:
-        return self.full_cost() / self.cost_of(loop)
+        return self.full_cost / self.cost_of(loop)
 
     def meets(self, loop: Loop) -> bool:
         return within(self.cost_of(loop), self.allowed)
 
-    def cheapest_that_meets(
-        self, draw: Callable[[float], Loop], low: float, high: float, absolute: float = 0.0, relative: float = 0.0
-    ) -> float:
-        """Returns the smallest value, to a tolerance, whose loop meets the budget; that of `high` does."""
-        return bisect(lambda value: self.meets(draw(value)), low, high, absolute=absolute, relative=relative)
+    def affordable(
+        self, choices: Sequence[T], loop: Callable[[T], WholeSteps], anchors: int, bounded: bool = True
+    ) -> list[T]:
+        """Returns the choices whose loop meets the budget; unless `anchors` is 0, those with so many full steps in all.
+
+        bounded: by the intervals that the profile measured. Raises BudgetError if there are none.
+        """
+        meeting = [choice for choice in choices if self.meets(loop(choice))]
+        if not meeting:
+            raise self.unreachable(min(map(loop, choices), key=self.cost_of), bounded=bounded)
+        counts = [sum(steps["C", 0] for steps in loop(choice).values()) for choice in meeting]
+        if anchors and anchors not in counts:
+            more = self._measured_intervals() if bounded and anchors < min(counts) else ""
+            raise BudgetError(
+                f"Knob anchors is {anchors}; {min(counts)} to {max(counts)} full steps meet a budget of "
+                f"{self.budget:.3g}x.{more}"
+            )
+        return [choice for choice, count in zip(meeting, counts, strict=True) if anchors in (0, count)]
 
     def threshold(self, given: float, draw: Callable[[float], Loop], **unreachable: Any) -> float:
         """Returns the given threshold, or for 0 the smallest, to 1e-6 of it, whose loop meets the budget.
@@ -142,17 +153,9 @@ class Problem:
         low, high = 0.0, 1e-6
         while not self.meets(draw(high)):
             low, high = high, 2 * high
-        found = self.cheapest_that_meets(draw, low, high, relative=1e-6)
+        found = bisect(lambda value: self.meets(draw(value)), low, high, relative=1e-6)
         short = float(f"{found:.7g}")
         return short if self.meets(draw(short)) else found
-
-    def full_steps(self, given: int, draw: Callable[[int], Loop], fewest: int = 1) -> int:
-        """Returns the given number of full steps, or for 0 the largest, whose loop meets the budget."""
-        counts = [count for count in range(fewest, self.sampler.steps + 1) if self.meets(draw(count))]
-        if not counts:
-            raise self.unreachable(draw(fewest))
-        self.check_count(given or max(counts), counts)
-        return given or max(counts)
 
     def check_given(self, name: str, value: float, loop: Loop, others: str = "") -> None:
         """Raises BudgetError if the loop under a given knob does not meet the budget. others: knobs that have a part in it."""
@@ -160,15 +163,6 @@ class Problem:
             raise BudgetError(
                 f"{name}={value:g}{others} gives {self.speedup(loop):.3g}x, the budget is {self.budget:.3g}x. Leave out --knob "
                 f"{name} to have it chosen for the budget.{self._flops_hint(loop)}"
-            )
-
-    def check_count(self, count: int, possible: Sequence[int], bounded: bool = False) -> None:
-        """Raises BudgetError unless so many full steps meet the budget. bounded: by the intervals that were measured."""
-        if count not in possible:
-            more = self._measured_intervals() if bounded and count < min(possible) else ""
-            raise BudgetError(
-                f"Knob anchors is {count}; {min(possible)} to {max(possible)} full steps meet a budget of "
-                f"{self.budget:.3g}x.{more}"
             )
 
     def unreachable(self, cheapest: Loop, under: str = "", advice: str = "", bounded: bool = False) -> BudgetError:
@@ -194,7 +188,7 @@ class Problem:
 
     def _flops_hint(self, loop: Loop) -> str:
         """Returns what limits a budget in ms that the loop would meet in FLOPs; "" if it would not."""
-        if self.flops is None or not within(self.cost_of(loop, self.flops), self.full_cost(self.flops) / self.budget):
+        if self.flops is None or not dataclasses.replace(self, cost=self.flops).meets(loop):
             return ""
         step = self.cost.loop_step(False)
         shares = [f"{t.step.all_cached + step:.3g} ms of {t.full + step:.3g}" for t in self.cost.transformers.values()]
@@ -215,7 +209,7 @@ class Problem:
         }
         return replace(
             schedule,
-            policy={"name": policy, "knobs": asdict(knobs)},
+            policy={"name": policy, "knobs": dataclasses.asdict(knobs)},
             profile=None if self.profile is None else self.profile.reference(),
             predicted=predicted,
             made_by=f"sodaprof {__version__}",
@@ -232,13 +226,11 @@ class Problem:
 
 def step_cost(table: TransformerCost, action: str, sources: int) -> float:
     """Returns the cost of a step at which every site takes the action: C, R, F, S (the stack) or - (no call)."""
-    if action == "C":
-        return table.full
-    if action == "R":
-        return table.step.all_cached
     if action == "F":
         return table.step.fixed + sum(site.F[sources - 1] for site in table.sites.values())
-    return table.step.stack[sources - 1] if action == "S" else 0.0
+    if action == "S":
+        return table.step.stack[sources - 1]
+    return {"C": table.full, "R": table.step.all_cached, "-": 0.0}[action]
 
 
 def within(cost: float, allowed: float) -> bool:
@@ -250,16 +242,15 @@ def bisect(
     meets: Callable[[float], bool],
     low: float,
     high: float,
-    *,
     absolute: float = 0.0,
     relative: float = 0.0,
     halvings: int = 200,
 ) -> float:
-    """Returns the smallest value that meets, to a tolerance or after so many halvings; `high` meets, whole numbers stay whole."""
+    """Returns the smallest value that meets, to a tolerance or after so many halvings; `high` meets."""
     for _ in range(halvings):
         if high - low <= max(absolute, relative * high):
             break
-        middle = (low + high) // 2 if isinstance(low, int) else (low + high) / 2
+        middle = (low + high) / 2
         low, high = (low, middle) if meets(middle) else (middle, high)
     return high
 
@@ -300,16 +291,12 @@ def draw_schedule(model: Model, sampler: Sampler, anchors: Sequence[int], prune:
     """
     plans = {}
     for name, transformer in model.transformers.items():
-        rows, ks = {}, {}
-        past = transformer.past(sampler.steps)
-        for i, site in enumerate(transformer.sites):
-            k = prune[name][:, i] if name in prune else np.full(sampler.steps, -1)
-            row = ["_"] * sampler.steps
-            for t in (step for step, age in enumerate(past) if age >= 0):
-                row[t] = "C" if t in anchors or k[t] >= site.tokens else "R" if k[t] < 0 else "P"
-            rows[site.key] = "".join(row)
-            if "P" in row:
-                ks[site.key] = tuple(int(k[t]) for t in range(sampler.steps) if row[t] == "P")
+        past, sites = transformer.past(sampler.steps), transformer.sites
+        k = prune.get(name, np.full((sampler.steps, len(sites)), -1))
+        full = np.isin(np.arange(sampler.steps), anchors)[:, None] | (k >= [site.tokens for site in sites])
+        cells = np.select([np.array(past)[:, None] < 0, full, k < 0], ["_", "C", "R"], "P")
+        rows = {site.key: "".join(cells[:, i]) for i, site in enumerate(sites)}
+        ks = {key: tuple(k[cells[:, i] == "P", i].tolist()) for i, (key, row) in enumerate(rows.items()) if "P" in row}
         plans[name] = Plan(transformer.class_name, transformer.fingerprint, rows, _row(past, (), ".", "."), ks)
     pruned = any(plan.k for plan in plans.values())
     return Schedule(plans, sampler, model.shape, {}, token_rule=FEATURE_MEAN if pruned else None)

@@ -1,31 +1,17 @@
-"""Published policies that forecast or reuse by thresholds: TaylorSeer, DPCache, MagCache, SmoothCache."""
+"""Published policies without a placement of their own: TaylorSeer at even intervals, MagCache, SmoothCache."""
 
 from __future__ import annotations
-
-from itertools import combinations
 
 import numpy as np
 import pytest
 
 from sodaprof.compiler import compile_schedule
-from sodaprof.compiler.forecasts import forecasts_at, sources_of, taylor
 from sodaprof.compiler.policies.magcache import full_steps
 from sodaprof.compiler.policies.smoothcache import row_of
 from sodaprof.errors import BudgetError
 from sodaprof.formats.cost import load_cost
-from sodaprof.formats.tables import TABLES
-from tests.compiler.trajectories import error_in, error_of, known_products, polynomial, products, wandering
 
-STEPS, SITES, LONGEST = 12, 4, 5  # of `random_profile`
-
-
-@pytest.fixture
-def values(monkeypatch) -> np.ndarray:
-    """Outputs of the sites [G, S, T, D], whose inner products every profile now holds; the stack's are those of sites 0 and 1."""
-    made = wandering(SITES, STEPS, seed=3)
-    table = products(made, STEPS)
-    known_products(monkeypatch, {"t": table}, {"t": {"output": table[0], "drift": table[1]}})
-    return made
+STEPS = 12  # of `random_profile`
 
 
 def speedup(folder, schedule) -> float:
@@ -74,95 +60,6 @@ def test_taylor_takes_the_smallest_interval_that_meets_the_budget(random_profile
     if knobs["N"] > 1.001:
         with pytest.raises(BudgetError, match="Leave out --knob N"):
             compile_schedule(random_profile, budget, "taylor", knobs=knobs | {"N": knobs["N"] - 0.002})
-
-
-def test_taylor_needs_no_tables(make_profile, random_errors):
-    folder = make_profile(random_errors)
-    for table in TABLES:
-        (folder / f"{table}.parquet").unlink()
-    (folder / "manifest.json").unlink()
-    assert speedup(folder, compile_schedule(folder, 2, "taylor")) >= 2
-    with pytest.raises(BudgetError, match="taylor with placement=dp needs a profile"):
-        compile_schedule(folder, 2, "taylor", knobs={"placement": "dp"})
-
-
-@pytest.mark.parametrize("formula", ["published", "lagrange"])
-@pytest.mark.parametrize("order", [1, 2])
-def test_taylor_placed_by_its_own_errors(random_profile, values, order, formula):
-    knobs = {"order": order, "placement": "dp", "formula": formula}
-    schedule = compile_schedule(random_profile, 1.7, "taylor", knobs=knobs)
-    error = schedule.predicted["error"]
-    assert error == pytest.approx(error_in(schedule, "t", values), rel=1e-6)
-    weigh, count = taylor(formula), len(schedule.anchors())
-    for others in combinations(range(order + 1, STEPS), count - order - 1):
-        anchors = [*range(order + 1), *others]
-        if np.diff([*anchors, STEPS]).max() <= LONGEST:
-            sources = sources_of(anchors, range(STEPS), order + 1, np.ones((STEPS, STEPS), dtype=bool))
-            cells = forecasts_at(products(values), sources, weigh)
-            other = sum(
-                error_of(values[:, i], t, c.sources, c.weights) for t, row in cells.items() for i, c in enumerate(row)
-            )
-            assert other >= error * (1 - 1e-6)
-
-
-@pytest.mark.parametrize(("order", "formula"), [(1, "published"), (2, "lagrange")])
-def test_taylor_is_exact_on_polynomials_of_its_order(random_profile, monkeypatch, order, formula):
-    made = polynomial(order, SITES, STEPS)
-    known_products(monkeypatch, {"t": products(made)})
-    even = compile_schedule(random_profile, 2.0, "taylor", knobs={"order": order, "formula": formula})
-    assert error_in(even, "t", made) < 1e-4
-    placed = compile_schedule(
-        random_profile, 2.0, "taylor", knobs={"order": order, "formula": formula, "placement": "dp"}
-    )
-    assert placed.predicted["error"] < 1e-4
-    if order == 2:
-        published = compile_schedule(random_profile, 2.0, "taylor", knobs={"order": 2})
-        assert error_in(published, "t", made) > 0.1
-
-
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"order": 3}, "Knob order is 3; expected one of 1, 2"),
-        ({"placement": "random"}, "expected one of even, dp"),
-        ({"formula": "hermite"}, "expected one of published, lagrange"),
-        ({"N": 0.5}, "Knob N is 0.5; expected at least 1"),
-        ({"N": -1}, "Knob N is -1"),
-        ({"N": 3, "placement": "dp"}, "read by placement=even alone"),
-        ({"N": 2}, "N=2 gives 1.[0-9]+x, the budget is 2x"),
-    ],
-)
-def test_wrong_knobs_of_taylor(random_profile, knobs, message):
-    with pytest.raises(BudgetError, match=message):
-        compile_schedule(random_profile, 2.0, "taylor", knobs=knobs)
-
-
-# ---- DPCache ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("first", [1, 3])
-def test_dpcache_extrapolates_the_last_block_from_two_full_steps(random_profile, values, first):
-    schedule = compile_schedule(random_profile, 2.0, "dpcache", knobs={"first": first})
-    plan, stack = schedule.transformers["t"], values[:, [0]]
-    anchors = plan.anchors()
-    assert speedup(random_profile, schedule) >= 2
-    assert anchors[:first] == list(range(first))
-    skipped = [t for t in range(STEPS) if t not in anchors]
-    for step, cell in zip(skipped, plan.stack_forecasts, strict=True):
-        before = [a for a in anchors if a < step][-2:]
-        assert cell.form == "output"
-        assert cell.sources == tuple(before[::-1])
-        if len(before) == 2:
-            ahead = (step - before[1]) / (before[1] - before[0])
-            assert cell.weights == pytest.approx([1 + ahead, -ahead], rel=1e-5)
-    assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", stack), rel=1e-6)
-    for others in combinations(range(first, STEPS), len(anchors) - first):
-        other = [*range(first), *others]
-        if np.diff([*other, STEPS]).max() <= LONGEST:
-            sources = sources_of(other, range(STEPS), 2, np.ones((STEPS, STEPS), dtype=bool))
-            cells = forecasts_at(products(stack), sources, taylor("published"))
-            total = sum(error_of(stack[:, 0], t, row[0].sources, row[0].weights) for t, row in cells.items())
-            assert total >= schedule.predicted["error"] * (1 - 1e-6)
 
 
 # ---- MagCache ---------------------------------------------------------------------------------------------------------
@@ -240,8 +137,3 @@ def test_smoothcache_reads_the_relative_l1_error(make_profile, random_errors):
     mixed = compile_schedule(make_profile(errors, name="mixed"), 2.0, "smoothcache")
     alone = compile_schedule(make_profile(random_errors, name="alone"), 2.0, "smoothcache")
     assert mixed.transformers == alone.transformers
-
-
-def test_an_unreachable_budget_of_smoothcache(random_profile):
-    with pytest.raises(BudgetError, match=r"A budget of 9x cannot be met: at most 3\.\d+x"):
-        compile_schedule(random_profile, 9.0, "smoothcache")

@@ -17,14 +17,13 @@ import pyarrow.parquet as pq
 import pytest
 from msgspec.structs import replace
 
-from sodaprof import load_profile, load_schedule
+from sodaprof import load_profile
 from sodaprof.compiler import compile_schedule, parse_budget
-from sodaprof.errors import BudgetError, FormatError, MismatchError, SodaprofError, UnsupportedModelError
+from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import CostModel, load_cost, save_cost
 from sodaprof.formats.profile import load_inspection
 from sodaprof.formats.schedule import Schedule
 from sodaprof.formats.schedule_file import schedule_to_json
-from sodaprof.formats.tables import TABLES
 
 STEPS, SITES, LONGEST, TOKENS = 12, 4, 5, 16  # the sizes of `random_errors`; LONGEST is max_interval
 RATES = np.array([0.25, 0.5, 0.75])  # of `make_profile`
@@ -81,7 +80,7 @@ def subsets(count: int) -> list[tuple[int, ...]]:
 
 
 def reuse_error(errors: np.ndarray, anchors: tuple[int, ...], endpoint: bool = False) -> float:
-    """Sum of E_c over all cached cells, or over those of the last step of each interval."""
+    """Returns the sum of E_c over all cached cells, or over those of the last step of each interval."""
     total = 0.0
     for start, stop in zip(anchors, [*anchors[1:], STEPS], strict=True):
         served = [errors[t, :, t - start].sum() for t in range(start + 1, stop)]
@@ -96,8 +95,6 @@ def reuse_error(errors: np.ndarray, anchors: tuple[int, ...], endpoint: bool = F
 def test_fora_spreads_its_full_steps_evenly(folder, count):
     schedule = compile_schedule(folder, 1.0, "fora", knobs={"anchors": count})
     expected = [round(i * STEPS / count) for i in range(count)]
-    assert anchors_of(schedule) == expected
-    assert len(expected) == count
     assert rows_of(schedule) == ["".join("C" if t in expected else "R" for t in range(STEPS))] * SITES
     assert schedule.policy == {"name": "fora", "knobs": {"anchors": count}}
 
@@ -109,18 +106,6 @@ def test_fora_takes_the_most_full_steps_that_the_budget_allows(folder, budget, c
     assert len(anchors_of(schedule)) == count
     assert schedule.predicted["cost"] == 168 + 328 * count == spent(count)
     assert schedule.predicted["speedup"] == pytest.approx(4104 / spent(count))
-    assert schedule.predicted["speedup"] >= parse_budget(budget)
-
-
-def test_fora_needs_no_tables(folder):
-    for table in TABLES:
-        (folder / f"{table}.parquet").unlink()
-    (folder / "manifest.json").unlink()
-    schedule = compile_schedule(folder, "2x", "fora")
-    assert len(anchors_of(schedule)) == 5
-    assert schedule.profile is None
-    with pytest.raises(BudgetError, match="sodaprof profile MODEL"):
-        compile_schedule(folder, "2x", "soda")
 
 
 # ---- soda: the budget -------------------------------------------------------------------------------------------------
@@ -128,32 +113,22 @@ def test_fora_needs_no_tables(folder):
 
 @pytest.mark.parametrize("uas", ["priced", "paper"])
 @pytest.mark.parametrize("budget", [1.0, 1.05, 1.3, 1.5, 2.0, 2.49, 3.0, 3.4])
-def test_soda_meets_the_budget_and_spends_it(folder, budget, uas):
-    """Not less than asked for; and less than one full step is left over, unless nothing is left to recompute."""
+def test_soda_meets_the_budget_and_spends_it(folder, random_errors, budget, uas):
+    """Less than one full step is left over, unless nothing is left to recompute; the error is the sum over cached cells."""
     schedule = compile_schedule(folder, budget, knobs={"uas": uas})
     cost = load_cost(folder / "cost.flops.json")
-    total = cost.schedule(schedule)
+    total, k, ages = cost.schedule(schedule), kept(schedule), ages_of(schedule)
     assert cost.speedup(schedule) >= budget * (1 - 1e-9)
     assert schedule.predicted["cost"] == total
     assert schedule.predicted["speedup"] == cost.speedup(schedule)
-    cached = kept(schedule)[ages_of(schedule) > 0]
-    everything = (cached == TOKENS).all()
-    assert total > 4104 / budget - (FULL + LOOP) or everything
-    if budget > 1.05:
-        assert schedule.counts()["P"] > 0
-
-
-@pytest.mark.parametrize("uas", ["priced", "paper"])
-@pytest.mark.parametrize("budget", [1.5, 2.0, 3.0])
-def test_predicted_error_is_the_sum_over_cached_cells(folder, random_errors, budget, uas):
-    schedule = compile_schedule(folder, budget, knobs={"uas": uas})
-    k, ages = kept(schedule), ages_of(schedule)
-    total = 0.0
+    assert total > 4104 / budget - (FULL + LOOP) or (k[ages > 0] == TOKENS).all()
+    assert schedule.counts()["P"] > 0 or budget <= 1.05
+    error = 0.0
     for t, site in zip(*np.nonzero(k >= -1), strict=True):
         e = random_errors[t, site, ages[t]]
         points = [0, *(e * RATES**2), e]
-        total += e if k[t, site] < 0 else np.interp(1 - k[t, site] / TOKENS, [0, *RATES, 1], points)
-    assert schedule.predicted["error"] == pytest.approx(total, rel=1e-5)
+        error += e if k[t, site] < 0 else np.interp(1 - k[t, site] / TOKENS, [0, *RATES, 1], points)
+    assert schedule.predicted["error"] == pytest.approx(error, rel=1e-5)
 
 
 @pytest.mark.parametrize("uas", ["priced", "paper", "none"])
@@ -161,22 +136,16 @@ def test_the_number_of_full_steps_with_the_least_error_is_taken(folder, uas):
     best = compile_schedule(folder, 2.0, knobs={"uas": uas})
     each = {n: compile_schedule(folder, 2.0, knobs={"uas": uas, "anchors": n}) for n in (3, 4, 5)}
     assert [len(anchors_of(s)) for s in each.values()] == [3, 4, 5]
+    assert all(np.diff([*anchors_of(s), STEPS]).max() <= LONGEST for s in each.values())
     errors = {n: s.predicted["error"] for n, s in each.items()}
     assert best.predicted["error"] == min(errors.values())
-    assert len(anchors_of(best)) == min(errors, key=errors.get)
-    assert best.policy["knobs"]["anchors"] == len(anchors_of(best))
+    assert best.policy["knobs"]["anchors"] == len(anchors_of(best)) == min(errors, key=errors.get)
 
 
 def test_a_budget_of_one_computes_everything(folder):
     schedule = compile_schedule(folder, "1x")
     assert rows_of(schedule) == ["C" * STEPS] * SITES
     assert schedule.predicted == {"unit": "flops", "speedup": 1.0, "cost": 4104.0, "error": 0.0, "cache_bytes": 0}
-
-
-def test_a_larger_budget_means_no_less_error(folder):
-    errors = [compile_schedule(folder, b).predicted["error"] for b in (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 3.5)]
-    assert errors == sorted(errors)
-    assert errors[0] == 0 < errors[1]
 
 
 def test_a_schedule_names_its_profile_policy_and_sampler(folder):
@@ -190,68 +159,32 @@ def test_a_schedule_names_its_profile_policy_and_sampler(folder):
     assert json.dumps(schedule_to_json(schedule), allow_nan=False)
 
 
-@pytest.mark.parametrize("policy", ["soda", "fora"])
-def test_a_compiled_schedule_is_read_back_equal(folder, tmp_path, policy):
-    schedule = compile_schedule(folder, "2x", policy)
-    schedule.save(tmp_path / "s.json")
-    assert load_schedule(tmp_path / "s.json") == schedule
-
-
-# ---- soda: the full steps ------------------------------------------------------------------------------------------------
-
-
+@pytest.mark.parametrize("knobs", [{}, {"metric": "l1"}, {"metric": "l2"}, {"segment": "endpoint"}], ids=str)
 @pytest.mark.parametrize("budget", [1.2, 2.0, 3.0])
-def test_full_steps_are_the_best_of_all_placements(make_profile, budget):
-    errors = np.random.default_rng(0).random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64)
-    schedule = compile_schedule(make_profile(errors), budget, knobs={"uas": "none"})
-    most = max(n for n in range(1, STEPS + 1) if spent(n) <= 4104 / budget)
-    every = [a for n in range(1, most + 1) for a in subsets(n)]
-    best = min(every, key=lambda a: reuse_error(errors, a))
-    assert anchors_of(schedule) == list(best)
-    assert schedule.predicted["error"] == pytest.approx(reuse_error(errors, best), rel=1e-6)
-    assert set("".join(rows_of(schedule))) == {"C", "R"}
-    assert schedule.token_rule is None
-
-
-@pytest.mark.parametrize("uas", ["priced", "none"])
-def test_no_interval_is_longer_than_profiled(folder, uas):
-    for count in (3, 4, 5):
-        schedule = compile_schedule(folder, 2.0, knobs={"uas": uas, "anchors": count})
-        assert np.diff([*anchors_of(schedule), STEPS]).max() <= LONGEST
-
-
-def test_segment_endpoint_places_by_the_last_step_of_an_interval(folder, random_errors):
-    placed = {}
-    for endpoint in (False, True):
-        knobs = {"uas": "none", "anchors": 4, "segment": "endpoint" if endpoint else "sum"}
-        schedule = compile_schedule(folder, 2.0, knobs=knobs)
-        best = min(subsets(4), key=lambda a: reuse_error(random_errors, a, endpoint))
-        assert anchors_of(schedule) == list(best)
-        # the prediction stays the sum of what is served
-        assert schedule.predicted["error"] == pytest.approx(reuse_error(random_errors, best), rel=1e-6)
-        placed[endpoint] = best
-    assert placed[False] != placed[True]
-
-
-def test_the_metric_places_full_steps_and_predicts_nothing(make_profile):
+def test_full_steps_are_the_best_of_all_placements(make_profile, budget, knobs):
+    """By the errors of the metric, which differ; the prediction is the sum of 1 − cosine over all that is served."""
     rng = np.random.default_rng(8)
     drawn = {m: rng.random((STEPS, SITES, LONGEST)).astype(np.float32).astype(np.float64) for m in ("cos", "l1", "l2")}
-    folder = make_profile(drawn)
-    placed = []
-    for metric, errors in drawn.items():
-        schedule = compile_schedule(folder, 2.0, knobs={"uas": "none", "anchors": 4, "metric": metric})
-        best = min(subsets(4), key=lambda a: reuse_error(errors, a))
-        assert anchors_of(schedule) == list(best)
-        assert schedule.predicted["error"] == pytest.approx(reuse_error(drawn["cos"], best), rel=1e-6)
-        placed.append(best)
-    assert len(set(placed)) == 3
+    schedule = compile_schedule(make_profile(drawn), budget, knobs={"uas": "none"} | knobs)
+    counts = [n for n in range(3, STEPS + 1) if spent(n) <= 4104 / budget]
+    placing, endpoint = drawn[knobs.get("metric", "cos")], "segment" in knobs
+    bests = [min(subsets(n), key=lambda a: reuse_error(placing, a, endpoint)) for n in counts]
+    best = min(bests, key=lambda a: reuse_error(drawn["cos"], a))
+    assert anchors_of(schedule) == list(best)
+    assert schedule.predicted["error"] == pytest.approx(reuse_error(drawn["cos"], best), rel=1e-6)
+    assert set("".join(rows_of(schedule))) == {"C", "R"}
+    assert schedule.token_rule is None
+    if knobs and budget == 1.2:
+        assert list(best) != anchors_of(
+            compile_schedule(make_profile(drawn, name="cos"), budget, knobs={"uas": "none"})
+        )
 
 
 # ---- soda: the prunes -------------------------------------------------------------------------------------------------
 
 
 def price_of(site: int, k: np.ndarray) -> np.ndarray:
-    """Cost of recomputing k tokens beyond that of reuse, by `make_cost`; sites alternate attn1, ff."""
+    """Returns the cost of recomputing k tokens beyond that of reuse, by `make_cost`; sites alternate attn1, ff."""
     return (10 + 50 * k / TOKENS if site % 2 == 0 else 100 * k / TOKENS) - 1
 
 
@@ -285,17 +218,7 @@ def test_paper_keeps_tokens_by_the_linear_rule(folder, random_errors, scale):
     assert low <= high
     assert schedule.counts()["P"] > 0
     assert schedule.policy["knobs"]["scale"] == scale
-    if scale == 0:
-        assert len(set(share)) == 1
-    else:
-        assert len(set(share)) > 1
-
-
-def test_priced_and_paper_differ(folder):
-    rows = {uas: compile_schedule(folder, 2.0, knobs={"uas": uas, "anchors": 4}) for uas in ("paper", "priced")}
-    assert anchors_of(rows["paper"]) == anchors_of(rows["priced"])
-    assert kept(rows["paper"]).tolist() != kept(rows["priced"]).tolist()
-    assert rows["priced"].predicted["error"] < rows["paper"].predicted["error"]
+    assert (len(set(share)) == 1) == (scale == 0)
 
 
 def test_paper_reads_pruning_at_age_one_and_priced_at_the_true_age(make_profile, random_errors):
@@ -403,35 +326,6 @@ def test_the_error_of_an_unreachable_budget_says_what_is_reachable(folder, polic
     assert len(anchors_of(schedule)) == count
 
 
-@pytest.mark.parametrize(
-    ("policy", "knobs", "found"),
-    [
-        ("soda", {"colour": 1}, "'colour'; it has anchors, uas, segment, metric, scale"),
-        ("fora", {"uas": "none"}, "'uas'; it has anchors"),
-        ("soda", {"uas": "loud"}, "'loud'; expected one of priced, paper, none"),
-        ("soda", {"segment": "mean"}, "'mean'; expected one of sum, endpoint"),
-        ("soda", {"metric": "l3"}, "'l3'; expected one of cos, l1, l2"),
-        ("soda", {"anchors": 2}, "3 to 5 full steps meet a budget of 2x."),
-        ("soda", {"anchors": 6}, "3 to 5 full steps meet a budget of 2x."),
-        ("soda", {"anchors": -1}, "Knob anchors is -1; expected at least 0"),
-        ("fora", {"anchors": 6}, "Knob anchors is 6; 1 to 5 full steps meet a budget of 2x."),
-        ("fora", {"anchors": -1}, "anchors"),
-        ("fora", {"anchors": 13}, "1 to 5 full steps"),
-    ],
-    ids=str,
-)
-def test_wrong_knobs(folder, policy, knobs, found):
-    with pytest.raises(BudgetError) as caught:
-        compile_schedule(folder, 2.0, policy, knobs=knobs)
-    assert found in str(caught.value)
-
-
-def test_knobs_may_be_text(folder):
-    """As they come from --knob name=value."""
-    typed = compile_schedule(folder, 2.0, knobs={"anchors": "4", "scale": "0.5", "uas": "paper"})
-    assert typed.digest() == compile_schedule(folder, 2.0, knobs={"anchors": 4, "scale": 0.5, "uas": "paper"}).digest()
-
-
 def test_unknown_policies(folder):
     with pytest.raises(BudgetError, match="soda, fora"):
         compile_schedule(folder, 2.0, "sodda")
@@ -468,25 +362,11 @@ def test_another_cost_table_makes_another_schedule(folder, tmp_path):
     assert schedule.predicted["unit"] == "ms"
     assert len(anchors_of(schedule)) == 7  # 24 + 12 · 200 + 140 k <= 4104 / 1.2
     assert len(anchors_of(compile_schedule(folder, 1.2, "fora"))) == 9
-
-
-def test_the_error_of_a_budget_in_ms_says_if_flops_would_allow_it(folder, tmp_path):
-    cost = load_cost(folder / "cost.flops.json")
-    step = replace(cost.transformers["t"].step, all_cached=200.0)
-    dear: CostModel = replace(cost, unit="ms", transformers={"t": replace(cost.transformers["t"], step=step)})
-    save_cost(dear, tmp_path / "cost.json")
-    with pytest.raises(
-        BudgetError, match="FLOPs alone would allow it: on this device a step that reuses everything takes 202 ms"
-    ):
+    hint = "FLOPs alone would allow it: on this device a step that reuses everything takes 202 ms"
+    with pytest.raises(BudgetError, match=hint):
         compile_schedule(folder, 2.0, "fora", cost=tmp_path / "cost.json")
-    with pytest.raises(BudgetError) as refused:
+    with pytest.raises(BudgetError, match=r"less\.$"):
         compile_schedule(folder, 1000.0, "fora", cost=tmp_path / "cost.json")
-    assert "FLOPs alone" not in str(refused.value)
-
-
-def test_a_missing_cost_table(folder):
-    with pytest.raises(FormatError, match="no such file"):
-        compile_schedule(folder, 2.0, cost=folder / "none.json")
 
 
 QUICK = {"uas": "none"}  # reads all the same, and bisects nothing
@@ -520,26 +400,19 @@ def with_type(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
         pytest.param("caching", with_value("cos_mean", 5, math.inf), id="caching: infinity"),
         pytest.param("caching", with_value("cos_mean", 5, None), id="caching: no value"),
         pytest.param("caching", with_value("step", 5, None), id="caching: no step"),
-        pytest.param("caching", with_value("module", 5, None), id="caching: no module"),
         pytest.param("caching", with_value("module", 5, "attn9"), id="caching: unknown site"),
         pytest.param("caching", with_value("step", 5, STEPS), id="caching: step too late"),
         pytest.param("caching", with_value("step", 5, -1), id="caching: step below 0"),
         pytest.param("caching", with_value("age", 5, LONGEST), id="caching: age too high"),
         pytest.param("caching", lambda t: t.drop_columns(["cos_std"]), id="caching: no cos_std"),
-        pytest.param("caching", lambda t: t.drop_columns(["cos_mean"]), id="caching: no cos_mean"),
         pytest.param("caching", lambda t: t.append_column("extra", t["n"]), id="caching: extra column"),
         pytest.param("caching", lambda t: t.select(t.column_names[::-1]), id="caching: other order"),
         pytest.param("caching", lambda t: t.slice(0, t.num_rows - 1), id="caching: last row missing"),
         pytest.param("caching", lambda t: t.slice(0, 0), id="caching: no rows"),
         pytest.param("caching", with_type("cos_mean", pa.string()), id="caching: text for errors"),
-        pytest.param("caching", with_type("step", pa.string()), id="caching: text for steps"),
-        pytest.param("pruning", with_value("mean", 8, math.nan), id="pruning: nan"),
         pytest.param("pruning", with_value("prune_rate", 8, math.nan), id="pruning: nan rate"),
         pytest.param("pruning", with_value("prune_rate", 8, 0.3), id="pruning: rate of its own"),
-        pytest.param("pruning", lambda t: t.drop_columns(["ranking"]), id="pruning: no ranking"),
-        pytest.param("pruning", lambda t: t.append_column("extra", t["n"]), id="pruning: extra column"),
         pytest.param("pruning", lambda t: t.slice(0, t.num_rows - 1), id="pruning: last row missing"),
-        pytest.param("pruning", with_type("mean", pa.string()), id="pruning: text for errors"),
     ],
 )
 def test_broken_tables(folder, table, change):
@@ -561,14 +434,8 @@ def test_truncated_tables(folder, table, share):
     path.write_bytes(content[: int(len(content) * share)])
     with pytest.raises(FormatError, match="not readable as Parquet"):
         compile_schedule(folder, 2.0)
-
-
-def test_a_table_with_damaged_pages(folder):
-    path = folder / "caching.parquet"
-    content = bytearray(path.read_bytes())
-    content[4 : len(content) // 2] = b"\xff" * (len(content) // 2 - 4)
-    path.write_bytes(content)
-    with pytest.raises(FormatError):
+    path.write_bytes(content[:4] + b"\xff" * (len(content) // 2 - 4) + content[len(content) // 2 :])
+    with pytest.raises(FormatError):  # damaged pages
         compile_schedule(folder, 2.0)
 
 
@@ -599,14 +466,10 @@ def test_missing_manifest_and_folder(folder, tmp_path):
         ("tables", {"sites": 1, "caching": 2, "pruning": 1}, "table caching has version 2"),
         ("tables", {"sites": 1, "caching": 1}, "table pruning has version None"),
         ("tables", {"sites": 1, "caching": True, "pruning": 1}, "Expected `int`, got `bool` - at `$.tables"),
-        ("tables", ["caching"], "Expected `object`, got `array` - at `$.tables`"),
         ("max_interval", 1, "Expected `int` >= 2 - at `$.max_interval`"),
-        ("max_interval", "5", "Expected `int`, got `str` - at `$.max_interval`"),
         ("max_interval", 2, "outside the profile"),
         ("max_interval", 6, "rows are missing at age 5"),
         ("samples", 0, "Expected `int` >= 1 - at `$.samples`"),
-        ("samples", True, "Expected `int`, got `bool` - at `$.samples`"),
-        ("seed", None, "Expected `int`, got `null` - at `$.seed`"),
         ("colour", 1, "unknown field `colour`"),
     ],
 )
@@ -621,7 +484,7 @@ def test_broken_manifests(folder, key, value, found):
 def test_later_tables_and_other_files_are_ignored(folder):
     before = compile_schedule(folder, 2.0)
     (folder / "later.parquet").write_bytes(b"of a later release")
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.txt").write_text("of a user")
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"tables": manifest["tables"] | {"later": 3}}))
@@ -642,17 +505,3 @@ def test_profile_digest_is_of_the_request_and_the_tables(folder, make_profile, r
     assert load_profile(make_profile(random_errors, name="again")).digest() == digest
     random_errors[5, 2, 3] += 0.01
     assert load_profile(make_profile(random_errors, name="other")).digest() != digest
-
-
-@pytest.mark.parametrize("name", ["model.json", "sampler.json", "cost.flops.json"])
-@pytest.mark.parametrize("value", [None, [], {}, "x", 3])
-def test_broken_json_parts(folder, name, value):
-    """The whole file, and each value at its top, of another type."""
-    path = folder / name
-    good = json.loads(path.read_text())
-    for broken in [value, *(good | {key: value} for key in good)]:
-        path.write_text(json.dumps(broken))
-        try:
-            compile_schedule(folder, 2.0, knobs=QUICK)
-        except SodaprofError:
-            continue

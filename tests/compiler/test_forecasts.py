@@ -22,14 +22,11 @@ from sodaprof.compiler.forecasts import (
     sources_of,
     taylor,
 )
-from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, UnsupportedModelError
 from sodaprof.formats.cost import load_cost
-from sodaprof.formats.profile import load_profile
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Schedule, Update
-from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.runtime.hooks.cells import dropped_at, last_uses
 from tests.compiler.trajectories import (
     error_in,
@@ -71,11 +68,6 @@ def test_fitted_weights_are_those_of_least_squares_with_a_pull_towards_reuse(cou
         assert weights[site, :, 0] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_pull_leads_to_reuse():
-    weights = ridge(1e9)(products(wandering(3, 8)), np.array([5, 4, 2]), np.array([6, 7]))
-    assert weights == pytest.approx(np.broadcast_to(np.array([1.0, 0, 0])[:, None], (3, 3, 2)), abs=1e-6)
-
-
 def test_an_output_that_is_all_zeros_is_reused_without_error():
     table, sources, targets = products(np.zeros((1, 1, 6, 4))), np.array([3, 1]), np.array([4, 5])
     weights = ridge(1e-4)(table, sources, targets)
@@ -107,16 +99,6 @@ def test_three_sources_are_exact_on_what_is_quadratic_in_time():
     assert forecast_error(table, sources[:2], targets, two).min() > 1e-2
 
 
-def test_the_published_second_order_is_late_on_a_quadratic():
-    """On t² with anchors d apart, x steps ahead: (a + x)² − x · d, for a backward difference is the slope half a gap ago."""
-    apart, newest = 3, 7
-    sources = np.array([newest, newest - apart, newest - 2 * apart])
-    for ahead in (1, 2, 4):
-        weights = taylor("published")(np.zeros((1, 0, 0)), sources, np.array([newest + ahead]))[0, :, 0]
-        assert weights @ sources.astype(float) ** 2 == pytest.approx((newest + ahead) ** 2 - ahead * apart, abs=1e-3)
-        assert weights @ sources.astype(float) == pytest.approx(newest + ahead, abs=1e-3)
-
-
 def test_differences_are_over_the_distance_of_the_anchors():
     """Of steps 9, 8 and 4: Δ¹ = Y9 − Y8, Δ² = (Δ¹ − (Y8 − Y4) / 4) / 1, published; two steps ahead Y + 2 Δ¹ + 2 Δ²."""
     weights = taylor("published")(np.zeros((1, 0, 0)), np.array([9, 8, 4]), np.array([11]))[0, :, 0]
@@ -141,10 +123,11 @@ def test_errors_equal_those_of_the_vectors(count):
 # ---- full steps ----------------------------------------------------------------------------------------------------------
 
 
-def placements(steps: int, count: int, longest: int) -> Iterator[list[int]]:
-    for others in combinations(range(1, steps), count - 1):
-        anchors = [0, *others]
-        if np.diff([*anchors, steps]).max() <= longest:
+def placements(count: int, first: int) -> Iterator[list[int]]:
+    """Yields all placements of `count` full steps whose intervals the profile measured, the first `first` steps full."""
+    for others in combinations(range(first, STEPS), max(count - first, 0)):
+        anchors = [*range(first), *others]
+        if np.diff([*anchors, STEPS]).max() <= LONGEST:
             yield anchors
 
 
@@ -158,7 +141,7 @@ class Prices:
         self.cells: dict[tuple[int, tuple[int, ...]], float] = {}
 
     def sources(self, anchors: list[int]) -> dict[int, tuple[int, ...]]:
-        return sources_of(anchors, range(self.values.shape[2]), self.history, self.known)
+        return sources_of(anchors, [range(self.values.shape[2])], self.history, self.known)
 
     def __call__(self, anchors: list[int]) -> float:
         return sum(self.cell(step, sources) for step, sources in self.sources(anchors).items())
@@ -190,13 +173,6 @@ def test_segments_are_the_errors_of_the_vectors(history, band, power, others, se
         assert found == math.inf
 
 
-def test_a_limit_on_full_steps_changes_no_placement():
-    segment = segment_costs(products(wandering(1, 10)), 2, 4, ridge(1e-4))
-    few, all_ = place_full_steps(segment, 4), place_full_steps(segment)
-    assert set(few) == {3, 4}
-    assert few == {count: all_[count] for count in few}
-
-
 def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
     table, asked = products(wandering(5, 12), 9), []
 
@@ -212,129 +188,65 @@ def test_sites_that_are_weighed_in_pieces_count_as_in_one(monkeypatch):
     assert {1, 2} < set(asked)
 
 
-def test_full_steps_placed_for_reuse_forecast_worse():
-    """Than those placed for the weights that they have."""
-    values = wandering(3, 14, seed=4)
-    table, weigh = products(values), ridge(1e-4)
-    price = Prices(values, 2, weigh, 13)
-    for_reuse = place_full_steps(segment_costs(table, 1, 8, weigh))
-    known = place_full_steps(segment_costs(table, 2, 8, weigh))
-    assert all(price(known[n][0]) <= price(for_reuse[n][0]) * (1 + 1e-6) for n in range(3, 12))
-    assert sum(price(known[n][0]) for n in range(3, 12)) < 0.9 * sum(price(for_reuse[n][0]) for n in range(3, 12))
-
-
 # ---- policies ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def values(monkeypatch) -> np.ndarray:
-    """Outputs of the sites [G, S, T, D], whose inner products every profile now holds; the stack's are those of site 0."""
-    made = wandering(SITES, STEPS, seed=3)
-    table = products(made, STEPS)
-    known_products(monkeypatch, {"t": table}, {"t": {"output": table[0], "drift": table[1]}})
-    return made
-
-
-@pytest.mark.parametrize("history", [1, 2, 3, 4])
-@pytest.mark.parametrize("budget", [1.0, 1.3, 2.0, 3.0])
-def test_forecast_meets_the_budget_with_the_least_error(random_profile, values, tmp_path, budget, history):
-    schedule = compile_schedule(random_profile, budget, "forecast", knobs={"K": history})
-    cost = load_cost(random_profile / "cost.flops.json")
-    plan = schedule.transformers["t"]
-    anchors = plan.anchors()
-    assert cost.speedup(schedule) >= budget * (1 - 1e-9)
-    assert schedule.predicted["cost"] == pytest.approx(cost.schedule(schedule))
-    assert list(plan.rows.values()) == ["".join("C" if t in anchors else "F" for t in range(STEPS))] * SITES
-    assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", values), rel=1e-6)
-    # of each number of anchors the best: an anchor costs 340, a forecast step 20 + 4 · (1 + sources), the loop 2
-    price = Prices(values, history, ridge(1e-4), STEPS, 2.0)
-    bests = [min(placements(STEPS, count, LONGEST), key=price) for count in range(3, STEPS + 1)]
-    idle = lambda a: sum(20 + 4 * (1 + len(sources)) for sources in price.sources(a).values())  # noqa: E731
-    best = min(price(a) for a in bests if 24 + 340 * len(a) + idle(a) <= 4104 / budget)
-    assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
-    schedule.save(tmp_path / "s.json")
-    assert load_schedule(tmp_path / "s.json").transformers == schedule.transformers
-
-
-@pytest.mark.parametrize("form", ["drift", "output"])
-@pytest.mark.parametrize("budget", [1.5, 2.5, 3.5])
-def test_drift_meets_the_budget_with_the_least_error(random_profile, values, form, budget):
-    """A skipped step costs 6 + sources."""
-    schedule = compile_schedule(random_profile, budget, "drift", knobs={"K": 2, "form": form})
-    cost, plan = load_cost(random_profile / "cost.flops.json"), schedule.transformers["t"]
-    stack = values[:, [0 if form == "output" else 1]]
-    anchors = plan.anchors()
-    assert cost.speedup(schedule) >= budget
-    assert plan.stack == "".join("." if t in anchors else "S" for t in range(STEPS))
-    assert set(plan.rows.values()) == {plan.stack.replace(".", "C").replace("S", "-")}
-    assert {cell.form for cell in plan.stack_forecasts} == {form}
-    assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", stack), rel=1e-6)
-    price = Prices(stack, 2, ridge(1e-4), STEPS, 2.0)
-    bests = [min(placements(STEPS, count, LONGEST), key=price) for count in range(3, STEPS)]
-    idle = lambda a: sum(6 + len(sources) for sources in price.sources(a).values())  # noqa: E731
-    best = min(price(a) for a in bests if 24 + 340 * len(a) + idle(a) <= 4104 / budget)
-    assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
-
-
-@pytest.mark.parametrize(("policy", "budget"), [("forecast", 1.5), ("drift", 2.0)])
-def test_first_steps_may_be_full_in_any_case(random_profile, values, policy, budget):
-    free = compile_schedule(random_profile, budget, policy)
-    bound = compile_schedule(random_profile, budget, policy, knobs={"first": 4})
-    assert bound.anchors()[:4] == (0, 1, 2, 3)
-    assert free.anchors()[:4] != (0, 1, 2, 3)
-    assert bound.predicted["error"] > free.predicted["error"]
-
-
-def test_more_sources_predict_less_error(random_profile, values):
-    errors = [
-        compile_schedule(random_profile, 2, "forecast", knobs={"K": k, "anchors": 5}).predicted["error"]
-        for k in (1, 2, 3)
-    ]
-    assert errors[0] > errors[1] > errors[2]
-
-
-@pytest.mark.parametrize("degree", [1, 2])
-def test_polynomials_are_forecast_without_error(random_profile, monkeypatch, degree):
-    """Except at the first steps, which have fewer full steps before them."""
-    made = polynomial(degree, SITES, STEPS)
-    known_products(monkeypatch, {"t": products(made)})
-    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree + 1, "ridge": 1e-12})
-    assert schedule.anchors()[: degree + 1] == tuple(range(degree + 1))
-    assert len(schedule.anchors()) < STEPS - 4
-    assert schedule.predicted["error"] < 1e-6
-    fewer = compile_schedule(random_profile, 2.0, "forecast", knobs={"K": degree, "ridge": 1e-12})
-    assert fewer.predicted["error"] > 1e3 * schedule.predicted["error"]
-
-
-def test_the_number_of_full_steps_may_be_given(random_profile, values):
-    schedule = compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 4})
-    assert len(schedule.anchors()) == 4 == schedule.policy["knobs"]["anchors"]
-    with pytest.raises(BudgetError, match=r"Knob anchors is 9; 3 to 5 full steps meet a budget of 2x\."):
-        compile_schedule(random_profile, 2.0, "forecast", knobs={"anchors": 9})
-
-
 @pytest.mark.parametrize(
-    ("policy", "knobs", "message"),
+    ("policy", "knobs", "history", "weigh", "first"),
     [
-        ("forecast", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
-        ("forecast", {"K": 0}, "Knob K is 0"),
-        ("forecast", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
-        ("forecast", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
-        ("forecast", {"power": -1}, "Knob power is -1"),
-        ("drift", {"form": "velocity"}, "expected one of drift, output"),
-        ("drift", {"N": 3}, "no knob 'N'"),
+        *[("forecast", {"K": k}, k, ridge(1e-4), 1) for k in (1, 2, 3, 4)],
+        *[("drift", {"K": 2, "form": form}, 2, ridge(1e-4), 1) for form in ("drift", "output")],
+        ("forecast", {"first": 3}, 2, ridge(1e-4), 3),
+        ("drift", {"first": 3, "K": 1, "form": "drift"}, 1, ridge(1e-4), 3),
+        *[("dpcache", {"first": first}, 2, taylor("published"), first) for first in (1, 3)],
+        *[
+            ("taylor", {"placement": "dp", "order": order, "formula": formula}, order + 1, taylor(formula), order + 1)
+            for order in (1, 2)
+            for formula in ("published", "lagrange")
+        ],
     ],
+    ids=lambda value: str(value) if isinstance(value, str | dict) else None,
 )
-def test_wrong_knobs(random_profile, values, policy, knobs, message):
-    with pytest.raises(BudgetError, match=message):
-        compile_schedule(random_profile, 2.0, policy, knobs=knobs)
+def test_the_budget_is_met_with_the_least_error(random_profile, values, policy, knobs, history, weigh, first):
+    """Of all placements; a full step costs 340, a forecast one 20 + 4 · (1 + sources), a skipped one 6 + sources, the loop 2."""
+    cost, form = load_cost(random_profile / "cost.flops.json"), knobs.get("form", "output")
+    of_sites = policy in ("forecast", "taylor")
+    outputs = values if of_sites else values[:, [0 if form == "output" else 1]]
+    price = Prices(outputs, history, weigh, STEPS, 2.0 if policy in ("forecast", "drift") else 1.0)
+
+    def cost_of(anchors: list[int]) -> float:
+        others = sum(24 + 4 * len(s) if of_sites else 6 + len(s) for s in price.sources(anchors).values())
+        return 24 + 340 * len(anchors) + others
+
+    bests = [min(placements(n, first), key=price, default=None) for n in range(first, STEPS + 1)]
+    for budget in (1.0, 1.3, 2.0, 2.4):
+        schedule = compile_schedule(random_profile, budget, policy, knobs=knobs)
+        plan = schedule.transformers["t"]
+        anchors = plan.anchors()
+        assert cost.speedup(schedule) >= budget * (1 - 1e-9)
+        assert schedule.predicted["cost"] == pytest.approx(cost.schedule(schedule)) == cost_of(anchors)
+        assert schedule.predicted["error"] == pytest.approx(error_in(schedule, "t", outputs), rel=1e-6)
+        best = min(price(a) for a in bests if a and cost_of(a) <= 4104 / budget)
+        assert schedule.predicted["error"] == pytest.approx(best, rel=1e-6)
+        other = "F" if of_sites else "-"
+        assert list(plan.rows.values()) == ["".join("C" if t in anchors else other for t in range(STEPS))] * SITES
+        assert plan.stack == "".join("." if of_sites or t in anchors else "S" for t in range(STEPS))
+        assert {cell.form for cell in plan.stack_forecasts} <= {form}
 
 
-@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache"])
+@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "smoothcache"])
 def test_unreachable_budgets(random_profile, values, policy):
-    """Anchors are at most 5 steps apart, so there are at least 3 of 12."""
-    with pytest.raises(BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can"):
+    """Full steps are at most 5 apart, so there are at least 3 of 12."""
+    with pytest.raises(
+        BudgetError, match=r"A budget of 4x cannot be met: at most 3\.\d+x \(flops\) can.*--max-interval 6"
+    ):
         compile_schedule(random_profile, 4.0, policy, knobs={"first": 1} if policy == "dpcache" else {})
+
+
+def test_products_that_reach_no_other_step(random_profile, monkeypatch):
+    known_products(monkeypatch, {"t": products(wandering(SITES, STEPS), 0)}, {})
+    with pytest.raises(BudgetError, match="No full steps at most 5 apart have forecasts"):
+        compile_schedule(random_profile, 2.0, "forecast")
 
 
 @pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache"])
@@ -343,17 +255,9 @@ def test_a_profile_without_inner_products(random_profile, policy):
         compile_schedule(random_profile, 2.0, policy)
 
 
-@pytest.mark.parametrize("policy", ["forecast", "drift", "dpcache", "magcache", "smoothcache"])
-def test_an_inspection_without_tables(make_profile, random_errors, policy):
-    folder = make_profile(random_errors)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(BudgetError, match=f"Policy {policy} needs a profile"):
-        compile_schedule(folder, 2.0, policy)
-
-
 @pytest.mark.parametrize("policy", ["drift", "dpcache", "magcache"])
 def test_stacks_that_return_several_tensors(random_profile, monkeypatch, policy):
-    known_products(monkeypatch, stacks={})
+    known_products(monkeypatch, {}, {})
     with pytest.raises(UnsupportedModelError, match="no products of the stack of t"):
         compile_schedule(random_profile, 2.0, policy)
 
@@ -458,7 +362,3 @@ def test_a_limit_on_the_caches(random_profile, values):
     assert order.policy["knobs"]["order"] == 1
     with pytest.raises(BudgetError, match="--max-cache"):
         compile_schedule(random_profile, 2.0, "soda", max_cache=1)
-
-
-def test_the_reference_of_a_profile_is_kept(random_profile, values):
-    assert compile_schedule(random_profile, 2.0, "forecast").profile == load_profile(random_profile).reference()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sodaprof.compiler.placement import ages_since, place_full_steps, reuse_segment_costs
+from sodaprof.compiler.placement import place_full_steps, reuse_segment_costs
 from tests.compiler.trajectories import segment_error
 
 
@@ -29,13 +29,13 @@ def test_each_number_of_full_steps_has_the_best_of_all_placements(steps, longest
             anchors, error = found[count]
             assert len(anchors) == count
             assert error == best == segment_error(segment, anchors)
+    assert place_full_steps(segment, most=3) == {count: one for count, one in found.items() if count <= 3}
 
 
 def test_counts_run_from_the_longest_segments_to_every_step():
     found = place_full_steps(np.ones((9, 5)))  # n_max = 4
     assert list(found) == [3, 4, 5, 6, 7, 8, 9]
     assert found[9] == (list(range(9)), 9.0)
-    assert list(place_full_steps(np.ones((9, 5)), most=4)) == [3, 4]
 
 
 def test_nothing_is_read_beyond_the_last_step():
@@ -48,41 +48,18 @@ def test_nothing_is_read_beyond_the_last_step():
     assert place_full_steps(poisoned) == place_full_steps(segment)
 
 
-def test_the_step_whose_reuse_is_expensive_is_full():
-    """Reuse costs nothing except across step 5: with two anchors, 5 is one of them."""
-    error = np.zeros((8, 8))
-    error[5, 1:] = 1.0
-    anchors, cost = place_full_steps(reuse_segment_costs(error))[2]
-    assert (anchors, cost) == ([0, 5], 0.0)
-
-
-def test_segment_costs_by_hand():
-    error = np.array([[9, 9, 9], [9, 1, 9], [9, 10, 100], [9, 1000, 10000]], dtype=float)  # [T = 4, ages 0..2]
-    summed = reuse_segment_costs(error)
-    assert summed.shape == (4, 4)
-    assert summed[:, :2].tolist() == [[0, 0]] * 4  # a full step alone serves nothing
-    assert summed[:3, 2].tolist() == [1, 10, 1000]  # age 1 at step t + 1
-    assert summed[:2, 3].tolist() == [1 + 100, 10 + 10000]  # and age 2 at step t + 2
-    last = reuse_segment_costs(error, last_only=True)
-    assert last[:3, 2].tolist() == [1, 10, 1000]
-    assert last[:2, 3].tolist() == [100, 10000]
-
-
-def test_segment_costs_against_the_definition():
+def test_segment_costs_are_sums_of_the_errors_of_reuse_or_the_last_one():
     rng = np.random.default_rng(2)
     error = rng.random((11, 6))
     summed, last = reuse_segment_costs(error), reuse_segment_costs(error, last_only=True)
+    assert summed.shape == last.shape == (11, 7)
+    assert (summed[:, :2] == 0).all()  # a full step alone serves nothing
     for t in range(11):
         for n in range(2, 7):
             if t + n <= 11:
                 served = [error[t + j, j] for j in range(1, n)]
                 assert summed[t, n] == pytest.approx(sum(served))
                 assert last[t, n] == served[-1]
-
-
-def test_ages_since():
-    assert ages_since([0, 3, 4, 7], 9).tolist() == [0, 1, 2, 0, 0, 1, 2, 0, 1]
-    assert ages_since([0], 4).tolist() == [0, 1, 2, 3]
 
 
 def test_all_counts_of_250_steps_take_less_than_a_second_of_cpu_time():

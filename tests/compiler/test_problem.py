@@ -17,6 +17,7 @@ from sodaprof.compiler.problem import Problem, bisect, draw_schedule, draw_steps
 from sodaprof.errors import BudgetError
 from sodaprof.formats.schedule import Forecast
 from sodaprof.formats.schedule_file import load_schedule
+from sodaprof.formats.tables import TABLES
 from tests.conftest import build_cost, build_model, build_sampler
 from tests.studies.policies_page import knobs_table, policies_table
 
@@ -54,11 +55,12 @@ def test_whole_steps_cost_what_the_schedule_of_them_costs(drawn):
     assert problem.meets(steps) == (problem.cost.speedup(schedule) >= problem.budget * (1 - 1e-9))
 
 
-@given(st.integers(-1000, 1000), st.integers(1, 1000), st.integers(0, 1000))
+@given(st.floats(0.1, 1000), st.floats(0, 1))
 @settings(derandomize=True, max_examples=60, deadline=None)
-def test_the_bisection_finds_the_smallest_whole_number(low, more, beyond):
-    smallest = low + more
-    assert bisect(lambda n: n >= smallest, low, smallest + beyond, absolute=1) == smallest
+def test_the_bisection_finds_the_smallest_value_that_meets(high, share):
+    smallest = share * high
+    found = bisect(lambda value: value >= smallest, 0.0, high, absolute=1e-6)
+    assert smallest <= found <= smallest + 1e-6
 
 
 def test_the_smallest_threshold(make_model, make_cost, make_sampler):
@@ -118,7 +120,56 @@ def test_wrong_knobs_are_one_error(name, value, message):
     assert str(caught.value) == message
 
 
+@pytest.mark.parametrize(
+    ("policy", "knobs", "found"),
+    [
+        ("soda", {"colour": 1}, "'colour'; it has anchors, uas, segment, metric, scale"),
+        ("soda", {"uas": "loud"}, "'loud'; expected one of priced, paper, none"),
+        ("soda", {"segment": "mean"}, "'mean'; expected one of sum, endpoint"),
+        ("soda", {"metric": "l3"}, "'l3'; expected one of cos, l1, l2"),
+        ("soda", {"anchors": 2}, "3 to 5 full steps meet a budget of 2x. Full steps are at most 5 apart, the longest"),
+        ("soda", {"anchors": 6}, "Knob anchors is 6; 3 to 5 full steps meet a budget of 2x."),
+        ("fora", {"anchors": -1}, "Knob anchors is -1; expected at least 0"),
+        ("fora", {"anchors": 13}, "Knob anchors is 13; 1 to 5 full steps meet a budget of 2x."),
+        ("forecast", {"K": 5}, "Knob K is 5; expected one of 1, 2, 3, 4"),
+        ("forecast", {"ridge": 0}, "Knob ridge is 0; expected a number above 0"),
+        ("forecast", {"metric": "cos"}, "Knob metric is 'cos'; expected one of l2, absolute"),
+        ("forecast", {"power": -1}, "Knob power is -1"),
+        ("forecast", {"anchors": 9}, "Knob anchors is 9; 3 to 5 full steps meet a budget of 2x."),
+        ("drift", {"form": "velocity"}, "expected one of drift, output"),
+        ("taylor", {"order": 3}, "Knob order is 3; expected one of 1, 2"),
+        ("taylor", {"placement": "random"}, "expected one of even, dp"),
+        ("taylor", {"formula": "hermite"}, "expected one of published, lagrange"),
+        ("taylor", {"N": 0.5}, "Knob N is 0.5; expected at least 1"),
+        ("taylor", {"N": 3, "placement": "dp"}, "read by placement=even alone"),
+        ("taylor", {"N": 2}, "the budget is 2x. Leave out --knob N to have it chosen"),
+    ],
+    ids=str,
+)
+def test_wrong_knobs_of_policies(random_profile, values, policy, knobs, found):
+    with pytest.raises(BudgetError) as caught:
+        compile_schedule(random_profile, 2.0, policy, knobs=knobs)
+    assert found in str(caught.value)
+
+
 # ---- the registry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.released])
+def test_an_inspection_is_enough_for_policies_that_read_no_tables(make_profile, random_errors, name):
+    folder = make_profile(random_errors)
+    for file in ("manifest.json", *(f"{table}.parquet" for table in TABLES)):
+        (folder / file).unlink()
+    if not POLICIES[name].reads.startswith("none"):
+        with pytest.raises(BudgetError, match=rf"{name} needs a profile .* Measure them: sodaprof profile MODEL"):
+            compile_schedule(folder, 2.0, name)
+        return
+    schedule = compile_schedule(folder, 2.0, name)
+    assert schedule.profile is None
+    assert schedule.predicted["speedup"] >= 2
+    if name == "taylor":
+        with pytest.raises(BudgetError, match="taylor with placement=dp needs a profile"):
+            compile_schedule(folder, 2, name, knobs={"placement": "dp"})
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -5,21 +5,20 @@ Counters `s` and FLOP rules are those of the published code; DiT's counter runs 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
-from sodaprof import load_schedule
 from sodaprof.compiler.knobs import read_knobs
 from sodaprof.compiler.policies import POLICIES
-from sodaprof.compiler.policies.toca import FAMILIES, RATIOS, ToCaKnobs, compile_toca
+from sodaprof.compiler.policies.toca import ToCaKnobs, compile_toca
 from sodaprof.compiler.problem import Problem
 from sodaprof.errors import BudgetError, MismatchError, UnsupportedModelError
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Plan, Schedule
 from sodaprof.formats.sites import Guidance, Model, Site, Transformer
+from tests.conftest import build_cost, build_model, build_sampler
 
 LAYERS, WIDTH = 28, 1152
 COMPILE = ("toca", "duca")
@@ -30,6 +29,7 @@ MODULES = {
 }
 OPENSORA_TOKENS = 15 * 1600  # 51 frames of 480p: 15 latent frames of 30 x 53 tokens or so
 DDIM_FULL = [49, 44, 40, 36, 30, 27, 24, 21, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0]
+DDIM_ONCE = sorted([*DDIM_FULL, 45, 32], reverse=True)  # both mixed steps are full
 DUCA_SKIPPED = [47, 42, 38, 34, 29, 26, 23, 20]
 DDPM_FULL = [
     249,
@@ -41,85 +41,55 @@ DDPM_FULL = [
 ]
 
 
-@pytest.fixture
-def dit(make_model) -> Callable[..., Model]:
-    """A function (layers, tokens) -> a model of DiT-XL/2's shapes."""
-
-    def make(layers: int = LAYERS, tokens: int = 256) -> Model:
-        model = make_model(layers=layers, tokens=tokens)
-        sites = tuple(replace(site, width=WIDTH) for site in model.transformers["t"].sites)
-        fingerprint = model.transformers["t"].fingerprint | {"heads": 16, "head_width": 72}
-        return replace(model, transformers={"t": Transformer("DiTTransformer2DModel", fingerprint, sites)})
-
-    return make
+def dit(layers: int = LAYERS, tokens: int = 256) -> Model:
+    """Returns a model of DiT-XL/2's shapes."""
+    model = build_model(layers=layers, tokens=tokens)
+    sites = tuple(replace(site, width=WIDTH) for site in model.transformers["t"].sites)
+    fingerprint = model.transformers["t"].fingerprint | {"heads": 16, "head_width": 72}
+    return replace(model, transformers={"t": Transformer("DiTTransformer2DModel", fingerprint, sites)})
 
 
-def with_text(class_name: str, tokens: int, layers: int = LAYERS) -> Model:
+def with_text(class_name: str, tokens: int) -> Model:
     """Returns a model with cross-attention; STDiT3 runs a spatial and a temporal block by turns."""
     stacks, modules = STACKS[class_name], MODULES[class_name]
     sites = tuple(
         Site(stack, layer, module, kind, tokens, WIDTH, True)
-        for layer in range(layers)
+        for layer in range(LAYERS)
         for stack in stacks
         for module, kind in modules
     )
-    fingerprint = {
-        "layers": layers,
-        "tokens": {f"{stack}.{module}": tokens for stack in stacks for module, _ in modules},
-        "kinds": {f"{stack}.{module}": kind for stack in stacks for module, kind in modules},
-    }
+    kinds = {f"{stack}.{module}": kind for stack in stacks for module, kind in modules}
+    fingerprint = {"layers": LAYERS, "tokens": dict.fromkeys(kinds, tokens), "kinds": kinds}
     shape = {"latent": [4, 32, 32], "tokens": tokens, "batch_profiled": 1, "dtype": "float32"}
     return Model("text", "TextPipeline", {"t": Transformer(class_name, fingerprint, sites)}, shape)
 
 
-@pytest.fixture
-def pixart() -> Model:
-    return with_text("PixArtTransformer2DModel", 256)
+DIT, SMALL = dit(), dit(layers=4)
+PIXART, OPENSORA = with_text("PixArtTransformer2DModel", 256), with_text("STDiT3", OPENSORA_TOKENS)
 
 
-@pytest.fixture
-def opensora() -> Model:
-    return with_text("STDiT3", OPENSORA_TOKENS)
-
-
-@pytest.fixture
-def draw(make_sampler, make_cost) -> Callable[..., Schedule]:
-    """A function (policy, model, steps, budget, **knobs) -> a legal schedule."""
-
-    def make(policy: str, model: Model, steps: int, budget: float = 0, **knobs: Any) -> Schedule:
-        chosen, problem = POLICIES[policy], Problem(model, make_sampler(steps), make_cost(model), budget)
-        schedule = chosen.compile(problem, read_knobs(policy, chosen.knobs, knobs))
-        verify(schedule)
-        return schedule
-
-    return make
+def draw(policy: str, model: Model, steps: int, budget: float = 0, **knobs: Any) -> Schedule:
+    """Returns a legal schedule."""
+    chosen, problem = POLICIES[policy], Problem(model, build_sampler(steps), build_cost(model), budget)
+    schedule = chosen.compile(problem, read_knobs(policy, chosen.knobs, knobs))
+    verify(schedule)
+    return schedule
 
 
 def plan_of(schedule: Schedule) -> Plan:
     return schedule.transformers["t"]
 
 
-def letter(plan: Plan, site: str, step: int) -> str:
-    """Returns F, T or A: what a site does by the published code's names."""
-    return {"C": "F", "R": "T", "P": "T", "-": "A"}[plan.rows[site][step]]
+def words(schedule: Schedule, part: int = 1) -> list[str]:
+    """Returns one word a step, one letter a layer (part 1 of a site) or module (2): F, T or A by the published names.
 
-
-def columns(schedule: Schedule) -> list[str]:
-    """Returns one word a step, one letter a layer; all sites of a layer must agree."""
-    plan, words = plan_of(schedule), []
-    by_layer: dict[int, list[str]] = {}
-    for site in plan.rows:
-        by_layer.setdefault(int(site.split(".")[1]), []).append(site)
-    for step in range(schedule.steps):
-        layers = [{letter(plan, site, step) for site in by_layer[i]} for i in sorted(by_layer)]
-        assert all(len(letters) == 1 for letters in layers)
-        words.append("".join(letters.pop() for letters in layers))
-    return words
-
-
-def countdown(schedule: Schedule, word: str) -> list[int]:
-    """Returns the values of DiT's counter at the steps of this word."""
-    return [schedule.steps - 1 - t for t, found in enumerate(columns(schedule)) if found == word]
+    All sites of a layer or module must agree.
+    """
+    rows: dict[str, str] = {}
+    for site, row in plan_of(schedule).rows.items():
+        letters = row.translate(str.maketrans("CRP-", "FTTA"))
+        assert rows.setdefault(site.split(".")[part], letters) == letters
+    return ["".join(column) for column in zip(*rows.values(), strict=True)]
 
 
 def k_at(schedule: Schedule, site: str, step: int) -> int:
@@ -133,141 +103,73 @@ MIXED, MIXED_SKIPPED = "F" + PARTIAL[1:], "F" + NONE[1:]
 # ---- step types -------------------------------------------------------------------------------------------------------
 
 
-def test_toca_ddim_50(dit, draw):
-    schedule = draw("toca", dit(), 50)
-    assert countdown(schedule, ALL) == DDIM_FULL
-    assert countdown(schedule, MIXED) == [45, 32]
-    assert countdown(schedule, PARTIAL) == sorted(set(range(50)) - {*DDIM_FULL, 45, 32}, reverse=True)
-    assert plan_of(schedule).stack == "." * 50
-    knobs = {"N": 3, "R": 0.07, "score": "attention_received", "ratio": "ddim50", "once_per_step": 0, "lambda3": 0.25}
-    assert schedule.policy == {"name": "toca", "knobs": knobs}
+@pytest.mark.parametrize(
+    ("policy", "steps", "knobs", "expected"),
+    [
+        ("toca", 50, {}, {ALL: DDIM_FULL, MIXED: [45, 32]}),
+        ("duca", 50, {}, {ALL: DDIM_FULL, MIXED: [45], MIXED_SKIPPED: [32], NONE: DUCA_SKIPPED}),
+        ("toca", 250, {}, {ALL: DDPM_FULL, MIXED: [245, 155]}),
+        ("toca", 50, {"once_per_step": 1}, {ALL: DDIM_ONCE}),
+        ("duca", 50, {"once_per_step": 1}, {ALL: DDIM_ONCE, NONE: DUCA_SKIPPED}),
+        ("duca", 1, {}, {ALL: [0]}),
+        # R = 0 is FORA with a full last step: neither band nor drift of the period
+        ("toca", 50, {"R": 0}, {ALL: [49, *range(48, -1, -3)]}),
+        ("toca", 50, {"R": 0, "N": 1}, {ALL: [*range(49, -1, -1)]}),
+        # at counter 6 the period is 2 / 0.8 = 2.5, half to even 2; in double it is 2.5000000000000004, so 3
+        ("toca", 8, {"N": 2}, {ALL: [7, 6, 4, 2, 0]}),
+    ],
+    ids=str,
+)
+def test_the_steps_of_dit_are_the_published_ones(policy, steps, knobs, expected):
+    """By the value of the counter, which runs down; all other steps are partial."""
+    found = words(draw(policy, DIT, steps, **knobs))
+    at = {word: [steps - 1 - t for t, one in enumerate(found) if one == word] for word in found}
+    assert at | {PARTIAL: None} == expected | {PARTIAL: None}
 
 
-def test_duca_ddim_50(dit, draw):
-    schedule = draw("duca", dit(), 50)
-    plan = plan_of(schedule)
-    assert countdown(schedule, ALL) == DDIM_FULL
-    assert countdown(schedule, MIXED) == [45]
-    assert countdown(schedule, MIXED_SKIPPED) == [32]
-    assert countdown(schedule, NONE) == DUCA_SKIPPED
-    skipped = sorted(49 - s for s in [*DUCA_SKIPPED, 32])
-    assert [t for t in range(50) if plan.stack[t] == "S"] == skipped
-    assert schedule.policy["knobs"]["R"] == 0.05
-
-
-def test_skipped_steps_take_the_newest_output_of_the_stack(dit, draw):
-    """Of the latest step that itself ran, whatever the period."""
-    for knobs in ({}, {"N": 7}):
-        plan = plan_of(draw("duca", dit(), 50, **knobs))
-        cells = iter(plan.stack_forecasts)
-        for t, action in enumerate(plan.stack):
-            if action == "S":
-                cell = next(cells)
-                assert (cell.sources, cell.weights, cell.form) == ((plan.stack.rindex(".", 0, t),), (1.0,), "output")
-        assert next(cells, None) is None
-    first = plan_of(draw("duca", dit(), 50)).stack_forecasts[0]
-    assert first.sources == (1,)  # counter 47 takes the output of 48
-
-
-def test_toca_ddpm_250(dit, draw):
-    schedule = draw("toca", dit(), 250)
-    assert len(DDPM_FULL) == 72
-    assert countdown(schedule, ALL) == DDPM_FULL
-    assert countdown(schedule, MIXED) == [245, 155]
-    assert set(columns(schedule)) == {ALL, MIXED, PARTIAL}
-    assert {key: schedule.policy["knobs"][key] for key in ("N", "R", "ratio")} == {
-        "N": 4,
-        "R": 0.07,
-        "ratio": "ddpm250",
-    }
-
-
-def test_pixart_toca_20(pixart, draw):
-    words = columns(draw("toca", pixart, 20))
-    assert [s for s in range(20) if words[s] == ALL] == [0, 6, 9, 12, 15, 18]
-    assert [s for s in range(20) if words[s] == MIXED] == [4]
-    assert words.count(PARTIAL) == 13
-
-
-def test_pixart_duca_20(pixart, draw):
-    words = columns(draw("duca", pixart, 20))
-    assert words == [ALL, PARTIAL, NONE] * 6 + [ALL, PARTIAL]
-
-
-def opensora_letters(schedule: Schedule) -> list[str]:
-    """Returns attn, cross_attn, mlp a step; both stacks and all layers must agree."""
-    plan = plan_of(schedule)
-    words = []
-    for t in range(schedule.steps):
-        found = [
-            {letter(plan, site, t) for site in plan.rows if site.endswith(f".{m}")}
-            for m in ("attn", "cross_attn", "mlp")
-        ]
-        assert all(len(letters) == 1 for letters in found)
-        words.append("".join(letters.pop() for letters in found))
-    return words
+@pytest.mark.parametrize(
+    ("policy", "knobs", "expected"),
+    [
+        ("toca", {}, {ALL: [0, 6, 9, 12, 15, 18], MIXED: [4]}),
+        ("duca", {}, {ALL: [*range(0, 20, 3)], NONE: [*range(2, 20, 3)]}),
+        ("toca", {"once_per_step": "1"}, {ALL: [0, 4, 6, 9, 12, 15, 18]}),
+        ("toca", {"R": 0}, {ALL: [*range(0, 20, 3)]}),
+    ],
+    ids=str,
+)
+def test_the_steps_of_pixart_are_the_published_ones(policy, knobs, expected):
+    """By the value of the counter, which is the step; all other steps are partial."""
+    found = words(draw(policy, PIXART, 20, **knobs))
+    at = {word: [t for t, one in enumerate(found) if one == word] for word in found}
+    assert at | {PARTIAL: None} == expected | {PARTIAL: None}
 
 
 @pytest.mark.parametrize(("policy", "third"), [("toca", "TTT"), ("duca", "AAA")])
-def test_opensora_30(opensora, draw, policy, third):
-    schedule = draw(policy, opensora, 30)
-    words = opensora_letters(schedule)
-    assert words[:3] == ["FFF"] * 3
-    assert words[3:] == ["FTF", "TTT", third, "FFF", "TTT", third] * 4 + ["FTF", "TTT", third]
+def test_the_steps_of_opensora_are_the_published_ones(policy, third):
+    """Letters of attn, cross_attn, mlp. N stretches the published constants 3 and 6."""
+    schedule = draw(policy, OPENSORA, 30)
+    assert words(schedule, 2)[:3] == ["FFF"] * 3
+    assert words(schedule, 2)[3:] == ["FTF", "TTT", third, "FFF", "TTT", third] * 4 + ["FTF", "TTT", third]
     assert plan_of(schedule).stack == "." * 3 + ("..S" if policy == "duca" else "...") * 9
+    stretched = words(draw(policy, OPENSORA, 12, N=4), 2)
+    assert stretched == ["FFF"] * 3 + ["TTT", "FTF", "TTT", third, "TTT", "FFF", "TTT", third, "TTT"]
 
 
-def test_opensora_sites_run_by_turns(opensora, draw):
-    sites = list(plan_of(draw("toca", opensora, 30)).rows)
-    assert sites[:4] == ["spatial_blocks.0.attn", "spatial_blocks.0.cross_attn", "spatial_blocks.0.mlp",
-                         "temporal_blocks.0.attn"]  # fmt: skip
+def test_a_step_that_skips_the_stack_takes_the_newest_output_of_a_step_that_ran():
+    """A mixed one computes layer 0 for its caches alone."""
+    for knobs in ({}, {"N": 7}):
+        plan = plan_of(draw("duca", DIT, 50, **knobs))
+        steps = [t for t, action in enumerate(plan.stack) if action == "S"]
+        for t, cell in zip(steps, plan.stack_forecasts, strict=True):
+            assert (cell.sources, cell.weights, cell.form) == ((plan.stack.rindex(".", 0, t),), (1.0,), "output")
+    plan = plan_of(draw("duca", DIT, 50))
+    assert [49 - t for t, action in enumerate(plan.stack) if action == "S"] == sorted([*DUCA_SKIPPED, 32], reverse=True)
+    assert {site for site, row in plan.rows.items() if row[49 - 32] == "C"} == {"blocks.0.attn1", "blocks.0.ff"}
 
 
-def test_opensora_other_periods(opensora, draw):
-    """N stretches the published constants 3 and 6; partial steps at odd distances, skipped ones at even."""
-    words = opensora_letters(draw("duca", opensora, 12, N=4))
-    assert words == ["FFF"] * 3 + ["TTT", "FTF", "TTT", "AAA", "TTT", "FFF", "TTT", "AAA", "TTT"]
-
-
-@pytest.mark.parametrize("policy", COMPILE)
-def test_once_per_step_has_no_mixed_steps(dit, draw, policy):
-    """The full steps of the published schedule, and both mixed ones whole."""
-    schedule = draw(policy, dit(), 50, once_per_step=1)
-    assert countdown(schedule, ALL) == sorted([*DDIM_FULL, 45, 32], reverse=True)
-    assert set(columns(schedule)) == {ALL, PARTIAL} | ({NONE} if policy == "duca" else set())
-
-
-def test_once_per_step_on_pixart(pixart, draw):
-    words = columns(draw("toca", pixart, 20, once_per_step="1"))
-    assert [s for s in range(20) if words[s] == ALL] == [0, 4, 6, 9, 12, 15, 18]
-    assert set(words) == {ALL, PARTIAL}
-
-
-def test_no_ratio_means_a_constant_period(dit, pixart, draw):
-    """R = 0 is FORA with a full last step: neither band nor drift of the period, and no token."""
-    schedule = draw("toca", dit(), 50, R=0)
-    assert countdown(schedule, ALL) == [49, *range(48, -1, -3)]
-    assert {k for ks in plan_of(schedule).k.values() for k in ks} == {0}
-    assert columns(draw("toca", dit(), 50, R=0, N=1)) == [ALL] * 50
-    assert columns(draw("toca", pixart, 20, R=0)) == ([ALL] + [PARTIAL] * 2) * 6 + [ALL, PARTIAL]
-
-
-def test_periods_round_half_to_even_in_float32(dit, draw):
-    """N = 2, T = 8: at counter 6 the period is 2 / 0.8 = 2.5, so 2; in double it is 2.5000000000000004, so 3.
-
-    With 3, counter 4 would be partial and 3 mixed.
-    """
-    schedule = draw("toca", dit(), 8, N=2)
-    assert countdown(schedule, ALL) == [7, 6, 4, 2, 0]
-    assert countdown(schedule, MIXED) == []
-
-
-def test_a_step_and_a_layer_of_one(dit, draw):
-    only = draw("duca", dit(), 1)
-    assert columns(only) == [ALL]
-    assert only.token_rule is None
-    words = columns(draw("duca", dit(layers=1), 50))
-    assert [49 - t for t in range(50) if words[t] == "F"] == sorted([*DDIM_FULL, 45, 32], reverse=True)
+def test_a_single_layer_has_no_mixed_steps():
+    found = words(draw("duca", dit(layers=1), 50))
+    assert [49 - t for t, word in enumerate(found) if word == "F"] == DDIM_ONCE
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------------
@@ -284,19 +186,20 @@ FF = "blocks.{}.ff".format
         (250, 1, (0.440, 0.252, 0.049)),
     ],
 )
-def test_dit_ratios(dit, draw, steps, counter, shares):
+def test_dit_ratios(steps, counter, shares):
     """Published ratios at layers 0, 13, 27, from k of 100 000 tokens."""
     schedule = draw("toca", dit(tokens=100_000), steps)
     for layer, share in zip((0, 13, 27), shares, strict=True):
         assert k_at(schedule, FF(layer), steps - 1 - counter) / 100_000 == pytest.approx(share, abs=6e-4)
 
 
-def test_ddim_recomputes_no_token_in_the_first_quarter(dit, draw):
-    schedule = draw("toca", dit(), 50)
-    for t, word in enumerate(columns(schedule)):
+def test_ddim_recomputes_no_token_in_the_first_quarter():
+    schedule = draw("toca", DIT, 50)
+    for t, word in enumerate(words(schedule)):
         if word == PARTIAL:
             assert (k_at(schedule, FF(0), t) == 0) == (49 - t > 0.75 * 50)
     assert k_at(schedule, FF(27), 1) == 0  # a P all the same: its tokens age
+    assert {k for ks in plan_of(draw("toca", DIT, 50, R=0)).k.values() for k in ks} == {0}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +210,7 @@ def test_ddim_recomputes_no_token_in_the_first_quarter(dit, draw):
         (0.75, 1, (1, 0.98, 0.65, 0.33), (1, 1, 1, 0.87)),
     ],
 )
-def test_pixart_ratios(draw, rate, step, cross, mlp):
+def test_pixart_ratios(rate, step, cross, mlp):
     schedule = draw("toca", with_text("PixArtTransformer2DModel", 10_000), 20, R=rate)
     for i, layer in enumerate((0, 9, 18, 27)):
         assert k_at(schedule, f"transformer_blocks.{layer}.attn2", step) / 1e4 == pytest.approx(cross[i], abs=5.1e-3)
@@ -315,77 +218,68 @@ def test_pixart_ratios(draw, rate, step, cross, mlp):
 
 
 @pytest.mark.parametrize("policy", COMPILE)
-def test_opensora_ratios(opensora, draw, policy):
-    """0.1495 of the tokens of feed-forwards; none of cross-attention, whose ratio is below 0."""
-    plan = plan_of(draw(policy, opensora, 30))
+def test_opensora_ratios(policy):
+    """0.1495 of the tokens of feed-forwards; none of cross-attention, whose ratio is below 0; self-attention is reused."""
+    plan = plan_of(draw(policy, OPENSORA, 30))
     for site, ks in plan.k.items():
         assert set(ks) == ({0} if site.endswith("cross_attn") else {int(0.1495 * OPENSORA_TOKENS)})
     assert not any("P" in row for site, row in plan.rows.items() if site.endswith(".attn"))
 
 
-def test_k_is_a_float32_product_rounded_down(dit, draw):
+def test_k_is_a_float32_product_rounded_down():
     """At R = 0.3, counter 20, layer 0 the share is 0.84 of 100 tokens, in double 83.99999999999999."""
     schedule = draw("toca", dit(tokens=100), 50, R=0.3)
     assert k_at(schedule, FF(0), 49 - 20) == 84
 
 
-def test_ratios_follow_the_depth_of_the_model(dit, draw):
+def test_ratios_follow_the_depth_of_the_model():
     """The published code has 27 for the last layer; here it is the last layer of any model."""
-    deep, shallow = draw("toca", dit(), 50), draw("toca", dit(layers=4), 50)
+    deep, shallow = draw("toca", DIT, 50), draw("toca", SMALL, 50)
     for t in (24, 48):
-        assert k_at(deep, FF(0), t) == k_at(shallow, FF(0), t)
-        assert k_at(deep, FF(27), t) == k_at(shallow, FF(3), t)
-        assert k_at(deep, FF(9), t) == k_at(shallow, FF(1), t)
+        for layer, same in ((0, 0), (27, 3), (9, 1)):
+            assert k_at(deep, FF(layer), t) == k_at(shallow, FF(same), t)
 
 
-def test_partial_sites(pixart, draw):
-    """Self-attention is reused, all other modules recompute some tokens; P also at all of them."""
-    schedule = draw("toca", pixart, 20)
-    plan = plan_of(schedule)
-    for site, row in plan.rows.items():
+def test_a_partial_cell_is_a_prune_even_at_all_tokens():
+    schedule = draw("toca", PIXART, 20)
+    for site, row in plan_of(schedule).rows.items():
         assert set(row) == ({"C", "R"} if site.endswith("attn1") else {"C", "P"})
     assert k_at(schedule, "transformer_blocks.0.ff", 1) == 256
 
 
-def test_a_mixed_skipped_step_writes_the_caches_of_layer_0(dit, draw):
-    plan = plan_of(draw("duca", dit(), 50))
-    step = 49 - 32
-    assert plan.stack[step] == "S"
-    assert {site for site, row in plan.rows.items() if row[step] == "C"} == {"blocks.0.attn1", "blocks.0.ff"}
-
-
 @pytest.mark.parametrize(
-    ("policy", "class_name", "expected"),
+    ("policy", "model", "expected", "rate"),
     [
-        ("toca", "DiTTransformer2DModel", ("attention_received", 0.6, 2, False)),
-        ("duca", "DiTTransformer2DModel", ("attention_received", 0.8, 2, False)),
-        ("toca", "PixArtTransformer2DModel", ("cross_attention_entropy", 0.4, 4, True)),
-        ("duca", "PixArtTransformer2DModel", ("cross_attention_entropy", 0.4, 4, True)),
-        ("toca", "STDiT3", ("cross_attention_entropy", 0.0, 1, True)),
-        ("duca", "STDiT3", ("value_norm", 0.0, 1, False)),
+        ("toca", DIT, ("attention_received", 0.6, 2, False), 0.07),
+        ("duca", DIT, ("attention_received", 0.8, 2, False), 0.05),
+        ("toca", PIXART, ("cross_attention_entropy", 0.4, 4, True), 0.3),
+        ("duca", PIXART, ("cross_attention_entropy", 0.4, 4, True), 0.75),
+        ("toca", OPENSORA, ("cross_attention_entropy", 0.0, 1, True), 0.1),
+        ("duca", OPENSORA, ("value_norm", 0.0, 1, False), 0.1),
     ],
 )
-def test_token_rules(dit, pixart, opensora, draw, policy, class_name, expected):
-    model = {"D": dit(), "P": pixart, "S": opensora}[class_name[0]]
-    rule = draw(policy, model, 30).token_rule
+def test_the_released_token_rules_and_ratios(policy, model, expected, rate):
+    schedule = draw(policy, model, 30)
+    rule, knobs = schedule.token_rule, schedule.policy["knobs"]
     assert (rule.base, rule.bonus, rule.bonus_grid, rule.share_halves) == expected
     assert (rule.age_weight, rule.age_period, rule.seed) == (0.25, 3.0, 0)
+    assert (knobs["N"], knobs["R"], knobs["score"], knobs["once_per_step"]) == (3, rate, expected[0], 0)
+    assert draw(policy, model, 1).token_rule is None
 
 
-def test_knobs_of_the_token_rule(dit, pixart, opensora, draw):
-    rule = draw("toca", dit(), 50, N=5, lambda3=0.5, score="random").token_rule
+def test_knobs_of_the_token_rule():
+    rule = draw("toca", DIT, 50, N=5, lambda3=0.5, score="random").token_rule
     assert (rule.base, rule.age_weight, rule.age_period, rule.bonus) == ("random", 0.5, 5.0, 0.6)
     assert rule.share_halves  # one draw for both halves
-    assert draw("toca", dit(), 250).token_rule.age_period == 4.0
-    norms = {model.transformers["t"].class_name: draw("toca", model, 20, score="value_norm").token_rule.share_halves
-             for model in (dit(), pixart, opensora)}  # fmt: skip
-    assert norms == {"DiTTransformer2DModel": False, "PixArtTransformer2DModel": True, "STDiT3": False}
+    assert draw("toca", DIT, 250).token_rule.age_period == 4.0
+    norms = [draw("toca", model, 20, score="value_norm").token_rule for model in (DIT, PIXART, OPENSORA)]
+    assert [one.share_halves for one in norms] == [False, True, False]
 
 
 @pytest.mark.parametrize("form", ["none", "passes"])
-def test_nothing_is_shared_where_no_batch_holds_both_halves(pixart, make_sampler, make_cost, form):
-    sampler = replace(make_sampler(20), guidance=Guidance(form, 4.0))
-    schedule = compile_toca(Problem(pixart, sampler, make_cost(pixart), 0), ToCaKnobs())
+def test_nothing_is_shared_if_no_batch_holds_both_halves(form):
+    sampler = replace(build_sampler(20), guidance=Guidance(form, 4.0))
+    schedule = compile_toca(Problem(PIXART, sampler, build_cost(PIXART), 0), ToCaKnobs())
     assert not schedule.token_rule.share_halves
 
 
@@ -431,9 +325,9 @@ def dit_flops(schedule: Schedule) -> float:
     ],
     ids=str,
 )
-def test_dit_flops_are_the_published_ones(dit, draw, policy, steps, knobs, expected):
+def test_dit_flops_are_the_published_ones(policy, steps, knobs, expected):
     digits = len(str(expected).split(".")[1]) if expected != 10.490 else 3
-    assert round(dit_flops(draw(policy, dit(), steps, **knobs)), digits) == expected
+    assert round(dit_flops(draw(policy, DIT, steps, **knobs)), digits) == expected
 
 
 def opensora_flops(schedule: Schedule, frames: int = 15, spatial: int = 1600, text: int = 120) -> float:
@@ -459,8 +353,8 @@ def opensora_flops(schedule: Schedule, frames: int = 15, spatial: int = 1600, te
 
 
 @pytest.mark.parametrize(("policy", "expected"), [("toca", 2.36), ("duca", 2.49)])
-def test_opensora_flops_are_close_to_the_published_ones(opensora, draw, policy, expected):
-    schedule = draw(policy, opensora, 30)
+def test_opensora_flops_are_close_to_the_published_ones(policy, expected):
+    schedule = draw(policy, OPENSORA, 30)
     plan = plan_of(schedule)
     full = replace(plan, rows=dict.fromkeys(plan.rows, "C" * 30), k={})
     ratio = opensora_flops(replace(schedule, transformers={"t": full})) / opensora_flops(schedule)
@@ -472,78 +366,44 @@ def test_opensora_flops_are_close_to_the_published_ones(opensora, draw, policy, 
 
 @pytest.mark.parametrize("policy", COMPILE)
 @pytest.mark.parametrize("budget", [1.8, 2.0, 2.05])
-def test_a_budget_chooses_the_ratio(dit, draw, make_cost, policy, budget):
+def test_a_budget_chooses_the_ratio(policy, budget):
     """A millionth more R would be too slow."""
-    model = dit(layers=4)
-    cost = make_cost(model)
-    schedule = draw(policy, model, 50, budget)
+    cost, schedule = build_cost(SMALL), draw(policy, SMALL, 50, budget)
     rate = schedule.policy["knobs"]["R"]
     assert budget <= cost.speedup(schedule) < budget * 1.01
     assert schedule.predicted["speedup"] == cost.speedup(schedule)
-    assert cost.speedup(draw(policy, model, 50, R=rate + 1e-6)) < budget
-    again = draw(policy, model, 50, R=rate)
-    assert again.digest() == schedule.digest()
+    assert cost.speedup(draw(policy, SMALL, 50, R=rate + 1e-6)) < budget
+    assert draw(policy, SMALL, 50, R=rate).digest() == schedule.digest()
 
 
-def test_a_budget_of_1_takes_the_most_tokens(pixart, draw):
-    assert draw("toca", pixart, 20, 1.0).policy["knobs"]["R"] == 2.0
+def test_a_budget_of_1_takes_the_most_tokens():
+    assert draw("toca", PIXART, 20, 1.0).policy["knobs"]["R"] == 2.0
 
 
-def test_a_budget_that_only_reuse_meets(dit, draw, make_cost):
+def test_a_budget_that_only_reuse_meets():
     """Without tokens the period is constant and full steps are fewer: R = 0 reaches what no R above it does."""
-    model = dit(layers=4)
-    least, none = (make_cost(model).speedup(draw("toca", model, 50, R=r)) for r in (1e-6, 0))
+    least, none = (build_cost(SMALL).speedup(draw("toca", SMALL, 50, R=r)) for r in (1e-6, 0))
     assert least < none
-    assert draw("toca", model, 50, (least + none) / 2).policy["knobs"]["R"] == 0.0
+    assert draw("toca", SMALL, 50, (least + none) / 2).policy["knobs"]["R"] == 0.0
 
 
-def test_unreachable_budgets(dit, draw, make_cost):
-    model = dit(layers=4)
-    most = make_cost(model).speedup(draw("toca", model, 50, R=0))
+def test_budgets_that_cannot_be_met():
+    most = build_cost(SMALL).speedup(draw("toca", SMALL, 50, R=0))
     with pytest.raises(BudgetError, match=rf"5x cannot be met with N=3: at most {most:.3g}x .* larger --knob N"):
-        draw("toca", model, 50, 5.0)
-    assert draw("toca", model, 50, 5.0, N=12).predicted["speedup"] >= 5.0
-
-
-def test_a_budget_holds_the_given_ratio_to_it(dit, draw):
-    model = dit(layers=4)
-    assert draw("toca", model, 50, 2.0, R=0.05).policy["knobs"]["R"] == 0.05
+        draw("toca", SMALL, 50, 5.0)
+    assert draw("toca", SMALL, 50, 5.0, N=12).predicted["speedup"] >= 5.0
+    assert draw("toca", SMALL, 50, 2.0, R=0.05).policy["knobs"]["R"] == 0.05
     with pytest.raises(BudgetError, match=r"R=0\.9 with N=3 gives 1\.\d+x, the budget is 2x"):
-        draw("toca", model, 50, 2.0, R=0.9)
+        draw("toca", SMALL, 50, 2.0, R=0.9)
 
 
-def test_a_cost_table_of_another_model(dit, make_sampler, make_cost):
-    with pytest.raises(MismatchError):
-        Problem(dit(), make_sampler(50), make_cost(dit(layers=4)), 2.0)
+# ---- refusals ---------------------------------------------------------------------------------------------------------
 
 
-# ---- files and refusals -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("policy", COMPILE)
-@pytest.mark.parametrize("class_name", FAMILIES)
-def test_schedules_are_read_back_equal(dit, pixart, opensora, draw, tmp_path, policy, class_name):
-    model = {"D": dit(), "P": pixart, "S": opensora}[class_name[0]]
-    schedule = draw(policy, model, 30)
-    assert schedule.transformers["t"].class_name == class_name
-    schedule.save(tmp_path / "schedule.json")
-    read = load_schedule(tmp_path / "schedule.json")
-    assert read == schedule
-    assert read.digest() == schedule.digest()
-
-
-def test_knobs_may_be_text(dit, draw):
-    texts = {"N": "4", "R": "0.1", "ratio": "ddpm250", "score": "value_norm", "lambda3": "0", "once_per_step": "1"}
-    values = {"N": 4, "R": 0.1, "ratio": "ddpm250", "score": "value_norm", "lambda3": 0.0, "once_per_step": 1}
-    schedule = draw("duca", dit(), 50, **texts)
-    assert schedule == draw("duca", dit(), 50, **values)
-    assert schedule.policy == {"name": "duca", "knobs": values}
-
-
-def test_a_schedule_of_ratios_brings_its_own_period(dit, draw):
-    assert draw("toca", dit(), 50, ratio="ddpm250").policy["knobs"]["N"] == 4
-    assert draw("toca", dit(), 250, ratio="ddim50").policy["knobs"]["N"] == 3
-    assert [draw("toca", dit(layers=2), n).policy["knobs"]["ratio"] for n in (100, 101)] == ["ddim50", "ddpm250"]
+def test_a_schedule_of_ratios_brings_its_own_period():
+    assert draw("toca", DIT, 50, ratio="ddpm250").policy["knobs"]["N"] == 4
+    assert draw("toca", DIT, 250, ratio="ddim50").policy["knobs"]["N"] == 3
+    assert [draw("toca", SMALL, n).policy["knobs"]["ratio"] for n in (100, 101)] == ["ddim50", "ddpm250"]
 
 
 @pytest.mark.parametrize(
@@ -553,46 +413,37 @@ def test_a_schedule_of_ratios_brings_its_own_period(dit, draw):
         ({"R": -0.1}, "Knob R is -0.1; expected at least 0"),
         ({"once_per_step": 2}, "once_per_step is 2; expected one of 0, 1"),
         ({"score": "loud"}, "'loud'; expected one of feature_mean"),
-        ({"ratio": ""}, "''; expected one of ddim50"),
+        ({"ratio": ""}, "''; expected one of ddim50, ddpm250, pixart, opensora"),
         ({"k": 3}, "no knob 'k'; it has N, R, score"),
     ],
     ids=str,
 )
-def test_wrong_knobs(dit, draw, knobs, found):
+def test_wrong_knobs(knobs, found):
     with pytest.raises(BudgetError, match=found):
-        draw("toca", dit(layers=1), 50, **knobs)
+        draw("toca", SMALL, 50, **knobs)
 
 
-@pytest.mark.parametrize(
-    "knobs", [{"ratio": "pixart"}, {"ratio": "opensora"}, {"score": "cross_attention_entropy"}], ids=str
-)
-def test_rules_for_cross_attention_need_such_sites(dit, draw, knobs):
-    with pytest.raises(UnsupportedModelError, match="Leave out these knobs"):
-        draw("toca", dit(), 50, **knobs)
-
-
-def test_ratios_without_a_share_for_cross_attention(pixart, draw):
+def test_ratios_and_scores_of_sites_that_the_model_lacks():
+    for knobs in ({"ratio": "pixart"}, {"ratio": "opensora"}, {"score": "cross_attention_entropy"}):
+        with pytest.raises(UnsupportedModelError, match="Leave out these knobs"):
+            draw("toca", DIT, 50, **knobs)
     with pytest.raises(BudgetError, match="no share for cross_attn; expected one of pixart, opensora"):
-        draw("toca", pixart, 20, ratio="ddim50")
-    assert set(RATIOS) == {"ddim50", "ddpm250", "pixart", "opensora"}
+        draw("toca", PIXART, 20, ratio="ddim50")
 
 
 @pytest.mark.parametrize("policy", COMPILE)
-def test_other_models_are_refused(make_model, dit, draw, policy):
-    with pytest.raises(UnsupportedModelError, match=r"runs a DiT; .* Use --policy soda"):
-        draw(policy, make_model(), 50)
-    sites = dit().transformers["t"]
-    for class_name in STACKS:
-        model = replace(dit(), transformers={"t": replace(sites, class_name=class_name)})
-        with pytest.raises(UnsupportedModelError, match=r"need attn, cross_attn, mlp\. Use --policy soda"):
+def test_other_models_are_refused(policy):
+    transformer = SMALL.transformers["t"]
+    fixed = tuple(replace(site, prunable=site.kind != "mlp") for site in transformer.sites)
+    refused = [(build_model(), r"runs a DiT; .* Use --policy soda")]
+    refused += [(build_model(names=("high", "low")), "several transformers")]
+    for changed, message in [
+        (replace(transformer, class_name="STDiT3"), r"need attn, cross_attn, mlp\. Use --policy soda"),
+        (replace(transformer, sites=fixed), r"blocks\.0\.ff cannot recompute .* Use --policy soda"),
+    ]:
+        refused.append((replace(SMALL, transformers={"t": changed}), message))
+    for model, message in refused:
+        with pytest.raises(UnsupportedModelError, match=message):
             draw(policy, model, 50)
-    with pytest.raises(UnsupportedModelError, match="several transformers"):
-        draw(policy, make_model(names=("high", "low")), 50)
-
-
-def test_feed_forwards_that_cannot_be_pruned(dit, draw):
-    transformer = dit().transformers["t"]
-    sites = tuple(replace(site, prunable=site.kind != "mlp") for site in transformer.sites)
-    model = replace(dit(), transformers={"t": replace(transformer, sites=sites)})
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.ff cannot recompute .* Use --policy soda"):
-        draw("toca", model, 50)
+    with pytest.raises(MismatchError):
+        Problem(DIT, build_sampler(50), build_cost(SMALL), 2.0)

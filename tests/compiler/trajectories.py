@@ -13,20 +13,19 @@ from sodaprof.formats.profile import Profile
 from sodaprof.formats.schedule import Schedule
 
 
-def wandering(sites: int, steps: int, seed: int = 0, generations: int = 3, size: int = 12) -> np.ndarray:
-    """Returns outputs [G, S, T, D] that are smooth in time but for a little noise, faster in some places than in others."""
+def wandering(sites: int, steps: int, seed: int = 0) -> np.ndarray:
+    """Returns outputs [G = 3, S, T, D = 12] that are smooth in time except for a little noise, and not evenly fast."""
     rng = np.random.default_rng(seed)
     t = np.linspace(0, 1, steps)
     curves = np.stack([np.ones(steps), t, t**2, np.sin(4 * t), np.exp(-9 * t), np.tanh(12 * (t - 0.7))])
-    mixed = np.einsum("gskd,kt->gstd", rng.normal(size=(generations, sites, len(curves), size)), curves)
+    mixed = np.einsum("gskd,kt->gstd", rng.normal(size=(3, sites, len(curves), 12)), curves)
     return mixed + 0.02 * rng.normal(size=mixed.shape)
 
 
-def polynomial(degree: int, sites: int, steps: int, seed: int = 0, size: int = 12) -> np.ndarray:
-    """Returns outputs [1, S, T, D] that are a polynomial of the step's number, scaled to [0, 1]."""
-    rng = np.random.default_rng(seed)
+def polynomial(degree: int, sites: int, steps: int) -> np.ndarray:
+    """Returns outputs [1, S, T, D = 12] that are a polynomial of the step's number, scaled to [0, 1]."""
     powers = np.linspace(0, 1, steps) ** np.arange(degree + 1)[:, None]
-    return np.einsum("gskd,kt->gstd", rng.normal(size=(1, sites, degree + 1, size)), powers)
+    return np.einsum("gskd,kt->gstd", np.random.default_rng(0).normal(size=(1, sites, degree + 1, 12)), powers)
 
 
 def products(values: np.ndarray, history: int | None = None) -> np.ndarray:
@@ -39,15 +38,11 @@ def products(values: np.ndarray, history: int | None = None) -> np.ndarray:
 
 
 def known_products(
-    patch: pytest.MonkeyPatch,
-    sites: Mapping[str, np.ndarray] | None = None,
-    stacks: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    patch: pytest.MonkeyPatch, sites: Mapping[str, np.ndarray], stacks: Mapping[str, Mapping[str, np.ndarray]]
 ) -> None:
     """Makes every profile return these inner products: of the sites' outputs, of the stacks' output and drift."""
-    if sites is not None:
-        patch.setattr(Profile, "site_products", lambda profile: dict(sites))
-    if stacks is not None:
-        patch.setattr(Profile, "stack_products", lambda profile: {name: dict(forms) for name, forms in stacks.items()})
+    patch.setattr(Profile, "site_products", lambda profile: sites)
+    patch.setattr(Profile, "stack_products", lambda profile: stacks)
 
 
 def error_of(values: np.ndarray, target: int, sources: tuple[int, ...], weights: tuple[float, ...]) -> float:

@@ -11,8 +11,8 @@ import numpy as np
 from scipy.stats import rankdata, spearmanr
 
 from sodaprof.compiler import placement as one_past
+from sodaprof.compiler.fit import Span, fit_open_loop, jump_costs
 from sodaprof.compiler.forecasts import ridge, segment_costs, taylor
-from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
 from sodaprof.compiler.placement import place_full_steps
 from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
@@ -65,7 +65,7 @@ def predictors(profile: Profile) -> list[Predictor]:
     ((name, sites),) = profile.site_products().items()
     drift, output = (profile.stack_products()[name][form][None] for form in ("drift", "output"))
     longest, span = profile.max_age + 1, span_of(profile)
-    missed = jump_costs(span, profile.sampler.steps)
+    missed = jump_costs(span)
     reuse = {metric: np.nansum(profile.caching_error(metric)[name], axis=1) for metric in ("cos", "l2")}
     first_order = taylor("published")
     return [

@@ -12,10 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from sodaprof.compiler.fit import Stepper
-from sodaprof.compiler.forecasts import forecasts_at, ridge
-from sodaprof.compiler.open_loop import Span, fit_open_loop
-from sodaprof.compiler.placement import sources_of
+from sodaprof.compiler.fit import Span, Stepper, fit_open_loop
+from sodaprof.compiler.forecasts import forecasts_at, ridge, sources_of
 from sodaprof.compiler.problem import draw_schedule, draw_steps
 from sodaprof.formats.files import read_json, write_json
 from sodaprof.formats.profile import Profile
@@ -160,7 +158,7 @@ def forecast(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tup
 def forecast_schedule(profile: Profile, name: str, products: np.ndarray, anchors: list[int]) -> Schedule:
     """Returns the schedule of F cells between these full steps, weights as policy `forecast` with its own settings."""
     known = ~np.isnan(products).any(axis=0)
-    cells = forecasts_at(products, sources_of(anchors, range(len(known)), 2, known), ridge(1e-4))
+    cells = forecasts_at(products, sources_of(anchors, [range(len(known))], 2, known), ridge(1e-4))
     return draw_steps(profile.model, profile.sampler, {name: anchors}, "F", {name: cells})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...formats.schedule import Schedule
@@ -17,7 +18,7 @@ from .smoothcache import SmoothCacheKnobs, compile_smoothcache
 from .soda import SodaKnobs, compile_soda
 from .solver import SolverKnobs, compile_solver
 from .taylor import TaylorKnobs, compile_taylor
-from .toca import ToCaKnobs, compile_duca, compile_toca
+from .toca import ToCaKnobs, compile_toca
 
 STATES, SITES, STACK = (f"products of {what}" for what in ("states", "sites", "the stack"))
 
@@ -40,7 +41,7 @@ POLICIES = {
     "soda": Policy(compile_soda, SodaKnobs, "sites reuse or prune", "errors of reuse and pruning", mixed=True),
     "fora": Policy(compile_fora, ForaKnobs, "sites reuse; full steps at even intervals"),
     "toca": Policy(compile_toca, ToCaKnobs, "attention reuses, other sites prune", released=True),
-    "duca": Policy(compile_duca, ToCaKnobs, "as toca, or the stack is skipped", released=True),
+    "duca": Policy(partial(compile_toca, duca=True), ToCaKnobs, "as toca, or the stack is skipped", released=True),
     "forecast": Policy(compile_forecast, ForecastKnobs, "sites are forecast, fitted weights", SITES, mixed=True),
     "drift": Policy(
         compile_drift, DriftKnobs, "the stack is skipped, its drift forecast, fitted weights", STACK, mixed=True

@@ -28,7 +28,8 @@ def compile_fora(problem: Problem, knobs: ForaKnobs) -> Schedule:
             full[name] += share
         return problem.whole_steps(full, "R")
 
-    count = problem.full_steps(knobs.anchors, loop, fewest=len(turns))
+    possible = range(len(turns), problem.sampler.steps + 1)
+    count = max(problem.affordable(possible, loop, knobs.anchors, bounded=False))
     shares = zip(turns, _shares(lengths, count), strict=True)
     anchors = sorted({turn.start + round(i * len(turn) / k) for (_, turn), k in shares for i in range(k)})
     schedule = draw_schedule(problem.model, problem.sampler, anchors, {})

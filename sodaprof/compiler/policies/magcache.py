@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...formats.schedule import Forecast, Schedule
+from ...formats.schedule import Schedule
+from ..forecasts import taylor
 from ..knobs import knob
-from ..problem import Problem, WholeSteps, draw_steps
+from ..placement import ForecastRule, Placed, draw_placed
+from ..problem import Problem
 from .drift import stack_products
 
 MOST_SKIPS, RETAIN = 4, 0.2  # as released
@@ -33,26 +35,17 @@ def compile_magcache(problem: Problem, knobs: MagCacheKnobs) -> Schedule:
     retain = min(RETAIN, round(0.5 / problem.budget, 3)) if knobs.retain < 0 else knobs.retain
     products = stack_products(problem, "magcache", "drift")
     sizes = {name: np.sqrt(np.diagonal(products[name][0])) for name in problem.turns}
+    rule = ForecastRule("S", 1, taylor("published"), form="drift")  # the weight of one source is 1
 
-    def placed(threshold: float) -> dict[str, list[int]]:
-        full = {}
-        for name, turns in problem.turns.items():
-            of_turns = [(turn.start, full_steps(sizes[name][turn], threshold, skips, retain)) for turn in turns]
-            full[name] = [start + step for start, steps in of_turns for step in steps]
-        return full
-
-    def loop(threshold: float) -> WholeSteps:
-        return problem.whole_steps({name: len(steps) for name, steps in placed(threshold).items()}, "S", 1)
+    def placed(threshold: float) -> dict[str, Placed]:
+        return rule.placed(problem, lambda name, turn: full_steps(sizes[name][turn], threshold, skips, retain))
 
     under = f" with skips={skips} and retain={retain:g}"
     advice = ", set more --knob skips, or a smaller --knob retain"
-    threshold = problem.threshold(knobs.threshold, loop, under=under, advice=advice)
-    anchors, cells = placed(threshold), {}
-    for name, turns in problem.turns.items():
-        skipped = [step for turn in turns for step in turn if step not in anchors[name]]
-        newest = {step: max(a for a in anchors[name] if a < step) for step in skipped}
-        cells[name] = {step: [Forecast((source,), (1.0,), "drift")] for step, source in newest.items()}
-    schedule = draw_steps(problem.model, problem.sampler, anchors, "S", cells)
+    threshold = problem.threshold(
+        knobs.threshold, lambda value: rule.whole_steps(placed(value)), under=under, advice=advice
+    )
+    schedule = draw_placed(problem, placed(threshold), products, rule)
     return problem.signed(schedule, "magcache", replace(knobs, skips=skips, retain=retain, threshold=threshold), None)
 
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
 from msgspec.structs import replace
 
 from ...formats.sampler import MAX_HISTORY, RIDGE
 from ...formats.schedule import Schedule, Update
+from ..fit import Span, fit_open_loop, jump_costs
 from ..knobs import knob
-from ..open_loop import Span, fit_open_loop, jump_costs
 from ..placement import place_full_steps
-from ..problem import Problem, draw_steps
+from ..problem import Problem, WholeSteps, draw_steps
 
 POWERS = (0.75, 1.0, 2.0)  # of the missed lengths
 LONG = 100  # steps above which fewer placements are tried, for a simulation takes longer
@@ -40,13 +41,15 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
     steps are moved while that lowers its final error. Raises BudgetError if the budget leaves no full step, FormatError if
     the profile has no inner products, UnsupportedModelError if the sampler is not linear.
     """
-    name = problem.only_transformer("solver")
+    name, _ = problem.only_transformer("solver")
     profile, sampler = problem.tables("solver"), problem.sampler
     span = Span(profile.state_products(), profile.own_update(), profile.response())
-    problem = dataclasses.replace(
-        problem, own_update=span.own
-    )  # the update is paid for in place of the scheduler's step
-    count = problem.full_steps(knobs.anchors, lambda count: problem.whole_steps({name: count}, "-"))
+    problem = dataclasses.replace(problem, own_update=span.own)  # its cost replaces that of the scheduler's step
+
+    def loop(count: int) -> WholeSteps:
+        return problem.whole_steps({name: count}, "-")
+
+    count = max(problem.affordable(range(1, sampler.steps + 1), loop, knobs.anchors, bounded=False))
     anchors = _placed(span, count, knobs)
     coefficients, error = fit_open_loop(span, anchors, knobs.history, knobs.ridge)
     fitted = {"loop": "open", "guidance_scale": sampler.guidance_scale, "samples": profile.manifest["samples"]}
@@ -57,7 +60,7 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
 
 def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
     """Returns so many full steps, by simulation if there is a response to simulate with."""
-    missed = jump_costs(span, span.steps)
+    missed = jump_costs(span)
     if span.response is None:
         return place_full_steps(missed, count)[count][0]
 
@@ -74,19 +77,17 @@ def polished(anchors: list[int], steps: int, error: Callable[[list[int]], float]
 
     At most `tries` placements are tried, in a fixed order; a move that helps is kept at once.
     """
-    best, least, left, failed = list(anchors), error(list(anchors)), tries, 0
+    best, least, failed = anchors, error(anchors), 0
     moves = [(number, by) for number in range(1, len(anchors)) for by in (-1, 1, -2, 2)]
-    while moves and failed < len(moves):  # until all moves in a row have failed
-        for number, by in moves:
-            if failed >= len(moves) or not left:
-                return best
-            failed += 1
-            to = best[number] + by
-            if not 0 < to < steps or to in best:
-                continue
-            tried = sorted([*best[:number], to, *best[number + 1 :]])
-            left -= 1
-            found = error(tried)
-            if found < least:
-                best, least, failed = tried, found, 0
+    for number, by in cycle(moves):
+        if failed == len(moves) or not tries:  # all moves in a row have failed
+            break
+        failed += 1
+        to = best[number] + by
+        if not 0 < to < steps or to in best:
+            continue
+        tries -= 1
+        tried = sorted([*best[:number], to, *best[number + 1 :]])
+        if (found := error(tried)) < least:
+            best, least, failed = tried, found, 0
     return best

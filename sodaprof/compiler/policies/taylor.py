@@ -8,10 +8,10 @@ import numpy as np
 
 from ...errors import BudgetError
 from ...formats.schedule import Schedule
-from ..forecasts import FORMULAS, taylor
+from ..forecasts import taylor
 from ..knobs import knob
 from ..placement import ForecastRule, Placed, draw_placed, place_forecasts
-from ..problem import Problem, WholeSteps
+from ..problem import Problem, WholeSteps, bisect
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class TaylorKnobs:
     )
     first: int = knob(0, "full steps at the beginning; 0: order + 1", least=0)
     formula: str = knob(
-        "published", "published: Taylor's; lagrange: the polynomial through the sources", one_of=FORMULAS
+        "published",
+        "published: Taylor's; lagrange: the polynomial through the sources",
+        one_of=("published", "lagrange"),
     )
 
 
@@ -63,18 +65,17 @@ def _interval(problem: Problem, rule: ForecastRule, given: float) -> float:
     longest = float(problem.sampler.steps)
     if not problem.meets(loop(longest)):
         raise problem.unreachable(loop(longest))
-    found = 1.0 if problem.meets(loop(1.0)) else problem.cheapest_that_meets(loop, 1.0, longest, absolute=1e-4)
-    return round(found + 5e-4, 3)
+    if problem.meets(loop(1.0)):
+        return 1.0
+    return round(bisect(lambda interval: problem.meets(loop(interval)), 1.0, longest, absolute=1e-4) + 5e-4, 3)
 
 
 def _even(problem: Problem, rule: ForecastRule, interval: float) -> dict[str, Placed]:
     """Returns each turn's first steps and every interval-th step after them as full steps."""
-    known, placed = np.ones((problem.sampler.steps,) * 2, dtype=bool), {}
-    for name, turns in problem.turns.items():
-        anchors = []
-        for turn in turns:
-            begin = min(rule.first, len(turn)) - 1
-            later = {begin + round(i * interval) for i in range(1, len(turn))}
-            anchors += [turn.start + t for t in range(len(turn)) if t <= begin or t in later]
-        placed[name] = rule.placed(turns, anchors, known)
-    return placed
+
+    def full_steps(name: str, turn: range) -> list[int]:
+        begin = min(rule.first, len(turn)) - 1
+        later = {begin + round(i * interval) for i in range(1, len(turn))}
+        return [step for step in range(len(turn)) if step <= begin or step in later]
+
+    return rule.placed(problem, full_steps)

@@ -1,17 +1,15 @@
 """ToCa (arXiv 2410.05317) and DuCa (arXiv 2412.18911): full steps by a counter, some tokens or no block in between.
 
-Between full steps ToCa reuses self-attention and recomputes the highest-scored tokens of the other modules. DuCa skips
-the stack at some of these steps and takes the newest output of the last block. The rules are written for three families of
-models, each with constants of its own; knobs default to the released values.
-
 Step 0 is the noisiest; `s` is the counter of the published code, which runs down from T - 1 to 0 for DiT and up for the
 others. Letters of the published code: F all tokens, T some tokens, A nothing (the stack is skipped; DuCa).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 
@@ -23,7 +21,8 @@ from ..knobs import knob
 from ..problem import Problem
 
 KINDS = ("attn", "cross_attn", "mlp")
-MOST_R, R_UNIT = 2.0, 1e-6  # the range and the grid on which a budget chooses R
+MOST_R = 2_000_000  # millionths: a budget chooses R among whole numbers of them, from 0 to this
+Step = tuple[str, str]  # letters of KINDS: in layer 0, in all other layers; they differ in mixed steps only
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,20 @@ class Ratio:
     slope: float
     tilt: float
     modules: dict[str, float]  # one factor a kind of site
-    descending: bool  # whether s runs down
 
-    def tokens(self, kind: str, rate: float, steps: int, layers: int, tokens: int) -> np.ndarray:
+    def tokens(self, kind: str, rate: float, counter: Sequence[int], layers: int, tokens: int) -> np.ndarray:
         """Returns k [T, L] at R = `rate`: the share as float32 within [0, 1], times the tokens, rounded down."""
-        s = np.arange(steps)[::-1] if self.descending else np.arange(steps)
         layer = 1 + self.tilt - 2 * self.tilt * np.arange(layers) / max(layers - 1, 1)
-        step = self.start + self.slope * s / steps
+        step = self.start + self.slope * np.array(counter) / len(counter)
         share = np.clip(rate * layer * step[:, None] * self.modules[kind], 0, 1).astype(np.float32)
         return (share * np.float32(tokens)).astype(int)
 
 
 RATIOS = {
-    "ddim50": Ratio(3.0, -4.0, -0.2, {"mlp": 2.5}, True),  # no token in the first quarter
-    "ddpm250": Ratio(1.4, -0.8, 0.8, {"mlp": 2.5}, True),
-    "pixart": Ratio(1.9, -1.8, 0.6, {"cross_attn": 0.6, "mlp": 1.6}, False),
-    "opensora": Ratio(1.0, 0.0, 0.0, {"cross_attn": 1 - 0.67 * 1.5, "mlp": 1.495}, False),  # below 0: no token
+    "ddim50": Ratio(3.0, -4.0, -0.2, {"mlp": 2.5}),  # no token in the first quarter
+    "ddpm250": Ratio(1.4, -0.8, 0.8, {"mlp": 2.5}),
+    "pixart": Ratio(1.9, -1.8, 0.6, {"cross_attn": 0.6, "mlp": 1.6}),
+    "opensora": Ratio(1.0, 0.0, 0.0, {"cross_attn": 1 - 0.67 * 1.5, "mlp": 1.495}),  # below 0: no token
 }
 
 
@@ -70,81 +67,43 @@ class ToCaKnobs:
 # ---- which steps are full ---------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StepType:
-    """One step's letters, one for each of KINDS: in layer 0, and in all other layers. They differ in mixed steps only."""
-
-    first: str
-    rest: str
-
-    def letter(self, layer: int, kind: str) -> str:
-        return (self.rest if layer else self.first)[KINDS.index(kind)]
+def _letter(s: int, period: int, duca: bool) -> str:
+    remainder = s % period
+    return "F" if remainder == 0 else "A" if duca and remainder % 2 == 0 else "T"
 
 
-@dataclass(frozen=True)
-class Counting:
-    """What decides the step types. rate: R; skips: A at even remainders (DuCa); once: decide once a step, not once a layer."""
+def counted_steps(family: Family, counter: Sequence[int], knobs: ToCaKnobs, duca: bool) -> list[Step]:
+    """Returns the steps of DiT and PixArt: F if the counter is a multiple of a period, which a full layer 0 renews.
 
-    steps: int
-    period: int
-    rate: float
-    skips: bool
-    once: bool
-
-    def letter(self, s: int, period: int) -> str:
-        remainder = s % period
-        if remainder == 0:
-            return "F"
-        return "A" if self.skips and remainder % 2 == 0 else "T"
-
-    def drifted(self, s: int, weight: float) -> int:
-        """Returns the period N / (1 + w − 2 w s / T) in float32, rounded half to even."""
-        return int(np.rint(np.float32(self.period) / np.float32(1 + weight - 2 * weight * s / self.steps)))
-
-    def types(self, counter: Iterable[int], renewed: Callable[[int], int]) -> list[StepType]:
-        """Returns the steps of a counter; a full layer 0 renews the period, by which the other layers then decide."""
-        types: list[StepType] = []
-        period = self.period
-        for s in counter:
-            first = rest = "F" if not types else self.letter(s, period)
-            if first == "F":
-                period = renewed(s)
-                if types and not self.once:
-                    rest = self.letter(s, period)
-            types.append(StepType(first * 3, rest * 3))
-        return types
+    The new period is N / (1 + w − 2 w s / T) in float32, rounded half to even, or 2 in the family's band; at R = 0 it is N.
+    The other layers decide by it, so steps are mixed, unless the knob once_per_step is set.
+    """
+    steps, weight = list[Step](), family.weight[duca] if knobs.R else 0.0
+    band = range(*(int(share * len(counter)) for share in family.band)) if knobs.R else ()
+    period = knobs.N
+    for s in counter:
+        first = rest = _letter(s, period, duca) if steps else "F"
+        if first == "F":
+            drifted = np.float32(knobs.N) / np.float32(1 + weight - 2 * weight * s / len(counter))
+            period = 2 if s in band else int(np.rint(drifted))
+            if steps and not knobs.once_per_step:
+                rest = _letter(s, period, duca)
+        steps.append((first * 3, rest * 3))
+    return steps
 
 
-def dit_types(count: Counting) -> list[StepType]:
-    """Returns the steps of DiT: F if the descending counter is a multiple of a period that changes with it; at R = 0 of N."""
-    steps = count.steps
-
-    def renewed(s: int) -> int:
-        if count.rate and int(0.2 * steps) <= s < int(0.4 * steps):
-            return 2
-        return count.drifted(s, 0.4 if count.rate else 0.0)
-
-    return count.types(range(steps - 1, -1, -1), renewed)
-
-
-def pixart_types(count: Counting) -> list[StepType]:
-    """Returns the steps of PixArt: as DiT's, but counted upwards, without a band of period 2; constant N for DuCa."""
-    weight = -0.2 if count.rate and not count.skips else 0.0
-    return count.types(range(count.steps), lambda s: count.drifted(s, weight))
-
-
-def opensora_types(count: Counting) -> list[StepType]:
+def opensora_steps(family: Family, counter: Sequence[int], knobs: ToCaKnobs, duca: bool) -> list[Step]:
     """Returns the steps of Open-Sora: F in the first three, then every N steps, for cross-attention every 2 N.
 
     The published code has 3 and 6 as constants. It decides a module at a time, so there are no mixed steps.
     """
-    types = []
-    for s in range(count.steps):
-        short = "F" if s <= 2 else count.letter(s, count.period)
+    steps = []
+    for s in counter:
+        short = "F" if s <= 2 else _letter(s, knobs.N, duca)
         # between two of its own full steps, cross-attention has the letters of the others
-        long = "F" if s <= 2 or s % (2 * count.period) == 0 else "T" if short == "F" else short
-        types.append(StepType(short + long + short, short + long + short))
-    return types
+        long = "F" if s <= 2 or s % (2 * knobs.N) == 0 else "T" if short == "F" else short
+        steps.append((short + long + short,) * 2)
+    return steps
 
 
 # ---- the families of models -------------------------------------------------------------------------------------------
@@ -155,21 +114,35 @@ class Family:
     """The rules' constants for one architecture; pairs are of ToCa and DuCa."""
 
     kinds: tuple[str, ...]  # of sites that its blocks have
-    types: Callable[[Counting], list[StepType]]
+    steps: Callable[[Family, Sequence[int], ToCaKnobs, bool], list[Step]]
     base: tuple[str, str]  # score of tokens
     bonus: tuple[float, float]
     bonus_grid: int
     ratio: str  # its schedule of ratios
     rate: tuple[float, float]  # R
+    descending: bool = False  # whether s runs down
+    weight: tuple[float, float] = (0.0, 0.0)  # w of the period
+    band: tuple[float, float] = (0.0, 0.0)  # of s / T, in which the period is 2
 
 
 ENTROPY = "cross_attention_entropy"
 FAMILIES = {  # by class of transformer
     "DiTTransformer2DModel": Family(
-        ("attn", "mlp"), dit_types, ("attention_received",) * 2, (0.6, 0.8), 2, "ddim50", (0.07, 0.05)
+        ("attn", "mlp"),
+        counted_steps,
+        ("attention_received",) * 2,
+        (0.6, 0.8),
+        2,
+        "ddim50",
+        (0.07, 0.05),
+        descending=True,
+        weight=(0.4, 0.4),
+        band=(0.2, 0.4),
     ),
-    "PixArtTransformer2DModel": Family(KINDS, pixart_types, (ENTROPY,) * 2, (0.4, 0.4), 4, "pixart", (0.3, 0.75)),
-    "STDiT3": Family(KINDS, opensora_types, (ENTROPY, "value_norm"), (0.0, 0.0), 1, "opensora", (0.1, 0.1)),
+    "PixArtTransformer2DModel": Family(
+        KINDS, counted_steps, (ENTROPY,) * 2, (0.4, 0.4), 4, "pixart", (0.3, 0.75), weight=(-0.2, 0.0)
+    ),
+    "STDiT3": Family(KINDS, opensora_steps, (ENTROPY, "value_norm"), (0.0, 0.0), 1, "opensora", (0.1, 0.1)),
 }
 
 
@@ -199,34 +172,23 @@ def family_of(policy: str, model: Model, transformer: Transformer) -> Family:
 # ---- the policies -----------------------------------------------------------------------------------------------------
 
 
-def compile_toca(problem: Problem, knobs: ToCaKnobs) -> Schedule:
+def compile_toca(problem: Problem, knobs: ToCaKnobs, duca: bool = False) -> Schedule:
     """Returns ToCa's schedule: full steps every N or so, in between R sets how many tokens are recomputed.
 
+    duca: DuCa's, which skips the stack at even distances from the full steps and takes the newest output of the last block.
     With a budget of 0 R is the released one (or the knob's); else the one of smallest speed-up that meets the budget at the
     given N. Raises UnsupportedModelError for models that the rules were not written for, BudgetError as all policies do.
     """
-    return _compile("toca", problem, knobs)
-
-
-def compile_duca(problem: Problem, knobs: ToCaKnobs) -> Schedule:
-    """Returns DuCa's schedule: ToCa's, but the stack is skipped at even distances from the full steps.
-
-    A skipped step takes the newest output of the last block. Budget and errors as for `compile_toca`.
-    """
-    return _compile("duca", problem, knobs)
-
-
-def _compile(policy: str, problem: Problem, knobs: ToCaKnobs) -> Schedule:
-    name, sampler = problem.only_transformer(policy), problem.sampler
-    transformer = problem.model.transformers[name]
+    policy, sampler = "duca" if duca else "toca", problem.sampler
+    name, transformer = problem.only_transformer(policy)
     family = family_of(policy, problem.model, transformer)
-    chosen = _released(policy, family, sampler.steps, knobs)
-    _check(family, chosen)
-    rule = _token_rule(policy, family, chosen, sampler)
+    chosen = _released(family, sampler.steps, knobs, duca)
+    rule = _token_rule(family, chosen, sampler, duca)
+    counter = range(sampler.steps)[:: -1 if family.descending else 1]
 
     def drawn(rate: float) -> Schedule:
-        count = Counting(sampler.steps, chosen.N, rate, policy == "duca", bool(chosen.once_per_step))
-        plan = _draw(transformer, family.types(count), RATIOS[chosen.ratio], rate)
+        steps = family.steps(family, counter, replace(chosen, R=rate), duca)
+        plan = _draw(transformer, steps, counter, chosen.ratio, rate)
         return Schedule({name: plan}, sampler, problem.model.shape, {}, token_rule=rule if plan.k else None)
 
     if problem.budget > 0 and knobs.R is None:
@@ -236,37 +198,31 @@ def _compile(policy: str, problem: Problem, knobs: ToCaKnobs) -> Schedule:
     return problem.signed(drawn(chosen.R), policy, chosen, None)
 
 
-def _released(policy: str, family: Family, steps: int, knobs: ToCaKnobs) -> ToCaKnobs:
+def _released(family: Family, steps: int, knobs: ToCaKnobs, duca: bool) -> ToCaKnobs:
     """Returns the knobs with the released values in place of None.
 
-    DiT above 100 steps takes those of DDPM-250. DuCa released none for it: they are ToCa's with DuCa's R.
+    DiT above 100 steps takes those of DDPM-250. DuCa released none for it: they are ToCa's with DuCa's R. Raises
+    UnsupportedModelError for rules of sites that the model lacks, BudgetError for ratios without a share for some.
     """
-    ratio, duca = knobs.ratio, policy == "duca"
-    if ratio is None:
-        ratio = "ddpm250" if family.ratio == "ddim50" and steps > 100 else family.ratio
+    ratio = knobs.ratio or ("ddpm250" if family.ratio == "ddim50" and steps > 100 else family.ratio)
     period = (4 if ratio == "ddpm250" else 3) if knobs.N is None else knobs.N
     rate = family.rate[duca] if knobs.R is None else knobs.R
-    return replace(knobs, N=period, R=rate, score=knobs.score or family.base[duca], ratio=ratio)
-
-
-def _check(family: Family, knobs: ToCaKnobs) -> None:
-    """Raises UnsupportedModelError for rules of sites that the model lacks, BudgetError for ratios without a share for some."""
-    partial = set(family.kinds) - {"attn"}
-    modules = set(RATIOS[knobs.ratio].modules)
-    if "cross_attn" not in partial and ("cross_attn" in modules or knobs.score == ENTROPY):
+    score = knobs.score or family.base[duca]
+    partial, modules = set(family.kinds) - {"attn"}, set(RATIOS[ratio].modules)
+    if "cross_attn" not in partial and ("cross_attn" in modules or score == ENTROPY):
         raise UnsupportedModelError(
-            f"ratio={knobs.ratio} and score={knobs.score} include a rule for cross_attn sites, and there are none "
+            f"ratio={ratio} and score={score} include a rule for cross_attn sites, and there are none "
             "here. Leave out these knobs, or use --policy soda."
         )
     if not partial <= modules:
         raise BudgetError(
-            f"Knob ratio is {knobs.ratio}, which has no share for {', '.join(sorted(partial - modules))}; "
+            f"Knob ratio is {ratio}, which has no share for {', '.join(sorted(partial - modules))}; "
             f"expected one of {', '.join(r for r in RATIOS if partial <= set(RATIOS[r].modules))}."
         )
+    return replace(knobs, N=period, R=rate, score=score, ratio=ratio)
 
 
-def _token_rule(policy: str, family: Family, knobs: ToCaKnobs, sampler: Sampler) -> TokenRule:
-    duca = policy == "duca"
+def _token_rule(family: Family, knobs: ToCaKnobs, sampler: Sampler, duca: bool) -> TokenRule:
     # entropy is of both halves' text together, random tokens are drawn once; of value norms PixArt takes the mean
     shared = knobs.score in (ENTROPY, "random") or (knobs.score == "value_norm" and family.ratio == "pixart")
     return TokenRule(
@@ -279,26 +235,23 @@ def _token_rule(policy: str, family: Family, knobs: ToCaKnobs, sampler: Sampler)
     )
 
 
-def _draw(transformer: Transformer, types: list[StepType], ratio: Ratio, rate: float) -> Plan:
-    """Returns the plan of the step types: F is C; T is R in self-attention and P elsewhere; A is S over '-'.
+def _draw(transformer: Transformer, types: Sequence[Step], counter: Sequence[int], ratio: str, rate: float) -> Plan:
+    """Returns the plan of these steps: F is C; T is R in self-attention and P elsewhere; A is S over '-'.
 
     P stays P at k = 0 and at all tokens. In a mixed step layer 0 is C, under S for its cache only.
     """
-    steps, layers = len(types), 1 + max(site.layer for site in transformer.sites)
-    tables: dict[tuple[str, int], np.ndarray] = {}  # k [T, L] by kind and tokens
+    layers = 1 + max(site.layer for site in transformer.sites)
+    tokens = cache(lambda kind, count: RATIOS[ratio].tokens(kind, rate, counter, layers, count))  # k [T, L]
     rows, ks = {}, {}
     for site in transformer.sites:
-        letters = [step.letter(site.layer, site.kind) for step in types]
+        letters = "".join(step[site.layer > 0][KINDS.index(site.kind)] for step in types)
         partial = "R" if site.kind == "attn" else "P"
-        rows[site.key] = "".join({"F": "C", "T": partial, "A": "-"}[letter] for letter in letters)
+        rows[site.key] = letters.translate(str.maketrans("FTA", f"C{partial}-"))
         if "P" in rows[site.key]:
-            key = site.kind, site.tokens
-            if key not in tables:
-                tables[key] = ratio.tokens(site.kind, rate, steps, layers, site.tokens)
-            ks[site.key] = tuple(int(tables[key][t, site.layer]) for t in range(steps) if letters[t] == "T")
-    last = [step.letter(layers - 1, "mlp") for step in types]
-    stack = "".join("S" if letter == "A" else "." for letter in last)
-    skips = tuple(Forecast((stack.rindex(".", 0, t),), (1.0,), "output") for t in range(steps) if stack[t] == "S")
+            k = tokens(site.kind, site.tokens)[:, site.layer]
+            ks[site.key] = tuple(k[[letter == "T" for letter in letters]].tolist())
+    stack = "".join("S" if step[layers > 1][-1] == "A" else "." for step in types)
+    skips = tuple(Forecast((stack.rindex(".", 0, t),), (1.0,), "output") for t, a in enumerate(stack) if a == "S")
     return Plan(transformer.class_name, transformer.fingerprint, rows, stack, ks, stack_forecasts=skips)
 
 
@@ -308,19 +261,12 @@ def _rate(problem: Problem, drawn: Callable[[float], Schedule], period: int) -> 
     R is bisected above 0, where more tokens cost more. R = 0 is a case of its own, for it changes which steps are full.
     """
 
-    def rate(units: float) -> float:  # from −2 000 000 to −1: a larger number is a cheaper schedule
-        return round(abs(units) * R_UNIT, 6)
+    def at(millionths: int) -> Schedule:
+        return drawn(millionths / 1_000_000)
 
-    def loop(units: float) -> Schedule:
-        return drawn(rate(units))
-
-    most, least, candidates = -round(MOST_R / R_UNIT), -1, [0.0]
-    if problem.meets(loop(most)):
-        candidates.append(most)
-    elif problem.meets(loop(least)):
-        candidates.append(problem.cheapest_that_meets(loop, most, least, absolute=1))
-    meeting = [units for units in candidates if problem.meets(loop(units))]
+    most = bisect_left(range(1, MOST_R + 1), True, key=lambda millionths: not problem.meets(at(millionths)))
+    meeting = [millionths for millionths in (most, 0) if problem.meets(at(millionths))]
     if not meeting:
-        cheapest = max(loop(0), loop(least), key=problem.speedup)
+        cheapest = max(at(0), at(1), key=problem.speedup)
         raise problem.unreachable(cheapest, f" with N={period}", ", or set a larger --knob N")
-    return rate(min(meeting, key=lambda units: (problem.speedup(loop(units)), units)))
+    return min(meeting, key=lambda millionths: problem.speedup(at(millionths))) / 1_000_000
