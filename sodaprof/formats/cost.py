@@ -94,8 +94,8 @@ class CostModel(Record, frozen=True):
 
     def all_compute(self, schedule: Schedule) -> float:
         """Returns the cost of the same loop with every site C at every step."""
-        calls = {name: sum(action != "_" for action in plan.stack) for name, plan in schedule.transformers.items()}
-        inside = sum(self.transformers[name].full * count for name, count in calls.items())
+        plans = schedule.transformers.items()
+        inside = sum(self.transformers[name].full * len(plan.stack.replace("_", "")) for name, plan in plans)
         return schedule.steps * self.loop_step(False) + inside
 
     def speedup(self, schedule: Schedule) -> float:
@@ -110,46 +110,35 @@ def check_covers(cost: CostModel, sites: dict[str, list[str]]) -> None:
     """Raises MismatchError unless the table has costs for exactly these sites, which are given by transformer."""
     for name, keys in sites.items():
         known = cost.transformers[name].sites if name in cost.transformers else {}
+        found = ""
         if missing := [key for key in keys if key not in known]:
-            raise MismatchError(
-                f"The cost table has no costs for {name}/{missing[0]} ({len(missing)} sites missing). "
-                "Take the cost.flops.json or cost.json of the same model."
-            )
-        if others := [key for key in known if key not in keys]:
-            raise MismatchError(
-                f"The cost table has costs for {name}/{others[0]}, which this model does not have ({len(others)} such sites). "
-                "Take the cost.flops.json or cost.json of the same model."
-            )
+            found = f"no costs for {name}/{missing[0]} ({len(missing)} sites missing)"
+        elif others := [key for key in known if key not in keys]:
+            found = f"costs for {name}/{others[0]}, which this model does not have ({len(others)} such sites)"
+        if found:
+            raise MismatchError(f"The cost table has {found}. Take the cost.flops.json or cost.json of the same model.")
 
 
 def _plan_cost(cost: TransformerCost, plan: Plan) -> float:
     total = 0.0
-    used = {site: {"P": 0, "F": 0} for site in plan.rows}
-    stack_cells = iter(plan.stack_forecasts)
     for step, stack in enumerate(plan.stack):
         if stack in "-_":
             continue
-        column = {site: row[step] for site, row in plan.rows.items()}
-        if stack == "S":
-            total += cost.step.stack[len(next(stack_cells).sources) - 1]
-        elif set(column.values()) == {"R"}:
+        if all(row[step] == "R" for row in plan.rows.values()):
             total += cost.step.all_cached
             continue
-        else:
-            total += cost.step.fixed
-        for site, action in column.items():
-            table = cost.sites[site]
-            if action == "C":
-                total += table.C
-            elif action == "R":
-                total += table.R
-            elif action == "P":
-                total += float(table.prune(plan.k[site][used[site]["P"]]))
-                used[site]["P"] += 1
-            elif action == "F":
-                total += table.F[len(plan.forecasts[site][used[site]["F"]].sources) - 1]
-                used[site]["F"] += 1
+        total += cost.step.stack[len(plan.stack_forecast(step).sources) - 1] if stack == "S" else cost.step.fixed
+        for site, row in plan.rows.items():
+            total += _cell_cost(cost.sites[site], plan, site, row[step], step)
     return total
+
+
+def _cell_cost(cost: SiteCost, plan: Plan, site: str, action: str, step: int) -> float:
+    if action == "P":
+        return float(cost.prune(plan.computed(site, step)))
+    if action == "F":
+        return cost.F[len(plan.forecast(site, step).sources) - 1]
+    return {"C": cost.C, "R": cost.R, "-": 0.0}[action]
 
 
 def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
@@ -157,10 +146,7 @@ def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
     total = 0.0
     for site, steps in observed_steps(plan, base).items() if base in MAPPED else ():
         for step in steps:
-            computed = plan.tokens(site)
-            if plan.rows[site][step] == "P":
-                computed = plan.k[site][plan.cell(site, step, "P")]
-            total += cost.sites[site].map * computed / plan.tokens(site)
+            total += cost.sites[site].map * plan.computed(site, step) / plan.tokens(site)
     return total
 
 

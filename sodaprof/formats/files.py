@@ -27,6 +27,10 @@ T = TypeVar("T")
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the values that files hold: immutable, and an unknown key is an error. `msgspec.structs.replace` copies one."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of the file."""
+        return encode(self)
+
 
 def read_json(path: Path, missing: str = "Check the path.") -> Any:
     """Returns the JSON value in `path`; `missing` is what the message advises if there is no such file.
@@ -126,16 +130,14 @@ def write_json(path: Path, data: Any, *, force: bool = False) -> None:
 
 def layout(data: Any, indent: str = "") -> str:
     """Returns JSON with one entry a line and lists of plain values on one line, so that `git diff` shows what changed."""
-    if isinstance(data, dict | list | tuple) and data:
-        values = list(data.values()) if isinstance(data, dict) else list(data)
-        if isinstance(data, dict) or any(isinstance(v, dict) for v in values):
-            inner = indent + " "
-            parts = [layout(v, inner) for v in values]
-            if isinstance(data, dict):
-                parts = [f"{json.dumps(str(k))}: {part}" for k, part in zip(data, parts, strict=True)]
-            left, right = "{}" if isinstance(data, dict) else "[]"
-            return f"{left}\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}{right}"
-    return json.dumps(data, allow_nan=False)
+    inner = indent + " "
+    if isinstance(data, dict) and data:
+        left, right, parts = "{", "}", [f"{json.dumps(str(k))}: {layout(v, inner)}" for k, v in data.items()]
+    elif isinstance(data, list | tuple) and any(isinstance(v, dict) for v in data):
+        left, right, parts = "[", "]", [layout(v, inner) for v in data]
+    else:
+        return json.dumps(data, allow_nan=False)
+    return f"{left}\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}{right}"
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:

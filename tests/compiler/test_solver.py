@@ -10,8 +10,7 @@ from sodaprof.compiler.open_loop import Span, fit_open_loop, jump_costs
 from sodaprof.compiler.policies import solver
 from sodaprof.compiler.policies.solver import polished
 from sodaprof.errors import FormatError
-from sodaprof.formats import tables as dense
-from sodaprof.formats.profile import load_profile
+from sodaprof.formats.profile import Profile, load_profile
 from sodaprof.formats.sampler import OwnUpdate, own_weights, ridge_solve
 
 
@@ -157,16 +156,20 @@ def test_the_response_is_the_part_of_the_change_that_goes_along_with_the_latents
         np.testing.assert_allclose(along, 0.3 * away, rtol=1e-3)
 
 
-def test_the_response_is_interpolated_between_the_steps_that_measured_it(tmp_path):
+def test_the_response_is_interpolated_between_the_steps_that_measured_it(
+    tmp_path, monkeypatch, make_model, make_sampler
+):
     kinds = np.array(["state", "away", "away", "away", "response", "response", "response"])
     rows = np.array([0, 0, 2, 4, 0, 2, 4])  # an older profile has step 0, too, at which nothing had moved yet
     table = {"kind": kinds, "row": rows, "product": np.array([9.0, 0.0, 2.0, 4.0, 0.0, 1.0, 4.0])}
-    np.testing.assert_allclose(dense.response(table, 6, tmp_path), [0.5, 0.5, 0.5, 0.75, 1.0, 1.0])
+    monkeypatch.setattr(Profile, "_read", lambda *_: table)
+    found = Profile(tmp_path, make_model(), make_sampler(6), {})
+    np.testing.assert_allclose(found.response(), [0.5, 0.5, 0.5, 0.75, 1.0, 1.0])
     table["row"] = np.array([0, 0, 2, 4, 0, 2, 3])
     with pytest.raises(FormatError, match="rows of kind away or response are missing"):
-        dense.response(table, 6, tmp_path)
-    some = kinds == "state"
-    assert dense.response({name: column[some] for name, column in table.items()}, 6, tmp_path) is None
+        found.response()
+    table["kind"] = np.array(["state"] * 7)
+    assert found.response() is None
 
 
 def test_fewer_placements_are_tried_for_long_runs(profile, monkeypatch):

@@ -10,11 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sodaprof.errors import FormatError, UnsupportedModelError
+from sodaprof.formats.files import decode
 from sodaprof.formats.profile import load_inspection, load_profile, write_solver
 from sodaprof.formats.sampler import OwnUpdate, own_update_from_json
-from sodaprof.formats.sites import Site, SiteKey, Transformer, model_from_json, sampler_from_json
+from sodaprof.formats.sites import Sampler, Site, SiteKey, Transformer, model_from_json
 from tests.conftest import build_sampler
 from tests.strategies import broken, models, profiles, samplers
+
+
+def sampler_from_json(data, where):
+    return decode(data, Sampler, where)
 
 
 @settings(max_examples=10)

@@ -16,7 +16,7 @@ from sodaprof import load_schedule
 from sodaprof.errors import FormatError, IllegalScheduleError
 from sodaprof.formats.rules import verify
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
-from sodaprof.formats.schedule_file import save_schedule, schedule_from_json, schedule_to_json
+from sodaprof.formats.schedule_file import schedule_from_json, schedule_to_json
 from tests.strategies import OTHERS, at, broken, legal_schedules, places
 
 ATTN0, FF0 = "transformer_blocks.0.attn1", "transformer_blocks.0.ff"
@@ -52,7 +52,7 @@ def folder(tmp_path_factory) -> Path:
 @given(legal_schedules())
 def test_a_legal_schedule_is_read_as_it_was_written(folder, schedule):
     verify(schedule)
-    save_schedule(schedule, folder / "a.json", force=True)
+    schedule.save(folder / "a.json", force=True)
     found = load_schedule(folder / "a.json")
     assert found == schedule
     assert found.digest() == schedule.digest()
