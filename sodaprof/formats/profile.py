@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from msgspec import Meta
@@ -44,6 +44,12 @@ class Manifest(Record, frozen=True):
     measured: dict[str, Any]
 
 
+class Refused(Record, frozen=True):
+    """The content of solver.json if the sampler's steps are not linear."""
+
+    refused: str  # the reason
+
+
 @dataclass(frozen=True)
 class Inspection:
     """The part of a profile that needs no sampling: model.json, sampler.json, and the folder with these and cost.flops.json."""
@@ -62,9 +68,7 @@ class Inspection:
         data = read_json(path, profile_again(self.folder))
         if isinstance(data, dict) and "refused" in data:
             content = header(data, SOLVER, SOLVER_VERSION, str(path))
-            raise UnsupportedModelError(
-                decode(content, dict[Literal["refused"], str], str(path), profile_again(self.folder))["refused"]
-            )
+            raise UnsupportedModelError(decode(content, Refused, str(path), profile_again(self.folder)).refused)
         update = own_update_from_json(data, str(path))
         if update.steps != self.sampler.steps:
             raise FormatError(

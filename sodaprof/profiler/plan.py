@@ -57,6 +57,11 @@ class ProfilePlan:
         return self.sampler.steps
 
     @property
+    def ages(self) -> int:
+        """The oldest age at which errors are measured."""
+        return self.request["max_interval"] - 1
+
+    @property
     def halves(self) -> bool:
         """Whether both guidance branches share a batch."""
         return self.sampler.guidance_form == "halves"
@@ -98,6 +103,10 @@ class ProfilePlan:
         """Oldest age of the products of outputs."""
         return history_of(self.steps, self.request["max_interval"])
 
+    def device(self, pipe: Any) -> torch.device:
+        """Returns where the first transformer computes."""
+        return next(pipe.components[next(iter(self.model.transformers))].parameters()).device
+
     def stack_sizes(self) -> list[int]:
         """Returns the elements of each stack's output, of a generation on one branch."""
         return [stack.size // (self.branches if self.halves else 1) for stack in self.stacks.values()]
@@ -110,9 +119,9 @@ class ProfilePlan:
         if self.measures:
             for name, site in self.sites:
                 folds = self.step.folds[name, site.key]
-                tracks.append(Track("site", name, site, folds * site.tokens * site.width))
+                tracks.append(Track("site", name, site.key, folds * site.tokens * site.width))
             for name, size in zip(self.stacks, self.stack_sizes(), strict=True):
-                tracks += [Track(form, name, None, size) for form in STACK_FORMS]
+                tracks += [Track(form, name, "", size) for form in STACK_FORMS]
         return GramSums(tracks, self.steps, self.history, math.prod(self.model.shape["latent"]))
 
     def shapes(self) -> Shapes:
@@ -125,7 +134,7 @@ class ProfilePlan:
             steps=self.steps,
             branches=self.branches,
             halves=self.halves,
-            ages=self.request["max_interval"] - 1,
+            ages=self.ages,
             item=4 if self.model.shape["dtype"] == "float32" else 2,
             rates=len(RATES),
             latent=math.prod(self.model.shape["latent"]) if self.multiplies else 0,

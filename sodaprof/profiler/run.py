@@ -62,8 +62,7 @@ def run_profile(
     work = folder.with_name(folder.name + ".partial")
     groups = _open_partial(work, pipe, plan, force)
     sites, grids = (plan.sites, plan.grids) if plan.measures else ([], [])
-    ages = plan.request["max_interval"] - 1
-    statistics = Statistics(sites, plan.steps, ages, plan.branches, RATES, grids, plan.varying, plan.gram())
+    statistics = Statistics(sites, plan.steps, plan.ages, plan.branches, RATES, grids, plan.varying, plan.gram())
     watch = Stopwatch(pipe)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -77,7 +76,7 @@ def run_profile(
         statistics.write_tables(work, plan.model)
     if statistics.gram:
         statistics.gram.write(work, plan.past, statistics.samples, response)
-    device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)
+    device = str(plan.device(pipe))
     measured = {
         "seconds": round(seconds, 2),
         "time_over_plain": round(seconds / max(seconds - watch.seconds(), 1e-9), 3),

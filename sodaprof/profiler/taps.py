@@ -16,8 +16,8 @@ from ..pipelines.patch import patched
 from ..pipelines.probe import as_tokens, main_part
 from ..pipelines.recording import all_tapped, hooked, tapped
 from ..pipelines.stack import Stack, block_input
+from .gram import Products
 from .plan import RATES, ProfilePlan
-from .products import Products
 from .reuse_errors import Ring, StaleErrors, pooled
 from .statistics import Statistics
 
@@ -74,12 +74,12 @@ class Taps:
         self.scratch: dict[torch.Size, torch.Tensor] = {}
         self.calls: dict[str, tuple[int, int]] = {}  # module -> the latest network call that ran it, and how often
         self.found: dict[tuple[int, int], list[StaleErrors]] = {}  # (step, site) -> the branches' errors, on the device
-        halves = 2 if plan.sampler.guidance_form == "halves" else 1
-        self.rows = count * halves  # of a network call's batch, folded samples aside
-        device = next(pipe.components[next(iter(plan.model.transformers))].parameters()).device
+        self.rows = 2 * count if plan.halves else count  # of a network call's batch, folded samples aside
+        device = plan.device(pipe)
         self.rates = torch.tensor(RATES, device=device)
         gram = statistics.gram
         self.products = None if gram is None else Products(gram, self.rows, count, first, device)
+        self.of_run = self.products if first else None  # the products of states and stacks
         self.stack = ExitStack()
 
     def __enter__(self) -> Taps:
@@ -91,8 +91,8 @@ class Taps:
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
             begin = TransformerHook(self.clock, self.moment, lambda: None, name, self.past[name])
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
-            if self.products and self.products.first and name in self.plan.stacks:
-                self._follow(self.products, name, module, self.plan.stacks[name])
+            if self.of_run and name in self.plan.stacks:
+                self._follow(self.of_run, name, module, self.plan.stacks[name])
             paths = dict.fromkeys(s.path for s in transformer.sites) if numbers else ()
             self.stack.enter_context(all_tapped(module, paths, partial(self._run, numbers), "sodaprof.profile"))
         return self
@@ -105,12 +105,12 @@ class Taps:
     ) -> Any:
         """Takes the scheduler's step, the clock's patch included, and records its states."""
         step = self.clock.step
-        products = self.products if self.products and self.products.first and step is not None else None
+        products = self.of_run if step is not None else None
         if products:
             with self.watch:
                 products.state(model_output, sample)
         result = take_step(model_output, timestep, sample, *args, **kwargs)
-        if products and step == self.plan.sampler.steps - 1:
+        if products and step == self.plan.steps - 1:
             with self.watch:
                 products.end(result[0] if isinstance(result, tuple) else result.prev_sample)
         if step is not None:
@@ -155,7 +155,7 @@ class Taps:
 
     def _measure(self, site: int, whole: torch.Tensor) -> None:
         # both halves of a batch share a ring, in different rows
-        branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
+        branch = 0 if self.plan.halves else self.moment.branch
         name, known = self.sites[site]
         out = as_tokens(whole, self.plan.model.transformers[name].layout(known.key))
         if out.shape[0] % self.rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
@@ -167,15 +167,14 @@ class Taps:
             self.rings.pop((site, branch), None)
         ring = self.rings.get((site, branch))
         if ring is None:
-            ages = self.plan.request["max_interval"] - 1
-            ring = self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
+            ring = self.rings[site, branch] = Ring(self.plan.ages, self.rates, self.scratch)
         errors = ring.push(out)
         if errors is not None:
             if site not in self.statistics.varying:
                 errors.tokens = pooled(errors.tokens, self.plan.grids[site])
             self.found.setdefault((self.moment.step, site), []).append(errors)
         if self.products:
-            self.products.site(name, known.key, self.moment, whole)
+            self.products.keep(f"{name}.{known.key}", self.moment, whole)
 
     def flush(self) -> None:
         """Moves the batch's errors off the device and into the statistics."""

@@ -18,9 +18,8 @@ from sodaprof.formats.profile import load_inspection, load_profile, write_solver
 from sodaprof.formats.tables import COLUMNS, TABLES, schema
 from sodaprof.pipelines.sampler_steps import own_update
 from sodaprof.profiler import budget as memory
-from sodaprof.profiler.gram import GramSums, Track
+from sodaprof.profiler.gram import GramSums, History, Products, Track, chosen
 from sodaprof.profiler.plan import plan_profile
-from sodaprof.profiler.products import History, Products, chosen
 from sodaprof.profiler.run import run_profile
 from sodaprof.profiler.taps import Taps
 from tests.cli.test_commands import invoke
@@ -135,7 +134,7 @@ def test_products_in_other_layouts_and_of_frames_in_the_batch(name, tmp_path):
 def test_history_keeps_the_band_and_the_turn():
     """Steps 0-8 and 11-13, ages to 2: rows are let go of in between, and nothing of the first turn counts in the second."""
     values = {t: torch.randn(20) for t in (*range(9), 11, 12, 13)}
-    sums = GramSums([Track("output", "t", None, 20)], 14, 2, 1)
+    sums = GramSums([Track("output", "t", "", 20)], 14, 2, 1)
     history = History(2, 1.0)
     for t, x in values.items():
         history.push(t, x)
@@ -337,8 +336,8 @@ def test_published_models_take_a_few_megabytes_on_disk(tmp_path):
     shapes = published(
         28, [("transformer_blocks", "attn1"), ("transformer_blocks", "ff")], [4, 32, 32], 2, 256, 1152, 50
     )
-    tracks = [Track("site", "transformer", site, 256 * 1152) for site in shapes.sites]
-    tracks += [Track(form, "transformer", None, 256 * 1152) for form in ("output", "drift")]
+    tracks = [Track("site", "transformer", site.key, 256 * 1152) for site in shapes.sites]
+    tracks += [Track(form, "transformer", "", 256 * 1152) for form in ("output", "drift")]
     sums = GramSums(tracks, 50, 28, 4 * 32 * 32)
     rng = np.random.default_rng(0)
     sums.states, sums.products = rng.random(sums.states.shape), rng.random(sums.products.shape)
