@@ -1,11 +1,4 @@
-"""What each action costs: FLOPs counted from the model, or milliseconds measured on a device. JSON version 1.
-
-step.fixed        everything of a step outside its sites
-step.all_cached   a whole step in which every site is R
-step.stack[K-1]   a whole S step that forecasts from K sources
-sites.<key>       C, R, F[K-1], and P as points (k, cost), linear between them; k = 0 costs the same as R
-                  map: extra cost of computing the attention weights for a token rule that reads them; k rows cost k / N of it
-"""
+"""What each action costs: FLOPs counted from the model, or milliseconds measured on a device."""
 
 from __future__ import annotations
 
@@ -16,11 +9,10 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import MismatchError
-from .files import Record, decode, encode, header, read_json, write_json
+from .files import Record, decode, read_json, write_json
 from .rules import MAPPED, observed_steps
 from .schedule import Plan, Schedule
 
-FORMAT, VERSION = "sodaprof.cost", 1
 Amount = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0)]
 BySources = Annotated[tuple[Amount, ...], Meta(min_length=4, max_length=4)]  # K = 1…4
 
@@ -31,25 +23,25 @@ class SiteCost(Record, frozen=True):
     C: Amount
     R: Amount
     F: BySources
-    P: Annotated[tuple[tuple[int, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending
-    map: Amount = 0.0
+    P: Annotated[tuple[tuple[int, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending; linear between them
+    map: Amount = 0.0  # of the attention weights that a token rule reads; k rows cost k / N of it
 
     def __post_init__(self) -> None:
         if list(self.P) != sorted(self.P):
             raise ValueError("`P` needs points in rising order of k")
 
     def prune(self, k: Any) -> Any:
-        """Returns the cost of recomputing k tokens; k may be an array."""
+        """Returns the cost of recomputing k tokens, of none that of R; k may be an array."""
         ks, costs = zip(*self.P, strict=True)
         return np.where(np.asarray(k) == 0, self.R, np.interp(k, ks, costs))
 
 
 class StepCost(Record, frozen=True):
-    """What a step costs as a whole; see the top of the file."""
+    """What a step costs as a whole."""
 
-    fixed: Amount
-    all_cached: Amount
-    stack: BySources
+    fixed: Amount  # everything outside the sites
+    all_cached: Amount  # a whole step in which every site is R
+    stack: BySources  # a whole S step
 
 
 class TransformerCost(Record, frozen=True):
@@ -71,6 +63,7 @@ class TransformerCost(Record, frozen=True):
 class CostModel(Record, frozen=True):
     """What the steps of a denoising loop cost, all guidance branches included, in FLOPs or in milliseconds of a device."""
 
+    FORMAT = "sodaprof.cost", 1
     unit: Literal["flops", "ms"]
     device: str
     dtype: str
@@ -100,10 +93,6 @@ class CostModel(Record, frozen=True):
 
     def speedup(self, schedule: Schedule) -> float:
         return self.all_compute(schedule) / self.schedule(schedule)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the content of the file."""
-        return {"format": FORMAT, "version": VERSION} | encode(self)
 
 
 def check_covers(cost: CostModel, sites: dict[str, list[str]]) -> None:
@@ -157,7 +146,7 @@ def save_cost(cost: CostModel, path: Path, *, force: bool = False) -> None:
 
 def load_cost(path: str | Path) -> CostModel:
     """Returns the cost table in `path`; FormatError if it is broken, negative or incomplete."""
-    return decode(header(read_json(Path(path)), FORMAT, VERSION, str(path)), CostModel, str(path))
+    return decode(read_json(Path(path)), CostModel, str(path))
 
 
 def cost_of(folder: Path, cost: str | Path) -> CostModel:

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -27,9 +27,12 @@ T = TypeVar("T")
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the values that files hold: immutable, and an unknown key is an error. `msgspec.structs.replace` copies one."""
 
+    FORMAT: ClassVar[tuple[str, int] | None] = None  # `format` and `version` of a file that begins with them
+
     def to_json(self) -> dict[str, Any]:
         """Returns the content of the file."""
-        return encode(self)
+        head = dict(zip(("format", "version"), self.FORMAT, strict=True)) if self.FORMAT else {}
+        return head | encode(self)
 
 
 def read_json(path: Path, missing: str = "Check the path.") -> Any:
@@ -88,9 +91,11 @@ def _check_depth(value: Any) -> None:
 def decode(data: Any, kind: type[T], where: str, advice: str = REWRITE) -> T:
     """Returns the JSON value `data` as `kind`, a `Record` or a type made of such.
 
-    Raises FormatError, which names the place inside the file, for a value of another type or out of range, and for a key that
-    is unknown, or missing although it is written (msgspec itself fills in the defaults of a record).
+    Raises FormatError, which names the place inside the file, for another format or version, for a value of another type or
+    out of range, and for a key that is unknown, or missing although it is written (msgspec itself fills in defaults).
     """
+    if known := getattr(kind, "FORMAT", None):
+        data = header(data, known, where)
     try:
         value = msgspec.convert(data, kind, strict=True)
     except (msgspec.ValidationError, UnicodeError) as error:
@@ -186,8 +191,9 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def header(data: Any, name: str, version: int, where: str) -> dict[str, Any]:
+def header(data: Any, known: tuple[str, int], where: str) -> dict[str, Any]:
     """Returns the content of a file: `data` without `format` and `version`; FormatError if these are others, or newer."""
+    name, version = known
     if not isinstance(data, dict) or data.get("format") != name:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise FormatError(f"{where}: found format {found!r}, expected {name!r}. Check the path.")

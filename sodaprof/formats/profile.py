@@ -14,21 +14,19 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import FormatError, UnsupportedModelError
-from .files import UPGRADE, Number, Record, decode, digest, header, read_json, write_json
-from .sampler import FORMAT as SOLVER
-from .sampler import VERSION as SOLVER_VERSION
-from .sampler import OwnUpdate, own_update_from_json
+from .files import UPGRADE, Number, Record, decode, digest, read_json, write_json
+from .sampler import OwnUpdate
 from .sites import Model, Sampler, SiteKey, Transformer, model_from_json
 from .tables import CELL, COLUMNS, GRAM, MEAN, STACK_FORMS, TABLES, VERSIONS, Columns, profile_again, read_table
 
-FORMAT, VERSION = "sodaprof.profile", 1
 FORECAST_SOURCES = 4  # at most
 MAKE = "Make the profile: sodaprof profile MODEL -o DIR"
 
 
 class Manifest(Record, frozen=True):
-    """The content of manifest.json after `format` and `version`: what was asked for, where it ran, and how long it took."""
+    """The content of manifest.json: what was asked for, where it ran, and how long it took."""
 
+    FORMAT = "sodaprof.profile", 1
     tables: dict[str, int]  # name -> version
     model: str
     sampler: str
@@ -47,6 +45,7 @@ class Manifest(Record, frozen=True):
 class Refused(Record, frozen=True):
     """The content of solver.json if the sampler's steps are not linear."""
 
+    FORMAT = OwnUpdate.FORMAT
     refused: str  # the reason
 
 
@@ -65,15 +64,12 @@ class Inspection:
         folder), broken, or of another number of steps.
         """
         path = self.folder / "solver.json"
-        data = read_json(path, profile_again(self.folder))
+        data = read_json(path, again := profile_again(self.folder))
         if isinstance(data, dict) and "refused" in data:
-            content = header(data, SOLVER, SOLVER_VERSION, str(path))
-            raise UnsupportedModelError(decode(content, Refused, str(path), profile_again(self.folder)).refused)
-        update = own_update_from_json(data, str(path))
+            raise UnsupportedModelError(decode(data, Refused, str(path), again).refused)
+        update = decode(data, OwnUpdate, str(path), again)
         if update.steps != self.sampler.steps:
-            raise FormatError(
-                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {profile_again(self.folder)}"
-            )
+            raise FormatError(f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {again}")
         return update
 
 
@@ -258,7 +254,7 @@ def load_profile(folder: str | Path) -> Profile:
     path = inspection.folder / "manifest.json"
     data = read_json(path, MAKE)
     again = profile_again(folder)
-    tables = decode(header(data, FORMAT, VERSION, str(path)), Manifest, str(path), again).tables
+    tables = decode(data, Manifest, str(path), again).tables
     gram = {"gram"} & set(tables)
     for table in [*gram] if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]:
         if not (inspection.folder / f"{table}.parquet").is_file():
@@ -285,6 +281,5 @@ def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:
 
 def write_solver(folder: Path, update: OwnUpdate | UnsupportedModelError) -> None:
     """Writes solver.json: the sampler's own update, or the reason why there is none."""
-    refused = {"format": SOLVER, "version": SOLVER_VERSION, "refused": str(update)}
-    data = update.to_json() if isinstance(update, OwnUpdate) else refused
-    write_json(folder / "solver.json", data, force=True)
+    record = update if isinstance(update, OwnUpdate) else Refused(str(update))
+    write_json(folder / "solver.json", record.to_json(), force=True)

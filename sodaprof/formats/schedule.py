@@ -1,14 +1,6 @@
-"""The schedule in memory: one row a site, one character a step.
+"""The schedule in memory: one row a site and one for the stack, one character a step; docs/concepts.md explains each.
 
-    C  the site computes all tokens and writes its cache
-    R  it returns its cache (the output of the module before the gate)
-    F  it returns a weighted sum of its outputs at earlier C steps
-    P  it recomputes k tokens, writes them into its cache and returns the cache
-    -  it does not run
-
-The row `stack` describes the blocks as a whole: `.` they run; `S` they are skipped and what enters the final norm is
-forecast; `-` the network is not called, the fitted update alone moves the latents; `_` (in every row) the pipeline calls
-another transformer at this step. `rules.py` holds the rules, `schedule_file.py` reads and writes schedule.json.
+`rules.py` holds the rules, `schedule_file.py` reads and writes schedule.json.
 """
 
 from __future__ import annotations

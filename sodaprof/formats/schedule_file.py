@@ -15,7 +15,7 @@ from .rules import verify
 from .schedule import Forecast, Plan, Schedule
 from .sites import Shape
 
-FORMAT, VERSION = "sodaprof.schedule", 1
+FORMAT = "sodaprof.schedule", 1
 KEYS = (
     "transformers", "update", "token_rule", "sampler", "shape", "profile", "policy", "predicted", "measured", "made_by",
 )  # fmt: skip
@@ -94,12 +94,12 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """Returns the content of schedule.json."""
     plans = {name: encode(_plan_file(plan)) for name, plan in schedule.transformers.items()}
     data = encode(replace(schedule, transformers={})) | {"transformers": plans}
-    return {"format": FORMAT, "version": VERSION} | {key: data[key] for key in KEYS}
+    return dict(zip(("format", "version"), FORMAT, strict=True)) | {key: data[key] for key in KEYS}
 
 
 def schedule_from_json(data: Any, where: str) -> Schedule:
     """Returns the schedule that `schedule_to_json` wrote, without checking the rules; FormatError for anything else."""
-    content = header(data, FORMAT, VERSION, where)
+    content = header(data, FORMAT, where)
     files = decode(content.get("transformers"), dict[str, PlanFile], f"{where}: transformers")
     plans = {name: _plan(file, f"{where}: transformers: {name}") for name, file in files.items()}
     for key, kind in PARTS.items():
