@@ -106,6 +106,11 @@ class ProfilePlan:
         """Returns where the first transformer computes."""
         return next(pipe.components[next(iter(self.model.transformers))].parameters()).device
 
+    def generations(self, start: int, count: int) -> tuple[list[int | str], list[int]]:
+        """Returns the entries and seeds of `count` generations."""
+        prompts, numbers = self.request["prompts"], range(start, start + count)
+        return [prompts[i % len(prompts)] for i in numbers], [self.request["seed"] + i for i in numbers]
+
     def gram(self) -> GramSums | None:
         """Returns empty sums of the products to measure, None if there are none."""
         if not self.multiplies:

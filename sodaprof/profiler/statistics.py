@@ -55,18 +55,18 @@ class Statistics:
         arrays = {"whole": self.whole, "pruned": self.pruned} | {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
         return arrays | ({"states": self.gram.states, "products": self.gram.products} if self.gram else {})
 
-    def save(self, path: Path, progress: dict[str, int]) -> None:
-        """Writes the sums and the progress of the run, atomically."""
+    def save(self, path: Path, batches: int) -> None:
+        """Writes the sums and how many batches they are of, all passes counted, atomically."""
         with replacing(path, force=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, **self._arrays() | progress, samples=self.samples)
+            np.savez(file, **self._arrays(), samples=self.samples, batches=batches)
 
-    def restore(self, path: Path) -> dict[str, int]:
-        """Reads the file of `save` and returns the progress of the run."""
+    def restore(self, path: Path) -> int:
+        """Reads the file of `save` and returns the number of batches."""
         with np.load(path, allow_pickle=False) as saved:
             for name, array in self._arrays().items():
                 array[...] = saved[name]
             self.samples = int(saved["samples"])
-            return {key: int(saved[key]) for key in ("group", "batch")}
+            return int(saved["batches"])
 
     def write_tables(self, folder: Path, model: Model) -> None:
         """Writes sites.parquet, caching.parquet and pruning.parquet."""
