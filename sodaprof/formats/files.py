@@ -31,8 +31,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of the file."""
-        head = dict(zip(("format", "version"), self.FORMAT, strict=True)) if self.FORMAT else {}
-        return head | encode(self)
+        return ({"format": self.FORMAT[0], "version": self.FORMAT[1]} if self.FORMAT else {}) | encode(self)
 
 
 def read_json(path: Path, missing: str = "Check the path.") -> Any:

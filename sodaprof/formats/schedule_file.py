@@ -94,7 +94,7 @@ def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """Returns the content of schedule.json."""
     plans = {name: encode(_plan_file(plan)) for name, plan in schedule.transformers.items()}
     data = encode(replace(schedule, transformers={})) | {"transformers": plans}
-    return dict(zip(("format", "version"), FORMAT, strict=True)) | {key: data[key] for key in KEYS}
+    return {"format": FORMAT[0], "version": FORMAT[1]} | {key: data[key] for key in KEYS}
 
 
 def schedule_from_json(data: Any, where: str) -> Schedule:

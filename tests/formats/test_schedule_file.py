@@ -139,21 +139,15 @@ def test_dit_xl_at_50_steps_stays_small(schedule, make_sampler, tmp_path, action
     assert load_schedule(tmp_path / "a.json") == big
 
 
-def test_save_replaces_a_file_only_with_force(schedule, tmp_path):
+def test_save_refuses_an_illegal_schedule_and_an_existing_file(schedule, tmp_path):
     path = tmp_path / "a.json"
-    path.write_text("mine")
+    with pytest.raises(IllegalScheduleError):
+        replace(schedule, token_rule=None).save(path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("kept")
     with pytest.raises(FormatError, match="exists already"):
         schedule.save(path)
-    assert path.read_text() == "mine"
-    schedule.save(path, force=True)
-    assert load_schedule(path) == schedule
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_save_refuses_an_illegal_schedule_and_writes_nothing(schedule, tmp_path):
-    with pytest.raises(IllegalScheduleError):
-        replace(schedule, token_rule=None).save(tmp_path / "a.json")
-    assert list(tmp_path.iterdir()) == []
+    assert path.read_text() == "kept"
 
 
 # ---- nothing else is read ---------------------------------------------------------------------------------------------

@@ -246,7 +246,7 @@ def test_a_single_generation_has_no_deviation(model, tmp_path):
     assert not pruning["std"].any()
 
 
-def test_equal_generations_have_no_deviation(model):
+def test_equal_generations_have_no_deviation(model, tmp_path):
     """The sums of squares must not turn rounding into a negative variance."""
     statistics = empty(model)
     given = np.random.default_rng(6).random((STEPS, 2, AGES, 3)).astype(np.float32)
@@ -257,7 +257,6 @@ def test_equal_generations_have_no_deviation(model):
     statistics.samples = 1000
     variance = statistics.whole[1] / 1000 - (statistics.whole[0] / 1000) ** 2
     assert variance.min() < 0  # rounding does reach below 0 in this test
-    mean, std = statistics._moments(statistics.whole).values()
-    np.testing.assert_allclose(mean[..., 0, :], given, rtol=1e-6)
-    assert np.isfinite(std).all()
-    assert std.max() < 1e-6
+    statistics.write_tables(tmp_path, model)
+    caching, pruning = tables(tmp_path)
+    assert max(caching["cos_std"].max(), pruning["std"].max()) < 1e-6
