@@ -1,11 +1,4 @@
-"""What each action costs: FLOPs counted from the model, or milliseconds measured on a device. JSON version 1.
-
-step.fixed        everything of a step outside its sites
-step.all_cached   a whole step in which every site is R
-step.stack[K-1]   a whole S step that forecasts from K sources
-sites.<key>       C, R, F[K-1], and P as points (k, cost), linear between them; k = 0 costs the same as R
-                  map: extra cost of computing the attention weights for a token rule that reads them; k rows cost k / N of it
-"""
+"""What each action costs: FLOPs counted from the model, or milliseconds measured on a device."""
 
 from __future__ import annotations
 
@@ -16,11 +9,10 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import MismatchError
-from .files import Record, decode, encode, header, read_json, write_json
+from .files import Record, decode, read_json, write_json
 from .rules import MAPPED, observed_steps
 from .schedule import Plan, Schedule
 
-FORMAT, VERSION = "sodaprof.cost", 1
 Amount = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0)]
 BySources = Annotated[tuple[Amount, ...], Meta(min_length=4, max_length=4)]  # K = 1…4
 
@@ -31,25 +23,25 @@ class SiteCost(Record, frozen=True):
     C: Amount
     R: Amount
     F: BySources
-    P: Annotated[tuple[tuple[int, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending
-    map: Amount = 0.0
+    P: Annotated[tuple[tuple[int, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending; linear between them
+    map: Amount = 0.0  # of the attention weights that a token rule reads; k rows cost k / N of it
 
     def __post_init__(self) -> None:
         if list(self.P) != sorted(self.P):
             raise ValueError("`P` needs points in rising order of k")
 
     def prune(self, k: Any) -> Any:
-        """Returns the cost of recomputing k tokens; k may be an array."""
+        """Returns the cost of recomputing k tokens, of none that of R; k may be an array."""
         ks, costs = zip(*self.P, strict=True)
         return np.where(np.asarray(k) == 0, self.R, np.interp(k, ks, costs))
 
 
 class StepCost(Record, frozen=True):
-    """What a step costs as a whole; see the top of the file."""
+    """What a step costs as a whole."""
 
-    fixed: Amount
-    all_cached: Amount
-    stack: BySources
+    fixed: Amount  # everything outside the sites
+    all_cached: Amount  # a whole step in which every site is R
+    stack: BySources  # a whole S step
 
 
 class TransformerCost(Record, frozen=True):
@@ -71,6 +63,7 @@ class TransformerCost(Record, frozen=True):
 class CostModel(Record, frozen=True):
     """What the steps of a denoising loop cost, all guidance branches included, in FLOPs or in milliseconds of a device."""
 
+    FORMAT = "sodaprof.cost", 1
     unit: Literal["flops", "ms"]
     device: str
     dtype: str
@@ -94,62 +87,47 @@ class CostModel(Record, frozen=True):
 
     def all_compute(self, schedule: Schedule) -> float:
         """Returns the cost of the same loop with every site C at every step."""
-        calls = {name: sum(action != "_" for action in plan.stack) for name, plan in schedule.transformers.items()}
-        inside = sum(self.transformers[name].full * count for name, count in calls.items())
+        plans = schedule.transformers.items()
+        inside = sum(self.transformers[name].full * len(plan.stack.replace("_", "")) for name, plan in plans)
         return schedule.steps * self.loop_step(False) + inside
 
     def speedup(self, schedule: Schedule) -> float:
         return self.all_compute(schedule) / self.schedule(schedule)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the content of the file."""
-        return {"format": FORMAT, "version": VERSION} | encode(self)
 
 
 def check_covers(cost: CostModel, sites: dict[str, list[str]]) -> None:
     """Raises MismatchError unless the table has costs for exactly these sites, which are given by transformer."""
     for name, keys in sites.items():
         known = cost.transformers[name].sites if name in cost.transformers else {}
+        found = ""
         if missing := [key for key in keys if key not in known]:
-            raise MismatchError(
-                f"The cost table has no costs for {name}/{missing[0]} ({len(missing)} sites missing). "
-                "Take the cost.flops.json or cost.json of the same model."
-            )
-        if others := [key for key in known if key not in keys]:
-            raise MismatchError(
-                f"The cost table has costs for {name}/{others[0]}, which this model does not have ({len(others)} such sites). "
-                "Take the cost.flops.json or cost.json of the same model."
-            )
+            found = f"no costs for {name}/{missing[0]} ({len(missing)} sites missing)"
+        elif others := [key for key in known if key not in keys]:
+            found = f"costs for {name}/{others[0]}, which this model does not have ({len(others)} such sites)"
+        if found:
+            raise MismatchError(f"The cost table has {found}. Take the cost.flops.json or cost.json of the same model.")
 
 
 def _plan_cost(cost: TransformerCost, plan: Plan) -> float:
     total = 0.0
-    used = {site: {"P": 0, "F": 0} for site in plan.rows}
-    stack_cells = iter(plan.stack_forecasts)
     for step, stack in enumerate(plan.stack):
         if stack in "-_":
             continue
-        column = {site: row[step] for site, row in plan.rows.items()}
-        if stack == "S":
-            total += cost.step.stack[len(next(stack_cells).sources) - 1]
-        elif set(column.values()) == {"R"}:
+        if all(row[step] == "R" for row in plan.rows.values()):
             total += cost.step.all_cached
             continue
-        else:
-            total += cost.step.fixed
-        for site, action in column.items():
-            table = cost.sites[site]
-            if action == "C":
-                total += table.C
-            elif action == "R":
-                total += table.R
-            elif action == "P":
-                total += float(table.prune(plan.k[site][used[site]["P"]]))
-                used[site]["P"] += 1
-            elif action == "F":
-                total += table.F[len(plan.forecasts[site][used[site]["F"]].sources) - 1]
-                used[site]["F"] += 1
+        total += cost.step.stack[len(plan.stack_forecast(step).sources) - 1] if stack == "S" else cost.step.fixed
+        for site, row in plan.rows.items():
+            total += _cell_cost(cost.sites[site], plan, site, row[step], step)
     return total
+
+
+def _cell_cost(cost: SiteCost, plan: Plan, site: str, action: str, step: int) -> float:
+    if action == "P":
+        return float(cost.prune(plan.computed(site, step)))
+    if action == "F":
+        return cost.F[len(plan.forecast(site, step).sources) - 1]
+    return {"C": cost.C, "R": cost.R, "-": 0.0}[action]
 
 
 def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
@@ -157,10 +135,7 @@ def _map_cost(cost: TransformerCost, plan: Plan, base: str) -> float:
     total = 0.0
     for site, steps in observed_steps(plan, base).items() if base in MAPPED else ():
         for step in steps:
-            computed = plan.tokens(site)
-            if plan.rows[site][step] == "P":
-                computed = plan.k[site][plan.cell(site, step, "P")]
-            total += cost.sites[site].map * computed / plan.tokens(site)
+            total += cost.sites[site].map * plan.computed(site, step) / plan.tokens(site)
     return total
 
 
@@ -171,7 +146,7 @@ def save_cost(cost: CostModel, path: Path, *, force: bool = False) -> None:
 
 def load_cost(path: str | Path) -> CostModel:
     """Returns the cost table in `path`; FormatError if it is broken, negative or incomplete."""
-    return decode(header(read_json(Path(path)), FORMAT, VERSION, str(path)), CostModel, str(path))
+    return decode(read_json(Path(path)), CostModel, str(path))
 
 
 def cost_of(folder: Path, cost: str | Path) -> CostModel:

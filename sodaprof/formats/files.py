@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import msgspec
 
@@ -26,6 +26,12 @@ T = TypeVar("T")
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of the values that files hold: immutable, and an unknown key is an error. `msgspec.structs.replace` copies one."""
+
+    FORMAT: ClassVar[tuple[str, int] | None] = None  # `format` and `version` of a file that begins with them
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the content of the file."""
+        return ({"format": self.FORMAT[0], "version": self.FORMAT[1]} if self.FORMAT else {}) | encode(self)
 
 
 def read_json(path: Path, missing: str = "Check the path.") -> Any:
@@ -84,9 +90,11 @@ def _check_depth(value: Any) -> None:
 def decode(data: Any, kind: type[T], where: str, advice: str = REWRITE) -> T:
     """Returns the JSON value `data` as `kind`, a `Record` or a type made of such.
 
-    Raises FormatError, which names the place inside the file, for a value of another type or out of range, and for a key that
-    is unknown, or missing although it is written (msgspec itself fills in the defaults of a record).
+    Raises FormatError, which names the place inside the file, for another format or version, for a value of another type or
+    out of range, and for a key that is unknown, or missing although it is written (msgspec itself fills in defaults).
     """
+    if known := getattr(kind, "FORMAT", None):
+        data = header(data, known, where)
     try:
         value = msgspec.convert(data, kind, strict=True)
     except (msgspec.ValidationError, UnicodeError) as error:
@@ -126,16 +134,14 @@ def write_json(path: Path, data: Any, *, force: bool = False) -> None:
 
 def layout(data: Any, indent: str = "") -> str:
     """Returns JSON with one entry a line and lists of plain values on one line, so that `git diff` shows what changed."""
-    if isinstance(data, dict | list | tuple) and data:
-        values = list(data.values()) if isinstance(data, dict) else list(data)
-        if isinstance(data, dict) or any(isinstance(v, dict) for v in values):
-            inner = indent + " "
-            parts = [layout(v, inner) for v in values]
-            if isinstance(data, dict):
-                parts = [f"{json.dumps(str(k))}: {part}" for k, part in zip(data, parts, strict=True)]
-            left, right = "{}" if isinstance(data, dict) else "[]"
-            return f"{left}\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}{right}"
-    return json.dumps(data, allow_nan=False)
+    inner = indent + " "
+    if isinstance(data, dict) and data:
+        left, right, parts = "{", "}", [f"{json.dumps(str(k))}: {layout(v, inner)}" for k, v in data.items()]
+    elif isinstance(data, list | tuple) and any(isinstance(v, dict) for v in data):
+        left, right, parts = "[", "]", [layout(v, inner) for v in data]
+    else:
+        return json.dumps(data, allow_nan=False)
+    return f"{left}\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}{right}"
 
 
 def write_text(path: Path, text: str, *, force: bool = False) -> None:
@@ -184,8 +190,9 @@ def digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def header(data: Any, name: str, version: int, where: str) -> dict[str, Any]:
+def header(data: Any, known: tuple[str, int], where: str) -> dict[str, Any]:
     """Returns the content of a file: `data` without `format` and `version`; FormatError if these are others, or newer."""
+    name, version = known
     if not isinstance(data, dict) or data.get("format") != name:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise FormatError(f"{where}: found format {found!r}, expected {name!r}. Check the path.")

@@ -14,35 +14,19 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import FormatError, UnsupportedModelError
-from .files import UPGRADE, Number, Record, decode, digest, header, read_json, write_json
-from .sampler import FORMAT as SOLVER
-from .sampler import VERSION as SOLVER_VERSION
-from .sampler import OwnUpdate, own_update_from_json
-from .sites import Model, Sampler, model_from_json, sampler_from_json
-from .tables import (
-    CELL,
-    COLUMNS,
-    GRAM,
-    MEAN,
-    TABLES,
-    VERSIONS,
-    profile_again,
-    read_table,
-    response,
-    site_products,
-    stack_products,
-    stale_errors,
-    state_products,
-)
+from .files import UPGRADE, Number, Record, decode, digest, read_json, write_json
+from .sampler import OwnUpdate
+from .sites import Model, Sampler, SiteKey, Transformer, model_from_json
+from .tables import CELL, COLUMNS, GRAM, MEAN, STACK_FORMS, TABLES, VERSIONS, Columns, profile_again, read_table
 
-FORMAT, VERSION = "sodaprof.profile", 1
 FORECAST_SOURCES = 4  # at most
 MAKE = "Make the profile: sodaprof profile MODEL -o DIR"
 
 
 class Manifest(Record, frozen=True):
-    """The content of manifest.json after `format` and `version`: what was asked for, where it ran, and how long it took."""
+    """The content of manifest.json: what was asked for, where it ran, and how long it took."""
 
+    FORMAT = "sodaprof.profile", 1
     tables: dict[str, int]  # name -> version
     model: str
     sampler: str
@@ -59,9 +43,10 @@ class Manifest(Record, frozen=True):
 
 
 class Refused(Record, frozen=True):
-    """The content of solver.json if the sampler's steps are not linear: the reason."""
+    """The content of solver.json if the sampler's steps are not linear."""
 
-    refused: str
+    FORMAT = OwnUpdate.FORMAT
+    refused: str  # the reason
 
 
 @dataclass(frozen=True)
@@ -79,15 +64,12 @@ class Inspection:
         folder), broken, or of another number of steps.
         """
         path = self.folder / "solver.json"
-        data = read_json(path, profile_again(self.folder))
+        data = read_json(path, again := profile_again(self.folder))
         if isinstance(data, dict) and "refused" in data:
-            content = header(data, SOLVER, SOLVER_VERSION, str(path))
-            raise UnsupportedModelError(decode(content, Refused, str(path), profile_again(self.folder)).refused)
-        update = own_update_from_json(data, str(path))
+            raise UnsupportedModelError(decode(data, Refused, str(path), again).refused)
+        update = decode(data, OwnUpdate, str(path), again)
         if update.steps != self.sampler.steps:
-            raise FormatError(
-                f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {profile_again(self.folder)}"
-            )
+            raise FormatError(f"{path}: {update.steps} steps, sampler.json has {self.sampler.steps}. {again}")
         return update
 
 
@@ -119,36 +101,63 @@ class Profile(Inspection):
         """Returns what a schedule records of its profile: the digest, and the seeds that are not held out."""
         return {"digest": self.digest(), "seed": self.manifest["seed"], "samples": self.manifest["samples"]}
 
-    def caching_error(self, metric: str = "cos") -> dict[str, np.ndarray]:
-        """Returns per transformer the error of reuse, [T, S, ages + 1], branch mean; NaN if the age reaches before the turn."""
+    def caching_error(self, metric: str = "cos", branch: int = MEAN) -> dict[str, np.ndarray]:
+        """Returns per transformer the error of reuse [T, S, ages + 1], branch mean or of a branch; NaN before the turn."""
         table = self._read("caching", [*CELL, f"{metric}_mean"])
-        return self._stale_errors(table, f"{metric}_mean", None)
+        errors = self._stale_errors(table, f"{metric}_mean", np.zeros(len(table["step"]), dtype=int), branch)
+        return {name: array[..., 0] for name, array in errors.items()}
 
     def pruning_error(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns per transformer E_p [T, S, ages + 1, rates] (1 − cosine, branch mean), and the prune rates [rates]."""
         table = self._read("pruning", [*CELL, "prune_rate", "mean"])
-        rates = np.unique(table["prune_rate"])
-        return self._stale_errors(table, "mean", rates), rates
+        rates, rate = np.unique(table["prune_rate"], return_inverse=True)
+        return self._stale_errors(table, "mean", rate, MEAN), rates
 
-    def _stale_errors(
-        self, table: dict[str, np.ndarray], value: str, rates: np.ndarray | None
-    ) -> dict[str, np.ndarray]:
-        keep = table["branch"] == MEAN
-        return stale_errors(table, value, keep, self.model, self.sampler.steps, self.max_age, rates, self.folder)
+    def _stale_errors(self, table: Columns, value: str, rate: np.ndarray, branch: int) -> dict[str, np.ndarray]:
+        """Returns per transformer a column as [T, S, ages + 1, rates]; rate: the index of each row's prune rate."""
+        dense = {}
+        for name, transformer in self.model.transformers.items():
+            rows = np.flatnonzero((table["branch"] == branch) & (table["transformer"] == name))
+            shape = (self.sampler.steps, len(transformer.sites), self.max_age + 1, rate.max(initial=0) + 1)
+            index = table["step"][rows], self._site_numbers(table, rows, transformer), table["age"][rows], rate[rows]
+            if any(((i < 0) | (i >= n)).any() for i, n in zip(index, shape, strict=True)):
+                raise self._broken("a table has steps or ages outside the profile")
+            array = np.full(shape, np.nan)
+            array[index] = table[value][rows]
+            past = np.array(transformer.past(self.sampler.steps))
+            for age in range(1, self.max_age + 1):
+                if np.isnan(array[past >= age, :, age]).any():
+                    raise self._broken(f"rows are missing at age {age}")
+            dense[name] = array
+        return dense
 
     def state_products(self) -> np.ndarray:
         """Returns the inner products [2T + 1, 2T + 1] of the latents x_0 … x_T, then of the guided outputs v_0 … v_(T−1).
 
         Summed over the elements of a generation's latents, mean over the generations; as the scheduler's step receives them.
         """
-        return state_products(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
+        table = self._read("gram", list(GRAM))
+        return self._square(table, table["kind"] == "state", np.arange(2 * self.sampler.steps + 1))
 
     def response(self) -> np.ndarray | None:
         """Returns how far the guided output moves along an error of the latents of an accelerated run, relative to it, [T].
 
-        None if the profile has not measured it: fewer than 16 samples, or a pipeline that cannot be replayed.
+        Interpolated between the steps at which it was measured, constant before the first and after the last. None if the
+        profile has not measured it: fewer than 16 samples, or a pipeline that cannot be replayed.
         """
-        return response(self._read("gram", list(GRAM)), self.sampler.steps, self.folder)
+        table, steps = self._read("gram", list(GRAM)), self.sampler.steps
+        rows = {kind: np.flatnonzero(table["kind"] == kind) for kind in ("away", "response")}
+        if not all(map(len, rows.values())):
+            return None
+        away, moved = (
+            dict(zip(table["row"][r].tolist(), table["product"][r].tolist(), strict=True)) for r in rows.values()
+        )
+        if away.keys() != moved.keys() or not away.keys() <= set(range(steps)):
+            raise self._broken("rows of kind away or response are missing")
+        known = sorted(step for step, energy in away.items() if energy > 0)  # at step 0 there is no error yet
+        if not known:
+            return np.zeros(steps)
+        return np.interp(np.arange(steps), known, [moved[step] / away[step] for step in known])
 
     def site_products(self) -> dict[str, np.ndarray]:
         """Returns per transformer the inner products [S, T, T] of each site's outputs at two steps, symmetric.
@@ -156,8 +165,12 @@ class Profile(Inspection):
         Summed over the elements of a generation's output on both branches, mean over the generations. NaN for steps that are more
         than `history` apart or not of one turn.
         """
-        table = self._products_of_outputs()
-        return site_products(table, self.model, self.sampler.steps, self.history, self.folder)
+        table, found = self._products_of_outputs(), {}
+        for name, transformer in self.model.transformers.items():
+            rows = np.flatnonzero((table["kind"] == "site") & (table["transformer"] == name))
+            site, past = self._site_numbers(table, rows, transformer), self._past(transformer)
+            found[name] = np.stack([self._square(table, rows[site == i], past) for i in range(len(transformer.sites))])
+        return found
 
     def stack_products(self) -> dict[str, dict[str, np.ndarray]]:
         """Returns per transformer the inner products [T, T] of what its last block returns: `output` and `drift`.
@@ -165,10 +178,15 @@ class Profile(Inspection):
         NaN as in `site_products`. drift: the output minus what enters the first block. A transformer whose blocks do not pass
         on one tensor has no entry.
         """
-        table = self._products_of_outputs()
-        return stack_products(table, self.model, self.sampler.steps, self.history, self.folder)
+        table, found = self._products_of_outputs(), {}
+        for name, transformer in self.model.transformers.items():
+            rows = {form: (table["kind"] == form) & (table["transformer"] == name) for form in STACK_FORMS}
+            if any(kept.any() for kept in rows.values()):
+                past = self._past(transformer)
+                found[name] = {form: self._square(table, kept, past) for form, kept in rows.items()}
+        return found
 
-    def _products_of_outputs(self) -> dict[str, np.ndarray]:
+    def _products_of_outputs(self) -> Columns:
         table = self._read("gram", list(GRAM))
         if "caching" not in self.manifest["tables"]:
             raise FormatError(
@@ -177,7 +195,37 @@ class Profile(Inspection):
             )
         return table
 
-    def _read(self, table: str, columns: list[str]) -> dict[str, np.ndarray]:
+    def _past(self, transformer: Transformer) -> np.ndarray:
+        """Returns how many earlier steps have a product with each step, −1 if the transformer is not called."""
+        return np.minimum(transformer.past(self.sampler.steps), self.history)
+
+    def _square(self, table: Columns, rows: np.ndarray, past: np.ndarray) -> np.ndarray:
+        """Returns the symmetric matrix of these rows. past: how many columns before its diagonal each row has, −1 for none."""
+        row, column = (table[c][rows].astype(int) for c in ("row", "column"))
+        size = len(past)
+        age = np.arange(size)[:, None] - np.arange(size)  # of (row, column)
+        wanted = (age >= 0) & (age <= past[:, None])
+        if not (((row >= 0) & (row < size) & (column >= 0) & (column < size)).all() and wanted[row, column].all()):
+            raise self._broken("has products of steps that are not in the profile")
+        array = np.full((size, size), np.nan)
+        array[row, column] = array[column, row] = table["product"][rows]
+        if len(row) != wanted.sum() or np.isnan(array[wanted]).any():
+            raise self._broken("products are missing, or occur twice")
+        return array
+
+    def _site_numbers(self, table: Columns, rows: np.ndarray, transformer: Transformer) -> np.ndarray:
+        """Returns the index of the site, among those of the transformer, of each of these rows."""
+        order: dict[tuple[Any, ...], int] = {site.place: i for i, site in enumerate(transformer.sites)}
+        places = zip(*(table[column][rows] for column in SiteKey._fields), strict=True)
+        try:
+            return np.array([order[place] for place in places], dtype=int)
+        except KeyError as error:
+            raise self._broken(f"a table names the site {error}, model.json does not") from None
+
+    def _broken(self, what: str) -> FormatError:
+        return FormatError(f"{self.folder}: {what}. {profile_again(self.folder)}")
+
+    def _read(self, table: str, columns: list[str]) -> Columns:
         """Returns columns of a table; FormatError if the profile was made without it, or by a release that did not write it."""
         if table not in self.manifest["tables"]:
             left_out = "--no-gram" if table == "gram" else "--states-only"
@@ -196,7 +244,7 @@ def load_inspection(folder: str | Path) -> Inspection:
         raise FormatError(f"{folder}: no such folder. {MAKE}")
     model_path, sampler_path = folder / "model.json", folder / "sampler.json"
     model = model_from_json(read_json(model_path, MAKE), str(model_path))
-    sampler = sampler_from_json(read_json(sampler_path, MAKE), str(sampler_path))
+    sampler = decode(read_json(sampler_path, MAKE), Sampler, str(sampler_path))
     return Inspection(folder, model, sampler)
 
 
@@ -206,7 +254,7 @@ def load_profile(folder: str | Path) -> Profile:
     path = inspection.folder / "manifest.json"
     data = read_json(path, MAKE)
     again = profile_again(folder)
-    tables = decode(header(data, FORMAT, VERSION, str(path)), Manifest, str(path), again).tables
+    tables = decode(data, Manifest, str(path), again).tables
     gram = {"gram"} & set(tables)
     for table in [*gram] if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]:
         if not (inspection.folder / f"{table}.parquet").is_file():
@@ -233,6 +281,5 @@ def write_inspection(folder: Path, model: Model, sampler: Sampler) -> None:
 
 def write_solver(folder: Path, update: OwnUpdate | UnsupportedModelError) -> None:
     """Writes solver.json: the sampler's own update, or the reason why there is none."""
-    refused = {"format": SOLVER, "version": SOLVER_VERSION, "refused": str(update)}
-    data = update.to_json() if isinstance(update, OwnUpdate) else refused
-    write_json(folder / "solver.json", data, force=True)
+    record = update if isinstance(update, OwnUpdate) else Refused(str(update))
+    write_json(folder / "solver.json", record.to_json(), force=True)

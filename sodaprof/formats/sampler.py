@@ -8,14 +8,13 @@ of the same step (basis `data`: DPM-Solver++ 2M, UniPC).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from msgspec import Meta
 
-from .files import Number, Record, decode, encode, header
+from .files import Number, Record
 
-FORMAT, VERSION = "sodaprof.solver", 1
 Basis = Literal["output", "data"]
 MAX_HISTORY = 4  # outputs that an update may weigh
 RIDGE = 1e-4  # of each regressor's energy, towards the sampler's own coefficients
@@ -28,6 +27,7 @@ class OwnUpdate(Record, frozen=True):
     v_t is the guided output as the scheduler receives it, n is standard normal.
     """
 
+    FORMAT = "sodaprof.solver", 1
     basis: Basis
     coefficients: Annotated[tuple[tuple[Number, ...], ...], Meta(min_length=1)]  # [T][1 + history]
     data: tuple[tuple[Number, Number], ...]  # [T]; (0, 1) under basis `output`
@@ -51,15 +51,6 @@ class OwnUpdate(Record, frozen=True):
     def padded(self, history: int) -> tuple[tuple[Number, ...], ...]:
         """Returns the coefficients [T][1 + history] with zeros for older outputs; history is at least the sampler's."""
         return tuple((*row, *[0.0] * (history - self.history)) for row in self.coefficients)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the content of solver.json."""
-        return {"format": FORMAT, "version": VERSION} | encode(self)
-
-
-def own_update_from_json(data: Any, where: str) -> OwnUpdate:
-    """Returns the update written by `OwnUpdate.to_json`; FormatError for anything else."""
-    return decode(header(data, FORMAT, VERSION, where), OwnUpdate, where, "Profile again.")
 
 
 def rounded(coefficients: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:

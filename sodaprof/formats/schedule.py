@@ -1,14 +1,6 @@
-"""The schedule in memory: one row a site, one character a step.
+"""The schedule in memory: one row a site and one for the stack, one character a step; docs/concepts.md explains each.
 
-    C  the site computes all tokens and writes its cache
-    R  it returns its cache (the output of the module before the gate)
-    F  it returns a weighted sum of its outputs at earlier C steps
-    P  it recomputes k tokens, writes them into its cache and returns the cache
-    -  it does not run
-
-The row `stack` describes the blocks as a whole: `.` they run; `S` they are skipped and what enters the final norm is
-forecast; `-` the network is not called, the fitted update alone moves the latents; `_` (in every row) the pipeline calls
-another transformer at this step. `rules.py` holds the rules, `schedule_file.py` reads and writes schedule.json.
+`rules.py` holds the rules, `schedule_file.py` reads and writes schedule.json.
 """
 
 from __future__ import annotations
@@ -19,7 +11,7 @@ from typing import Any
 
 from msgspec import field
 
-from .files import Number, Record
+from .files import Number, Record, digest, write_json
 from .sites import Sampler, Structure, turn_ages
 
 
@@ -44,15 +36,27 @@ class Plan(Structure, frozen=True):
         """Returns how many `action` cells of the site precede the step: the index into its list of parameters."""
         return self.rows[site].count(action, 0, step)
 
+    def forecast(self, site: str, step: int) -> Forecast:
+        """Returns the forecast of a F cell."""
+        return self.forecasts[site][self.cell(site, step, "F")]
+
+    def stack_forecast(self, step: int) -> Forecast:
+        """Returns the forecast of a S cell."""
+        return self.stack_forecasts[self.stack.count("S", 0, step)]
+
+    def computed(self, site: str, step: int) -> int:
+        """Returns how many tokens the site computes at a step: all (C), k (P) or none."""
+        action = self.rows[site][step]
+        if action == "P":
+            return self.k[site][self.cell(site, step, "P")]
+        return self.tokens(site) if action == "C" else 0
+
     def column(self, step: int) -> tuple[Any, ...]:
         """Returns all that the plan does at a step; equal columns do the same to the caches."""
-        skips = self.stack[step] == "S"
-        cells: list[Any] = [self.stack_forecasts[self.stack.count("S", 0, step)] if skips else self.stack[step]]
+        cells: list[Any] = [self.stack_forecast(step) if self.stack[step] == "S" else self.stack[step]]
         for site, row in self.rows.items():
-            action, number = row[step], self.cell(site, step, row[step])
-            cells.append((action, self.k[site][number] if action == "P" else None))
-            if action == "F":
-                cells.append(self.forecasts[site][number])
+            forecast = self.forecast(site, step) if row[step] == "F" else None
+            cells.append((row[step], self.computed(site, step), forecast))
         return tuple(cells)
 
     def past(self) -> list[int]:
@@ -125,12 +129,18 @@ class Schedule(Record, frozen=True):
 
     def digest(self) -> str:
         """Returns the SHA-256 of all that decides what runs: without predictions, measurements and the maker's name."""
-        from .schedule_file import schedule_digest
+        from .schedule_file import schedule_to_json
 
-        return schedule_digest(self)
+        data = schedule_to_json(self)
+        return digest({key: value for key, value in data.items() if key not in ("predicted", "measured", "made_by")})
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
-        """Writes schedule.json; see `schedule_file.save_schedule`."""
-        from .schedule_file import save_schedule
+        """Writes schedule.json atomically.
 
-        save_schedule(self, path, force=force)
+        Raises IllegalScheduleError if a rule is broken, FormatError if `path` exists and `force` is not set.
+        """
+        from .rules import verify
+        from .schedule_file import schedule_to_json
+
+        verify(self)
+        write_json(Path(path), schedule_to_json(self), force=force)

@@ -10,12 +10,12 @@ from msgspec import Meta, field
 from msgspec.structs import replace
 
 from ..errors import FormatError
-from .files import REWRITE, Number, Record, decode, digest, encode, header, read_json, write_json
+from .files import REWRITE, Number, Record, decode, encode, header, read_json
 from .rules import verify
 from .schedule import Forecast, Plan, Schedule
 from .sites import Shape
 
-FORMAT, VERSION = "sodaprof.schedule", 1
+FORMAT = "sodaprof.schedule", 1
 KEYS = (
     "transformers", "update", "token_rule", "sampler", "shape", "profile", "policy", "predicted", "measured", "made_by",
 )  # fmt: skip
@@ -90,28 +90,16 @@ def load_schedule(path: str | Path) -> Schedule:
     return schedule
 
 
-def save_schedule(schedule: Schedule, path: str | Path, *, force: bool = False) -> None:
-    """Writes the file atomically. Raises IllegalScheduleError, or FormatError if `path` exists and `force` is not set."""
-    verify(schedule)
-    write_json(Path(path), schedule_to_json(schedule), force=force)
-
-
-def schedule_digest(schedule: Schedule) -> str:
-    """Returns the SHA-256, in hex, of the file without what was predicted or measured and without the maker's name."""
-    data = schedule_to_json(schedule)
-    return digest({k: v for k, v in data.items() if k not in ("predicted", "measured", "made_by")})
-
-
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """Returns the content of schedule.json."""
     plans = {name: encode(_plan_file(plan)) for name, plan in schedule.transformers.items()}
     data = encode(replace(schedule, transformers={})) | {"transformers": plans}
-    return {"format": FORMAT, "version": VERSION} | {key: data[key] for key in KEYS}
+    return {"format": FORMAT[0], "version": FORMAT[1]} | {key: data[key] for key in KEYS}
 
 
 def schedule_from_json(data: Any, where: str) -> Schedule:
     """Returns the schedule that `schedule_to_json` wrote, without checking the rules; FormatError for anything else."""
-    content = header(data, FORMAT, VERSION, where)
+    content = header(data, FORMAT, where)
     files = decode(content.get("transformers"), dict[str, PlanFile], f"{where}: transformers")
     plans = {name: _plan(file, f"{where}: transformers: {name}") for name, file in files.items()}
     for key, kind in PARTS.items():
@@ -122,8 +110,7 @@ def schedule_from_json(data: Any, where: str) -> Schedule:
 def _plan_file(plan: Plan) -> PlanFile:
     columns: list[Sources | dict[str, Sources] | None] = []
     for step in range(len(plan.stack)):
-        forecast = [site for site, row in plan.rows.items() if row[step] == "F"]
-        sources = {site: plan.forecasts[site][plan.cell(site, step, "F")].sources for site in forecast}
+        sources = {site: plan.forecast(site, step).sources for site, row in plan.rows.items() if row[step] == "F"}
         columns.append(sources if len({*sources.values()}) > 1 else next(iter(sources.values()), None))
     skips = plan.stack_forecasts
     stack = StackFile(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta, field
 
-from .files import Number, Record, decode, encode
+from .files import Number, Record, decode
 
 KINDS = ("attn", "joint_attn", "cross_attn", "mlp", "fused")  # canonical, in the order in which blocks run them
 AGAIN = "Profile again, or run `sodaprof inspect` again."
@@ -38,7 +38,7 @@ class SiteKey(NamedTuple):
     @property
     def path(self) -> str:
         """Path of the module inside the transformer; all calls of the module share it."""
-        return f"{self.stack}.{self.layer}.{self.module}"
+        return f"{self.block}.{self.module}"
 
     @property
     def name(self) -> str:
@@ -62,14 +62,19 @@ class Site(Record, frozen=True):
     call: int = 0  # which call of the module within one forward pass
 
     @property
+    def place(self) -> SiteKey:
+        """The parts of the site's name."""
+        return SiteKey(self.stack, self.layer, self.module, self.call)
+
+    @property
     def key(self) -> str:
-        """The site's name in files; see `SiteKey`."""
-        return str(SiteKey(self.stack, self.layer, self.module, self.call))
+        """The site's name in files."""
+        return str(self.place)
 
     @property
     def path(self) -> str:
         """Path of the module inside the transformer."""
-        return SiteKey(self.stack, self.layer, self.module).path
+        return self.place.path
 
 
 class Structure(Record, frozen=True):
@@ -149,10 +154,6 @@ class Model(Record, frozen=True):
     transformers: Annotated[dict[str, Transformer], Meta(min_length=1)]
     shape: dict[str, Any]  # see `Shape`
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns the content of model.json."""
-        return encode(self)
-
 
 def model_from_json(data: Any, where: str) -> Model:
     """Returns the model written by `Model.to_json`; FormatError for anything else."""
@@ -187,15 +188,6 @@ class Sampler(Record, frozen=True):
     @property
     def guidance_scale(self) -> Number | None:
         return self.guidance.scale
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the content of sampler.json."""
-        return encode(self)
-
-
-def sampler_from_json(data: Any, where: str) -> Sampler:
-    """Returns the sampler written by `Sampler.to_json`; FormatError for anything else."""
-    return decode(data, Sampler, where)
 
 
 def raster_of(latent: Sequence[int], patch: int | Sequence[int], tokens: int) -> tuple[int, int, int] | None:

@@ -57,7 +57,7 @@ class Shapes:
     def ring(self, site: int, batch: int) -> int:
         """Bytes of a site's features of all ages with norms and ranks, and of the steps kept for its products."""
         features = self.ages * self.rows[site] * batch * (self.sites[site].width * self.item + BOOKS)
-        return features + self._kept(self._elements(site), batch) * self.item
+        return features + self._kept(self.elements(site), batch) * self.item
 
     def scratch(self, batch: int) -> int:
         """Bytes for any group: differences of the widest site in fp32 (of both branches if they share a batch), and what the
@@ -67,7 +67,11 @@ class Shapes:
         stacks = sum(self._kept(size, batch) * (self.item + 4) for size in self.stacks)  # the drift in fp32
         return differences + stacks + (2 * self.steps + 1) * self.latent * batch * 4
 
-    def _elements(self, site: int) -> int:
+    def taken(self, groups: list[list[int]], batch: int) -> int:
+        """Returns the bytes that the largest of the groups of sites takes."""
+        return self.scratch(batch) + max(sum(self.ring(i, batch) for i in group) for group in groups)
+
+    def elements(self, site: int) -> int:
         """Elements of a generation's output on one branch."""
         return self.rows[site] * self.sites[site].width // self.branches
 
@@ -109,34 +113,29 @@ def passes(shapes: Shapes, batch: int, free: float) -> tuple[int, list[list[int]
 
     batch: the largest allowed; free: bytes on the device. SodaprofError if a single site is not within memory.
     """
-    found: tuple[int, list[list[int]]] | None = None
+    found: list[tuple[int, list[list[int]]]] = []
     while batch:
         left = free - shapes.scratch(batch)
         rings = [shapes.ring(i, batch) for i in range(len(shapes.sites))]
         if max(rings, default=0) <= left:
-            groups = grouped(rings, left)
-            if found is None or len(groups) < len(found[1]):
-                found = batch, groups
+            found.append((batch, grouped(rings, left)))
         batch //= 2
-    if found is None:
-        need = shapes.scratch(1) + max((shapes.ring(i, 1) for i in range(len(shapes.sites))), default=0)
+    if not found:
+        need = shapes.taken([[i] for i in range(len(shapes.sites))] or [[]], 1)
         raise SodaprofError(
             f"One generation's features of one site take {need / 2**20:.0f} MiB, {free / 2**20:.0f} MiB may be used. Lower "
             "--max-interval, or free memory on the device."
         )
-    return found
+    return min(found, key=lambda plan: len(plan[1]))  # the first of equals, which has the largest batch
 
 
 def grouped(sizes: Sequence[int], free: float) -> list[list[int]]:
     """Returns the numbers of consecutive sizes in as few groups as possible, each of at most `free` in all."""
     groups: list[list[int]] = [[]]
-    used = 0
     for i, size in enumerate(sizes):
-        if used + size > free:
+        if sum(sizes[j] for j in groups[-1]) + size > free:
             groups.append([])
-            used = 0
         groups[-1].append(i)
-        used += size
     return groups
 
 

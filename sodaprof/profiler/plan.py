@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import SodaprofError, UnsupportedModelError
-from ..formats.profile import FORMAT, VERSION, history_of
+from ..formats.profile import Manifest, history_of
 from ..formats.sites import Model, Sampler, Site, raster_of
 from ..formats.tables import STACK_FORMS, TABLE_VERSIONS, VERSIONS
 from ..pipelines.discover import inspect_pipeline
@@ -56,6 +56,11 @@ class ProfilePlan:
         return self.sampler.steps
 
     @property
+    def ages(self) -> int:
+        """The oldest age at which errors are measured."""
+        return self.request["max_interval"] - 1
+
+    @property
     def halves(self) -> bool:
         """Whether both guidance branches share a batch."""
         return self.sampler.guidance_form == "halves"
@@ -73,9 +78,8 @@ class ProfilePlan:
     @property
     def varying(self) -> frozenset[int]:
         """Numbers of the sites with one token for each token of the prompt."""
-        return frozenset(
-            i for i, (name, site) in enumerate(self.sites) if self.model.transformers[name].holds_text(site.key)
-        )
+        transformers = self.model.transformers
+        return frozenset(i for i, (name, site) in enumerate(self.sites) if transformers[name].holds_text(site.key))
 
     @property
     def past(self) -> dict[str, list[int]]:
@@ -97,22 +101,25 @@ class ProfilePlan:
         """Oldest age of the products of outputs."""
         return history_of(self.steps, self.request["max_interval"])
 
-    def stack_sizes(self) -> list[int]:
-        """Returns the elements of each stack's output, of a generation on one branch."""
-        return [stack.size // (self.branches if self.halves else 1) for stack in self.stacks.values()]
+    def device(self, pipe: Any) -> torch.device:
+        """Returns where the first transformer computes."""
+        return next(pipe.components[next(iter(self.model.transformers))].parameters()).device
+
+    def generations(self, start: int, count: int) -> tuple[list[int | str], list[int]]:
+        """Returns the entries and seeds of `count` generations."""
+        prompts, numbers = self.request["prompts"], range(start, start + count)
+        return [prompts[i % len(prompts)] for i in numbers], [self.request["seed"] + i for i in numbers]
 
     def gram(self) -> GramSums | None:
         """Returns empty sums of the products to measure, None if there are none."""
         if not self.multiplies:
             return None
-        tracks = []
+        shapes, tracks = self.shapes(), []
         if self.measures:
-            for name, site in self.sites:
-                folds = self.step.folds[name, site.key]
-                tracks.append(Track("site", name, site, folds * site.tokens * site.width))
-            for name, size in zip(self.stacks, self.stack_sizes(), strict=True):
-                tracks += [Track(form, name, None, size) for form in STACK_FORMS]
-        return GramSums(tracks, self.steps, self.history, math.prod(self.model.shape["latent"]))
+            tracks = [Track("site", name, site.key, shapes.elements(i)) for i, (name, site) in enumerate(self.sites)]
+            for name, size in zip(self.stacks, shapes.stacks, strict=True):
+                tracks += [Track(form, name, "", size) for form in STACK_FORMS]
+        return GramSums(tracks, self.steps, self.history, shapes.latent)
 
     def shapes(self) -> Shapes:
         """Returns what decides how much the profile takes."""
@@ -124,12 +131,12 @@ class ProfilePlan:
             steps=self.steps,
             branches=self.branches,
             halves=self.halves,
-            ages=self.request["max_interval"] - 1,
+            ages=self.ages,
             item=4 if self.model.shape["dtype"] == "float32" else 2,
             rates=len(RATES),
             latent=math.prod(self.model.shape["latent"]) if self.multiplies else 0,
             history=self.history if self.multiplies and self.measures else 0,
-            stacks=self.stack_sizes(),
+            stacks=[stack.size // (self.branches if self.halves else 1) for stack in self.stacks.values()],
         )
 
 
@@ -162,42 +169,40 @@ def plan_profile(
     """
     if samples is None:
         samples = 10 if makes_video(pipe) else 100
-    if call is None:
-        steps = default_steps(pipe) if steps is None else steps
-        guidance_scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
-    expected_steps = default_steps(pipe) if steps is None else steps
-    _check_settings(expected_steps, samples, max_interval, batch_size, seed)
-    _check_choices(states_only, gram, full_tokens)
+    if call is None and guidance_scale is None:
+        guidance_scale = default_guidance(pipe)
+    expected = default_steps(pipe) if steps is None else steps
+    _check_settings(expected, samples, max_interval, batch_size, seed)
+    if states_only and not gram:
+        raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
+    if states_only and full_tokens:
+        raise SodaprofError("--states-only measures no site, so there are no tokens to keep. Leave --tokens out.")
     if prompts is None:
         prompts = default_prompts(pipe) if call is None else range(samples)
     prompts = list(prompts)
     if call is None:
         check_entries(pipe, prompts)
-    model, sampler, step = inspect_pipeline(pipe, name, expected_steps, guidance_scale, prompts[0], call)
-    _check_run(pipe, model, sampler, step, steps, call)
+    model, sampler, step = inspect_pipeline(pipe, name, expected, guidance_scale, prompts[0], call)
+    if call is not None and steps is not None and sampler.steps != steps:
+        raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")
+    _check_run(pipe, model, sampler, step, expected if call is None else sampler.steps)
     request = {
-        "format": FORMAT, "version": VERSION,
+        "format": Manifest.FORMAT[0], "version": Manifest.FORMAT[1],
         "tables": {"gram": VERSIONS["gram"]} if states_only else VERSIONS if gram else TABLE_VERSIONS,
         "model": name, "sampler": sampler.class_name, "prompts": prompts, "seed": seed, "samples": samples,
         "max_interval": max_interval, "batch_size": min(batch_size, samples), "guidance_scale": guidance_scale,
         "dtype": model.shape["dtype"],
     }  # fmt: skip
-    plan = ProfilePlan(model, sampler, request, _grids(model, full_tokens), {}, step, call)
-    if plan.measures and plan.multiplies:
-        found = {n: stack_of(pipe, n, t, step) for n, t in model.transformers.items()}
-        plan.stacks = {n: stack for n, stack in found.items() if stack is not None}
+    plan = ProfilePlan(model, sampler, request, [], {}, step, call)
+    for n, transformer in model.transformers.items():
+        patch = transformer.fingerprint.get("patch", 1)
+        for site in transformer.sites:
+            raster = raster_of(model.shape["latent"], patch, site.tokens)
+            plan.grids.append(grid_of(site.tokens, raster, full_tokens))
+        if plan.measures and plan.multiplies and (stack := stack_of(pipe, n, transformer, step)):
+            plan.stacks[n] = stack
     _plan_passes(pipe, plan, memory_bytes)
     return plan
-
-
-def _grids(model: Model, full_tokens: bool) -> list[Grid]:
-    """Returns the grid of each site's errors a token."""
-    latent = model.shape["latent"]
-    return [
-        grid_of(site.tokens, raster_of(latent, t.fingerprint.get("patch", 1), site.tokens), full_tokens)
-        for t in model.transformers.values()
-        for site in t.sites
-    ]
 
 
 def _plan_passes(pipe: Any, plan: ProfilePlan, memory_bytes: int | None) -> None:
@@ -205,8 +210,7 @@ def _plan_passes(pipe: Any, plan: ProfilePlan, memory_bytes: int | None) -> None
     shapes, request = plan.shapes(), plan.request
     free = _free_memory(pipe) * MEMORY_SHARE if memory_bytes is None else memory_bytes
     request["batch_size"], plan.groups = passes(shapes, request["batch_size"], free)
-    largest = max(sum(shapes.ring(i, request["batch_size"]) for i in group) for group in plan.groups)
-    plan.extra_bytes = shapes.scratch(request["batch_size"]) + largest
+    plan.extra_bytes = shapes.taken(plan.groups, request["batch_size"])
     plan.host_bytes, plan.disk_bytes = shapes.host_bytes, shapes.disk_bytes
     over_plain = 1.05 if not plan.measures else 1.6 if plan.multiplies else 1.3
     plan.seconds = _seconds(pipe, plan) * request["samples"] * len(plan.groups) * over_plain
@@ -224,19 +228,9 @@ def _check_settings(steps: int, samples: int, max_interval: int, batch_size: int
     check_seeds(range(seed, seed + samples))
 
 
-def _check_choices(states_only: bool, gram: bool, full_tokens: bool) -> None:
-    """Raises SodaprofError for choices that exclude each other."""
-    if states_only and not gram:
-        raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
-    if states_only and full_tokens:
-        raise SodaprofError("--states-only measures no site, so there are no tokens to keep. Leave --tokens out.")
-
-
-def _check_run(pipe: Any, model: Model, sampler: Sampler, step: Step, steps: int | None, call: OwnCall | None) -> None:
-    """Raises SodaprofError if the recorded run has other steps than requested, or steps that this release cannot profile."""
-    if call is not None and steps is not None and sampler.steps != steps:
-        raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")
-    if call is None and sampler.steps != steps and len({*sampler.timesteps}) < sampler.steps:
+def _check_run(pipe: Any, model: Model, sampler: Sampler, step: Step, steps: int) -> None:
+    """Raises UnsupportedModelError if the recorded run has steps that this release cannot profile."""
+    if sampler.steps != steps and len({*sampler.timesteps}) < sampler.steps:
         raise UnsupportedModelError(
             f"{sampler.class_name} runs {sampler.steps} timesteps for --steps {steps}, some of them twice; this release needs "
             "samplers that call the network once a step. Give another: --scheduler DPMSolverMultistepScheduler"

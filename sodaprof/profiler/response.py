@@ -16,11 +16,6 @@ MOST, SHARE = 4, 25  # generations: at most, and one for so many samples
 LEAST = 16  # samples; with fewer, the additional run and a third of one are too large a share of the profile
 
 
-def generations(samples: int) -> int:
-    """Returns how many of the samples are also run accelerated."""
-    return 0 if samples < LEAST else max(1, min(MOST, samples // SHARE))
-
-
 def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, float]] | None:
     """Returns <d, d> and <d, r> by step, summed over a few generations; None if they cannot be replayed.
 
@@ -28,12 +23,12 @@ def measure_response(pipe: Any, plan: ProfilePlan) -> dict[int, tuple[float, flo
     the plain one; r: difference of the guided outputs. Their ratio is the response. Measured at the steps that call the
     network, in runs of less than 30 steps also between them, and at the last step; before the first step d is zero.
     """
-    request, count = plan.request, generations(plan.request["samples"])
-    if not count:
+    samples = plan.request["samples"]
+    if samples < LEAST:
         return None
-    entries = [request["prompts"][i % len(request["prompts"])] for i in range(count)]
+    count = max(1, min(MOST, samples // SHARE))
     try:
-        replay = Replay(pipe, plan.sampler, entries, [request["seed"] + i for i in range(count)], own=plan.own)
+        replay = Replay(pipe, plan.sampler, *plan.generations(0, count), own=plan.own)
     except UnsupportedModelError:  # only the update needs it, which is refused for the same reason
         return None
     space = ReplaySpace(replay)

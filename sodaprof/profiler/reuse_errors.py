@@ -47,13 +47,7 @@ class Ring:
                 self.scratch[self.outputs.shape] = torch.empty_like(self.outputs, dtype=torch.float32)
         full = x.float()
         norm = torch.linalg.vector_norm(full, dim=-1)
-        errors = None
-        if self.step:
-            known = min(self.step, self.ages)
-            slots = [(self.step - age) % self.ages for age in range(1, known + 1)]
-            parts = (self.outputs, self.norms, self.order, self.scratch[self.outputs.shape])
-            past, past_norm, order, scratch = (part[:, :, :known] for part in parts)
-            errors = stale_errors(full, norm, past, past_norm, order, scratch, slots, self.kept)
+        errors = self._errors(self.outputs, full, norm) if self.step else None
         slot = self.step % self.ages
         self.outputs[:, :, slot] = x
         self.norms[:, :, slot] = norm
@@ -61,44 +55,34 @@ class Ring:
         self.step += 1
         return errors
 
+    def _errors(self, outputs: torch.Tensor, x: torch.Tensor, norm: torch.Tensor) -> StaleErrors:
+        """Returns the errors of the kept outputs against x [B, N, D], whose tokens have the lengths `norm` [B, N].
 
-def stale_errors(
-    x: torch.Tensor,
-    norm: torch.Tensor,
-    past: torch.Tensor,
-    past_norm: torch.Tensor,
-    order: torch.Tensor,
-    scratch: torch.Tensor,
-    slots: list[int],
-    kept: torch.Tensor,
-) -> StaleErrors:
-    """Returns the errors of `past` [B, N, A, D] against x [B, N, D]; `slots` lists the slots of the ages 1, 2, ….
-
-    norm [B, N] and past_norm [B, N, A] are the lengths of the tokens, order [B, N, A] ranks the past ones, kept [rates]
-    is how many of them each prune rate recomputes; scratch [B, N, A, D] float32 is overwritten.
-
-    1 − cos = (|a − b|² − (|a| − |b|)²) / (2 |a| |b|), which has no cancellation for nearly equal vectors.
-    E_p by the row-exact identity: a pruned module returns the kept tokens exactly, so
-    E_p(rate) = (1/N) Σ over the dropped tokens of 1 − cos.
-    """
-    tokens = x.shape[1]
-    difference = torch.sub(past, x[:, :, None], out=scratch)
-    l2 = torch.linalg.vector_norm(difference, dim=-1)  # [B, N, A]
-    l1 = difference.abs_().sum(-1)  # in place: vector_norm(ord=1) takes ten times as long on a CPU
-    both = norm[:, :, None] * past_norm
-    cosine = ((l2.square() - (norm[:, :, None] - past_norm).square()) / (2 * both).clamp_min(TINY)).clamp_min(0)
-    whole = torch.stack(
-        [
-            cosine.mean(1),
-            l1.sum(1) / x.abs().sum((1, 2))[:, None].clamp_min(TINY),
-            l2.square().sum(1).sqrt() / norm.square().sum(1).sqrt()[:, None].clamp_min(TINY),
-        ],
-        dim=-1,
-    )
-    ranked = cosine.gather(1, order)
-    served = torch.cat([torch.zeros_like(ranked[:, :1]), ranked.cumsum(1)], dim=1)  # [B, N + 1, A]
-    pruned = ((served[:, -1:] - served[:, kept]) / tokens).clamp_min(0).transpose(1, 2)
-    return StaleErrors(whole[:, slots], cosine.sum(0)[:, slots], pruned[:, slots])
+        1 − cos = (|a − b|² − (|a| − |b|)²) / (2 |a| |b|), which has no cancellation for nearly equal vectors.
+        E_p by the row-exact identity: a pruned module returns the kept tokens exactly, so
+        E_p(rate) = (1/N) Σ over the dropped tokens of 1 − cos.
+        """
+        known = min(self.step, self.ages)
+        slots = [(self.step - age) % self.ages for age in range(1, known + 1)]
+        parts = (outputs, self.norms, self.order, self.scratch[outputs.shape])
+        past, past_norm, order, scratch = (part[:, :, :known] for part in parts)
+        difference = torch.sub(past, x[:, :, None], out=scratch)
+        l2 = torch.linalg.vector_norm(difference, dim=-1)  # [B, N, A]
+        l1 = difference.abs_().sum(-1)  # in place: vector_norm(ord=1) takes ten times as long on a CPU
+        both = norm[:, :, None] * past_norm
+        cosine = ((l2.square() - (norm[:, :, None] - past_norm).square()) / (2 * both).clamp_min(TINY)).clamp_min(0)
+        whole = torch.stack(
+            [
+                cosine.mean(1),
+                l1.sum(1) / x.abs().sum((1, 2))[:, None].clamp_min(TINY),
+                l2.square().sum(1).sqrt() / norm.square().sum(1).sqrt()[:, None].clamp_min(TINY),
+            ],
+            dim=-1,
+        )
+        ranked = cosine.gather(1, order)
+        of_kept = torch.cat([torch.zeros_like(ranked[:, :1]), ranked.cumsum(1)], dim=1)  # [B, N + 1, A]: of the first k
+        pruned = ((of_kept[:, -1:] - of_kept[:, self.kept]) / x.shape[1]).clamp_min(0).transpose(1, 2)
+        return StaleErrors(whole[:, slots], cosine.sum(0)[:, slots], pruned[:, slots])
 
 
 def kept_tokens(rates: torch.Tensor, tokens: int) -> torch.Tensor:

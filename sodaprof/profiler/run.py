@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from .statistics import Statistics
 from .taps import Stopwatch, Taps
 
 FIRST = {"model.json", "sampler.json", "solver.json", "cost.flops.json"}  # written before anything is sampled
+STATE_VERSION = 2  # of state.npz
 PARTS = FIRST | {"manifest.json"} | {f"{table}.parquet" for table in COLUMNS}
 
 
@@ -60,15 +62,14 @@ def run_profile(
             f"{folder}: holds {others[0]}, which is no part of a profile and would be lost. Move it away, or choose another name."
         )
     work = folder.with_name(folder.name + ".partial")
-    groups = _open_partial(work, pipe, plan, force)
+    _open_partial(work, pipe, plan, force)
     sites, grids = (plan.sites, plan.grids) if plan.measures else ([], [])
-    ages = plan.request["max_interval"] - 1
-    statistics = Statistics(sites, plan.steps, ages, plan.branches, RATES, grids, plan.varying, plan.gram())
+    statistics = Statistics(sites, plan.steps, plan.ages, plan.branches, RATES, grids, plan.varying, plan.gram())
     watch = Stopwatch(pipe)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
-    _sample(pipe, plan, groups, statistics, work / "state.npz", watch, on_progress)
+    _sample(pipe, plan, statistics, work / "state.npz", watch, on_progress)
     if statistics.gram:
         with watch:
             response = measure_response(pipe, plan)
@@ -77,13 +78,13 @@ def run_profile(
         statistics.write_tables(work, plan.model)
     if statistics.gram:
         statistics.gram.write(work, plan.past, statistics.samples, response)
-    device = str(next(pipe.components[next(iter(plan.model.transformers))].parameters()).device)
+    device = str(plan.device(pipe))
     measured = {
         "seconds": round(seconds, 2),
         "time_over_plain": round(seconds / max(seconds - watch.seconds(), 1e-9), 3),
         "extra_bytes": plan.extra_bytes,
         "peak_bytes": torch.cuda.max_memory_allocated() if "cuda" in device else None,
-        "passes": len(groups),
+        "passes": len(plan.groups),
         "hardware": device_facts(device),
     }
     manifest = plan.request | {"device": device, "versions": versions(), "measured": measured}
@@ -99,32 +100,28 @@ def run_profile(
 def _sample(
     pipe: Any,
     plan: ProfilePlan,
-    groups: list[list[int]],
     statistics: Statistics,
     state: Path,
     watch: Stopwatch,
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Samples all batches in a pass for each group of sites, continuing from the saved `state`; saves it after each batch."""
-    steps, request = plan.steps, plan.request
-    done = statistics.restore(state) if state.exists() else {"group": 0, "batch": 0}
-    starts = range(0, request["samples"], request["batch_size"])
-    for group in range(done["group"], len(groups)):
-        for start in starts[done["batch"] if group == done["group"] else 0 :]:
-            count = min(request["batch_size"], request["samples"] - start)
-            entries = [request["prompts"][(start + i) % len(request["prompts"])] for i in range(count)]
-            seeds = [request["seed"] + start + i for i in range(count)]
+    steps, request, samples = plan.steps, plan.request, plan.request["samples"]
+    batches = list(product(range(len(plan.groups)), range(0, samples, request["batch_size"])))
+    done = statistics.restore(state) if state.exists() else 0
+    for number, (group, start) in enumerate(batches[done:], start=done + 1):
+        count = min(request["batch_size"], samples - start)
+        entries, seeds = plan.generations(start, count)
 
-            def on_step(step: int, before: int = group * request["samples"] + start, count: int = count) -> None:
-                on_progress(before * steps + step * count, len(groups) * request["samples"] * steps)
+        def on_step(step: int, before: int = group * samples + start, count: int = count) -> None:
+            on_progress(before * steps + step * count, len(plan.groups) * samples * steps)
 
-            with Taps(pipe, plan, groups[group], group == 0, count, statistics, watch, on_step) as taps:
-                call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
-            taps.flush()
-            if group == 0:
-                statistics.samples += count
-            last = start == starts[-1]
-            statistics.save(state, {"group": group + last, "batch": 0 if last else start // request["batch_size"] + 1})
+        with Taps(pipe, plan, plan.groups[group], group == 0, count, statistics, watch, on_step) as taps:
+            call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
+        taps.flush()
+        if group == 0:
+            statistics.samples += count
+        statistics.save(state, number)
 
 
 def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
@@ -135,17 +132,19 @@ def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
         return error
 
 
-def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list[list[int]]:
-    """Creates the working folder, or checks that the existing one has the same request; returns its groups of sites."""
+def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> None:
+    """Creates the working folder, or continues in an existing one of the same request, with its batch size and groups."""
     asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # which follows from the memory
-    mark = digest({"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json()})
+    parts = {"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json(), "state": STATE_VERSION}
+    mark = digest(parts)
     for leftover in work.glob(".*"):  # files that a killed run had not finished
         leftover.unlink()
     if (work / "request.json").exists():
         found = read_json(work / "request.json")
         if isinstance(found, dict) and found.get("digest") == mark:
-            plan.request["batch_size"] = found["batch_size"]  # as at first, even if the free memory has changed
-            return found["groups"]
+            # as at first, even if the free memory has changed
+            plan.request["batch_size"], plan.groups = found["batch_size"], found["groups"]
+            return
     if work.exists() and not force and not {path.name for path in work.iterdir()} <= FIRST:
         raise FormatError(
             f"{work}: an interrupted profile with other settings is there. Repeat its settings to continue it, or add --force "
@@ -158,4 +157,3 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> list
     write_solver(work, solver_of(pipe, plan.sampler))
     save_cost(count_flops(pipe, plan.model, plan.step), work / "cost.flops.json", force=True)
     write_json(work / "request.json", {"digest": mark, "groups": plan.groups, "batch_size": plan.request["batch_size"]})
-    return plan.groups

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..formats.files import replacing
 from ..formats.sites import Model, Site
-from ..formats.tables import MEAN, METRICS, RANKING, write_table
+from ..formats.tables import MEAN, METRICS, PLACE, RANKING, write_table
 from .budget import Grid
 from .gram import GramSums
 
@@ -44,84 +44,71 @@ class Statistics:
         """
         ages = whole.shape[2]
         for total, values in ((self.whole, whole), (self.pruned, pruned)):
-            values = np.concatenate([values, values.mean(0, keepdims=True)]).astype(
-                np.float64
-            )  # [branches + 1, B, A, …]
+            values = np.concatenate([values, values.mean(0, keepdims=True)])  # [branches + 1, B, A, …]
+            values = values.astype(np.float64)
             total[0, step, site, :ages] += values.sum(1).swapaxes(0, 1)
             total[1, step, site, :ages] += np.square(values).sum(1).swapaxes(0, 1)
         if tokens is not None:
             self.tokens[site][step, :ages] += tokens.T
 
-    def save(self, path: Path, progress: dict[str, int]) -> None:
-        """Writes the sums and the progress of the run, atomically."""
-        arrays: dict[str, Any] = {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
-        arrays |= self.gram.arrays() if self.gram else {}
-        arrays |= {"whole": self.whole, "pruned": self.pruned, "samples": self.samples, **progress}
-        with replacing(path, force=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+    def _arrays(self) -> dict[str, Any]:
+        arrays = {"whole": self.whole, "pruned": self.pruned} | {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
+        return arrays | ({"states": self.gram.states, "products": self.gram.products} if self.gram else {})
 
-    def restore(self, path: Path) -> dict[str, int]:
-        """Reads the file of `save` and returns the progress of the run."""
+    def save(self, path: Path, batches: int) -> None:
+        """Writes the sums and how many batches they are of, all passes counted, atomically."""
+        with replacing(path, force=True) as temporary, temporary.open("wb") as file:
+            np.savez(file, **self._arrays(), samples=self.samples, batches=batches)
+
+    def restore(self, path: Path) -> int:
+        """Reads the file of `save` and returns the number of batches."""
         with np.load(path, allow_pickle=False) as saved:
-            self.whole, self.pruned, self.samples = saved["whole"], saved["pruned"], int(saved["samples"])
-            self.tokens = [saved[f"tokens_{i}"] for i in range(len(self.tokens))]
-            if self.gram:
-                self.gram.restore(saved)
-            return {key: int(saved[key]) for key in saved.files if key in ("group", "batch")}
+            for name, array in self._arrays().items():
+                array[...] = saved[name]
+            self.samples = int(saved["samples"])
+            return int(saved["batches"])
 
     def write_tables(self, folder: Path, model: Model) -> None:
         """Writes sites.parquet, caching.parquet and pruning.parquet."""
         past = np.array([model.transformers[name].past(self.steps) for name, _ in self.sites])  # [S, T]
         known = np.arange(1, self.ages + 1) <= past.T[..., None]  # [T, S, A]: the turn has a step of this age
-        step, site, age, branch = (
-            i.ravel() for i in np.meshgrid(*(np.arange(n) for n in self.whole.shape[1:5]), indexing="ij")
-        )
-        rows = known[step, site, age]
-        step, site, age, branch = step[rows], site[rows], age[rows], branch[rows]
+        rows = np.nonzero(np.repeat(known[..., None], self.branches + 1, axis=-1))
+        step, site, age, branch = rows
         cell = self._places(site) | {
-            "step": step.astype(np.int16),
-            "age": (age + 1).astype(np.int8),
-            "branch": np.where(branch == self.branches, MEAN, branch).astype(np.int8),
+            "step": step,
+            "age": age + 1,
+            "branch": np.where(branch == self.branches, MEAN, branch),
         }
-        mean, std = self._moments(self.whole)
-        caching: dict[str, Any] = dict(cell)
-        for m, metric in enumerate(METRICS):
-            caching[f"{metric}_mean"] = mean[step, site, age, branch, m].astype(np.float32)
-            caching[f"{metric}_std"] = std[step, site, age, branch, m].astype(np.float32)
-        caching["n"] = np.full(len(step), self.samples, dtype=np.int32)
         count = self.samples * self.branches
+        caching: dict[str, Any] = cell | {"n": np.full(len(step), self.samples)}
+        for kind, values in self._moments(self.whole).items():
+            caching |= {f"{metric}_{kind}": values[(*rows, i)].astype(np.float32) for i, metric in enumerate(METRICS)}
         caching["token_cos"] = [
             (self.tokens[s][t, a] / count).astype(np.float16) if b == self.branches and s not in self.varying else None
-            for t, s, a, b in zip(step, site, age, branch, strict=True)
+            for t, s, a, b in zip(*rows, strict=True)
         ]
         write_table(folder, "caching", caching)
 
-        mean, std = self._moments(self.pruned)
-        repeat = len(self.rates)
-        pruning = {name: np.repeat(values, repeat) for name, values in cell.items()}
+        pruning = {name: np.repeat(values, len(self.rates)) for name, values in cell.items()}
         pruning |= {
-            "ranking": np.full(len(step) * repeat, RANKING, dtype=object),
-            "prune_rate": np.tile(self.rates, len(step)).astype(np.float32),
-            "mean": mean[step, site, age, branch].ravel().astype(np.float32),
-            "std": std[step, site, age, branch].ravel().astype(np.float32),
-            "n": np.full(len(step) * repeat, self.samples, dtype=np.int32),
+            kind: values[rows].ravel().astype(np.float32) for kind, values in self._moments(self.pruned).items()
         }
+        pruning["prune_rate"] = np.tile(self.rates, len(step)).astype(np.float32)
+        pruning["ranking"] = np.full(len(pruning["step"]), RANKING)
+        pruning["n"] = np.full(len(pruning["step"]), self.samples)
         write_table(folder, "pruning", pruning)
-        every = np.arange(len(self.sites))
-        columns = {c: np.array([getattr(s, c) for _, s in self.sites]) for c in ("kind", "tokens", "width", "prunable")}
-        grids: Any = {"token_grid": [list(grid.shape) for grid in self.grids]}
-        write_table(folder, "sites", self._places(every) | columns | grids)
 
-    def _moments(self, total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        columns = {c: np.array([getattr(s, c) for _, s in self.sites]) for c in ("kind", "tokens", "width", "prunable")}
+        grids: dict[str, Any] = {"token_grid": [list(grid.shape) for grid in self.grids]}
+        write_table(folder, "sites", self._places(np.arange(len(self.sites))) | columns | grids)
+
+    def _moments(self, total: np.ndarray) -> dict[str, np.ndarray]:
         """Returns mean and standard deviation over the generations (of the sample, 0 for a single one)."""
         mean = total[0] / self.samples
         spread = np.maximum(total[1] / self.samples - mean**2, 0) * self.samples / max(self.samples - 1, 1)
-        return mean, np.sqrt(spread)
+        return {"mean": mean, "std": np.sqrt(spread)}
 
     def _places(self, site: np.ndarray) -> dict[str, np.ndarray]:
-        names = np.array([name for name, _ in self.sites], dtype=object)
-        places = {"transformer": names[site]}
-        for column in ("stack", "layer", "module", "call"):
-            values = np.array([getattr(s, column) for _, s in self.sites], dtype=object)
-            places[column] = values[site]
-        return places
+        """Returns the columns that name the sites of these numbers."""
+        places = np.array([(name, *s.place) for name, s in self.sites], dtype=object)
+        return dict(zip(PLACE, places[site].T, strict=True))

@@ -15,8 +15,8 @@ from ..pipelines.clock import Clock, Moment, TransformerHook
 from ..pipelines.patch import patched
 from ..pipelines.probe import as_tokens, hidden_states, main_part
 from ..pipelines.recording import Stack, all_tapped, hooked, tapped
+from .gram import Products
 from .plan import RATES, ProfilePlan
-from .products import Products
 from .reuse_errors import Ring, StaleErrors, pooled
 from .statistics import Statistics
 
@@ -26,27 +26,25 @@ class Stopwatch:
 
     def __init__(self, pipe: Any) -> None:
         self.cuda = "cuda" in str(getattr(pipe, "device", "cpu"))
-        self.total, self.begin = 0.0, 0.0
-        self.events: list[tuple[Any, Any]] = []
+        self.times: list[Any] = []  # of begin and end in turn: seconds, or events
 
     def __enter__(self) -> None:
-        if self.cuda:
-            self.events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-            self.events[-1][0].record()
-        self.begin = time.perf_counter()
+        self._note()
 
     def __exit__(self, *exception: object) -> None:
+        self._note()
+
+    def _note(self) -> None:
+        self.times.append(torch.cuda.Event(enable_timing=True) if self.cuda else time.perf_counter())
         if self.cuda:
-            self.events[-1][1].record()
-        else:
-            self.total += time.perf_counter() - self.begin
+            self.times[-1].record()
 
     def seconds(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.total += sum(a.elapsed_time(b) for a, b in self.events) / 1e3
-            self.events.clear()
-        return self.total
+        intervals = zip(self.times[::2], self.times[1::2], strict=True)
+        if not self.cuda:
+            return sum(end - begin for begin, end in intervals)
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in intervals) / 1e3
 
 
 class Taps:
@@ -66,19 +64,17 @@ class Taps:
         self.pipe, self.plan, self.group, self.count = pipe, plan, group, count
         self.statistics, self.watch = statistics, watch
         self.sites, self.past = plan.sites, plan.past
-        self.moment = Moment()
+        self.moment, self.on_step = Moment(), on_step
         self.clock = Clock(pipe.scheduler, plan.sampler, lambda: None, lambda: None)
-        self.on_step = on_step
         self.rings: dict[tuple[int, int], Ring] = {}
         self.scratch: dict[torch.Size, torch.Tensor] = {}
         self.calls: dict[str, tuple[int, int]] = {}  # module -> the latest network call that ran it, and how often
         self.found: dict[tuple[int, int], list[StaleErrors]] = {}  # (step, site) -> the branches' errors, on the device
-        halves = 2 if plan.sampler.guidance_form == "halves" else 1
-        self.rows = count * halves  # of a network call's batch, folded samples aside
-        device = next(pipe.components[next(iter(plan.model.transformers))].parameters()).device
+        self.rows = 2 * count if plan.halves else count  # of a network call's batch, folded samples aside
+        device, gram = plan.device(pipe), statistics.gram
         self.rates = torch.tensor(RATES, device=device)
-        gram = statistics.gram
         self.products = None if gram is None else Products(gram, self.rows, count, first, device)
+        self.of_run = self.products if first else None  # the products of states and stacks
         self.stack = ExitStack()
 
     def __enter__(self) -> Taps:
@@ -90,8 +86,8 @@ class Taps:
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
             begin = TransformerHook(self.clock, self.moment, lambda: None, name, self.past[name])
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
-            if self.products and self.products.first and name in self.plan.stacks:
-                self._follow(self.products, name, module, self.plan.stacks[name])
+            if self.of_run and name in self.plan.stacks:
+                self._follow(self.of_run, name, module, self.plan.stacks[name])
             paths = dict.fromkeys(s.path for s in transformer.sites) if numbers else ()
             self.stack.enter_context(all_tapped(module, paths, partial(self._run, numbers), "sodaprof.profile"))
         return self
@@ -103,17 +99,17 @@ class Taps:
         self, take_step: Any, model_output: Any, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         """Takes the scheduler's step, the clock's patch included, and records its states."""
-        step = self.clock.step
-        products = self.products if self.products and self.products.first and step is not None else None
+        step, products = self.clock.step, self.of_run
+        if step is None:
+            return take_step(model_output, timestep, sample, *args, **kwargs)
         if products:
             with self.watch:
                 products.state(model_output, sample)
         result = take_step(model_output, timestep, sample, *args, **kwargs)
-        if products and step == self.plan.sampler.steps - 1:
+        if products and step == self.plan.steps - 1:
             with self.watch:
                 products.end(result[0] if isinstance(result, tuple) else result.prev_sample)
-        if step is not None:
-            self.on_step(step + 1)
+        self.on_step(step + 1)
         return result
 
     def _follow(self, products: Products, name: str, module: torch.nn.Module, stack: Stack) -> None:
@@ -154,7 +150,7 @@ class Taps:
 
     def _measure(self, site: int, whole: torch.Tensor) -> None:
         # both halves of a batch share a ring, in different rows
-        branch = 0 if self.plan.sampler.guidance_form == "halves" else self.moment.branch
+        branch = 0 if self.plan.halves else self.moment.branch
         name, known = self.sites[site]
         out = as_tokens(whole, self.plan.model.transformers[name].layout(known.key))
         if out.shape[0] % self.rows or (out.shape[1] != known.tokens and site not in self.statistics.varying):
@@ -162,22 +158,18 @@ class Taps:
                 f"{name}.{known.key} returns {list(out.shape)} as [B, N, D] for {self.rows} generations, halves counted; "
                 f"{known.tokens} tokens were recorded at the first step. Profile calls of one size."
             )
-        if self.past[name][self.moment.step] == 0:  # a turn reuses nothing from before it
-            self.rings.pop((site, branch), None)
-        ring = self.rings.get((site, branch))
-        if ring is None:
-            ages = self.plan.request["max_interval"] - 1
-            ring = self.rings[site, branch] = Ring(ages, self.rates, self.scratch)
-        errors = ring.push(out)
+        if self.past[name][self.moment.step] == 0 or (site, branch) not in self.rings:  # a turn reuses nothing earlier
+            self.rings[site, branch] = Ring(self.plan.ages, self.rates, self.scratch)
+        errors = self.rings[site, branch].push(out)
         if errors is not None:
             if site not in self.statistics.varying:
                 errors.tokens = pooled(errors.tokens, self.plan.grids[site])
             self.found.setdefault((self.moment.step, site), []).append(errors)
         if self.products:
-            self.products.site(name, known.key, self.moment, whole)
+            self.products.keep(f"{name}.{known.key}", self.moment, whole)
 
     def flush(self) -> None:
-        """Moves the batch's errors off the device and into the statistics."""
+        """Adds the batch's errors to the statistics, and releases its values."""
         cells = sum(past > 0 for site in self.group for past in self.past[self.sites[site][0]])
         if len(self.found) != cells:
             raise MismatchError(
@@ -186,16 +178,13 @@ class Taps:
             )
         with self.watch:
             for (step, site), calls in self.found.items():
-                whole, pruned = (
-                    torch.cat([getattr(c, part) for c in calls]).cpu().numpy() for part in ("whole", "pruned")
-                )
+                parts = [torch.cat([c.whole for c in calls]), torch.cat([c.pruned for c in calls])]
                 # a generation may be several rows of a module's batch (frames, say): their mean is its error
-                rows = (self.plan.branches, self.count, -1)
-                folds = len(whole) / (self.plan.branches * self.count)
-                whole, pruned = (part.reshape(*rows, *part.shape[1:]).mean(2) for part in (whole, pruned))
+                rows = (self.plan.branches, self.count, len(parts[0]) // (self.plan.branches * self.count))
+                whole, pruned = (part.cpu().numpy().reshape(*rows, *part.shape[1:]).mean(2) for part in parts)
                 tokens = None
                 if site not in self.statistics.varying:
-                    tokens = (torch.stack([c.tokens.double() for c in calls]).sum(0) / folds).cpu().numpy()
+                    tokens = (torch.stack([c.tokens.double() for c in calls]).sum(0) / rows[2]).cpu().numpy()
                 self.statistics.add(step, site, whole, pruned, tokens)
             if self.products:
                 self.products.flush()

@@ -10,7 +10,7 @@ import sodaprof
 from sodaprof.formats.cost import load_cost, save_cost
 from sodaprof.formats.files import read_json, write_json
 from sodaprof.formats.profile import load_profile, write_inspection, write_solver
-from sodaprof.formats.schedule_file import load_schedule, save_schedule
+from sodaprof.formats.schedule_file import load_schedule
 
 SCHEDULES = Path(sodaprof.__file__).parent.parent / "schedules"
 PROFILES = [path.parent for path in sorted(SCHEDULES.rglob("manifest.json"))]
@@ -24,7 +24,7 @@ def test_the_files_are_found():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SCHEDULES)))
 def test_a_schedule(path, tmp_path):
-    save_schedule(load_schedule(path), tmp_path / "again.json")
+    load_schedule(path).save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 

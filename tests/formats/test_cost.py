@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from sodaprof.errors import FormatError, MismatchError
-from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, load_cost, save_cost
-from sodaprof.formats.schedule import TokenRule
+from sodaprof.formats.cost import CostModel, SiteCost, StepCost, TransformerCost, load_cost
+from sodaprof.formats.schedule import Forecast, TokenRule
 from tests.strategies import at, broken
 
+ATTN0 = "transformer_blocks.0.attn1"
 SITES = {f"transformer_blocks.{i}.{m}": m for i in range(2) for m in ("attn1", "ff")}
 ATTN = SiteCost(60.0, 1.0, (2.0, 3.0, 4.0, 5.0), ((2, 20.0), (10, 40.0), (16, 60.0)))
 FF = SiteCost(100.0, 2.0, (3.0, 4.0, 5.0, 6.0), ((1, 10.0), (16, 100.0)))
@@ -49,21 +50,28 @@ def with_rows(schedule, *rows: str, **changes: Any):
     return replace(schedule, transformers={"transformer": plan}, token_rule=None)
 
 
-def test_all_compute(schedule, cost):
-    full = with_rows(schedule, *["CCCCCC"] * 4)
-    assert cost.schedule(full) == 6 * (FULL + 2.5) == 2055
-    assert cost.speedup(full) == 1.0
+LINEAR = Forecast((3, 0), (1.33333, -0.333333))
+REUSED = ["CRRRRR"] * 3
+CACHED = 20 + 1 + 2 + 1 + 2  # a step in which the sites reuse, without what a fully cached step saves
+BY_HAND = {  # what is charged -> (rows and parameters of a plan, cost of the steps without scheduler and guidance)
+    "all compute": (["CCCCCC"] * 4, {}, 6 * FULL),
+    "fully cached steps have a cost of their own": (["CRRCRR"] * 4, {}, 2 * FULL + 4 * 12),
+    "one computed site pays the fixed part": (["CRRRRR", "CRRRRR", "CRRRRC", "CRRRRR"], {}, FULL + 4 * 12 + CACHED + 59),
+    "each prune has its own k": (
+        ["CPPPRR", *REUSED], {"k": {ATTN0: (2, 10, 16)}}, FULL + 3 * (CACHED - 1) + 20 + 40 + 60 + 2 * 12,
+    ),
+    "forecasts cost by their sources": (
+        ["CCCCFF", *["CCCCRR"] * 3], {"forecasts": {ATTN0: (LINEAR, Forecast((0,), (1.0,)))}}, 4 * FULL + 2 * CACHED + 3,
+    ),
+}  # fmt: skip
 
 
-def test_fully_cached_steps_have_a_cost_of_their_own(schedule, cost):
-    reuse = with_rows(schedule, *["CRRCRR"] * 4)
-    assert cost.schedule(reuse) == 2 * FULL + 4 * 12 + 6 * 2.5 == 743
-    assert cost.speedup(reuse) == pytest.approx(2055 / 743)
-
-
-def test_one_computed_site_pays_the_fixed_part(schedule, cost):
-    mixed = with_rows(schedule, "CRRRRR", "CRRRRR", "CRRRRC", "CRRRRR")
-    assert cost.schedule(mixed) == FULL + 4 * 12 + (20 + 1 + 2 + 60 + 2) + 6 * 2.5
+@pytest.mark.parametrize("case", BY_HAND)
+def test_costs_by_hand(schedule, cost, case):
+    rows, parameters, expected = BY_HAND[case]
+    found = with_rows(schedule, *rows, **parameters)
+    assert cost.schedule(found) == expected + 6 * 2.5
+    assert cost.speedup(found) == pytest.approx(2055 / (expected + 15))
 
 
 def test_every_action_by_hand(schedule, cost):
@@ -74,17 +82,11 @@ def test_every_action_by_hand(schedule, cost):
         20 + 25 + 2 + 35 + 2,  # k = 4: 20 + 2/8 of 20; k = 8: 20 + 6/8 of 20
         FULL,
         20 + 3 + 4 + 3 + 4,  # F from K = 2 sources
-        20 + 1 + 2 + 1 + 2,  # P with k = 0 costs R, and yet the column is not all R
+        CACHED,  # P with k = 0 costs R, and yet the column is not all R
     ]
     assert cost.schedule(schedule) == sum(columns) + 6 * 2.5 == 963
     assert cost.all_compute(schedule) == 2055
     assert cost.speedup(schedule) == pytest.approx(2055 / 963)
-
-
-def test_each_prune_has_its_own_k(schedule, cost):
-    rows = ["CPPPRR", *["CRRRRR"] * 3]
-    pruned = with_rows(schedule, *rows, k={next(iter(SITES)): (2, 10, 16)})
-    assert cost.schedule(pruned) == FULL + 3 * (20 + 2 + 1 + 2) + 20 + 40 + 60 + 2 * 12 + 6 * 2.5
 
 
 def test_attention_weights_are_charged_if_a_later_prune_reads_them(schedule, cost):
@@ -105,15 +107,6 @@ def test_prune_is_linear_between_its_points():
     assert ATTN.prune(np.array([[0, 4], [10, 13]])).tolist() == [[1, 25], [40, 50]]
 
 
-def test_forecasts_cost_by_their_sources(schedule, cost):
-    site = next(iter(SITES))
-    forecast = schedule.transformers["transformer"].forecasts[site][0]
-    one = replace(forecast, sources=(0,), weights=(1.0,))
-    rows = ["CCCCFF", *["CCCCRR"] * 3]
-    given = with_rows(schedule, *rows, forecasts={site: (forecast, one)})
-    assert cost.schedule(given) == 4 * FULL + (20 + 3 + 5) + (20 + 2 + 5) + 6 * 2.5
-
-
 def test_skipped_and_uncalled_steps(skipping, cost):
     """stack ..S.-. with one C under the S; the fitted update takes the scheduler's place in every step."""
     columns = [FULL, 12, 8 + 60, FULL, 0, 20 + 1 + 2 + 60 + 2]
@@ -127,11 +120,6 @@ def test_a_transformer_costs_nothing_while_another_is_called(relay, cost):
     assert cost.all_compute(relay) == 2055
 
 
-def test_outside_is_not_part_of_the_loop(schedule, cost):
-    expensive = replace(cost, outside={"text_encoder": 1e9, "vae": 1e9})
-    assert expensive.schedule(schedule) == cost.schedule(schedule)
-
-
 def test_missing_sites_are_reported(schedule, cost):
     table = cost.transformers["transformer"]
     fewer = replace(table, sites={site: c for site, c in table.sites.items() if not site.endswith("ff")})
@@ -139,13 +127,6 @@ def test_missing_sites_are_reported(schedule, cost):
         replace(cost, transformers={"transformer": fewer}).schedule(schedule)
     with pytest.raises(MismatchError, match="4 sites missing"):
         replace(cost, transformers={}).schedule(schedule)
-
-
-def test_round_trip(cost, tmp_path):
-    save_cost(cost, tmp_path / "cost.json")
-    assert load_cost(tmp_path / "cost.json") == cost
-    with pytest.raises(FormatError, match="exists already"):
-        save_cost(cost, tmp_path / "cost.json")
 
 
 @settings(max_examples=80)
@@ -167,7 +148,6 @@ STEP0 = ("transformers", "transformer", "step")
     [
         ((*SITE, "C"), -1.0, "Expected `float` >= 0"),
         ((*SITE, "R"), -1, "Expected `int` >= 0"),
-        ((*SITE, "C"), 10**400, "is not a finite number"),
         ((*SITE, "F"), [1.0, 2.0, 3.0], "Expected `array` of length 4|length >= 4"),
         ((*SITE, "F"), [1.0] * 5, "length"),
         ((*SITE, "P"), [], "length >= 1"),
@@ -179,9 +159,6 @@ STEP0 = ("transformers", "transformer", "step")
         (("loop", "colour"), 1.0, "Invalid enum value 'colour'"),
         (("outside", "vae"), -1.0, ">= 0"),
         (("unit",), "seconds", "Invalid enum value 'seconds'"),
-        (("version",), 2, "Upgrade sodaprof"),
-        (("format",), "sodaprof.schedule", "found format 'sodaprof.schedule'"),
-        (("colour",), 1, "unknown field `colour`"),
     ],
 )
 def test_the_message_says_what_was_found(cost, tmp_path, path, value, found):

@@ -72,13 +72,6 @@ def test_success_replaces_the_file_and_leaves_nothing_else(old):
     assert stat.S_IMODE(old.stat().st_mode) == 0o644
 
 
-def test_the_old_file_is_kept_until_the_new_one_is_complete(old):
-    with replacing(old, force=True) as temporary:
-        temporary.write_text("new")
-        assert old.read_text() == "old"
-    assert old.read_text() == "new"
-
-
 def test_without_force_nothing_is_replaced(old):
     with pytest.raises(FormatError, match="--force"), replacing(old):
         raise AssertionError("not reached")

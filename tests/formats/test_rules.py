@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from sodaprof.errors import IllegalScheduleError
 from sodaprof.formats import rules
+from sodaprof.formats.rules import observed_steps, source_of
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.formats.schedule_file import schedule_from_json, schedule_to_json
 from sodaprof.formats.sites import Guidance
@@ -113,13 +114,16 @@ BROKEN = {  # rule -> (fixture, change, what the message says was found)
         ("schedule", lambda s: with_row(s, "ff", "CRRRRR"), "transformer/ff"),
         ("schedule", lambda s: with_row(s, "transformer_blocks.one.ff", "CRRRRR"), "transformer_blocks.one.ff"),
     ],
-    "first_step_computes": [
-        *(("schedule", lambda s, a=a: with_row(s, ATTN1, a + "RPCFR"), "first step 0") for a in "RPF"),
+    "turns_begin_with_full_steps": [
+        *(("schedule", lambda s, a=a: with_row(s, ATTN1, a + "RPCFR"), "step 0, the first of a turn") for a in "RPF"),
         ("relay", lambda s: with_row(s, ATTN0, "___RRR", "low"), "low does not compute"),
         ("relay", lambda s: edit(s, "low", stack="______", rows=dict.fromkeys(plan_of(s).rows, "______")),
          "low is never called"),
         *(("skipping", lambda s, a=a: edit(s, stack=a + ".S.-.", rows={site: "-" + row[1:] for site, row in
-           plan_of(s).rows.items()}), "first step 0") for a in "S-"),
+           plan_of(s).rows.items()}), "step 0, the first of a turn") for a in "S-"),
+        ("relay", lambda s: with_two_turns(s, "CR__RC"), "high does not compute everything at step 4"),
+        ("relay", lambda s: with_two_turns(s, "CR__-C", "..__S.", stack_forecasts=(Forecast((1,), (1.0,)),)),
+         "everything at step 4"),
     ],
     "columns_agree": [
         ("skipping", lambda s: with_row(s, FF0, "C--C-R"), "- under a running stack at step 1"),
@@ -134,14 +138,6 @@ BROKEN = {  # rule -> (fixture, change, what the message says was found)
          "2 transformers are called at step 2"),
         ("relay", lambda s: edit(s, "low", stack="____..", rows=dict.fromkeys(plan_of(s).rows, "____CR")),
          "0 transformers are called at step 3"),
-    ],
-    "turns_begin_anew": [
-        ("relay", lambda s: with_two_turns(s, "CR__RC"), "high does not compute everything at step 4"),
-        ("relay", lambda s: with_two_turns(s, "CR__-C", "..__S.", stack_forecasts=(Forecast((1,), (1.0,)),)),
-         "everything at step 4"),
-        ("relay", lambda s: with_two_turns(s, "CC__CF", forecasts=all_sites(1)), "forecasts step 5 from before step 4"),
-        ("relay", lambda s: with_two_turns(s, "CC__C-", "..__.S", stack_forecasts=(Forecast((4, 0), (1.5, -0.5)),)),
-         "high/stack forecasts step 5 from before step 4"),
     ],
     "prunes_have_their_k": [
         ("schedule", lambda s: with_k(s, "transformer_blocks.9.ff", 1), "unknown site transformer/transformer_blocks.9.ff"),
@@ -171,6 +167,7 @@ BROKEN = {  # rule -> (fixture, change, what the message says was found)
         ("schedule", lambda s: edit(s, forecasts=plan_of(s).forecasts | {"a.0.b": ()}), "unknown site transformer/a.0.b"),
         ("schedule", lambda s: edit(s, forecasts={}), "1 F cells and 0 forecasts"),
         ("schedule", lambda s: many_sources(s, 5), "5 sources"),
+        ("relay", lambda s: with_two_turns(s, "CC__CF", forecasts=all_sites(1)), "step 5 from step 1, before its turn"),
         *(("schedule", lambda s, cell=cell: with_forecast(s, *cell), found) for *cell, found in [
             ((), (), "0 sources and 0 weights at step 4"),
             ((0, 3), (1.0,), "2 sources and 1 weights"),
@@ -184,21 +181,23 @@ BROKEN = {  # rule -> (fixture, change, what the message says was found)
             ((3,), (float("nan"),), "the weight nan"),
             ((3,), (float("inf"),), "the weight inf"),
             ((3,), ("1",), "the weight 1"),
-            ((3,), (0.3333333,), "more than 6 significant digits"),
-            ((3,), (-1234567.0,), "more than 6 significant digits"),
+            ((3,), (0.3333333,), "at most 6 significant digits"),
+            ((3,), (-1234567.0,), "at most 6 significant digits"),
         ]),
     ],
     "stack_forecasts_have_sources": [
         *(("skipping", lambda s, source=source: skipped_later(s, source), f"step 5 from step {source}") for source in (2, 4)),
+        ("relay", lambda s: with_two_turns(s, "CC__C-", "..__.S", stack_forecasts=(Forecast((4, 0), (1.5, -0.5)),)),
+         "high/stack forecasts step 5 from step 0, before its turn"),
         *(("skipping", lambda s, cells=cells: edit(s, stack_forecasts=cells), found) for cells, found in [
-            ((), "1 S cells and 0 stack forecasts"),
-            ((Forecast((0,), (1.0,)), Forecast((0,), (1.0,))), "1 S cells and 2 stack forecasts"),
+            ((), "1 S cells and 0 forecasts"),
+            ((Forecast((0,), (1.0,)), Forecast((0,), (1.0,))), "1 S cells and 2 forecasts"),
             ((Forecast((0,), (1.0,), "sum"),), "form 'sum'"),
             ((Forecast((2,), (1.0,)),), "step 2 from step 2"),
             ((Forecast((3,), (1.0,)),), "step 2 from step 3"),
             ((Forecast((), ()),), "0 sources"),
             ((Forecast((0, 1), (1.0,)),), "2 sources and 1 weights"),
-            ((Forecast((1,), (0.1234567,)),), "more than 6 significant digits"),
+            ((Forecast((1,), (0.1234567,)),), "at most 6 significant digits"),
         ]),
     ],
     "update_is_complete": [
@@ -262,7 +261,7 @@ def test_legal_schedules_pass_every_rule(schedule, skipping, relay):
 
 def test_every_rule_has_a_line_of_its_own_and_an_example():
     docs = [rule.__doc__ for rule in rules.RULES]
-    assert len(set(docs)) == len(docs) == 12
+    assert len(set(docs)) == len(docs) == 11
     assert all(doc and "\n" not in doc for doc in docs)
     assert {rule.__name__ for rule in rules.RULES} == set(BROKEN)
 
@@ -283,3 +282,45 @@ def test_a_changed_cell_is_legal_or_refused(data):
     except IllegalScheduleError:
         return
     assert schedule_from_json(json.loads(json.dumps(schedule_to_json(changed))), "") == changed
+
+
+# ---- whose attention a token rule reads, and at which steps ------------------------------------------------------------
+
+KINDS = {"b.attn1": "attn", "b.attn2": "cross_attn", "b.ff": "mlp"}
+SITES = ("b.0.attn1", "b.0.attn2", "b.0.ff")
+
+
+def plan(*rows: str, k: dict[str, tuple[int, ...]]) -> Plan:
+    fingerprint = {"tokens": dict.fromkeys(KINDS, 16), "kinds": KINDS}
+    return Plan("X", fingerprint, dict(zip(SITES, rows, strict=True)), "." * len(rows[0]), k)
+
+
+def test_the_source_is_the_attention_of_the_same_block():
+    p = plan("C", "C", "C", k={})
+    assert source_of(p, "b.0.ff", "attention_received") == "b.0.attn1"
+    assert source_of(p, "b.0.ff", "cross_attention_entropy") == "b.0.attn2"
+    assert source_of(p, "b.0.attn2", "cross_attention_entropy") == "b.0.attn2"
+    assert source_of(p, "b.1.ff", "value_norm") is None
+
+
+def test_only_what_is_read_is_observed():
+    p = plan("CCRCRC", "CCRCRC", "CPRCPC", k={SITES[2]: (4, 4)})
+    # the P of step 1 reads the attention computed in the same step, the P of step 4 that of step 3
+    assert observed_steps(p, "attention_received") == {SITES[0]: frozenset({1, 3})}
+
+
+def test_a_site_that_reads_its_own_attention_reads_it_before_it_is_taken_anew():
+    p = plan("CRRRRR", "CPRPCR", "CCCCCC", k={SITES[1]: (4, 4)})
+    # step 1 reads step 0; its own 4 rows, new at step 1, are read at step 3; nothing reads those of steps 3 and 4
+    assert observed_steps(p, "cross_attention_entropy") == {SITES[1]: frozenset({0, 1})}
+
+
+def test_rows_of_the_same_step_are_read_by_later_sites():
+    p = plan("CRRRRR", "CPRPRR", "CPRPRR", k={SITES[1]: (4, 4), SITES[2]: (4, 4)})
+    assert observed_steps(p, "cross_attention_entropy") == {SITES[1]: frozenset({0, 1, 3})}
+
+
+def test_no_tokens_and_all_tokens_need_no_choice():
+    p = plan("CRRR", "CRRR", "CPPR", k={SITES[2]: (0, 16)})
+    assert observed_steps(p, "attention_received") == {SITES[0]: frozenset()}
+    assert observed_steps(p, "feature_mean") == observed_steps(p, "random") == {}

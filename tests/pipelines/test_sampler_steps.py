@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sodaprof.errors import UnsupportedModelError
-from sodaprof.formats.sampler import own_update_from_json
+from sodaprof.formats.files import decode
+from sodaprof.formats.sampler import OwnUpdate
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler as RECTIFIED
 from sodaprof.pipelines.clock import Clock
 from sodaprof.pipelines.sampler_steps import advance, own_update, table_of
@@ -149,7 +150,7 @@ def test_the_update_makes_the_schedulers_own_run(make, config, steps):
     assert own.history == history(make, config, len(timesteps))
     assert own.basis == ("data" if make in (DPM, UNIPC) else "output")
     assert any(own.noise) == (make is DDPM)
-    assert own_update_from_json(own.to_json(), "") == own
+    assert decode(own.to_json(), OwnUpdate, "") == own
 
     x, outputs = outputs_for(len(timesteps))
     wide = apart(tabled_run(own, table(own), x, outputs), own_run(scheduler, timesteps, x, outputs))

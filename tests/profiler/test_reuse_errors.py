@@ -14,7 +14,7 @@ from sodaprof.profiler.reuse_errors import Ring, kept_tokens
 from sodaprof.profiler.statistics import Statistics
 from sodaprof.runtime.hooks.tokens import feature_mean, top
 
-RATES = [0.125, 0.25, 0.5, 0.75, 0.9375]
+RATES = [0.0, 0.125, 0.25, 0.5, 0.75, 0.9375, 1.0]
 
 
 def one_minus_cos(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -35,7 +35,7 @@ def after_pruning(new: np.ndarray, stale: np.ndarray, rate: float) -> np.ndarray
 def outputs(
     steps: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Returns a random walk of outputs [B, N, D] whose rows differ in loudness."""
+    """Returns a random walk of outputs [B, N, D] whose rows differ in size."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=draw)
     found = []
@@ -85,26 +85,17 @@ def test_kept_tokens_are_those_that_the_runtime_would_recompute():
     errors = ring.push(new)
     a_token = one_minus_cos(stale.double().numpy(), new.double().numpy())
     for i, k in enumerate(kept_tokens(torch.tensor(RATES), 16).tolist()):
-        assert k == [14, 12, 8, 4, 1][i]
+        assert k == [16, 14, 12, 8, 4, 1, 0][i]
         kept = top(feature_mean(stale), k).numpy()
         dropped = a_token.copy()
         np.put_along_axis(dropped, kept, 0.0, axis=1)
-        np.testing.assert_allclose(errors.pruned[:, 0, i].numpy(), dropped.mean(1), rtol=2e-5)
+        np.testing.assert_allclose(errors.pruned[:, 0, i].numpy(), dropped.mean(1), rtol=2e-5, atol=1e-7)
 
 
 def test_kept_tokens_are_rounded():
     rates = torch.tensor([0.0, 0.125, 0.25, 0.9, 0.96, 1.0])
     assert kept_tokens(rates, 10).tolist() == [10, 9, 8, 1, 0, 0]  # of 10, 8.75, 7.5, 1, 0.4, 0
     assert kept_tokens(rates, 256).tolist() == [256, 224, 192, 26, 10, 0]
-
-
-def test_the_ends_of_the_prune_rate():
-    stale, new = outputs(2, (2, 8, 5))
-    ring = Ring(1, torch.tensor([0.0, 1.0]))
-    ring.push(stale)
-    errors = ring.push(new)
-    assert errors.pruned[:, 0, 0].abs().max() < 1e-7
-    torch.testing.assert_close(errors.pruned[:, 0, 1], errors.whole[:, 0, 0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
@@ -141,13 +132,13 @@ def test_opposite_and_orthogonal_outputs():
 
 
 def test_tokens_of_zeros_give_finite_errors():
-    """A token of zeros has no direction: 0 against another silent one, and never more than 2."""
+    """A token of zeros has no direction: its error is 0 against another one of zeros, and never more than 2."""
     x = outputs(1, (1, 8, 257))[0]
-    silent = torch.zeros_like(x)
+    zeros = torch.zeros_like(x)
     ring = Ring(2, torch.tensor(RATES))
-    ring.push(silent)
-    assert ring.push(silent).tokens.abs().max() == 0
-    both = [ring.push(x), ring.push(silent)]
+    ring.push(zeros)
+    assert ring.push(zeros).tokens.abs().max() == 0
+    both = [ring.push(x), ring.push(zeros)]
     for errors in both:
         for part in (errors.tokens, errors.whole[..., 0], errors.pruned):
             assert torch.isfinite(part).all()
@@ -255,7 +246,7 @@ def test_a_single_generation_has_no_deviation(model, tmp_path):
     assert not pruning["std"].any()
 
 
-def test_equal_generations_have_no_deviation(model):
+def test_equal_generations_have_no_deviation(model, tmp_path):
     """The sums of squares must not turn rounding into a negative variance."""
     statistics = empty(model)
     given = np.random.default_rng(6).random((STEPS, 2, AGES, 3)).astype(np.float32)
@@ -266,32 +257,6 @@ def test_equal_generations_have_no_deviation(model):
     statistics.samples = 1000
     variance = statistics.whole[1] / 1000 - (statistics.whole[0] / 1000) ** 2
     assert variance.min() < 0  # rounding does reach below 0 in this test
-    mean, std = statistics._moments(statistics.whole)
-    np.testing.assert_allclose(mean[..., 0, :], given, rtol=1e-6)
-    assert np.isfinite(std).all()
-    assert std.max() < 1e-6
-
-
-def test_save_and_restore_go_on_bit_for_bit(model, tmp_path):
-    data = samples(2, 4)
-    through, first, second = empty(model), empty(model), empty(model)
-    for start in (0, 3, 6):
-        add(through, data, start, min(start + 3, SAMPLES))
-    add(first, data, 0, 3)
-    first.save(tmp_path / "state.npz", {"group": 1, "batch": 5})
-    assert second.restore(tmp_path / "state.npz") == {"group": 1, "batch": 5}
-    assert second.samples == 3
-    add(second, data, 3, 6)
-    second.save(tmp_path / "state.npz", {"group": 1, "batch": 6})  # replaces
-    third = empty(model)
-    assert third.restore(tmp_path / "state.npz") == {"group": 1, "batch": 6}
-    add(third, data, 6, 9)
-    assert third.samples == through.samples == 9
-    assert np.array_equal(third.whole, through.whole)
-    assert np.array_equal(third.pruned, through.pruned)
-    assert all(np.array_equal(a, b) for a, b in zip(third.tokens, through.tokens, strict=True))
-    for name, statistics in (("a", through), ("b", third)):
-        (tmp_path / name).mkdir()
-        statistics.write_tables(tmp_path / name, model)
-    for table in ("sites", "caching", "pruning"):
-        assert (tmp_path / f"a/{table}.parquet").read_bytes() == (tmp_path / f"b/{table}.parquet").read_bytes()
+    statistics.write_tables(tmp_path, model)
+    caching, pruning = tables(tmp_path)
+    assert max(caching["cos_std"].max(), pruning["std"].max()) < 1e-6

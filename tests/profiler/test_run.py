@@ -13,6 +13,7 @@ import sodaprof
 from sodaprof.errors import FormatError, SodaprofError
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.tables import COLUMNS
+from sodaprof.pipelines.stack import block_calls
 from sodaprof.profiler.plan import plan_profile
 from sodaprof.profiler.run import run_profile
 from tests.tiny_pipelines import SITES, STEPS, TwoPassPipeline, draw, tiny_pipe
@@ -32,15 +33,8 @@ def profiled(tmp_path_factory):
 
 def outputs(pipe, labels, seeds):
     """{site: [T, 2B, N, D]} of a plain run."""
-    found = {site: [] for site in SITES}
-    hooks = [
-        pipe.transformer.get_submodule(site).register_forward_hook(lambda m, a, out, site=site: found[site].append(out))
-        for site in SITES
-    ]
-    generators = [torch.Generator().manual_seed(s) for s in seeds]
-    pipe(class_labels=labels, num_inference_steps=STEPS, generator=generators, output_type="np")
-    for hook in hooks:
-        hook.remove()
+    with block_calls(pipe.transformer, SITES) as (_, found):
+        draw(pipe, labels, seed=seeds[0])
     return {site: torch.stack(o).double() for site, o in found.items()}
 
 

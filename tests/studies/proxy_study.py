@@ -16,7 +16,6 @@ from sodaprof.compiler.forecasts import ridge, segment_costs, taylor
 from sodaprof.compiler.placement import place_full_steps
 from sodaprof.formats.profile import Profile
 from sodaprof.formats.sampler import MAX_HISTORY
-from sodaprof.formats.tables import CELL, read_table, stale_errors
 from tests.studies.proxy_truth import anchors_of, columns_at, longest_interval
 
 Predict = Callable[[Sequence[int]], float]  # full steps -> predicted error; inf where the profile does not reach
@@ -152,11 +151,9 @@ def guided(profile: Profile) -> np.ndarray:
 
     The branch with the condition is the first, as in DiT's pipeline.
     """
-    scale, table = profile.manifest["guidance_scale"], read_table(profile.folder, "caching", [*CELL, "l2_mean"])
-    about = (profile.model, profile.sampler.steps, profile.max_age, None, profile.folder)
-    branches = []
+    scale, branches = profile.manifest["guidance_scale"], []
     for branch in (0, 1):
-        (errors,) = stale_errors(table, "l2_mean", table["branch"] == branch, *about).values()
+        (errors,) = profile.caching_error("l2", branch).values()
         branches.append(np.nansum(errors, axis=1))
     weighed: np.ndarray = scale * branches[0] + abs(1 - scale) * branches[1]
     return weighed
