@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,20 +38,27 @@ class Contender:
     count: int = 0  # of a control: how many full steps the cost allows; spacings of one count are alternatives
 
 
-@dataclass
+@dataclass(frozen=True)
 class Samples:
-    """What a contender sampled, batch by batch, and how long it took."""
+    """What a contender sampled, and how long the denoising loop took."""
 
-    seconds: float = 0.0  # of the denoising loop
+    seconds: float
+    pictures: np.ndarray  # [n, H, W, 3] or [n, F, H, W, 3] in [0, 1]
+    latents: Any = None  # [n, …] as the VAE decodes them; None without a VAE
+    features: Any = None  # [n, FEATURES] of the model's classifier; None without one
+    hits: Any = None  # [n] whether the classifier finds the label; None without a classifier or labels
     executed: dict[str, int] | None = None  # cells of the last batch, by action
-    pictures: list[np.ndarray] = field(default_factory=list)  # [n, H, W, 3] or [n, F, H, W, 3] in [0, 1]
-    latents: list[np.ndarray] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)  # [n, FEATURES] of the model's classifier
-    hits: list[np.ndarray] = field(default_factory=list)  # [n] whether the classifier finds the label
 
     def psnr_db(self, full: Samples) -> np.ndarray:
         """Returns the PSNR of each picture to the full run's picture of the same seed, dB, [n]."""
-        return psnr_db(np.concatenate(self.pictures), np.concatenate(full.pictures))
+        return psnr_db(self.pictures, full.pictures)
+
+
+def _joined(batches: Sequence[Samples]) -> Samples:
+    """Returns the samples of all batches of a contender."""
+    parts = {name: [getattr(batch, name) for batch in batches] for name in ("pictures", "latents", "features", "hits")}
+    arrays = {name: np.concatenate(found) for name, found in parts.items() if found[0] is not None}
+    return Samples(sum(batch.seconds for batch in batches), **arrays, executed=batches[-1].executed)
 
 
 @dataclass
@@ -76,18 +83,17 @@ class Comparison:
 
     def sample(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> list[Samples]:
         """Returns the samples of each contender on the same seeds, in the order of the contenders."""
-        found = [Samples() for _ in contenders]
+        found: list[list[Samples]] = [[] for _ in contenders]
         for start in range(0, len(seeds), self.batch_size):
             batch = list(seeds[start : start + self.batch_size])
             entries = [self.entries[(start + i) % len(self.entries)] for i in range(len(batch))]
-            for contender, samples in zip(contenders, found, strict=True):
+            for contender, batches in zip(contenders, found, strict=True):
                 with self._attached(contender) as handle:
-                    self._sample_batch(contender.steps, entries, batch, samples)
-                if handle is not None:
-                    samples.executed = handle.report().executed
+                    samples = self._sample_batch(contender.steps, entries, batch)
+                batches.append(samples if handle is None else replace(samples, executed=handle.report().executed))
                 self.done += len(batch)
                 self.on_progress(min(self.done, self.total), self.total)
-        return found
+        return [_joined(batches) for batches in found]
 
     def _attached(self, contender: Contender) -> Any:
         """Returns a context that puts the contender on the pipeline and yields its handle, None of other than schedules."""
@@ -98,21 +104,20 @@ class Comparison:
             self._handles[contender] = apply(self.pipe, contender.schedule, runtime=settings)
         return self._handles[contender]
 
-    def _sample_batch(self, steps: int, entries: list[int | str], seeds: list[int], samples: Samples) -> None:
+    def _sample_batch(self, steps: int, entries: list[int | str], seeds: list[int]) -> Samples:
         with _decoded_latents(self.pipe) as decoded:
             began = time.perf_counter()
             out = call(self.pipe, entries, seeds, steps, self.guidance_scale, output_type="np")
-            samples.seconds += (decoded[0][1] if decoded else time.perf_counter()) - began
-        pictures = pictures_of(out)
-        samples.pictures.append(pictures)
-        samples.latents += [latents for latents, _ in decoded]
+            seconds = (decoded[0][1] if decoded else time.perf_counter()) - began
+        pictures, features, hits = pictures_of(out), None, None
         if self.classifier is not None:
-            features = features_of(self.classifier, pictures)
-            samples.features.append(features.double().numpy())
+            found = features_of(self.classifier, pictures)
+            features = found.double().numpy()
             if takes_labels(self.pipe):
                 with torch.no_grad():
-                    labels = self.classifier.head(features).argmax(1).numpy()
-                samples.hits.append(labels == np.array(entries))
+                    hits = self.classifier.head(found).argmax(1).numpy() == np.array(entries)
+        latents = np.concatenate([latents for latents, _ in decoded]) if decoded else None
+        return Samples(seconds, pictures, latents, features, hits)
 
 
 def features_of(classifier: Classifier, pictures: np.ndarray) -> torch.Tensor:

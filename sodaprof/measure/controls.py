@@ -46,17 +46,14 @@ class FewerSteps:
     @contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
         """Replaces the pipeline's scheduler by this sampler while the block runs."""
-        own = pipe.scheduler
-        pipe.scheduler = scheduler = self._scheduler(own)
-        try:
-            with ExitStack() as patches:
-                if self.timesteps is not None:
-                    patches.enter_context(_pinned(scheduler, self.timesteps))
-                if self.solver == "Adams-Bashforth":
-                    patches.enter_context(_extrapolated(scheduler))
-                yield
-        finally:
-            pipe.scheduler = own
+        with ExitStack() as changes:
+            changes.callback(setattr, pipe, "scheduler", pipe.scheduler)
+            pipe.scheduler = scheduler = self._scheduler(pipe.scheduler)
+            if self.timesteps is not None:
+                changes.enter_context(_pinned(scheduler, self.timesteps))
+            if self.solver == "Adams-Bashforth":
+                changes.enter_context(_extrapolated(scheduler))
+            yield
 
     def _scheduler(self, own: Any) -> Any:
         if self.solver in DIFFUSION:
@@ -88,14 +85,7 @@ def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
     """Makes the scheduler's Euler steps follow the two-step Adams-Bashforth formula: v + h / (2 h₋₁) · (v − v₋₁)."""
     before: list[torch.Tensor] = []
 
-    def step(
-        euler: Callable[..., Any],
-        velocity: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def step(euler: Callable[..., Any], velocity: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         grid = [*scheduler.timesteps.tolist(), 0.0]
         i = grid.index(float(timestep))
         used = velocity
@@ -103,7 +93,7 @@ def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
             ratio = (grid[i] - grid[i + 1]) / (grid[i - 1] - grid[i])
             used = velocity + ratio / 2 * (velocity - before[0])
         before[:] = [velocity]
-        return euler(used, timestep, sample, *args, **kwargs)
+        return euler(used, timestep, *args, **kwargs)
 
     return patched(scheduler, "step", step)
 

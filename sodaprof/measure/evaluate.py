@@ -96,7 +96,7 @@ def evaluate(
     notes = _notes(samples, classifier, candidates, controls, runtime)
     result = _result(about, full, pairs, real) | {"candidates": tried, "notes": notes}
     shown = {"full": full} | {f"{c.name} {c.speedup:.2f}x": one for c, one in pairs}
-    return result | {"pictures": {name: np.concatenate(one.pictures)[:SHOWN] for name, one in shown.items()}}
+    return result | {"pictures": {name: one.pictures[:SHOWN] for name, one in shown.items()}}
 
 
 def _sample(
@@ -121,7 +121,7 @@ def _sample(
     comparison.total = 1 + (len(calibration) * (1 + len(fewer)) if fewer else 0)
     comparison.total += len(seeds) * (1 + len(contenders) + len({(c.name, c.count) for c in fewer}))
     (warm_up,) = comparison.sample([full], calibration[:1])  # the first call is slow and would flatter the schedules
-    if data is not None and data.shape[1:] != (made := warm_up.pictures[0].shape[1:]):
+    if data is not None and data.shape[1:] != (made := warm_up.pictures.shape[1:]):
         raise MismatchError(
             f"The data is of shape {data.shape[1:]}, the pipeline makes {made}. Give pictures of that size."
         )
@@ -174,7 +174,8 @@ def _result(
 
 
 def _row(c: Contender, samples: Samples, full: Samples, quality: np.ndarray, real: np.ndarray | None) -> dict[str, Any]:
-    """Returns a contender's row; quality: the PSNR of its pictures to the full run's, [n]."""
+    """Returns a contender's row; quality: the PSNR of its pictures to the full run's, [n]; real: the data's features."""
+    latents = samples.latents
     row: dict[str, Any] = {
         "name": c.name,
         "detail": c.detail,
@@ -183,13 +184,11 @@ def _row(c: Contender, samples: Samples, full: Samples, quality: np.ndarray, rea
         "wall_speedup": round(full.seconds / samples.seconds, 3),
         "psnr_db": metrics.mean_interval(quality) | {"worst_decile": metrics.worst_decile(quality)},
         "flipped": metrics.flipped(quality),
-        "ssim": float(metrics.ssim(np.concatenate(samples.pictures), np.concatenate(full.pictures)).mean()),
-        "latent_l2": _latent_l2(samples, full),
-    }
-    features = np.concatenate(full.features) if full.features else None
-    row |= _classified(samples, {"full": features, "data": real})
-    if real is not None and features is not None and "distance" in row:
-        difference = metrics.kernel_difference(np.concatenate(samples.features), features, real)
+        "ssim": float(metrics.ssim(samples.pictures, full.pictures).mean()),
+        "latent_l2": None if latents is None else float(metrics.relative_l2(latents, full.latents).mean()),
+    } | _classified(samples, {"full": full.features, "data": real})
+    if real is not None:
+        difference = metrics.kernel_difference(samples.features, full.features, real)
         row["distance"]["data"]["kernel_over_full"] = difference
     if c.schedule is not None:
         planned = dict(c.schedule.counts())
@@ -197,17 +196,11 @@ def _row(c: Contender, samples: Samples, full: Samples, quality: np.ndarray, rea
     return row
 
 
-def _latent_l2(samples: Samples, full: Samples) -> float | None:
-    if not samples.latents:
-        return None
-    return float(metrics.relative_l2(np.concatenate(samples.latents), np.concatenate(full.latents)).mean())
-
-
 def _classified(samples: Samples, sides: dict[str, np.ndarray | None]) -> dict[str, Any]:
     """Returns the class accuracy of the pictures and their distances to the features of each side, as far as there are any."""
-    found: dict[str, Any] = {"accuracy": float(np.concatenate(samples.hits).mean())} if samples.hits else {}
-    features = np.concatenate(samples.features) if samples.features else np.empty((0, 0))
-    if len(features) >= metrics.LEAST_FOR_DISTANCE:
+    found: dict[str, Any] = {} if samples.hits is None else {"accuracy": float(samples.hits.mean())}
+    features = samples.features
+    if features is not None and len(features) >= metrics.LEAST_FOR_DISTANCE:
         found["distance"] = {
             side: {
                 "frechet": metrics.frechet_distance(features, other),

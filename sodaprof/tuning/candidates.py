@@ -60,9 +60,7 @@ class Measured:
         return {name: round(value, 3) for name, value in values.items()}
 
 
-def compiled(
-    candidates: Mapping[str, Callable[[], Schedule]],
-) -> tuple[dict[str, Schedule], dict[str, SodaprofError]]:
+def compiled(candidates: Mapping[str, Callable[[], Schedule]]) -> tuple[dict[str, Schedule], dict[str, SodaprofError]]:
     """Returns the schedules of the candidates that can be compiled, and the errors of the others, by name."""
     schedules: dict[str, Schedule] = {}
     left_out: dict[str, SodaprofError] = {}
@@ -77,13 +75,11 @@ def compiled(
 def best_of(
     candidates: Mapping[str, Schedule],
     measure: Callable[[Schedule], tuple[Schedule, np.ndarray]],
-    score: Callable[[np.ndarray], float] = score_db,
+    score: Callable[[np.ndarray], float],
 ) -> list[Measured]:
     """Returns the candidates, best score first; measure: returns a schedule as fitted and its distances, dB."""
-    measured = []
-    for name, schedule in candidates.items():
-        fitted, distances = measure(schedule)
-        measured.append(Measured(name, fitted, distances, score(distances)))
+    fits = {name: measure(schedule) for name, schedule in candidates.items()}
+    measured = [Measured(name, fitted, distances, score(distances)) for name, (fitted, distances) in fits.items()]
     return sorted(measured, key=lambda one: -one.score)
 
 
@@ -105,19 +101,16 @@ def mix(
     FormatError if the profile lacks tables, UnsupportedModelError if the sampler's steps are not linear.
     """
     folder = Path(folder)
+    compile_candidate = partial(compile_schedule, folder, budget, cost=cost, max_cache=max_cache)
     schedules, left_out = compiled(
         {
-            f"{policy} + update" if updated else policy: partial(
-                compile_schedule, folder, budget, policy, cost, None, max_cache, updated
-            )
+            f"{policy} + update" if updated else policy: partial(compile_candidate, policy=policy, updated=updated)
             for policy, updated in CANDIDATES
         }
     )
     reasons = {name: str(error) for name, error in left_out.items()}
     if not schedules:
-        raise BudgetError(
-            "No action meets the budget. " + " ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        )
+        raise BudgetError(" ".join(["No action meets the budget.", *(f"{n}: {why}" for n, why in reasons.items())]))
     profile, table = load_profile(folder), cost_of(folder, cost)
     check_matches(pipe, next(iter(schedules.values())))
     on_step = counted((1 + len(schedules)) * profile.sampler.steps, on_progress)
@@ -126,10 +119,10 @@ def mix(
     def measure(schedule: Schedule) -> tuple[Schedule, np.ndarray]:
         if schedule.update is None:
             return schedule, sampled_distances(replay, schedule, on_step)
-        fitted, distances = fit_update(replay, schedule, schedule.update.history, on_step=on_step)
+        fitted, distances = fit_update(replay, schedule, on_step)
         return with_predicted_cost(fitted, table), distances
 
-    measured = best_of(schedules, measure)
+    measured = best_of(schedules, measure, score_db)
     best = measured[0]
     record = {"best": best.name, "samples": len(replay.seeds)}
     record["candidates"] = {one.name: one.figures() for one in measured}
@@ -164,13 +157,9 @@ def choose_period(
             f"{folder}: no manifest.json, so no calibration seeds. Type: sodaprof profile MODEL -o {folder}"
         )
     profile = load_profile(folder)
+    compile_candidate = partial(compile_schedule, folder, budget, policy, cost, max_cache=max_cache, updated=updated)
     schedules, left_out = compiled(
-        {
-            f"N={period}": partial(
-                compile_schedule, folder, budget, policy, cost, knobs | {"N": period}, max_cache, updated
-            )
-            for period in PERIODS
-        }
+        {f"N={period}": partial(compile_candidate, knobs=knobs | {"N": period}) for period in PERIODS}
     )
     if not schedules:
         raise list(left_out.values())[-1]
@@ -184,4 +173,4 @@ def choose_period(
         (samples,) = comparison.sample([Contender(policy, "", steps, 1.0, schedule)], seeds)
         return schedule, samples.psnr_db(full)
 
-    return best_of(schedules, measure, score=lambda quality: round(float(quality.mean()), 3))
+    return best_of(schedules, measure, lambda quality: round(float(quality.mean()), 3))

@@ -133,7 +133,7 @@ def test_a_budget_leaves_room_for_the_update(pipe, profile, tmp_path):
     reached = []
     for updated in (False, True):
         schedule = compile_schedule(profile.folder, 2.0, "soda", tmp_path / "cost.json", updated=updated)
-        fitted, _ = fit_update(replay, schedule, 4)
+        fitted, _ = fit_update(replay, schedule)
         reached.append(with_predicted_cost(fitted, table).predicted["speedup"])
     assert reached[0] < 1.95
     assert 2.0 - 1e-9 <= reached[1] < 2.4

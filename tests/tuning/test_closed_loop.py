@@ -69,7 +69,7 @@ def test_a_replay_refuses_a_pipeline_that_carries_a_schedule(pipe, profile):
 def test_the_closed_loop_fit_is_nearer_than_the_open_loop_fit(pipe, profile, compiled):
     replay = replay_of(pipe, profile, range(8))
     before = sampled_distances(replay, compiled)
-    fitted, distances = fit_update(replay, compiled, 4)
+    fitted, distances = fit_update(replay, compiled)
     assert fitted.update.fitted["loop"] == "closed"
     assert distances.mean() > before.mean()
     np.testing.assert_allclose(sampled_distances(replay, fitted), distances, atol=1e-3)
@@ -77,7 +77,7 @@ def test_the_closed_loop_fit_is_nearer_than_the_open_loop_fit(pipe, profile, com
 
 def test_the_fitted_schedule_reaches_in_the_pipeline_the_distance_of_the_replay(pipe, profile, compiled):
     replay = replay_of(pipe, profile, [3])
-    fitted, distances = fit_update(replay, compiled, 4)
+    fitted, distances = fit_update(replay, compiled)
     with sodaprof.apply(pipe, fitted):
         found = sample(pipe, [1], STEPS, seed=3)
     full = sample(pipe, [1], STEPS, seed=3)
@@ -92,9 +92,9 @@ def test_the_noise_of_a_stochastic_sampler_is_kept_and_not_fitted():
     torch.manual_seed(11)  # as `sample`: this pipeline hands its generator to nobody
     replay = Replay(pipe, whole.sampler, [1, 2], [0, 1])
     assert ReplaySpace(replay).noise(2).abs().max() > 0.1
-    _, distances = fit_update(replay, whole, 3)
+    _, distances = fit_update(replay, whole)
     assert distances.min() > 80
-    fitted, distances = fit_update(replay, resting, 3)
+    fitted, distances = fit_update(replay, resting)
     full = sample(pipe, (1, 2))
     with sodaprof.apply(pipe, fitted):
         error = np.square(sample(pipe, (1, 2)) - full).reshape(2, -1).mean(1)

@@ -15,6 +15,7 @@ from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
+from sodaprof.formats.sampler import RIDGE
 from sodaprof.formats.schedule import Forecast
 from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines import replay as replaying
@@ -158,9 +159,9 @@ def test_variations_are_allowed_ones():
 
 def test_forecast_weights_are_a_least_squares():
     draws = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
-    found = forecast_weights(list(draws[:3]), draws[3], 0.01)
+    found = forecast_weights(list(draws[:3]), draws[3])
     x, y = draws[:3].flatten(1).double(), draws[3].flatten().double()
-    pull = (0.01 * x.square().sum(1).mean()).sqrt()
+    pull = (RIDGE * x.square().sum(1).mean()).sqrt()
     left, right = torch.cat([x.T, pull * torch.eye(3)]), torch.cat([y, pull * torch.eye(3)[0]])
     direct = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
     np.testing.assert_allclose(found, direct.numpy(), rtol=1e-5)
@@ -188,7 +189,7 @@ def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(k
     sampler = schedule_for(pipe, steps=STEPS).sampler
     replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
     start = replace(with_columns(forecasts, "CCFCFFRCF-CF"), sampler=sampler)
-    fit = Fit(replay, start, 3)
+    fit = Fit(replay, start)
     distances = fit.run()
     (plan,) = fit.fitted().transformers.values()
     ats = {step: fit.ats[step].x for step in range(STEPS)}
@@ -196,15 +197,13 @@ def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(k
         for cell, step in zip(plan.forecasts[site], (2, 4, 5, 8, 11), strict=True):
             sources = [at_site(replay, site, source, ats[source]) for source in cell.sources]
             target = at_site(replay, site, step, replay.states[step])
-            np.testing.assert_allclose(
-                cell.weights, forecast_weights(sources, target, fit.strength), rtol=1e-3, atol=2e-5
-            )
+            np.testing.assert_allclose(cell.weights, forecast_weights(sources, target), rtol=1e-3, atol=2e-5)
     np.testing.assert_allclose(sampled_distances(replay, fit.fitted()), distances, atol=1e-3)
 
 
 def test_site_weights_of_a_sample_of_coordinates_are_near(pipe, profile, forecasts, monkeypatch):
     def weights():
-        fit = Fit(replay_of(pipe, profile, range(6)), forecasts, 3)
+        fit = Fit(replay_of(pipe, profile, range(6)), forecasts)
         fit.run()
         (plan,) = fit.fitted().transformers.values()
         return np.array([weight for cells in plan.forecasts.values() for cell in cells for weight in cell.weights])
@@ -241,7 +240,7 @@ def test_weights_are_fitted_from_the_accelerated_drifts_to_the_full_runs(kind, d
     pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
     sampler = schedule_for(pipe, steps=STEPS).sampler
     replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
-    fit = Fit(replay, replace(with_columns(drift, "CCSCS-SCSSSS"), sampler=sampler), 3)
+    fit = Fit(replay, replace(with_columns(drift, "CCSCS-SCSSSS"), sampler=sampler))
     fit.run()
     fitted = fit.fitted()
     (plan,) = fitted.transformers.values()
