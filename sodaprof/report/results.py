@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..formats.cost import CostModel
@@ -47,26 +47,22 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
             "–" if row["latent_l2"] is None else f"{row['latent_l2']:.3f}",
             *(f"{row['accuracy']:.1%}" for _ in classes),
         )
-    legend = (
-        "PSNR to the full run; worst: its mean over the worst tenth; flip: pictures under 20 dB; L2: relative error of the "
-        "latents"
-    )
+    legend = "PSNR to the full run; worst: mean of its worst tenth; flip: pictures under 20 dB; L2: relative error of the latents"
     return Group(table, Text(legend, "dim"), *(Text(line) for line in _lines(result)))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
     """Returns the paired differences of the schedules (the JSON has those of the controls, too), distances, cells, notes."""
-    lines = []
+    lines, full = [], {"name": "full", "distance": result["full"].get("distance", {})}
     for row in result["rows"]:
         for reference, d in row.get("over", {}).items() if "planned" in row and row["name"] != "fora" else ():
             lines.append(
                 f"{row['name']} {row['flops_speedup']:.2f}x is {d['mean']:+.2f} dB from {reference} at {d['speedup']:.2f}x "
                 f"(paired 95 % interval {d['low']:+.2f} to {d['high']:+.2f})."
             )
+    for row in (*result["rows"], full):
         for side, d in row.get("distance", {}).items():
             lines.append(f"{row['name']}: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
-    for side, d in result["full"].get("distance", {}).items():
-        lines.append(f"full: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
     for row in result["rows"]:
         if row.get("executed") is not None:
             counts = ", ".join(f"{a} {row['executed'].get(a, 0)}/{n}" for a, n in sorted(row["planned"].items()))
@@ -123,9 +119,8 @@ def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> Renderab
     parts: list[RenderableType] = []
     for name, transformer in model.transformers.items():
         table_cost = cost.transformers[name]
-        table = Table(title=f"{name}: {transformer.class_name}", box=None)
-        for column in ("module", "kind", "layers", "tokens", "width", "FLOPs", "prunable"):
-            table.add_column(column, justify="left" if column in ("module", "kind") else "right")
+        numbers = [Column(name, justify="right") for name in ("layers", "tokens", "width", "FLOPs", "prunable")]
+        table = Table("module", "kind", *numbers, title=f"{name}: {transformer.class_name}", box=None)
         groups: dict[tuple[str, str, str], list[Any]] = {}
         for site in transformer.sites:
             groups.setdefault((site.stack, SiteKey.parse(site.key).name, site.kind), []).append(site)
