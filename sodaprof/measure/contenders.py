@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -131,10 +132,6 @@ def features_of(classifier: Classifier, pictures: np.ndarray) -> torch.Tensor:
 def _decoded_latents(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
     """Yields a list that gets (latents, time) at each call of the VAE's decoder, the time read before the copy is made."""
     found: list[tuple[np.ndarray, float]] = []
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        yield found
-        return
 
     def record(decode: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if z.is_cuda:
@@ -143,7 +140,8 @@ def _decoded_latents(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
         found.append((z.detach().float().cpu().numpy(), now))
         return decode(z, *args, **kwargs)
 
-    with patched(vae, "decode", record):
+    vae = getattr(pipe, "vae", None)
+    with nullcontext() if vae is None else patched(vae, "decode", record):
         yield found
 
 
@@ -163,9 +161,10 @@ def control_candidates(
             found[fora.digest()] = Contender("fora", describe(fora), fora.steps, cost.speedup(fora), fora)
         count = full_steps(schedule.steps, speedup)
         for control in fewer_steps_at(schedule, count):
-            name, detail = FEWER + control.solver, f"{control.steps} steps, {control.spacing}"
-            ratio = schedule.steps / control.steps
-            found[control, count] = Contender(name, detail, control.steps, ratio, control=control, count=count)
+            detail, ratio = f"{control.steps} steps, {control.spacing}", schedule.steps / control.steps
+            found[control, count] = Contender(
+                FEWER + control.solver, detail, control.steps, ratio, None, control, count
+            )
     return [c for c in found.values() if wanted is True or (wanted and c.name in wanted)]
 
 
@@ -190,23 +189,20 @@ def choose_spacings(
 
 def describe(schedule: Schedule) -> str:
     """Returns how many full steps, pruned cells and skipped stacks a schedule has, in words."""
-    pruned, skipped = schedule.counts()["P"], sum(plan.stack.count("S") for plan in schedule.transformers.values())
-    parts = [f"{len(schedule.anchors())} full steps"]
-    parts += [f"{pruned} pruned cells"] if pruned else []
-    parts += [f"{skipped} skipped stacks"] if skipped else []
-    return ", ".join(parts)
+    counts = _counts(schedule)
+    others = [f"{counts[a]} {name}" for a, name in (("P", "pruned cells"), ("S", "skipped stacks")) if counts[a]]
+    return ", ".join([f"{len(schedule.anchors())} full steps", *others])
 
 
 def works_by(contender: Contender) -> list[str]:
     """Returns what replaces the computation at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
     if contender.schedule is None:
         return ["fewer steps"] if contender.control is not None else []
-    counts, plans = contender.schedule.counts(), contender.schedule.transformers.values()
-    stacks = "".join(plan.stack for plan in plans)
-    found = {
-        "reuse": counts["R"],
-        "forecast": counts["F"] + stacks.count("S"),
-        "pruning": counts["P"],
-        "update": contender.schedule.update is not None,
-    }
-    return [what for what, used in found.items() if used]
+    counts = _counts(contender.schedule)
+    found = {"reuse": counts["R"], "forecast": counts["F"] + counts["S"], "pruning": counts["P"]}
+    return [what for what, used in (found | {"update": contender.schedule.update}).items() if used]
+
+
+def _counts(schedule: Schedule) -> Counter[str]:
+    """Returns how many cells of each action the sites have, and how many S the stacks."""
+    return schedule.counts() + Counter(S=sum(plan.stack.count("S") for plan in schedule.transformers.values()))

@@ -1,8 +1,7 @@
-"""The controls of an evaluation: baselines at equal cost without a compiled schedule.
+"""The controls of an evaluation, baselines at equal cost: FORA, and fewer steps of a plain sampler.
 
-FORA at the same cost, and fewer sampler steps: DDIM, DPM-Solver++ 2M and UniPC for discrete diffusions, Euler and the
-two-step Adams-Bashforth formula for flows. Their timesteps are subsets of the full run's own with the same first one (evenly
-spaced, or the schedule's full steps), or the scheduler's stock spacing.
+DDIM, DPM-Solver++ 2M and UniPC for discrete diffusions, Euler and two-step Adams-Bashforth for flows, at evenly spaced
+timesteps of the full run, at those of the schedule's full steps, or in the scheduler's stock spacing.
 """
 
 from __future__ import annotations

@@ -201,11 +201,9 @@ def _classified(samples: Samples, sides: dict[str, np.ndarray | None]) -> dict[s
     found: dict[str, Any] = {} if samples.hits is None else {"accuracy": float(samples.hits.mean())}
     features = samples.features
     if features is not None and len(features) >= metrics.LEAST_FOR_DISTANCE:
+        kinds = {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}
         found["distance"] = {
-            side: {
-                "frechet": metrics.frechet_distance(features, other),
-                "kernel": metrics.kernel_distance(features, other),
-            }
+            side: {name: distance(features, other) for name, distance in kinds.items()}
             for side, other in sides.items()
             if other is not None
         }

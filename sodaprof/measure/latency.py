@@ -1,8 +1,7 @@
 """Measured costs: what each action takes on this device, in milliseconds, from steps that differ in one kind of site.
 
-A probe schedule computes everything in its first steps. Each later step runs one pattern: every site reuses, except that one
-module of all layers is computed, pruned to some k, or forecast. The time of such a step minus the time of a step that reuses
-everything is the cost of that module. The traced blocks with their conditioning tables are measured, since they are what runs.
+After full steps a probe schedule runs one pattern a step: every site reuses, except that one module of all layers is computed,
+pruned or forecast. Its time minus that of a step that only reuses is the module's cost, of traced blocks with tables.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Tables of an evaluation, of a benchmark, of measured candidates, and of an inspection."""
+"""Tables of an evaluation, a benchmark, measured candidates, an inspection, and the findings of the doctor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,12 +15,14 @@ from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler, SiteKey
 
+PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+VERDICTS = {"captures": "green", "captures in part": "yellow", "falls back": "red"}
 SIDES = {"full": "the full run", "data": "the data"}
 
 
 def _table(columns: Sequence[str], title: str | None = None, wrap_name: bool = False) -> Table:
     """Returns an empty table for 80 columns: a name, then numbers; only the name may be wrapped, or only the numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
+    table = Table(**PLAIN, title=title)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=wrap_name == bool(number))
     return table
@@ -136,3 +139,35 @@ def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> Renderab
     guidance = f"guidance {sampler.guidance_scale} in {sampler.guidance_form}"
     parts.append(Text(f"{sampler.steps} steps of {sampler.class_name}, {guidance}, latents {model.shape['latent']}"))
     return Group(*parts)
+
+
+def diagnosis_view(result: dict[str, Any]) -> RenderableType:
+    """Returns the verdict on each transformer and the findings, for 80 columns."""
+    scheduler, guidance = result["scheduler"], result["guidance"]
+    loop = "can be in the graph of a step" if scheduler["in_loop"] else "runs in Python between captured calls"
+    scale = "" if guidance["scale"] is None else f" {guidance['scale']:g}"
+    parts: list[RenderableType] = [
+        Text(f"{result['pipeline']}, {result['steps']} steps of {scheduler['class']} ({loop})"),
+        Text(f"guidance{scale} in {guidance['form']}" if guidance["form"] != "none" else "one network call a step"),
+    ]
+    for name, about in result["transformers"].items():
+        verdict = result["verdict"][name]
+        line = Text.assemble(f"{name} ({about['class']}): ", (verdict, VERDICTS[verdict]))
+        if about["blocks"]:
+            line.append(f", {about['lowered']} of {about['blocks']} blocks can be traced")
+        parts.append(line)
+    if not result["findings"]:
+        return Group(*parts, Text("No findings.", "dim"))
+    table = Table(**PLAIN, show_lines=True)
+    table.add_column("place and finding", ratio=4, overflow="fold")
+    table.add_column("effect, what to do", ratio=3, overflow="fold")
+    for found in result["findings"]:
+        modules = found.get("modules", ())
+        what = Text.assemble((found["where"], "bold"), f" ({len(modules)} modules)" if len(modules) > 1 else "", "\n")
+        what.append(found["what"])
+        if "source" in found:
+            what.append(
+                f"\n{found['source'].rsplit('.', 1)[-1]}\n{shorten(found['code'], 84, placeholder=' …')}", "dim"
+            )
+        table.add_row(what, Text.assemble(found["effect"], "\n", (found["do"], "dim")))
+    return Group(*parts, table)

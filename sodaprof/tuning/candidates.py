@@ -1,8 +1,7 @@
 """The best of several schedules, measured on the model: policy `mix`, and the period N of ToCa and DuCa.
 
 Candidates are compiled under one budget and sampled on calibration generations of the profile; the one with the best score
-is kept. Which of steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda)
-is best for a model and a budget is in no table, nor is N.
+is kept. Which policy, or which N, is best for a model and a budget is in no table.
 """
 
 from __future__ import annotations

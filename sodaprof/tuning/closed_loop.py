@@ -1,9 +1,7 @@
-"""An update fitted on the model itself, step after step on its own accelerated trajectory.
+"""An update fitted on the model itself, step after step on its own accelerated trajectory, in closed form.
 
-At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to
-the full run's state at that step; the next step begins at the state that these weights give. If sites or the stack are
-forecast, the weights of the forecasts are fitted first, to the outputs of the site or the stack in the full run; the stack's
-outputs are guided, since guidance decides how an error enters the picture. Closed form, one run of the accelerated loop.
+At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to the
+full run's next state. Forecasts are fitted first: of sites to the outputs of the full run, of the stack to guided outputs.
 """
 
 from __future__ import annotations

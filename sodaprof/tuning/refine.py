@@ -1,8 +1,7 @@
 """`refine`: searches for better step placements from a schedule, scored on the final latents of the model's own generations.
 
-Every candidate is fitted closed loop on the search generations and scored by `score_db` of their last latents. It replaces the
-incumbent if it is better in three of four resamplings of these generations, since few generations are noisy; and it is written
-if it is better on the validation generations too. The candidates are a fixed sequence for a seed: more time means more of it.
+A candidate is fitted closed loop. It replaces the incumbent if it is better in three of four resamplings of the search
+generations, and is written if it is better on the validation generations too. A seed gives a fixed sequence of candidates.
 """
 
 from __future__ import annotations

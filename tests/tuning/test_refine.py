@@ -10,7 +10,6 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
@@ -25,30 +24,11 @@ from sodaprof.tuning import refine as refining
 from sodaprof.tuning.closed_loop import Fit, fit_to_model, forecast_weights, sampled_distances, score_db
 from sodaprof.tuning.refine import CandidateFits, refine, sure_gain
 from sodaprof.tuning.step_letters import columns_of, varied, with_columns
-from tests.conftest import build_relay
 from tests.tiny_pipelines import TwoPassPipeline, schedule_for, tiny_pipe
+from tests.tuning.conftest import STEPS, replay_of, sampled_db
 
-STEPS = 12
 SEARCH = {"evaluations": 6, "samples": 8}
 MIXED = "CCSC-SRSCS-S"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refine") / "tiny"
-    tiny_pipe().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipe()
-
-
-@pytest.fixture(scope="module")
-def profile(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refine") / "profile"
-    return sodaprof.profile(pipe, folder, name="tiny", steps=STEPS, samples=8, max_interval=4, prompts=[1, 2, 3])
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +50,6 @@ def drift(profile):
 @pytest.fixture(scope="module")
 def forecasts(profile):
     return compile_schedule(profile.folder, "2.0x", "forecast")
-
-
-def replay_of(pipe, profile, seeds):
-    return Replay(pipe, profile.sampler, [1 + seed % 3 for seed in seeds], seeds)
 
 
 # ---- columns ----------------------------------------------------------------------------------------------------------
@@ -346,33 +322,14 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
 
 
 @pytest.mark.parametrize("columns", [MIXED, "CCSCS-SCSSSS", "CCFCFRSCFS-F"])
-def test_the_written_schedule_reaches_in_the_pipeline_the_score_of_the_search(
-    pipe, drift, tmp_path, columns, monkeypatch
-):
-    start, seen = with_columns(drift, columns), []
-    best = refine(
-        pipe, start, tmp_path / "a.json", evaluations=3, samples=8, prompts=[1, 2, 3],
-        on_progress=lambda *now: seen.append(now),
-    )  # fmt: skip
-    labels, latents = [1 + seed % 3 for seed in range(6, 8)], []
-    decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda x: latents.append(x * pipe.vae.config.scaling_factor) or decode(x))
-
-    def sampled():
-        pipe(
-            class_labels=labels, num_inference_steps=STEPS, guidance_scale=4.0,
-            generator=[torch.Generator().manual_seed(seed) for seed in (6, 7)],
-        )  # fmt: skip
-        return latents[-1].double()
-
-    full = sampled()
-    with sodaprof.apply(pipe, tmp_path / "a.json") as handle:
-        found = sampled()
-    assert handle.report().planned == handle.report().executed
-    error = (found - full).flatten(1).square().mean(1)
-    distances = 10 * torch.log10(full.square().mean() / error).numpy()
-    assert score_db(distances) == pytest.approx(seen[-1][2], abs=0.02)  # on the validation generations
+def test_the_written_schedule_reaches_in_the_pipeline_the_score_of_the_search(pipe, drift, tmp_path, columns):
+    output, seen = tmp_path / "a.json", []
+    settings = {"evaluations": 3, "samples": 8, "prompts": [1, 2, 3]}
+    refine(pipe, with_columns(drift, columns), output, **settings, on_progress=lambda *now: seen.append(now))
+    best = load_schedule(output)
     assert columns_of(best).count("C") == columns.count("C")
+    validated = sampled_db(pipe, best, (1, 2), seed=6)  # generations 6 and 7, whose labels follow 0's, 1's, …
+    assert score_db(validated) == pytest.approx(seen[-1][2], abs=0.02)
 
 
 def test_columns_of_every_kind_are_searched_and_their_caches_counted(pipe, profile, drift, tmp_path):
@@ -432,43 +389,3 @@ def test_a_search_of_other_settings_and_a_broken_state_are_refused(pipe, solver,
     state.unlink()
     with pytest.raises(FormatError, match="exists"):
         refine(pipe, solver, tmp_path / "a.json", evaluations=1, samples=8)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"), [({}, "needs an end"), ({"evaluations": 1, "samples": 2}, "--samples")]
-)
-def test_settings_that_cannot_work_are_refused(pipe, solver, tmp_path, settings, message):
-    with pytest.raises(BudgetError, match=message):
-        refine(pipe, solver, tmp_path / "a.json", **settings)
-
-
-# ---- the command line -------------------------------------------------------------------------------------------------
-
-
-def test_refine_from_the_command_line(command, model, drift, tmp_path):
-    start, output = tmp_path / "start.json", tmp_path / "better.json"
-    drift.save(start)
-    code, out, _ = command(
-        "refine", model, start, "--evaluations", 2, "--samples", 4, "--max-cache", "1MB", "-o", output
-    )
-    assert code == 0
-    assert "MiB of cache a generation" in out
-    assert load_schedule(output).predicted["cache_bytes"] <= 10**6
-
-
-@pytest.mark.parametrize(
-    ("policy", "arguments", "message"),
-    [
-        ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
-        ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
-        ("soda", (), "(stack .). Give a schedule of --policy solver, forecast, drift"),
-        ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
-        (None, (), "several transformers (high, low)"),
-    ],
-)
-def test_refine_refuses_in_one_message(refused, model, profile, tmp_path, policy, arguments, message):
-    schedule = build_relay() if policy is None else compile_schedule(profile.folder, "2.0x", policy)
-    schedule.save(tmp_path / "start.json")
-    assert message in refused(
-        "refine", model, tmp_path / "start.json", "--evaluations", 1, *arguments, output=tmp_path / "better.json"
-    )
