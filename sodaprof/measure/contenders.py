@@ -38,6 +38,27 @@ class Contender:
     control: FewerSteps | None = None
     count: int = 0  # of a control: how many full steps the cost allows; spacings of one count are alternatives
 
+    def works_by(self) -> list[str]:
+        """Returns what replaces the computation at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
+        if self.schedule is None:
+            return ["fewer steps"] if self.control is not None else []
+        counts = _counts(self.schedule)
+        found = {"reuse": counts["R"], "forecast": counts["F"] + counts["S"], "pruning": counts["P"]}
+        return [what for what, used in (found | {"update": self.schedule.update}).items() if used]
+
+
+def contender_of(name: str, schedule: Schedule, cost: CostModel) -> Contender:
+    """Returns the contender of a schedule; its detail says how many full steps, pruned cells and skipped stacks it has."""
+    counts = _counts(schedule)
+    others = [f"{counts[a]} {cells}" for a, cells in (("P", "pruned cells"), ("S", "skipped stacks")) if counts[a]]
+    detail = ", ".join([f"{len(schedule.anchors())} full steps", *others])
+    return Contender(name, detail, schedule.steps, cost.speedup(schedule), schedule)
+
+
+def _counts(schedule: Schedule) -> Counter[str]:
+    """Returns how many cells of each action the sites have, and how many S the stacks."""
+    return schedule.counts() + Counter(S=sum(plan.stack.count("S") for plan in schedule.transformers.values()))
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -158,7 +179,7 @@ def control_candidates(
         speedup = cost.speedup(schedule) if budget is None else budget
         fora = fora_at(schedule, model, cost, speedup)
         if fora is not None and fora.transformers not in given:
-            found[fora.digest()] = Contender("fora", describe(fora), fora.steps, cost.speedup(fora), fora)
+            found[fora.digest()] = contender_of("fora", fora, cost)
         count = full_steps(schedule.steps, speedup)
         for control in fewer_steps_at(schedule, count):
             detail, ratio = f"{control.steps} steps, {control.spacing}", schedule.steps / control.steps
@@ -185,24 +206,3 @@ def choose_spacings(
         if key not in best or quality > best[key][0]:
             best[key] = quality, contender
     return [contender for _, contender in best.values()], tried
-
-
-def describe(schedule: Schedule) -> str:
-    """Returns how many full steps, pruned cells and skipped stacks a schedule has, in words."""
-    counts = _counts(schedule)
-    others = [f"{counts[a]} {name}" for a, name in (("P", "pruned cells"), ("S", "skipped stacks")) if counts[a]]
-    return ", ".join([f"{len(schedule.anchors())} full steps", *others])
-
-
-def works_by(contender: Contender) -> list[str]:
-    """Returns what replaces the computation at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
-    if contender.schedule is None:
-        return ["fewer steps"] if contender.control is not None else []
-    counts = _counts(contender.schedule)
-    found = {"reuse": counts["R"], "forecast": counts["F"] + counts["S"], "pruning": counts["P"]}
-    return [what for what, used in (found | {"update": contender.schedule.update}).items() if used]
-
-
-def _counts(schedule: Schedule) -> Counter[str]:
-    """Returns how many cells of each action the sites have, and how many S the stacks."""
-    return schedule.counts() + Counter(S=sum(plan.stack.count("S") for plan in schedule.transformers.values()))

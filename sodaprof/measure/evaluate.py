@@ -20,17 +20,7 @@ from ..runtime.apply import runtime_settings
 from ..runtime.checks import check_matches
 from . import metrics
 from .classifier import Classifier, load_classifier
-from .contenders import (
-    FEWER,
-    Comparison,
-    Contender,
-    Samples,
-    choose_spacings,
-    control_candidates,
-    describe,
-    features_of,
-    works_by,
-)
+from .contenders import Comparison, Contender, Samples, choose_spacings, contender_of, control_candidates, features_of
 from .data import check_enough
 
 SEED = 1_000_000  # the first evaluation seed: far from the calibration seeds, which start at 0
@@ -81,10 +71,8 @@ def evaluate(
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])
     cost = count_flops(pipe, model, step)
 
-    contenders = [
-        Contender(names[i] if names else s.policy["name"], describe(s), s.steps, cost.speedup(s), schedule=s)
-        for i, s in enumerate(schedules)
-    ]
+    named = zip(names or [s.policy["name"] for s in schedules], schedules, strict=True)
+    contenders = [contender_of(name, schedule, cost) for name, schedule in named]
     candidates = control_candidates(schedules, model, cost, budget, controls)
     comparison = Comparison(pipe, entries, batch_size, scale, classifier, runtime, graphs, on_progress)
     full, pairs, tried = _sample(comparison, contenders, candidates, seeds, data)
@@ -93,7 +81,8 @@ def evaluate(
         "machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
         "versions": versions(), "runtime": runtime,
     }  # fmt: skip
-    notes = _notes(samples, classifier, candidates, controls, runtime)
+    controlled = controls is not True or any(c.control is not None for c in candidates)
+    notes = _notes(samples, classifier is not None, controlled, runtime)
     result = _result(about, full, pairs, real) | {"candidates": tried, "notes": notes}
     shown = {"full": full} | {f"{c.name} {c.speedup:.2f}x": one for c, one in pairs}
     return result | {"pictures": {name: one.pictures[:SHOWN] for name, one in shown.items()}}
@@ -179,7 +168,7 @@ def _row(c: Contender, samples: Samples, full: Samples, quality: np.ndarray, rea
     row: dict[str, Any] = {
         "name": c.name,
         "detail": c.detail,
-        "works_by": works_by(c),
+        "works_by": c.works_by(),
         "flops_speedup": round(c.speedup, 4),
         "wall_speedup": round(full.seconds / samples.seconds, 3),
         "psnr_db": metrics.mean_interval(quality) | {"worst_decile": metrics.worst_decile(quality)},
@@ -233,19 +222,14 @@ def _add_differences(
             }  # fmt: skip
 
 
-def _notes(
-    samples: int,
-    classifier: Classifier | None,
-    candidates: Sequence[Contender],
-    controls: Sequence[str] | bool,
-    runtime: str,
-) -> list[str]:
+def _notes(samples: int, classified: bool, controlled: bool, runtime: str) -> list[str]:
+    """Returns what the result lacks; controlled: the controls are as asked for."""
     notes, least = [], metrics.LEAST_FOR_DISTANCE
-    if classifier is None:
+    if not classified:
         notes.append("No classifier ships with this model: no class accuracy, no Fréchet and kernel distance.")
     elif samples < least:
         notes.append(f"Fréchet and kernel distance need {least} samples; this run has {samples}.")
-    if controls is True and not any(c.name.startswith(FEWER) for c in candidates):
+    if not controlled:
         notes.append(
             "No fewer-step control: the sampler is neither of the DDPM family nor a flow of Euler steps, or the cost leaves "
             "under 2 steps."
