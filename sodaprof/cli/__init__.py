@@ -55,7 +55,7 @@ def version(value: bool) -> None:
 
 
 @app.callback()
-def options(
+def root(
     show_version: Annotated[
         bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
     ] = False,

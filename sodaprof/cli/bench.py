@@ -8,42 +8,42 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SodaprofError
+from . import options
 from .console import command_line, make_console, print_next, print_result, print_wrote, progress
-from .options import Batch, Device, Dtype, Force, Json, Model, NoGraphs, Prompts, Scale, Scheduler, Steps, check_outputs
 
 
 def bench(
-    model: Model,
+    model: options.Model,
     schedules: Annotated[list[Path] | None, typer.Argument(metavar="[FILE...]", help="Schedules.")] = None,
     cost: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Also measure what each action takes: a cost.json to compile with."),
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed runs of each, in turn, after three warm-up runs.")] = 7,
-    batch_size: Batch = 1,
-    steps: Steps = None,
-    prompts: Prompts = None,
-    guidance_scale: Scale = None,
-    scheduler: Scheduler = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    no_graphs: NoGraphs = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")] = None,
-    force: Force = False,
-    as_json: Json = False,
+    batch_size: options.Batch = 1,
+    steps: options.Steps = None,
+    prompts: options.Prompts = None,
+    guidance_scale: options.Scale = None,
+    scheduler: options.Scheduler = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    no_graphs: options.NoGraphs = False,
+    output: options.ResultFile = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Time the denoising loop: plain, all computed by each runtime, and under each schedule. Measure costs in ms."""
     from ..formats.cost import save_cost
     from ..formats.files import write_json
     from ..formats.schedule_file import load_schedule
 
-    check_outputs({"--cost": cost, "--output": output}, force)
+    options.check_outputs({"--cost": cost, "--output": output}, force)
     loaded = [load_schedule(path) for path in schedules or []]
     if loaded and steps not in (None, loaded[0].steps):
         raise SodaprofError(f"The schedules are for {loaded[0].steps} steps, --steps is {steps}. Leave --steps out.")
     from ..measure.bench import benchmark
     from ..measure.latency import measure_costs
-    from ..pipelines.load import default_steps, load_pipeline, read_prompts
+    from ..pipelines.load import default_steps, load_pipeline
     from ..report.results import benchmark_view
 
     console = make_console(stderr=as_json)
@@ -51,7 +51,7 @@ def bench(
     settings: dict[str, Any] = {
         "steps": loaded[0].steps if loaded else default_steps(pipe) if steps is None else steps,
         "guidance_scale": loaded[0].sampler.guidance_scale if loaded and guidance_scale is None else guidance_scale,
-        "prompts": None if prompts is None else read_prompts(prompts),
+        "prompts": options.entries(prompts),
         "batch_size": batch_size,
         "rounds": rounds,
         "graphs": not no_graphs,

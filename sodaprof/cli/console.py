@@ -44,17 +44,11 @@ def command_line() -> str:
 @contextmanager
 def progress(console: Console, title: str) -> Any:
     """Yields a callback (done, total) that moves a progress bar."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as rich
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+    columns = (rich.TextColumn(title), rich.BarColumn(), rich.MofNCompleteColumn(), *times)
+    with rich.Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
 
         def update(done: int, total: int | None) -> None:
@@ -77,10 +71,10 @@ def size(number: float) -> str:
 def summary(schedule: Any) -> str:
     """Returns the cells and the caches of a schedule in words."""
     counts, kept = schedule.counts(), schedule.predicted["cache_bytes"]
-    parts = [f"{len(schedule.anchors())} full steps of {schedule.steps}"]
-    parts += [
+    cells = [
         f"{counts[action]} {name} cells" for action, name in (("P", "pruned"), ("F", "forecast")) if counts[action]
     ]
+    parts = [f"{len(schedule.anchors())} full steps of {schedule.steps}", *cells]
     if schedule.update is not None:
         parts.append(f"update fitted {schedule.update.fitted['loop']} loop")
     return ", ".join([*parts, f"{kept / 2**20:.2f} MiB of cache a generation"])

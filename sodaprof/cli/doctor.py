@@ -10,7 +10,7 @@ def doctor(model: Model, steps: Steps = None, as_json: Json = False) -> None:
     """Find what keeps a model out of CUDA graphs, and say how to change it. Needs no GPU: one step runs on the CPU."""
     from ..doctor.diagnose import diagnose
     from ..pipelines.load import default_steps, load_pipeline
-    from ..report.diagnosis import diagnosis_view
+    from ..report.results import diagnosis_view
 
     console = make_console(stderr=as_json)
     pipe = load_pipeline(model, device="cpu")

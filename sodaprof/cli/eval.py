@@ -7,36 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
+from . import options
 from .console import command_line, make_console, print_next, print_result, print_wrote, progress
-from .options import (
-    Batch,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    NoGraphs,
-    Prompts,
-    Runtime,
-    Scale,
-    Scheduler,
-    check_outputs,
-)
 
 
 def eval_(
-    model: Model,
+    model: options.Model,
     schedules: Annotated[list[Path], typer.Argument(metavar="FILE...", help="One schedule or more.")],
     samples: Annotated[int, typer.Option(help="Held-out seeds.")] = 64,
     seed: Annotated[int, typer.Option(help="First held-out seed; no calibration seed may be among them.")] = 1_000_000,
-    prompts: Prompts = None,
-    guidance_scale: Scale = None,
-    batch_size: Batch = 16,
-    scheduler: Scheduler = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    runtime: Runtime = "hooks",
-    no_graphs: NoGraphs = False,
+    prompts: options.Prompts = None,
+    guidance_scale: options.Scale = None,
+    batch_size: options.Batch = 16,
+    scheduler: options.Scheduler = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    runtime: options.Runtime = "hooks",
+    no_graphs: options.NoGraphs = False,
     controls: Annotated[bool, typer.Option(help="Also sample FORA and fewer sampler steps at the same cost.")] = True,
     data: Annotated[
         Path | None,
@@ -47,22 +34,22 @@ def eval_(
     ] = None,
     picture: Annotated[Path | None, typer.Option(help="Write the first pictures side by side.")] = None,
     record: Annotated[bool, typer.Option("--record", help="Add the result to the schedules' `measured`.")] = False,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")] = None,
-    force: Force = False,
-    as_json: Json = False,
+    output: options.ResultFile = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
 ) -> None:
     """Compare pictures with and without schedules on the same held-out seeds, and with controls at the same cost."""
     from ..formats.files import write_json
     from ..formats.schedule_file import load_schedule
     from ..report.pictures import check_picture, save_side_by_side
 
-    check_outputs({"--picture": picture, "--output": output}, force)
+    options.check_outputs({"--picture": picture, "--output": output}, force)
     if picture is not None:
         check_picture(picture)
     loaded = [load_schedule(path) for path in schedules]
     from ..measure.data import check_enough, pictures_in
     from ..measure.evaluate import evaluate
-    from ..pipelines.load import load_pipeline, read_prompts
+    from ..pipelines.load import load_pipeline
     from ..report.results import evaluation_view
     from ..runtime.apply import runtime_settings
 
@@ -75,9 +62,9 @@ def eval_(
     pipe = load_pipeline(model, dtype, device, scheduler)
     with progress(console, "eval") as on_progress:
         result = evaluate(
-            pipe, loaded, samples=samples, seed=seed, prompts=None if prompts is None else read_prompts(prompts),
-            batch_size=batch_size, guidance_scale=guidance_scale, names=_names(schedules, loaded), controls=controls,
-            data=real, runtime=runtime, graphs=not no_graphs, on_progress=on_progress,
+            pipe, loaded, samples=samples, seed=seed, prompts=options.entries(prompts), batch_size=batch_size,
+            guidance_scale=guidance_scale, names=_names(schedules, loaded), controls=controls, data=real, runtime=runtime,
+            graphs=not no_graphs, on_progress=on_progress,
         )  # fmt: skip
     pictures = result.pop("pictures")
     result["command"] = command_line()

@@ -29,6 +29,8 @@ Prompts = Annotated[
         metavar="FILE", help="One prompt or label a line, or a shipped list: text-to-image.  [default: by model]"
     ),
 ]
+ResultFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")]
+ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")]
 Batch = Annotated[int, typer.Option(help="Generations sampled at once.")]
 Runtime = Annotated[
     str,
@@ -61,6 +63,13 @@ def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
         refuse_existing(path, force)
         if (other := options.setdefault(path.resolve(), option)) != option:
             raise SodaprofError(f"{other} and {option} are both {path}. Give each a file of its own.")
+
+
+def entries(prompts: str | None) -> list[int | str] | None:
+    """Returns the entries of a prompt file; None if none is given."""
+    from ..pipelines.load import read_prompts
+
+    return None if prompts is None else read_prompts(prompts)
 
 
 def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import duration, make_console, print_next, progress, size
-from .options import Device, Dtype, Force, Model, Prompts, Scale, Scheduler, Steps, check_choice
+from .options import Device, Dtype, Force, Model, Prompts, Scale, Scheduler, Steps, check_choice, entries
 
 
 def profile(
@@ -45,15 +45,14 @@ def profile(
 
     refuse_existing(output, force, folder=True)
     check_choice("--tokens", tokens, ("pooled", "full"))
-    from ..pipelines.load import load_pipeline, read_prompts
+    from ..pipelines.load import load_pipeline
     from ..profiler.plan import plan_profile
     from ..profiler.run import run_profile
 
-    console = make_console()
-    entries = None if prompts is None else read_prompts(prompts)
+    console, given = make_console(), entries(prompts)
     pipe = load_pipeline(model, dtype, device, scheduler)
     plan = plan_profile(
-        pipe, model, steps=steps, samples=samples, prompts=entries, guidance_scale=guidance_scale,
+        pipe, model, steps=steps, samples=samples, prompts=given, guidance_scale=guidance_scale,
         max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
         states_only=states_only, gram=not no_gram,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .console import make_console, print_next, print_wrote, progress, summary
-from .options import Cost, Device, Dtype, Force, MaxCache, Model, Prompts, Scheduler, parse_size, parse_span
+from .options import Cost, Device, Dtype, Force, MaxCache, Model, Prompts, Scheduler, entries, parse_size, parse_span
 
 
 def refine_(
@@ -40,7 +40,7 @@ def refine_(
     console = make_console()
     first = load_schedule(source)
     seconds, most = parse_span(time), parse_size(max_cache)
-    from ..pipelines.load import load_pipeline, read_prompts
+    from ..pipelines.load import load_pipeline
     from ..tuning.refine import check_search, refine
 
     check_search(first, seconds, evaluations, samples)  # ahead of the model
@@ -54,7 +54,7 @@ def refine_(
         scores: dict[str, float] = {}
         best = refine(
             pipe, first, output, seconds=seconds, evaluations=evaluations, samples=samples,
-            seed=seed, force=force, prompts=None if prompts is None else read_prompts(prompts),
+            seed=seed, force=force, prompts=entries(prompts),
             cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
         )  # fmt: skip
     console.print(

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .console import make_console, print_next, print_wrote
-from .options import Force
+from .options import Force, ScheduleFile
 
 
 def ship(
-    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")],
+    schedule: ScheduleFile,
     folder: Annotated[str, typer.Argument(metavar="MODEL_DIR", help="The pipeline's folder.")],
     force: Force = False,
 ) -> None:

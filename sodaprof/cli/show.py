@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from .console import make_console, print_next
-from .options import Json
+from .options import Json, ScheduleFile
 
 
-def show(
-    schedule: Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")],
-    as_json: Json = False,
-) -> None:
+def show(schedule: ScheduleFile, as_json: Json = False) -> None:
     """Draw a schedule: what every site does at every step, cache intervals, prune rates."""
     from ..formats.schedule_file import load_schedule
     from ..report.schedule import schedule_data, schedule_view

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,7 @@ from ..runtime.apply import Handle, apply
 from ..runtime.compiled.engine import Compiled
 
 WARM_UP = 3  # runs: the first traces and records the timesteps, the second fills the tables, the third captures
-# name of a row -> arguments of apply: all computed by hooks, by traced blocks, with tables, in CUDA graphs, in whole steps
-RUNTIMES: dict[str, str | Compiled] = {  # what a contender is timed under -> runtime of `apply`
+RUNTIMES: dict[str, str | Compiled] = {  # name of a row of `benchmark` -> runtime of `apply`
     "hooks": "hooks",
     "lowered": Compiled(tables=False),
     "tables": Compiled(graphs=False),
@@ -51,8 +50,18 @@ class Work:
         return "cuda" in str(getattr(self.pipe, "device", "cpu"))
 
     def run(self) -> None:
-        seeds = list(range(len(self.entries)))
-        call(self.pipe, self.entries, seeds, self.steps, self.guidance_scale, output_type="latent")
+        call(self.pipe, self.entries, range(len(self.entries)), self.steps, self.guidance_scale, output_type="latent")
+
+
+def work_of(
+    pipe: Any, prompts: Sequence[int | str] | None, batch_size: int, rounds: int, steps: int, scale: float | None
+) -> Work:
+    """Returns the work of a batch of the prompts, the model's own by default. Raises SodaprofError if nothing would be timed."""
+    for option, value in (("--rounds", rounds), ("--batch-size", batch_size)):
+        if value < 1:
+            raise SodaprofError(f"{option} is {value}; expected at least 1.")
+    pool = default_prompts(pipe) if prompts is None else list(prompts)
+    return Work(pipe, [pool[i % len(pool)] for i in range(batch_size)], steps, scale)
 
 
 @dataclass
@@ -73,114 +82,17 @@ class Timings:
         return float(np.median(self.loop))
 
     def add(self, marks: list[tuple[str, float]], steps: int) -> None:
-        """Adds a run; marks: what `marked` yields, in ms."""
+        """Adds a run; marks: what `marked` yields."""
         transformer, scheduler, step = np.zeros(steps), np.zeros(steps), 0
-        entered = begun = 0.0
-        for name, ms in marks:
-            if name == "in":
-                entered = ms
-            elif name == "out":
-                transformer[step] += ms - entered
-            elif name == "begin":
-                begun = ms
+        for (part, start), (_, end) in zip(marks[::2], marks[1::2], strict=True):
+            if part == "transformer":
+                transformer[step] += end - start
             else:
-                scheduler[step] = ms - begun
+                scheduler[step] = end - start
                 step += 1
         self.transformer.append(transformer)
         self.scheduler.append(scheduler)
         self.loop.append(marks[-1][1])
-
-
-@contextmanager
-def marked(work: Work) -> Iterator[list[tuple[str, float]]]:
-    """Yields a list that holds, after the run inside, (mark, ms since the first) of every transformer call and scheduler step.
-
-    The marks are in and out, begin and end. On a GPU they are events of its stream.
-    """
-    marks: list[tuple[str, Any]] = []
-    cuda = work.cuda  # once: diffusers searches all modules for the device
-
-    def mark(name: str) -> None:
-        if cuda:
-            marks.append((name, torch.cuda.Event(enable_timing=True)))
-            marks[-1][1].record()
-        else:
-            marks.append((name, time.perf_counter()))
-
-    def timed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        mark("begin")
-        result = step(*args, **kwargs)
-        mark("end")
-        return result
-
-    with around_calls(work.pipe, lambda: mark("in"), lambda: mark("out")), patched(work.pipe.scheduler, "step", timed):
-        yield marks
-    start = marks[0][1]
-    if work.cuda:
-        torch.cuda.synchronize()
-    marks[:] = [(name, start.elapsed_time(at) if work.cuda else (at - start) * 1e3) for name, at in marks]
-
-
-@contextmanager
-def around_calls(pipe: Any, before: Callable[[], None], after: Callable[[], None]) -> Iterator[None]:
-    """Calls `before` and `after` around every call of a transformer while the block runs."""
-    hooks = []
-    for transformer in transformers_of(pipe).values():
-        hooks.append(transformer.register_forward_pre_hook(lambda *_: before()))
-        hooks.append(transformer.register_forward_hook(lambda *_: after()))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def work_of(
-    pipe: Any, prompts: Sequence[int | str] | None, batch_size: int, rounds: int, steps: int, scale: float | None
-) -> Work:
-    """Returns the work of a batch of the prompts, the model's own by default. Raises SodaprofError if nothing would be timed."""
-    for option, value in (("--rounds", rounds), ("--batch-size", batch_size)):
-        if value < 1:
-            raise SodaprofError(f"{option} is {value}; expected at least 1.")
-    pool = default_prompts(pipe) if prompts is None else list(prompts)
-    return Work(pipe, [pool[i % len(pool)] for i in range(batch_size)], steps, scale)
-
-
-def time_runs(work: Work, contenders: Sequence[Timings], rounds: int, on_progress: Callable[[int, int], None]) -> None:
-    """Fills the contenders' times: `rounds` runs each, in turn, after WARM_UP runs that do not count."""
-    total, done = (rounds + WARM_UP) * len(contenders), 0
-    for turn in range(-WARM_UP, rounds):
-        for contender in contenders:
-            began = time.perf_counter()
-            with contender.handle or nullcontext(), marked(work) as marks:
-                work.run()
-            if turn < 0:
-                contender.warm_up_s += time.perf_counter() - began
-            else:
-                contender.add(marks, work.steps)
-            done += 1
-            on_progress(done, total)
-
-
-def count_launches(work: Work, contenders: Sequence[Timings]) -> None:
-    """Fills the contenders' launches and, on a GPU, peaks of memory, from one more run each."""
-    for contender in contenders:
-        if work.cuda:
-            torch.cuda.reset_peak_memory_stats()
-
-        def run(mark: Callable[[], None], contender: Timings = contender) -> None:
-            with contender.handle or nullcontext(), around_calls(work.pipe, mark, mark):
-                work.run()
-
-        counts = launches_of(run, work.cuda)
-        branches = len(counts) // work.steps
-        contender.launches = [sum(counts[i * branches : (i + 1) * branches]) for i in range(work.steps)]
-        contender.peak_bytes = torch.cuda.max_memory_allocated() if work.cuda else None
-
-
-def all_compute(model: Model, sampler: Sampler) -> Schedule:
-    """Returns the schedule in which every cell is C."""
-    return draw_schedule(model, sampler, list(range(sampler.steps)), {})
 
 
 def timings_of(pipe: Any, name: str, schedule: Schedule, runtime: str) -> Timings:
@@ -188,6 +100,80 @@ def timings_of(pipe: Any, name: str, schedule: Schedule, runtime: str) -> Timing
     handle = apply(pipe, schedule, runtime=RUNTIMES[runtime])
     handle.remove()
     return Timings(name, schedule, handle)
+
+
+@contextmanager
+def marked(work: Work) -> Iterator[list[tuple[str, float]]]:
+    """Yields a list that holds, after the run inside, a start and an end of every transformer call and scheduler step.
+
+    Each is ("transformer" or "scheduler", ms since the first). On a GPU they are events of its stream.
+    """
+    marks: list[tuple[str, Any]] = []
+    cuda = work.cuda  # once: diffusers searches all modules for the device
+
+    def mark(part: str) -> None:
+        if cuda:
+            marks.append((part, torch.cuda.Event(enable_timing=True)))
+            marks[-1][1].record()
+        else:
+            marks.append((part, time.perf_counter()))
+
+    def timed(step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        mark("scheduler")
+        result = step(*args, **kwargs)
+        mark("scheduler")
+        return result
+
+    with around_calls(work.pipe, lambda: mark("transformer")), patched(work.pipe.scheduler, "step", timed):
+        yield marks
+    start = marks[0][1]
+    if cuda:
+        torch.cuda.synchronize()
+    marks[:] = [(part, start.elapsed_time(at) if cuda else (at - start) * 1e3) for part, at in marks]
+
+
+@contextmanager
+def around_calls(pipe: Any, mark: Callable[[], None]) -> Iterator[None]:
+    """Calls `mark` before and after every call of a transformer while the block runs."""
+    with ExitStack() as hooks:
+        for transformer in transformers_of(pipe).values():
+            hooks.callback(transformer.register_forward_pre_hook(lambda *_: mark()).remove)
+            hooks.callback(transformer.register_forward_hook(lambda *_: mark()).remove)
+        yield
+
+
+def time_runs(work: Work, contenders: Sequence[Timings], rounds: int, on_progress: Callable[[int, int], None]) -> None:
+    """Fills the contenders' times: `rounds` runs each, in turn, after WARM_UP runs that do not count."""
+    turns = [(turn, contender) for turn in range(-WARM_UP, rounds) for contender in contenders]
+    for done, (turn, contender) in enumerate(turns, 1):
+        began = time.perf_counter()
+        with contender.handle or nullcontext(), marked(work) as marks:
+            work.run()
+        if turn < 0:
+            contender.warm_up_s += time.perf_counter() - began
+        else:
+            contender.add(marks, work.steps)
+        on_progress(done, len(turns))
+
+
+def count_launches(work: Work, contender: Timings) -> None:
+    """Fills the contender's launches and, on a GPU, its peak of memory, from one more run."""
+
+    def run(mark: Callable[[], None]) -> None:
+        with contender.handle or nullcontext(), around_calls(work.pipe, mark):
+            work.run()
+
+    if work.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    counts = launches_of(run, work.cuda)
+    branches = len(counts) // work.steps
+    contender.launches = [sum(counts[i * branches : (i + 1) * branches]) for i in range(work.steps)]
+    contender.peak_bytes = torch.cuda.max_memory_allocated() if work.cuda else None
+
+
+def all_compute(model: Model, sampler: Sampler) -> Schedule:
+    """Returns the schedule in which every cell is C."""
+    return draw_schedule(model, sampler, list(range(sampler.steps)), {})
 
 
 def benchmark(
@@ -210,11 +196,10 @@ def benchmark(
     schedules are. Speed-ups are against the last of these, so that no schedule is flattered.
     """
     if schedules:
-        steps = schedules[0].steps
-    if any(s.sampler.timesteps != schedules[0].sampler.timesteps for s in schedules):
-        raise SodaprofError("The schedules are for different timesteps; benchmark them in separate calls.")
-    if schedules and guidance_scale is None:
-        guidance_scale = schedules[0].sampler.guidance_scale
+        first = schedules[0].sampler
+        if any(s.sampler.timesteps != first.timesteps for s in schedules):
+            raise SodaprofError("The schedules are for different timesteps; benchmark them in separate calls.")
+        steps, guidance_scale = first.steps, first.guidance_scale if guidance_scale is None else guidance_scale
     work = work_of(pipe, prompts, batch_size, rounds, steps, guidance_scale)
     model, sampler, _ = inspect_pipeline(pipe, "", steps, guidance_scale, work.entries[0])
     capture = work.cuda and graphs
@@ -222,13 +207,13 @@ def benchmark(
     full = all_compute(model, sampler)
     contenders = [Timings("plain"), *(timings_of(pipe, name, full, name) for name in known)]
     reference = contenders[-1]
-    for i, schedule in enumerate(schedules):
-        name = names[i] if names else schedule.policy["name"]
+    for name, schedule in zip(names or [s.policy["name"] for s in schedules], schedules, strict=True):
         contenders.append(timings_of(pipe, name, schedule, known[-1]))
         if capture:
             contenders.append(timings_of(pipe, f"{name}, whole steps", schedule, "whole steps"))
     time_runs(work, contenders, rounds, on_progress)
-    count_launches(work, contenders)
+    for contender in contenders:
+        count_launches(work, contender)
     device = str(getattr(pipe, "device", "cpu"))
     return {
         "format": "sodaprof.benchmark", "version": 1, "device": device, "hardware": device_facts(device),
@@ -242,23 +227,24 @@ def benchmark(
 
 def _row(c: Timings, reference_ms: float) -> dict[str, Any]:
     low, high = np.percentile(c.loop, (25, 75))
+    step_ms = [round(float(v), 3) for v in np.median(c.transformer, 0)]
     row: dict[str, Any] = {
         "name": c.name, "loop_ms": round(c.median_ms(), 3), "quartiles_ms": [round(low, 3), round(high, 3)],
-        "speedup": round(reference_ms / c.median_ms(), 4), "warm_up_s": round(c.warm_up_s, 2),
-        "step_ms": [round(float(v), 3) for v in np.median(c.transformer, 0)],
+        "speedup": round(reference_ms / c.median_ms(), 4), "warm_up_s": round(c.warm_up_s, 2), "step_ms": step_ms,
+        "launches": c.launches,
     }  # fmt: skip
-    row["launches"] = c.launches
     if c.peak_bytes is not None:
         row["peak_mib"] = round(c.peak_bytes / 2**20, 1)
-    if c.handle is not None and c.schedule is not None:
-        report, captures = c.handle.report(), c.handle.engine.captures if c.handle.engine else []
-        row |= {"programs": report.counters.programs, "path": report.path, "graphs": report.counters.graphs}
-        row["graphs_mib"] = round(sum(capture.bytes for capture in captures) / 2**20, 1)
-        row["capture_s"] = round(sum(capture.seconds for capture in captures), 3)
-        row["patterns"] = [
-            {"steps": steps, "ms": round(float(np.median([row["step_ms"][s] for s in steps])), 3)}
-            for steps in c.schedule.patterns()
-        ]
-    if c.schedule is not None and c.schedule.predicted:
+    if c.handle is None or c.schedule is None:
+        return row
+    report, captures = c.handle.report(), c.handle.engine.captures if c.handle.engine else []
+    row |= {"programs": report.counters.programs, "path": report.path, "graphs": report.counters.graphs}
+    row["graphs_mib"] = round(sum(capture.bytes for capture in captures) / 2**20, 1)
+    row["capture_s"] = round(sum(capture.seconds for capture in captures), 3)
+    row["patterns"] = [
+        {"steps": steps, "ms": round(float(np.median([step_ms[s] for s in steps])), 3)}
+        for steps in c.schedule.patterns()
+    ]
+    if c.schedule.predicted:
         row["predicted"] = {key: c.schedule.predicted[key] for key in ("speedup", "unit")}
     return row

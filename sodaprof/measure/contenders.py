@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,21 +38,49 @@ class Contender:
     control: FewerSteps | None = None
     count: int = 0  # of a control: how many full steps the cost allows; spacings of one count are alternatives
 
+    def works_by(self) -> list[str]:
+        """Returns what replaces the computation at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
+        if self.schedule is None:
+            return ["fewer steps"] if self.control is not None else []
+        counts = _counts(self.schedule)
+        found = {"reuse": counts["R"], "forecast": counts["F"] + counts["S"], "pruning": counts["P"]}
+        return [what for what, used in (found | {"update": self.schedule.update}).items() if used]
 
-@dataclass
+
+def contender_of(name: str, schedule: Schedule, cost: CostModel) -> Contender:
+    """Returns the contender of a schedule; its detail says how many full steps, pruned cells and skipped stacks it has."""
+    counts = _counts(schedule)
+    others = [f"{counts[a]} {cells}" for a, cells in (("P", "pruned cells"), ("S", "skipped stacks")) if counts[a]]
+    detail = ", ".join([f"{len(schedule.anchors())} full steps", *others])
+    return Contender(name, detail, schedule.steps, cost.speedup(schedule), schedule)
+
+
+def _counts(schedule: Schedule) -> Counter[str]:
+    """Returns how many cells of each action the sites have, and how many S the stacks."""
+    return schedule.counts() + Counter(S=sum(plan.stack.count("S") for plan in schedule.transformers.values()))
+
+
+@dataclass(frozen=True)
 class Samples:
-    """What a contender sampled, batch by batch, and how long it took."""
+    """What a contender sampled, and how long the denoising loop took."""
 
-    seconds: float = 0.0  # of the denoising loop
+    seconds: float
+    pictures: np.ndarray  # [n, H, W, 3] or [n, F, H, W, 3] in [0, 1]
+    latents: Any = None  # [n, …] as the VAE decodes them; None without a VAE
+    features: Any = None  # [n, FEATURES] of the model's classifier; None without one
+    hits: Any = None  # [n] whether the classifier finds the label; None without a classifier or labels
     executed: dict[str, int] | None = None  # cells of the last batch, by action
-    pictures: list[np.ndarray] = field(default_factory=list)  # [n, H, W, 3] or [n, F, H, W, 3] in [0, 1]
-    latents: list[np.ndarray] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)  # [n, FEATURES] of the model's classifier
-    hits: list[np.ndarray] = field(default_factory=list)  # [n] whether the classifier finds the label
 
     def psnr_db(self, full: Samples) -> np.ndarray:
         """Returns the PSNR of each picture to the full run's picture of the same seed, dB, [n]."""
-        return psnr_db(np.concatenate(self.pictures), np.concatenate(full.pictures))
+        return psnr_db(self.pictures, full.pictures)
+
+
+def _joined(batches: Sequence[Samples]) -> Samples:
+    """Returns the samples of all batches of a contender."""
+    parts = {name: [getattr(batch, name) for batch in batches] for name in ("pictures", "latents", "features", "hits")}
+    arrays = {name: np.concatenate(found) for name, found in parts.items() if found[0] is not None}
+    return Samples(sum(batch.seconds for batch in batches), **arrays, executed=batches[-1].executed)
 
 
 @dataclass
@@ -76,18 +105,17 @@ class Comparison:
 
     def sample(self, contenders: Sequence[Contender], seeds: Sequence[int]) -> list[Samples]:
         """Returns the samples of each contender on the same seeds, in the order of the contenders."""
-        found = [Samples() for _ in contenders]
+        found: list[list[Samples]] = [[] for _ in contenders]
         for start in range(0, len(seeds), self.batch_size):
             batch = list(seeds[start : start + self.batch_size])
             entries = [self.entries[(start + i) % len(self.entries)] for i in range(len(batch))]
-            for contender, samples in zip(contenders, found, strict=True):
+            for contender, batches in zip(contenders, found, strict=True):
                 with self._attached(contender) as handle:
-                    self._sample_batch(contender.steps, entries, batch, samples)
-                if handle is not None:
-                    samples.executed = handle.report().executed
+                    samples = self._sample_batch(contender.steps, entries, batch)
+                batches.append(samples if handle is None else replace(samples, executed=handle.report().executed))
                 self.done += len(batch)
                 self.on_progress(min(self.done, self.total), self.total)
-        return found
+        return [_joined(batches) for batches in found]
 
     def _attached(self, contender: Contender) -> Any:
         """Returns a context that puts the contender on the pipeline and yields its handle, None of other than schedules."""
@@ -98,21 +126,20 @@ class Comparison:
             self._handles[contender] = apply(self.pipe, contender.schedule, runtime=settings)
         return self._handles[contender]
 
-    def _sample_batch(self, steps: int, entries: list[int | str], seeds: list[int], samples: Samples) -> None:
+    def _sample_batch(self, steps: int, entries: list[int | str], seeds: list[int]) -> Samples:
         with _decoded_latents(self.pipe) as decoded:
             began = time.perf_counter()
             out = call(self.pipe, entries, seeds, steps, self.guidance_scale, output_type="np")
-            samples.seconds += (decoded[0][1] if decoded else time.perf_counter()) - began
-        pictures = pictures_of(out)
-        samples.pictures.append(pictures)
-        samples.latents += [latents for latents, _ in decoded]
+            seconds = (decoded[0][1] if decoded else time.perf_counter()) - began
+        pictures, features, hits = pictures_of(out), None, None
         if self.classifier is not None:
-            features = features_of(self.classifier, pictures)
-            samples.features.append(features.double().numpy())
+            found = features_of(self.classifier, pictures)
+            features = found.double().numpy()
             if takes_labels(self.pipe):
                 with torch.no_grad():
-                    labels = self.classifier.head(features).argmax(1).numpy()
-                samples.hits.append(labels == np.array(entries))
+                    hits = self.classifier.head(found).argmax(1).numpy() == np.array(entries)
+        latents = np.concatenate([latents for latents, _ in decoded]) if decoded else None
+        return Samples(seconds, pictures, latents, features, hits)
 
 
 def features_of(classifier: Classifier, pictures: np.ndarray) -> torch.Tensor:
@@ -126,10 +153,6 @@ def features_of(classifier: Classifier, pictures: np.ndarray) -> torch.Tensor:
 def _decoded_latents(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
     """Yields a list that gets (latents, time) at each call of the VAE's decoder, the time read before the copy is made."""
     found: list[tuple[np.ndarray, float]] = []
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
-        yield found
-        return
 
     def record(decode: Callable[..., Any], z: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if z.is_cuda:
@@ -138,7 +161,8 @@ def _decoded_latents(pipe: Any) -> Iterator[list[tuple[np.ndarray, float]]]:
         found.append((z.detach().float().cpu().numpy(), now))
         return decode(z, *args, **kwargs)
 
-    with patched(vae, "decode", record):
+    vae = getattr(pipe, "vae", None)
+    with nullcontext() if vae is None else patched(vae, "decode", record):
         yield found
 
 
@@ -155,12 +179,13 @@ def control_candidates(
         speedup = cost.speedup(schedule) if budget is None else budget
         fora = fora_at(schedule, model, cost, speedup)
         if fora is not None and fora.transformers not in given:
-            found[fora.digest()] = Contender("fora", describe(fora), fora.steps, cost.speedup(fora), fora)
+            found[fora.digest()] = contender_of("fora", fora, cost)
         count = full_steps(schedule.steps, speedup)
         for control in fewer_steps_at(schedule, count):
-            name, detail = FEWER + control.solver, f"{control.steps} steps, {control.spacing}"
-            ratio = schedule.steps / control.steps
-            found[control, count] = Contender(name, detail, control.steps, ratio, control=control, count=count)
+            detail, ratio = f"{control.steps} steps, {control.spacing}", schedule.steps / control.steps
+            found[control, count] = Contender(
+                FEWER + control.solver, detail, control.steps, ratio, None, control, count
+            )
     return [c for c in found.values() if wanted is True or (wanted and c.name in wanted)]
 
 
@@ -181,27 +206,3 @@ def choose_spacings(
         if key not in best or quality > best[key][0]:
             best[key] = quality, contender
     return [contender for _, contender in best.values()], tried
-
-
-def describe(schedule: Schedule) -> str:
-    """Returns how many full steps, pruned cells and skipped stacks a schedule has, in words."""
-    pruned, skipped = schedule.counts()["P"], sum(plan.stack.count("S") for plan in schedule.transformers.values())
-    parts = [f"{len(schedule.anchors())} full steps"]
-    parts += [f"{pruned} pruned cells"] if pruned else []
-    parts += [f"{skipped} skipped stacks"] if skipped else []
-    return ", ".join(parts)
-
-
-def works_by(contender: Contender) -> list[str]:
-    """Returns what replaces the computation at steps that are not full: reuse, forecast, pruning, update, fewer steps."""
-    if contender.schedule is None:
-        return ["fewer steps"] if contender.control is not None else []
-    counts, plans = contender.schedule.counts(), contender.schedule.transformers.values()
-    stacks = "".join(plan.stack for plan in plans)
-    found = {
-        "reuse": counts["R"],
-        "forecast": counts["F"] + stacks.count("S"),
-        "pruning": counts["P"],
-        "update": contender.schedule.update is not None,
-    }
-    return [what for what, used in found.items() if used]

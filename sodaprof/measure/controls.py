@@ -1,8 +1,7 @@
-"""The controls of an evaluation: baselines at equal cost without a compiled schedule.
+"""The controls of an evaluation, baselines at equal cost: FORA, and fewer steps of a plain sampler.
 
-FORA at the same cost, and fewer sampler steps: DDIM, DPM-Solver++ 2M and UniPC for discrete diffusions, Euler and the
-two-step Adams-Bashforth formula for flows. Their timesteps are subsets of the full run's own with the same first one (evenly
-spaced, or the schedule's full steps), or the scheduler's stock spacing.
+DDIM, DPM-Solver++ 2M and UniPC for discrete diffusions, Euler and two-step Adams-Bashforth for flows, at evenly spaced
+timesteps of the full run, at those of the schedule's full steps, or in the scheduler's stock spacing.
 """
 
 from __future__ import annotations
@@ -46,17 +45,14 @@ class FewerSteps:
     @contextmanager
     def on(self, pipe: Any) -> Iterator[None]:
         """Replaces the pipeline's scheduler by this sampler while the block runs."""
-        own = pipe.scheduler
-        pipe.scheduler = scheduler = self._scheduler(own)
-        try:
-            with ExitStack() as patches:
-                if self.timesteps is not None:
-                    patches.enter_context(_pinned(scheduler, self.timesteps))
-                if self.solver == "Adams-Bashforth":
-                    patches.enter_context(_extrapolated(scheduler))
-                yield
-        finally:
-            pipe.scheduler = own
+        with ExitStack() as changes:
+            changes.callback(setattr, pipe, "scheduler", pipe.scheduler)
+            pipe.scheduler = scheduler = self._scheduler(pipe.scheduler)
+            if self.timesteps is not None:
+                changes.enter_context(_pinned(scheduler, self.timesteps))
+            if self.solver == "Adams-Bashforth":
+                changes.enter_context(_extrapolated(scheduler))
+            yield
 
     def _scheduler(self, own: Any) -> Any:
         if self.solver in DIFFUSION:
@@ -88,14 +84,7 @@ def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
     """Makes the scheduler's Euler steps follow the two-step Adams-Bashforth formula: v + h / (2 h₋₁) · (v − v₋₁)."""
     before: list[torch.Tensor] = []
 
-    def step(
-        euler: Callable[..., Any],
-        velocity: torch.Tensor,
-        timestep: Any,
-        sample: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def step(euler: Callable[..., Any], velocity: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         grid = [*scheduler.timesteps.tolist(), 0.0]
         i = grid.index(float(timestep))
         used = velocity
@@ -103,7 +92,7 @@ def _extrapolated(scheduler: Any) -> AbstractContextManager[None]:
             ratio = (grid[i] - grid[i + 1]) / (grid[i - 1] - grid[i])
             used = velocity + ratio / 2 * (velocity - before[0])
         before[:] = [velocity]
-        return euler(used, timestep, sample, *args, **kwargs)
+        return euler(used, timestep, *args, **kwargs)
 
     return patched(scheduler, "step", step)
 

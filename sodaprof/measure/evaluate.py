@@ -20,17 +20,7 @@ from ..runtime.apply import runtime_settings
 from ..runtime.checks import check_matches
 from . import metrics
 from .classifier import Classifier, load_classifier
-from .contenders import (
-    FEWER,
-    Comparison,
-    Contender,
-    Samples,
-    choose_spacings,
-    control_candidates,
-    describe,
-    features_of,
-    works_by,
-)
+from .contenders import Comparison, Contender, Samples, choose_spacings, contender_of, control_candidates, features_of
 from .data import check_enough
 
 SEED = 1_000_000  # the first evaluation seed: far from the calibration seeds, which start at 0
@@ -81,10 +71,8 @@ def evaluate(
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])
     cost = count_flops(pipe, model, step)
 
-    contenders = [
-        Contender(names[i] if names else s.policy["name"], describe(s), s.steps, cost.speedup(s), schedule=s)
-        for i, s in enumerate(schedules)
-    ]
+    named = zip(names or [s.policy["name"] for s in schedules], schedules, strict=True)
+    contenders = [contender_of(name, schedule, cost) for name, schedule in named]
     candidates = control_candidates(schedules, model, cost, budget, controls)
     comparison = Comparison(pipe, entries, batch_size, scale, classifier, runtime, graphs, on_progress)
     full, pairs, tried = _sample(comparison, contenders, candidates, seeds, data)
@@ -93,10 +81,11 @@ def evaluate(
         "machine": platform.machine(), "threads": torch.get_num_threads(), "dtype": model.shape["dtype"],
         "versions": versions(), "runtime": runtime,
     }  # fmt: skip
-    notes = _notes(samples, classifier, candidates, controls, runtime)
+    controlled = controls is not True or any(c.control is not None for c in candidates)
+    notes = _notes(samples, classifier is not None, controlled, runtime)
     result = _result(about, full, pairs, real) | {"candidates": tried, "notes": notes}
     shown = {"full": full} | {f"{c.name} {c.speedup:.2f}x": one for c, one in pairs}
-    return result | {"pictures": {name: np.concatenate(one.pictures)[:SHOWN] for name, one in shown.items()}}
+    return result | {"pictures": {name: one.pictures[:SHOWN] for name, one in shown.items()}}
 
 
 def _sample(
@@ -121,7 +110,7 @@ def _sample(
     comparison.total = 1 + (len(calibration) * (1 + len(fewer)) if fewer else 0)
     comparison.total += len(seeds) * (1 + len(contenders) + len({(c.name, c.count) for c in fewer}))
     (warm_up,) = comparison.sample([full], calibration[:1])  # the first call is slow and would flatter the schedules
-    if data is not None and data.shape[1:] != (made := warm_up.pictures[0].shape[1:]):
+    if data is not None and data.shape[1:] != (made := warm_up.pictures.shape[1:]):
         raise MismatchError(
             f"The data is of shape {data.shape[1:]}, the pipeline makes {made}. Give pictures of that size."
         )
@@ -174,22 +163,21 @@ def _result(
 
 
 def _row(c: Contender, samples: Samples, full: Samples, quality: np.ndarray, real: np.ndarray | None) -> dict[str, Any]:
-    """Returns a contender's row; quality: the PSNR of its pictures to the full run's, [n]."""
+    """Returns a contender's row; quality: the PSNR of its pictures to the full run's, [n]; real: the data's features."""
+    latents = samples.latents
     row: dict[str, Any] = {
         "name": c.name,
         "detail": c.detail,
-        "works_by": works_by(c),
+        "works_by": c.works_by(),
         "flops_speedup": round(c.speedup, 4),
         "wall_speedup": round(full.seconds / samples.seconds, 3),
         "psnr_db": metrics.mean_interval(quality) | {"worst_decile": metrics.worst_decile(quality)},
         "flipped": metrics.flipped(quality),
-        "ssim": float(metrics.ssim(np.concatenate(samples.pictures), np.concatenate(full.pictures)).mean()),
-        "latent_l2": _latent_l2(samples, full),
-    }
-    features = np.concatenate(full.features) if full.features else None
-    row |= _classified(samples, {"full": features, "data": real})
-    if real is not None and features is not None and "distance" in row:
-        difference = metrics.kernel_difference(np.concatenate(samples.features), features, real)
+        "ssim": float(metrics.ssim(samples.pictures, full.pictures).mean()),
+        "latent_l2": None if latents is None else float(metrics.relative_l2(latents, full.latents).mean()),
+    } | _classified(samples, {"full": full.features, "data": real})
+    if real is not None:
+        difference = metrics.kernel_difference(samples.features, full.features, real)
         row["distance"]["data"]["kernel_over_full"] = difference
     if c.schedule is not None:
         planned = dict(c.schedule.counts())
@@ -197,22 +185,14 @@ def _row(c: Contender, samples: Samples, full: Samples, quality: np.ndarray, rea
     return row
 
 
-def _latent_l2(samples: Samples, full: Samples) -> float | None:
-    if not samples.latents:
-        return None
-    return float(metrics.relative_l2(np.concatenate(samples.latents), np.concatenate(full.latents)).mean())
-
-
 def _classified(samples: Samples, sides: dict[str, np.ndarray | None]) -> dict[str, Any]:
     """Returns the class accuracy of the pictures and their distances to the features of each side, as far as there are any."""
-    found: dict[str, Any] = {"accuracy": float(np.concatenate(samples.hits).mean())} if samples.hits else {}
-    features = np.concatenate(samples.features) if samples.features else np.empty((0, 0))
-    if len(features) >= metrics.LEAST_FOR_DISTANCE:
+    found: dict[str, Any] = {} if samples.hits is None else {"accuracy": float(samples.hits.mean())}
+    features = samples.features
+    if features is not None and len(features) >= metrics.LEAST_FOR_DISTANCE:
+        kinds = {"frechet": metrics.frechet_distance, "kernel": metrics.kernel_distance}
         found["distance"] = {
-            side: {
-                "frechet": metrics.frechet_distance(features, other),
-                "kernel": metrics.kernel_distance(features, other),
-            }
+            side: {name: distance(features, other) for name, distance in kinds.items()}
             for side, other in sides.items()
             if other is not None
         }
@@ -242,19 +222,14 @@ def _add_differences(
             }  # fmt: skip
 
 
-def _notes(
-    samples: int,
-    classifier: Classifier | None,
-    candidates: Sequence[Contender],
-    controls: Sequence[str] | bool,
-    runtime: str,
-) -> list[str]:
+def _notes(samples: int, classified: bool, controlled: bool, runtime: str) -> list[str]:
+    """Returns what the result lacks; controlled: the controls are as asked for."""
     notes, least = [], metrics.LEAST_FOR_DISTANCE
-    if classifier is None:
+    if not classified:
         notes.append("No classifier ships with this model: no class accuracy, no Fréchet and kernel distance.")
     elif samples < least:
         notes.append(f"Fréchet and kernel distance need {least} samples; this run has {samples}.")
-    if controls is True and not any(c.name.startswith(FEWER) for c in candidates):
+    if not controlled:
         notes.append(
             "No fewer-step control: the sampler is neither of the DDPM family nor a flow of Euler steps, or the cost leaves "
             "under 2 steps."

@@ -1,8 +1,7 @@
 """Measured costs: what each action takes on this device, in milliseconds, from steps that differ in one kind of site.
 
-A probe schedule computes everything in its first steps. Each later step runs one pattern: every site reuses, except that one
-module of all layers is computed, pruned to some k, or forecast. The time of such a step minus the time of a step that reuses
-everything is the cost of that module. The traced blocks with their conditioning tables are measured, since they are what runs.
+After full steps a probe schedule runs one pattern a step: every site reuses, except that one module of all layers is computed,
+pruned or forecast. Its time minus that of a step that only reuses is the module's cost, of traced blocks with tables.
 """
 
 from __future__ import annotations
@@ -59,16 +58,16 @@ def measure_costs(
     ((name, transformer),) = model.transformers.items()
     modules: dict[str, list[Site]] = {}
     for site in transformer.sites:
-        modules.setdefault(f"{site.stack}.{site.module}", []).append(site)
-    patterns = _patterns(modules)
-    groups = [patterns[i : i + steps - FIRST] for i in range(0, len(patterns), steps - FIRST)]
-    switches = "captured" if work.cuda and graphs else "tables"
-    probes = [timings_of(pipe, "probe", _probe(model, sampler, name, modules, g), switches) for g in groups]
+        modules.setdefault(_module(site), []).append(site)
+    patterns, count = _patterns(modules), steps - FIRST
+    groups = [patterns[i : i + count] for i in range(0, len(patterns), count)]
+    runtime = "captured" if work.cuda and graphs else "tables"
     every_second = draw_schedule(model, sampler, list(range(0, steps, 2)), {})
-    whole = timings_of(pipe, "full", all_compute(model, sampler), switches)
-    half = timings_of(pipe, "half", every_second, switches)
+    probes = [timings_of(pipe, "probe", _probe(model, sampler, group), runtime) for group in groups]
+    whole = timings_of(pipe, "full", all_compute(model, sampler), runtime)
+    half = timings_of(pipe, "half", every_second, runtime)
     updated = _with_own_update(pipe, every_second)
-    updates = [] if updated is None else [timings_of(pipe, "update", updated, switches)]
+    updates = [] if updated is None else [timings_of(pipe, "update", updated, runtime)]
     time_runs(work, [whole, half, *probes, *updates], rounds, on_progress)
 
     full_ms = float(np.median(np.median(whole.transformer, 0)[1:]))
@@ -80,13 +79,18 @@ def measure_costs(
     )  # fmt: skip
 
 
+def _module(site: Site) -> str:
+    """Returns the name that the sites of one module have in all layers."""
+    return f"{site.stack}.{site.module}"
+
+
 def _pattern_ms(groups: list[list[Pattern]], probes: list[Timings]) -> dict[Pattern, float]:
     """Returns the median time of a step of each pattern; probes: the runs of each group of patterns."""
-    found: dict[Pattern, list[float]] = {}
+    found: dict[Pattern, float] = {}
     for group, probe in zip(groups, probes, strict=True):
-        for number, ms in enumerate(np.median(probe.transformer, 0)[FIRST:]):
-            found.setdefault(group[number % len(group)], []).append(float(ms))
-    return {pattern: float(np.median(values)) for pattern, values in found.items()}
+        ms = np.median(probe.transformer, 0)[FIRST:]
+        found |= {pattern: float(np.median(ms[i :: len(group)])) for i, pattern in enumerate(group)}
+    return found
 
 
 def _table_shares(whole: Timings, half: Timings, full_ms: float) -> tuple[float, float]:
@@ -124,40 +128,31 @@ def _with_own_update(pipe: Any, schedule: Schedule) -> Schedule | None:
 def _patterns(modules: dict[str, list[Site]]) -> list[Pattern]:
     found: list[Pattern] = [("", "R", 0)]
     for name, sites in modules.items():
-        found.append((name, "C", 0))
-        found += [(name, "F", k) for k in FORECASTS]
+        found += [(name, "C", 0), *((name, "F", k) for k in FORECASTS)]
         if all(site.prunable for site in sites):
             found += [(name, "P", max(1, round(share * sites[0].tokens))) for share in SHARES]
     return [*found, *(("", "S", k) for k in FORECASTS)]
 
 
-def _probe(
-    model: Model, sampler: Sampler, name: str, modules: dict[str, list[Site]], patterns: list[Pattern]
-) -> Schedule:
+def _probe(model: Model, sampler: Sampler, patterns: list[Pattern]) -> Schedule:
     """Returns a schedule that runs the patterns one a step, cyclically."""
-    transformer = model.transformers[name]
-    rows = {site.key: ["C"] * FIRST for site in transformer.sites}
-    ks: dict[str, list[int]] = {}
-    forecasts: dict[str, list[Forecast]] = {}
-    stack, skips = ["."] * FIRST, []
-    for step in range(FIRST, sampler.steps):
-        module, action, number = patterns[(step - FIRST) % len(patterns)]
-        stack.append("S" if action == "S" else ".")
-        if action == "S":
-            skips.append(FORECASTS[number])
-        for part, sites in modules.items():
-            for site in sites:
-                rows[site.key].append("-" if action == "S" else action if part == module else "R")
-                if part == module and action == "P":
-                    ks.setdefault(site.key, []).append(min(number, site.tokens))
-                if part == module and action == "F":
-                    forecasts.setdefault(site.key, []).append(FORECASTS[number])
-    plan = Plan(
-        transformer.class_name, transformer.fingerprint, {key: "".join(row) for key, row in rows.items()}, "".join(stack),
-        {key: tuple(k) for key, k in ks.items()}, {key: tuple(f) for key, f in forecasts.items()}, tuple(skips),
-    )  # fmt: skip
+    ((name, transformer),) = model.transformers.items()
+    run = [patterns[i % len(patterns)] for i in range(sampler.steps - FIRST)]
+    stack = ["S" if action == "S" else "." for _, action, _ in run]
+    skips = tuple(FORECASTS[number] for _, action, number in run if action == "S")
+    rows, ks, forecasts = {}, {}, {}
+    for site in transformer.sites:
+        own = _module(site)
+        row = ["-" if action == "S" else action if module == own else "R" for module, action, _ in run]
+        rows[site.key] = "C" * FIRST + "".join(row)
+        if k := tuple(min(number, site.tokens) for *cell, number in run if cell == [own, "P"]):
+            ks[site.key] = k
+        if cells := tuple(FORECASTS[number] for *cell, number in run if cell == [own, "F"]):
+            forecasts[site.key] = cells
+    row_of_stack = "." * FIRST + "".join(stack)
+    plan = Plan(transformer.class_name, transformer.fingerprint, rows, row_of_stack, ks, forecasts, skips)
     rule = TokenRule("feature_mean") if ks else None
-    return replace(Schedule({name: plan}, sampler, model.shape, {"name": "probe", "knobs": {}}), token_rule=rule)
+    return Schedule({name: plan}, sampler, model.shape, {"name": "probe", "knobs": {}}, token_rule=rule)
 
 
 def _costs(

@@ -16,13 +16,10 @@ def psnr_db(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     from skimage.metrics import peak_signal_noise_ratio
 
-    a, b = _floats(a), _floats(b)
-    equal = [np.array_equal(x, y) for x, y in zip(a, b, strict=True)]
-    values = [
-        PSNR_CAP_DB if same else min(PSNR_CAP_DB, peak_signal_noise_ratio(x, y, data_range=1.0))
-        for x, y, same in zip(a, b, equal, strict=True)
-    ]
-    return np.array(values, dtype=np.float64)
+    pairs = zip(_floats(a), _floats(b), strict=True)
+    with np.errstate(divide="ignore"):  # of equal pictures
+        values = [peak_signal_noise_ratio(x, y, data_range=1.0) for x, y in pairs]
+    return np.minimum(values, PSNR_CAP_DB)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -32,8 +29,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     from skimage.metrics import structural_similarity
 
-    a, b = _floats(a), _floats(b)
-    frames = [x.reshape(-1, *x.shape[-3:]) for x in (a, b)]
+    frames = [_floats(x).reshape(-1, *x.shape[-3:]) for x in (a, b)]
     values = [structural_similarity(x, y, data_range=1.0, channel_axis=-1) for x, y in zip(*frames, strict=True)]
     return np.array(values).reshape(len(a), -1).mean(1)
 
@@ -95,10 +91,8 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     mean = float(values.mean())
     if len(values) < 2 or np.ptp(values) == 0:
         return {"mean": mean, "low": mean, "high": mean}
-    found = bootstrap(
-        (values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return {"mean": mean, "low": float(found.low), "high": float(found.high)}
+    found = bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0))
+    return {"mean": mean, "low": float(found.confidence_interval.low), "high": float(found.confidence_interval.high)}
 
 
 def worst_decile(values: np.ndarray) -> float:

@@ -1,25 +1,28 @@
-"""Tables of an evaluation, of a benchmark, of measured candidates, and of an inspection."""
+"""Tables of an evaluation, a benchmark, measured candidates, an inspection, and the findings of the doctor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler, SiteKey
 
+PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+VERDICTS = {"captures": "green", "captures in part": "yellow", "falls back": "red"}
 SIDES = {"full": "the full run", "data": "the data"}
 
 
 def _table(columns: Sequence[str], title: str | None = None, wrap_name: bool = False) -> Table:
     """Returns an empty table for 80 columns: a name, then numbers; only the name may be wrapped, or only the numbers."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title)
+    table = Table(**PLAIN, title=title)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=wrap_name == bool(number))
     return table
@@ -47,26 +50,22 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
             "–" if row["latent_l2"] is None else f"{row['latent_l2']:.3f}",
             *(f"{row['accuracy']:.1%}" for _ in classes),
         )
-    legend = (
-        "PSNR to the full run; worst: its mean over the worst tenth; flip: pictures under 20 dB; L2: relative error of the "
-        "latents"
-    )
+    legend = "PSNR to the full run; worst: mean of its worst tenth; flip: pictures under 20 dB; L2: relative error of the latents"
     return Group(table, Text(legend, "dim"), *(Text(line) for line in _lines(result)))
 
 
 def _lines(result: dict[str, Any]) -> list[str]:
     """Returns the paired differences of the schedules (the JSON has those of the controls, too), distances, cells, notes."""
-    lines = []
+    lines, full = [], {"name": "full", "distance": result["full"].get("distance", {})}
     for row in result["rows"]:
         for reference, d in row.get("over", {}).items() if "planned" in row and row["name"] != "fora" else ():
             lines.append(
                 f"{row['name']} {row['flops_speedup']:.2f}x is {d['mean']:+.2f} dB from {reference} at {d['speedup']:.2f}x "
                 f"(paired 95 % interval {d['low']:+.2f} to {d['high']:+.2f})."
             )
+    for row in (*result["rows"], full):
         for side, d in row.get("distance", {}).items():
             lines.append(f"{row['name']}: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
-    for side, d in result["full"].get("distance", {}).items():
-        lines.append(f"full: Fréchet {d['frechet']:.4g}, kernel {d['kernel']:.4g} to {SIDES[side]}.")
     for row in result["rows"]:
         if row.get("executed") is not None:
             counts = ", ".join(f"{a} {row['executed'].get(a, 0)}/{n}" for a, n in sorted(row["planned"].items()))
@@ -123,9 +122,8 @@ def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> Renderab
     parts: list[RenderableType] = []
     for name, transformer in model.transformers.items():
         table_cost = cost.transformers[name]
-        table = Table(title=f"{name}: {transformer.class_name}", box=None)
-        for column in ("module", "kind", "layers", "tokens", "width", "FLOPs", "prunable"):
-            table.add_column(column, justify="left" if column in ("module", "kind") else "right")
+        numbers = [Column(name, justify="right") for name in ("layers", "tokens", "width", "FLOPs", "prunable")]
+        table = Table("module", "kind", *numbers, title=f"{name}: {transformer.class_name}", box=None)
         groups: dict[tuple[str, str, str], list[Any]] = {}
         for site in transformer.sites:
             groups.setdefault((site.stack, SiteKey.parse(site.key).name, site.kind), []).append(site)
@@ -141,3 +139,35 @@ def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> Renderab
     guidance = f"guidance {sampler.guidance_scale} in {sampler.guidance_form}"
     parts.append(Text(f"{sampler.steps} steps of {sampler.class_name}, {guidance}, latents {model.shape['latent']}"))
     return Group(*parts)
+
+
+def diagnosis_view(result: dict[str, Any]) -> RenderableType:
+    """Returns the verdict on each transformer and the findings, for 80 columns."""
+    scheduler, guidance = result["scheduler"], result["guidance"]
+    loop = "can be in the graph of a step" if scheduler["in_loop"] else "runs in Python between captured calls"
+    scale = "" if guidance["scale"] is None else f" {guidance['scale']:g}"
+    parts: list[RenderableType] = [
+        Text(f"{result['pipeline']}, {result['steps']} steps of {scheduler['class']} ({loop})"),
+        Text(f"guidance{scale} in {guidance['form']}" if guidance["form"] != "none" else "one network call a step"),
+    ]
+    for name, about in result["transformers"].items():
+        verdict = result["verdict"][name]
+        line = Text.assemble(f"{name} ({about['class']}): ", (verdict, VERDICTS[verdict]))
+        if about["blocks"]:
+            line.append(f", {about['lowered']} of {about['blocks']} blocks can be traced")
+        parts.append(line)
+    if not result["findings"]:
+        return Group(*parts, Text("No findings.", "dim"))
+    table = Table(**PLAIN, show_lines=True)
+    table.add_column("place and finding", ratio=4, overflow="fold")
+    table.add_column("effect, what to do", ratio=3, overflow="fold")
+    for found in result["findings"]:
+        modules = found.get("modules", ())
+        what = Text.assemble((found["where"], "bold"), f" ({len(modules)} modules)" if len(modules) > 1 else "", "\n")
+        what.append(found["what"])
+        if "source" in found:
+            what.append(
+                f"\n{found['source'].rsplit('.', 1)[-1]}\n{shorten(found['code'], 84, placeholder=' …')}", "dim"
+            )
+        table.add_row(what, Text.assemble(found["effect"], "\n", (found["do"], "dim")))
+    return Group(*parts, table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,14 +12,7 @@ from ..formats.files import encode
 from ..formats.schedule import Plan, Schedule, Update
 from ..formats.sites import SiteKey
 
-STYLES = {
-    "C": "bold black on green",
-    "R": "bright_black",
-    "F": "black on cyan",
-    "P": "black on yellow",
-    "-": "dim",
-    "_": "dim",
-}
+STYLES = {"C": "bold black on green", "R": "bright_black", "F": "black on cyan", "P": "black on yellow"}
 LEGEND = {
     "C": "computes", "R": "reuses", "P": "recomputes k tokens", "F": "forecasts", "S": "stack forecast", "-": "no network",
     "_": "another transformer's step",
@@ -36,9 +28,8 @@ def schedule_data(schedule: Schedule) -> dict[str, Any]:
         anchors = plan.anchors()
         sites = {}
         for site, row in plan.rows.items():
-            ages = list(_ages(row))
-            rates = {str(t): round(1 - k / plan.tokens(site), 4) for t, k in _pruned(plan, site)}
-            reused = {str(t): age for t, (age, action) in enumerate(zip(ages, row, strict=True)) if action in "RP"}
+            rates = {str(t): round(rate, 4) for t, rate in _prune_rates(plan, site)}
+            reused = {str(t): t - row.rfind("C", 0, t) for t, action in enumerate(row) if action in "RP"}
             sites[site] = {"row": row, "reuse_ages": reused, "prune_rates": rates}
         transformers[name] = {"anchors": anchors, "intervals": _intervals(plan), "stack": plan.stack, "sites": sites}
     return {
@@ -57,8 +48,9 @@ def schedule_view(schedule: Schedule, width: int = 80) -> RenderableType:
     """Returns the picture, the cache intervals and the prune rates by step, layer and module."""
     parts: list[RenderableType] = [_headline(schedule)]
     for name, plan in schedule.transformers.items():
-        steps = f"{len(plan.anchors())} full steps: {_list(plan.anchors())}\ncache intervals: {_list(_intervals(plan))}"
-        parts += [Text(), _picture(name, plan, width), Text(), Text(steps)]
+        anchors, intervals = (" ".join(map(str, numbers)) for numbers in (plan.anchors(), _intervals(plan)))
+        steps = Text(f"{len(plan.anchors())} full steps: {anchors}\ncache intervals: {intervals}")
+        parts += [Text(), _picture(name, plan, width), Text(), steps]
         if plan.k:
             parts += [Text(), _prune_table(plan)]
     return Group(*parts)
@@ -90,10 +82,9 @@ def _about_update(update: Update) -> str:
     text, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
     if fitted.get("loop") not in ("open", "closed"):
         return f"{text}, not fitted yet"
-    text += f", fitted {fitted['loop']} loop"
-    text += f" on {fitted['samples']} generations" if "samples" in fitted else ""
-    scale = fitted.get("guidance_scale")
-    return text if scale is None else f"{text} at guidance {scale}"
+    samples = f" on {fitted['samples']} generations" if "samples" in fitted else ""
+    guidance = "" if fitted.get("guidance_scale") is None else f" at guidance {fitted['guidance_scale']}"
+    return f"{text}, fitted {fitted['loop']} loop{samples}{guidance}"
 
 
 def _picture(name: str, plan: Plan, width: int) -> Text:
@@ -117,7 +108,7 @@ def _picture(name: str, plan: Plan, width: int) -> Text:
         for site, row in rows.items():
             text.append(f"{labels[site]:<{margin}}")
             for t in columns:
-                text.append(row[t], STYLES.get(row[t], ""))
+                text.append(row[t], STYLES.get(row[t], "dim" if row[t] in "-_" else ""))
             text.append("\n")
         shares = [_not_computed(plan, t) for t in columns]
         text.append(
@@ -146,7 +137,7 @@ def _prune_table(plan: Plan) -> Table:
     layers: dict[str, dict[str, list[float]]] = {}
     for site in plan.rows:
         key = SiteKey.parse(site)
-        rates = [1 - k / plan.tokens(site) for _, k in _pruned(plan, site)]
+        rates = [rate for _, rate in _prune_rates(plan, site)]
         layers.setdefault(key.block, {})[key.name] = rates
         layers.setdefault("all", {}).setdefault(key.name, []).extend(rates)
     layers["all"] = layers.pop("all")
@@ -156,26 +147,16 @@ def _prune_table(plan: Plan) -> Table:
     return table
 
 
-def _ages(row: str) -> Iterator[int]:
-    age = 0
-    for action in row:
-        age = 0 if action == "C" else age + 1
-        yield age
-
-
-def _pruned(plan: Plan, site: str) -> Iterator[tuple[int, int]]:
-    steps = (t for t, action in enumerate(plan.rows[site]) if action == "P")
-    return zip(steps, plan.k.get(site, ()), strict=True)
+def _prune_rates(plan: Plan, site: str) -> list[tuple[int, float]]:
+    """Returns the step and the prune rate of each P cell."""
+    steps = [t for t, action in enumerate(plan.rows[site]) if action == "P"]
+    return [(t, 1 - k / plan.tokens(site)) for t, k in zip(steps, plan.k.get(site, ()), strict=True)]
 
 
 def _not_computed(plan: Plan, step: int) -> float:
     """Returns the share of the tokens of all sites that are not computed at this step."""
-    shares = []
-    for site, row in plan.rows.items():
-        k = plan.k[site][plan.cell(site, step, "P")] if row[step] == "P" else 0
-        shares.append(0.0 if row[step] in "C_" else 1 - k / plan.tokens(site))
+    shares = [
+        dict(_prune_rates(plan, site))[step] if row[step] == "P" else float(row[step] not in "C_")
+        for site, row in plan.rows.items()
+    ]
     return sum(shares) / len(shares)
-
-
-def _list(numbers: list[int]) -> str:
-    return " ".join(map(str, numbers))

@@ -1,15 +1,13 @@
 """The best of several schedules, measured on the model: policy `mix`, and the period N of ToCa and DuCa.
 
 Candidates are compiled under one budget and sampled on calibration generations of the profile; the one with the best score
-is kept. Which of steps without network (solver), skipped stacks (drift), forecast sites (forecast), reuse and pruning (soda)
-is best for a model and a budget is in no table, nor is N.
+is kept. Which policy, or which N, is best for a model and a budget is in no table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +33,12 @@ from .closed_loop import (
     with_predicted_cost,
 )
 
-CANDIDATES = tuple(  # of mix: policy, whether an update is fitted in addition
-    (name, updated)
+CANDIDATES = {  # of mix: name -> policy, and whether an update is fitted in addition
+    f"{name} + update" if updated else name: {"policy": name, "updated": updated}
     for name, policy in POLICIES.items()
     for updated in (True, False)
     if policy.mixed and (updated or not policy.fits_update)
-)
+}
 PERIODS = range(2, 9)  # candidates for N
 PERIOD_SAMPLES = 16  # calibration seeds on which N is chosen, sampled at once
 
@@ -61,29 +59,23 @@ class Measured:
 
 
 def compiled(
-    candidates: Mapping[str, Callable[[], Schedule]],
+    candidates: Mapping[str, dict[str, Any]], **common: Any
 ) -> tuple[dict[str, Schedule], dict[str, SodaprofError]]:
-    """Returns the schedules of the candidates that can be compiled, and the errors of the others, by name."""
+    """Returns the schedules of the candidates that can be compiled, and the errors of the others, by name.
+
+    candidates: arguments of `compile_schedule` by name, in addition to the common ones.
+    """
     schedules: dict[str, Schedule] = {}
     left_out: dict[str, SodaprofError] = {}
-    for name, compile_candidate in candidates.items():
+    for name, own in candidates.items():
         try:
-            schedules[name] = compile_candidate()
+            schedules[name] = compile_schedule(**common, **own)
         except (BudgetError, UnsupportedModelError) as error:
             left_out[name] = error
     return schedules, left_out
 
 
-def best_of(
-    candidates: Mapping[str, Schedule],
-    measure: Callable[[Schedule], tuple[Schedule, np.ndarray]],
-    score: Callable[[np.ndarray], float] = score_db,
-) -> list[Measured]:
-    """Returns the candidates, best score first; measure: returns a schedule as fitted and its distances, dB."""
-    measured = []
-    for name, schedule in candidates.items():
-        fitted, distances = measure(schedule)
-        measured.append(Measured(name, fitted, distances, score(distances)))
+def best_first(measured: Iterable[Measured]) -> list[Measured]:
     return sorted(measured, key=lambda one: -one.score)
 
 
@@ -105,31 +97,24 @@ def mix(
     FormatError if the profile lacks tables, UnsupportedModelError if the sampler's steps are not linear.
     """
     folder = Path(folder)
-    schedules, left_out = compiled(
-        {
-            f"{policy} + update" if updated else policy: partial(
-                compile_schedule, folder, budget, policy, cost, None, max_cache, updated
-            )
-            for policy, updated in CANDIDATES
-        }
-    )
+    schedules, left_out = compiled(CANDIDATES, folder=folder, budget=budget, cost=cost, max_cache=max_cache)
     reasons = {name: str(error) for name, error in left_out.items()}
     if not schedules:
-        raise BudgetError(
-            "No action meets the budget. " + " ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        )
+        raise BudgetError(" ".join(["No action meets the budget.", *(f"{n}: {why}" for n, why in reasons.items())]))
     profile, table = load_profile(folder), cost_of(folder, cost)
     check_matches(pipe, next(iter(schedules.values())))
     on_step = counted((1 + len(schedules)) * profile.sampler.steps, on_progress)
     replay = calibration_replay(pipe, profile, samples, on_step)
 
-    def measure(schedule: Schedule) -> tuple[Schedule, np.ndarray]:
+    def measure(name: str, schedule: Schedule) -> Measured:
         if schedule.update is None:
-            return schedule, sampled_distances(replay, schedule, on_step)
-        fitted, distances = fit_update(replay, schedule, schedule.update.history, on_step=on_step)
-        return with_predicted_cost(fitted, table), distances
+            distances = sampled_distances(replay, schedule, on_step)
+        else:
+            schedule, distances = fit_update(replay, schedule, on_step)
+            schedule = with_predicted_cost(schedule, table)
+        return Measured(name, schedule, distances, score_db(distances))
 
-    measured = best_of(schedules, measure)
+    measured = best_first(measure(name, schedule) for name, schedule in schedules.items())
     best = measured[0]
     record = {"best": best.name, "samples": len(replay.seeds)}
     record["candidates"] = {one.name: one.figures() for one in measured}
@@ -165,23 +150,19 @@ def choose_period(
         )
     profile = load_profile(folder)
     schedules, left_out = compiled(
-        {
-            f"N={period}": partial(
-                compile_schedule, folder, budget, policy, cost, knobs | {"N": period}, max_cache, updated
-            )
-            for period in PERIODS
-        }
-    )
+        {f"N={period}": {"knobs": knobs | {"N": period}} for period in PERIODS},
+        folder=folder, budget=budget, policy=policy, cost=cost, max_cache=max_cache, updated=updated,
+    )  # fmt: skip
     if not schedules:
         raise list(left_out.values())[-1]
     request, steps = profile.manifest, profile.sampler.steps
     seeds = range(request["seed"], request["seed"] + min(PERIOD_SAMPLES, request["samples"]))
     comparison = Comparison(pipe, request["prompts"], PERIOD_SAMPLES, profile.sampler.guidance_scale)
     comparison.on_progress, comparison.total = on_progress, len(seeds) * (1 + len(schedules))
-    (full,) = comparison.sample([Contender("full", "", steps, 1.0)], seeds)
-
-    def measure(schedule: Schedule) -> tuple[Schedule, np.ndarray]:
-        (samples,) = comparison.sample([Contender(policy, "", steps, 1.0, schedule)], seeds)
-        return schedule, samples.psnr_db(full)
-
-    return best_of(schedules, measure, score=lambda quality: round(float(quality.mean()), 3))
+    contenders = [Contender(policy, "", steps, 1.0, schedule) for schedule in schedules.values()]
+    full, *others = comparison.sample([Contender("full", "", steps, 1.0), *contenders], seeds)
+    quality = [samples.psnr_db(full) for samples in others]
+    return best_first(
+        Measured(name, schedule, db, round(float(db.mean()), 3))
+        for (name, schedule), db in zip(schedules.items(), quality, strict=True)
+    )

@@ -1,9 +1,7 @@
-"""An update fitted on the model itself, step after step on its own accelerated trajectory.
+"""An update fitted on the model itself, step after step on its own accelerated trajectory, in closed form.
 
-At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to
-the full run's state at that step; the next step begins at the state that these weights give. If sites or the stack are
-forecast, the weights of the forecasts are fitted first, to the outputs of the site or the stack in the full run; the stack's
-outputs are guided, since guidance decides how an error enters the picture. Closed form, one run of the accelerated loop.
+At each step the weights of the state and of the newest outputs are those that bring the calibration generations nearest to the
+full run's next state. Forecasts are fitted first: of sites to the outputs of the full run, of the stack to guided outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from ..compiler.forecasts import DIGITS, ridge
 from ..formats.cost import CostModel
 from ..formats.profile import Profile
 from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
-from ..formats.schedule import Forecast, Schedule, Update
+from ..formats.schedule import Forecast, Plan, Schedule, Update
 from ..measure.metrics import worst_decile
 from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
@@ -40,16 +38,9 @@ class Fit:
     schedules whose sites keep no cache.
     """
 
-    def __init__(
-        self,
-        replay: Replay,
-        schedule: Schedule,
-        history: int,
-        strength: float = RIDGE,
-        resumable: bool = False,
-    ) -> None:
-        self.replay, self.schedule, self.history, self.strength = replay, schedule, history, strength
-        self.resumable = resumable
+    def __init__(self, replay: Replay, schedule: Schedule, resumable: bool = False) -> None:
+        self.replay, self.schedule, self.resumable = replay, schedule, resumable
+        self.history = schedule.update.history if schedule.update else MAX_HISTORY
         self.ats: list[RunState[Tensor]] = [RunState(replay.states[0])]  # before each step taken and after the last
         self.rows: list[tuple[float, ...]] = []  # of the update
         self.stack_cells: dict[int, Forecast] = {}  # S step -> its forecast
@@ -64,7 +55,7 @@ class Fit:
 
     def run(self, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
         """Takes the remaining steps and returns each generation's distance to the full run, dB."""
-        actions = network_row(self.schedule)
+        actions = plan_of(self.schedule).stack
         stack_targets, site_targets = self._stack_targets(), self._site_targets()
         with attached(self.replay, self.schedule) as handle:
             stack = handle.stacks[0] if handle and handle.stacks else None
@@ -78,12 +69,12 @@ class Fit:
             def fit_forecasts(step: int) -> None:
                 if handle and step in site_targets:
                     self.site_cells[step] = self._fit_sites(handle.rows, step, site_targets[step])
-                if stack is not None and actions[step] == "S":
+                if stack is not None and step in stack_targets:
                     self.stack_cells[step] = self._fit_stack(stack, step, stack_targets[step])
 
             space = ReplaySpace(self.replay, handle.clock if handle else None, fit_forecasts)
-            stepper = Stepper(space, self.history, self.strength)
-            for coefficients, at in stepper.fit_update(lambda step: actions[step] != "-", self.ats[-1], len(self.rows)):
+            steps = Stepper(space, self.history).fit_update(lambda t: actions[t] != "-", self.ats[-1], len(self.rows))
+            for coefficients, at in steps:
                 self.rows.append(coefficients)
                 self.ats.append(at)
                 self.snapshots.append(stack.snapshot() if stack is not None and self.resumable else {})
@@ -93,7 +84,7 @@ class Fit:
     def fitted(self) -> Schedule:
         """Returns the schedule with the fitted update and weights, marked as closed loop on the replay's generations."""
         ((name, plan),) = self.schedule.transformers.items()
-        of_stack = tuple(self.stack_cells[step] for step in sorted(self.stack_cells))
+        of_stack = tuple(cell for _, cell in sorted(self.stack_cells.items()))
         of_sites = {
             site: tuple(cells[site] for _, cells in sorted(self.site_cells.items()) if site in cells)
             for site in plan.forecasts
@@ -108,19 +99,18 @@ class Fit:
 
     def _stack_targets(self) -> dict[int, Tensor]:
         """Returns for each remaining S step the guided value of the full run that its forecast is fitted to."""
-        ((_, plan),) = self.schedule.transformers.items()
-        blocks = [block_of(site) for site in plan.rows]  # in execution order
+        plan = plan_of(self.schedule)
+        first, *_, last = map(block_of, plan.rows)  # in execution order
         steps = [step for step, action in enumerate(plan.stack) if action == "S"]
-        forms = zip(steps, (cell.form for cell in plan.stack_forecasts), strict=True)
         return {
-            step: self.replay.through_stack(step, blocks[0], blocks[-1], form)
-            for step, form in forms
+            step: self.replay.through_stack(step, first, last, cell.form)
+            for step, cell in zip(steps, plan.stack_forecasts, strict=True)
             if step >= len(self.rows)
         }
 
     def _site_targets(self) -> dict[int, dict[str, Tensor]]:
         """Returns for each remaining step that has F cells the outputs of their sites in the full run."""
-        ((_, plan),) = self.schedule.transformers.items()
+        plan = plan_of(self.schedule)
         layouts = {site: plan.layout(site) for site in plan.rows}
         steps = [step for step, cells in enumerate(zip(*plan.rows.values(), strict=True)) if "F" in cells]
         return {step: self.replay.at_sites(step, layouts) for step in steps if step >= len(self.rows)}
@@ -129,14 +119,14 @@ class Fit:
         """Returns the F cells of a step with weights fitted to their targets, and sets them for the step's run."""
         found = {}
         for row in rows:
-            forecast = row.cells[step].forecast
-            if forecast is None:
+            if (forecast := row.cells[step].forecast) is None:
                 continue
+            kept = [row.memory[branch].sources for branch in sorted(row.memory)]
             sources = [
-                self.replay.site_values([row.memory[n].sources[source] for n in sorted(row.memory)], row.layout)
+                self.replay.site_values([of_branch[source] for of_branch in kept], row.layout)
                 for source in forecast.sources
             ]
-            weights = forecast_weights(sources, targets[row.key], self.strength)
+            weights = forecast_weights(sources, targets[row.key])
             row.set_weights(step, weights)
             found[row.key] = replace(forecast, weights=weights)
         return found
@@ -144,35 +134,30 @@ class Fit:
     def _fit_stack(self, stack: StackRow, step: int, target: Tensor) -> Forecast:
         """Returns the S cell of a step with weights fitted to its target, and sets it for the step's run."""
         sources = [self.replay.guided(step, calls) for calls in stack.sources(step)]
-        weights = forecast_weights(sources, target, self.strength)
-        stack.cells[step] = replace(stack.cells[step], weights=weights)
+        stack.cells[step] = replace(stack.cells[step], weights=forecast_weights(sources, target))
         return stack.cells[step]
 
 
-def forecast_weights(sources: Sequence[Tensor], target: Tensor, strength: float = RIDGE) -> tuple[float, ...]:
+def forecast_weights(sources: Sequence[Tensor], target: Tensor) -> tuple[float, ...]:
     """Returns the weights [K] that bring Σ w · source nearest to the target, of 6 significant digits.
 
     sources: newest first. Least squares with the ridge of policy `drift`, towards reuse.
     """
     flat = torch.stack([*sources, target]).flatten(1).double()
     products, count = (flat @ flat.T).cpu().numpy(), len(sources)
-    weights = ridge(strength)(products[None], np.arange(count), np.array([count]))[0, :, 0]
+    weights = ridge(RIDGE)(products[None], np.arange(count), np.array([count]))[0, :, 0]
     return tuple(float(f"{weight:.{DIGITS}g}") for weight in weights)
 
 
 def fit_update(
-    replay: Replay,
-    schedule: Schedule,
-    history: int,
-    strength: float = RIDGE,
-    on_step: Callable[[], None] = lambda: None,
+    replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambda: None
 ) -> tuple[Schedule, np.ndarray]:
     """Returns the schedule with its update fitted on the replay's generations, and each one's distance to the full run, dB.
 
     Steps that call the network do so under the schedule (caches, forecasts); the weights of F and S cells are fitted, too.
-    Steps `-` only move the latents.
+    Steps `-` only move the latents. A schedule without an update gets one of MAX_HISTORY outputs.
     """
-    fit = Fit(replay, schedule, history, strength)
+    fit = Fit(replay, schedule)
     distances = fit.run(on_step)
     return fit.fitted(), distances
 
@@ -201,7 +186,6 @@ def fit_to_model(
     cost: CostModel,
     *,
     samples: int = SAMPLES,
-    history: int = MAX_HISTORY,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Schedule, np.ndarray]:
     """Returns the schedule with its update fitted closed loop, and each generation's distance to the full run, dB.
@@ -212,8 +196,7 @@ def fit_to_model(
     check_matches(pipe, schedule)
     on_step = counted(2 * profile.sampler.steps, on_progress)
     replay = calibration_replay(pipe, profile, samples, on_step)
-    kept = schedule.update.history if schedule.update else history
-    fitted, distances = fit_update(replay, schedule, kept, on_step=on_step)
+    fitted, distances = fit_update(replay, schedule, on_step)
     return with_predicted_cost(fitted, cost), distances
 
 
@@ -231,15 +214,14 @@ def counted(total: int, on_progress: Callable[[int, int], None]) -> Callable[[],
 
 def sampled_distances(replay: Replay, schedule: Schedule, on_step: Callable[[], None] = lambda: None) -> np.ndarray:
     """Returns each generation's distance to the full run, dB, sampled under a schedule; the sampler's own steps if no update."""
-    own, update, actions = replay.update, schedule.update, network_row(schedule)
-    history, rows = (update.history, update.coefficients) if update else (own.history, rounded(own.coefficients))
+    update, actions = schedule.update or _own(replay), plan_of(schedule).stack
     with attached(replay, schedule) as handle:
-        stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), history)
+        stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), update.history)
         at = stepper.start()
         for step in range(replay.steps):
             if actions[step] != "-":
                 at = stepper.computed(at, step)
-            at = stepper.moved(at, step, rows[step])
+            at = stepper.moved(at, step, update.coefficients[step])
             on_step()
     return fidelity_db(at.x, replay)
 
@@ -252,19 +234,22 @@ def score_db(distances: np.ndarray) -> float:
 @contextmanager
 def attached(replay: Replay, schedule: Schedule) -> Iterator[Handle | None]:
     """Attaches a schedule to the replay's pipeline while the block runs; yields None if it has full and skipped steps only."""
-    actions = set("".join(row for plan in schedule.transformers.values() for row in plan.rows.values()))
-    if not actions - set("C-") and "S" not in network_row(schedule):
+    if set(schedule.counts()) <= set("C-") and "S" not in plan_of(schedule).stack:
         yield None
         return
-    own = Update(replay.update.basis, replay.update.history, rounded(replay.update.coefficients), {})
-    with apply(replay.pipe, replace(schedule, update=own)) as handle:
+    with apply(replay.pipe, replace(schedule, update=_own(replay))) as handle:
         yield handle
 
 
-def network_row(schedule: Schedule) -> str:
-    """Returns the stack row of the schedule's only transformer."""
+def _own(replay: Replay) -> Update:
+    """Returns the sampler's own steps as an update."""
+    return Update(replay.update.basis, replay.update.history, rounded(replay.update.coefficients), {})
+
+
+def plan_of(schedule: Schedule) -> Plan:
+    """Returns the plan of the schedule's only transformer."""
     (plan,) = schedule.transformers.values()
-    return plan.stack
+    return plan
 
 
 def fidelity_db(x: Tensor, replay: Replay) -> np.ndarray:

@@ -1,12 +1,12 @@
 """`refine`: searches for better step placements from a schedule, scored on the final latents of the model's own generations.
 
-Every candidate is fitted closed loop on the search generations and scored by `score_db` of their last latents. It replaces the
-incumbent if it is better in three of four resamplings of these generations, since few generations are noisy; and it is written
-if it is better on the validation generations too. The candidates are a fixed sequence for a seed: more time means more of it.
+A candidate is fitted closed loop. It replaces the incumbent if it is better in three of four resamplings of the search
+generations, and is written if it is better on the validation generations too. A seed gives a fixed sequence of candidates.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -51,7 +51,7 @@ class Progress:
     best_at: int  # number of evaluations after which it was found
     misses: int  # improvements since then that the validation generations did not confirm
     tried: list[str]
-    generator: list[Any]  # state of the random generator
+    generator: Sequence[Any]  # state of the random generator
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,14 @@ class Problem:
     model: Model
     cost: CostModel
     budget: float  # in the unit of `cost`
-    max_cache: int | None  # bytes
+    max_cache: float  # bytes
     fillers: str  # letters of steps that are not full
 
     def allows(self, columns: str) -> bool:
         """Whether a candidate costs and keeps no more than allowed."""
         candidate = with_columns(self.schedule, columns)
-        if not within(self.cost.schedule(candidate), self.budget):
-            return False
-        return self.max_cache is None or cache_bytes(candidate, self.model) <= self.max_cache
+        affordable = within(self.cost.schedule(candidate), self.budget)
+        return affordable and cache_bytes(candidate, self.model) <= self.max_cache
 
 
 class CandidateFits:
@@ -86,10 +85,8 @@ class CandidateFits:
 
     def evaluate(self, columns: str) -> tuple[Schedule, np.ndarray]:
         """Returns the fitted schedule of these columns and each generation's distance to the full run, dB."""
-        schedule = with_columns(self.schedule, columns)
-        assert schedule.update is not None  # with_columns() adds one
         resumable = set("RF").isdisjoint(columns)
-        fit = Fit(self.replay, schedule, schedule.update.history, resumable=resumable)
+        fit = Fit(self.replay, with_columns(self.schedule, columns), resumable)
         if resumable and self.incumbent is not None:
             known, known_fit = self.incumbent
             if "S" in known or "S" not in columns:  # else its fit kept no sources for the stack
@@ -121,17 +118,17 @@ class Search:
         """Begins with the schedule, or continues from `progress`, and writes the best schedule so far."""
         if progress is None:
             columns = columns_of(self.problem.schedule)
-            fitted, self.distances = self.fits.evaluate(columns)
-            held_out = self._validation_score(fitted)
-            state = _to_json(self.generator)
-            self.progress = Progress(0, columns, score_db(self.distances), columns, held_out, 0, 0, [columns], state)
+            best, self.distances = self.fits.evaluate(columns)
+            scores, state = (score_db(self.distances), self._validation_score(best)), self.generator.getstate()
+            self.progress = Progress(0, columns, scores[0], columns, scores[1], 0, 0, [columns], state)
             self.save()  # ahead of `output`, which is written again if the search is interrupted in between
-            self.best = self._write(fitted)
         else:
             self.progress = progress
-            self.generator.setstate(_from_json(progress.generator))
+            version, state, gauss = progress.generator
+            self.generator.setstate((version, tuple(state), gauss))
             _, self.distances = self.fits.evaluate(progress.columns)
-            self.best = self._write(self.fits.evaluate(progress.best)[0])
+            best, _ = self.fits.evaluate(progress.best)
+        self.best = self._write(best)
         self.known = set(self.progress.tried)
 
     def step(self) -> bool:
@@ -145,7 +142,7 @@ class Search:
         self.known.add(candidate)
         now.tried.append(candidate)
         now.evaluations += 1
-        now.generator = _to_json(self.generator)
+        now.generator = self.generator.getstate()
         fitted, distances = self.fits.evaluate(candidate)
         if score_db(distances) > now.score and sure_gain(distances, self.distances) > 0:
             self.fits.accept_latest()
@@ -207,7 +204,7 @@ def refine(
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
     samples = min(samples, profile["samples"])
-    problem = _problem(pipe, schedule, entries[0], cost, max_cache)
+    problem = _problem(pipe, schedule, entries[0], cost, math.inf if max_cache is None else max_cache)
     request = digest({
         "schedule": schedule.digest(), "samples": samples, "seed": seed, "prompts": list(map(str, entries)),
         "cost": digest(problem.cost.to_json()), "max_cache": max_cache,
@@ -232,7 +229,7 @@ def refine(
             return search.best
 
 
-def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: int | None) -> Problem:
+def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: float) -> Problem:
     """Returns the problem of a search; cost: FLOPs by default. Raises BudgetError if the schedule keeps too much."""
     sampler = schedule.sampler
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, sampler.guidance_scale, entry)
@@ -241,7 +238,7 @@ def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | 
     has_stack = stack_of(pipe, name, model.transformers[name], step) is not None
     first = with_columns(schedule, columns)
     kept = cache_bytes(first, model)
-    if max_cache is not None and kept > max_cache:
+    if kept > max_cache:
         raise BudgetError(
             f"The caches of one generation take {kept:,} bytes under the schedule to begin with, its fitted update included; at "
             f"most {max_cache:,} are allowed (--max-cache). Allow as much, or begin with a schedule that keeps less."
@@ -294,12 +291,3 @@ def _read_progress(path: Path, request: str) -> Progress | None:
             "delete it to search anew."
         )
     return Progress(**data["search"])
-
-
-def _to_json(generator: random.Random) -> list[Any]:
-    version, state, gauss = generator.getstate()
-    return [version, list(state), gauss]
-
-
-def _from_json(state: list[Any]) -> tuple[Any, ...]:
-    return state[0], tuple(state[1]), state[2]

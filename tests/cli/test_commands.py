@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,53 +19,39 @@ from PIL import Image
 import sodaprof.measure.bench
 from sodaprof import cli
 from sodaprof.compiler.policies import POLICIES, RENAMED
+from sodaprof.formats.profile import load_profile
 from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.measure import metrics
 from sodaprof.measure.classifier import Classifier
-from tests.conftest import invoke
-
-STEPS = "8"
-
-
-@pytest.fixture(scope="module")
-def profiled(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli") / "profile"
-    with pytest.MonkeyPatch.context() as patch:
-        code = invoke(patch, "profile", model, "-o", folder, "--steps", STEPS, "--samples", 3, "--max-interval", 4)
-    assert code == 0
-    return folder
+from sodaprof.profiler import run
+from sodaprof.profiler.statistics import Statistics
+from tests.cli.conftest import STEPS
 
 
-def test_from_profile_to_table(command, model, profiled, tmp_path):
-    schedule, picture, sheet = tmp_path / "s.json", tmp_path / "p.png", tmp_path / "sheet.png"
-    code, out, _ = command("compile", profiled, "--budget", "1.6x", "-o", schedule)
-    assert code == 0
+def test_from_profile_to_table(command, done, model, profiled, tmp_path):
+    schedule, picture, sheet = (tmp_path / name for name in ("s.json", "p.png", "sheet.png"))
+    out = done("compile", profiled, "--budget", "1.6x", "-o", schedule)
     assert f"Next: sodaprof show {schedule}" in out.replace("\n", "")
     predicted = load_schedule(schedule).predicted["speedup"]
     assert 1.6 <= predicted < 1.8
 
-    code, out, _ = command("show", schedule)
-    assert code == 0
+    out = done("show", schedule)
     assert f"Next: sodaprof run MODEL {schedule}" in out
     rows = load_schedule(schedule).transformers["transformer"].rows
     assert all(row in out for row in rows.values())
-    code, out, _ = command("show", schedule, "--json")
+    out = done("show", schedule, "--json")
     data = json.loads(out)["transformers"]["transformer"]
-    assert sum(data["intervals"]) == int(STEPS)
+    assert sum(data["intervals"]) == STEPS
     assert data["anchors"][0] == 0
-    site, shown = next(iter(data["sites"].items()))
-    assert {int(t) for t in shown["reuse_ages"]} == {t for t, a in enumerate(rows[site]) if a in "RP"}
 
-    code, out, _ = command("run", model, schedule, "--label", 3, "--label", 4, "-o", picture)
-    assert code == 0
+    out = done("run", model, schedule, "--label", 3, "--label", 4, "-o", picture)
     assert "executed/planned" in out
     assert Image.open(picture).size[0] > 2 * 90
 
     before = load_schedule(schedule).digest()
-    code, out, _ = command(
+    out = done(
         "eval", model, schedule, "--samples", 4, "--picture", sheet, "--json", "--record", "-o", tmp_path / "e.json"
     )
-    assert code == 0
     result = json.loads(out)
     names = [row["name"] for row in result["rows"]]
     assert names == ["solver", "fora", "fewer steps, DDIM", "fewer steps, DPM++ 2M", "fewer steps, UniPC"]
@@ -75,8 +63,7 @@ def test_from_profile_to_table(command, model, profiled, tmp_path):
     assert record["psnr_db"] == result["rows"][0]["psnr_db"]
     assert load_schedule(schedule).digest() == before
 
-    code, out, _ = command("eval", model, schedule, "--samples", 3, "--no-controls")
-    assert code == 0
+    out = done("eval", model, schedule, "--samples", 3, "--no-controls")
     assert "solver" in out
     assert out.endswith(f"Next: sodaprof show {schedule}\n")
 
@@ -89,27 +76,25 @@ def test_the_module_is_the_command_line():
     assert found.stderr.startswith("sodaprof: missing.json: no such file")
 
 
-def test_inspect_and_a_policy_that_needs_no_tables(command, model, tmp_path):
-    code, out, _ = command("inspect", model, "--steps", STEPS, "-o", tmp_path / "i")
-    assert code == 0
+def test_inspect_and_a_policy_that_needs_no_tables(command, done, model, tmp_path):
+    out = done("inspect", model, "--steps", STEPS, "-o", tmp_path / "i")
     assert re.search(r"transformer_blocks\.\*\.attn1\s+attn\s+2\s+16\s+16", out)
     code, out, _ = command("inspect", model, "--steps", STEPS, "--json")
     assert len(json.loads(out)["model"]["transformers"]["transformer"]["sites"]) == 4
-    assert command("compile", tmp_path / "i", "--policy", "fora", "-o", tmp_path / "f.json")[0] == 0
+    done("compile", tmp_path / "i", "--policy", "fora", "-o", tmp_path / "f.json")
     code, _, err = command("compile", tmp_path / "i", "-o", tmp_path / "s.json")
     assert code == 1
     assert "sodaprof profile" in err
 
 
-def test_one_picture_is_written_as_it_is(command, model, profiled, tmp_path):
-    command("compile", profiled, "-o", tmp_path / "s.json")
-    assert command("run", model, tmp_path / "s.json", "--label", 3, "-o", tmp_path / "one.png")[0] == 0
+def test_one_picture_is_written_as_it_is(done, model, schedule, tmp_path):
+    done("run", model, schedule, "--label", 3, "-o", tmp_path / "one.png")
     assert np.asarray(Image.open(tmp_path / "one.png")).shape == (8, 8, 3)
 
 
-def test_nothing_is_overwritten_without_force(command, model, profiled, tmp_path):
+def test_nothing_is_overwritten_without_force(command, done, model, profiled, tmp_path):
     path = tmp_path / "s.json"
-    assert command("compile", profiled, "-o", path)[0] == 0
+    done("compile", profiled, "-o", path)
     text = path.read_text()
     for arguments in (
         ("compile", profiled, "-o", path),
@@ -122,19 +107,17 @@ def test_nothing_is_overwritten_without_force(command, model, profiled, tmp_path
         assert code == 1
         assert "--force" in err
     assert path.read_text() == text
-    assert command("compile", profiled, "-o", path, "--force", "--policy", "fora")[0] == 0
+    done("compile", profiled, "-o", path, "--force", "--policy", "fora")
     assert load_schedule(path).policy["name"] == "fora"
 
 
 @pytest.mark.parametrize("budget", ["0", "-1x", "abc", "nan", "inf", "1000x"])
-def test_budgets_that_cannot_be_met(command, profiled, tmp_path, budget):
-    code, _, err = command("compile", profiled, f"--budget={budget}", "-o", tmp_path / "s.json")
-    assert code == 1
-    assert "budget" in err
-    assert not list(tmp_path.iterdir())
+def test_budgets_that_cannot_be_met(done, refused, profiled, target, budget):
+    said = refused("compile", profiled, f"--budget={budget}", output=target)
+    assert "budget" in said
     if budget == "1000x":
-        most = float(re.search(r"--budget ([\d.]+)x", err).group(1))
-        assert command("compile", profiled, f"--budget={most}x", "-o", tmp_path / "s.json")[0] == 0
+        most = re.search(r"--budget ([\d.]+)x", said).group(1)
+        done("compile", profiled, f"--budget={most}x", "-o", target)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +150,8 @@ def test_wrong_usage(command, arguments):
     assert "--help" in err
 
 
-def test_broken_files_in_one_screen(command, profiled, tmp_path):
-    path = tmp_path / "s.json"
-    command("compile", profiled, "-o", path)
-    text = path.read_text()
+def test_broken_files_in_one_screen(command, schedule, tmp_path):
+    path, text = tmp_path / "s.json", schedule.read_text()
     for broken in (
         text[: len(text) // 2],
         text.replace('"version": 1', '"version": 2'),
@@ -183,37 +164,28 @@ def test_broken_files_in_one_screen(command, profiled, tmp_path):
         assert len(err.splitlines()) < 8
 
 
-def test_a_full_disk_leaves_nothing_behind(command, profiled, tmp_path, monkeypatch):
-    import errno
-    import os
-
+def test_a_full_disk_leaves_nothing_behind(refused, profiled, target, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    code, _, err = command("compile", profiled, "-o", tmp_path / "s.json")
+    assert "disk is full" in refused("compile", profiled, output=target)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(run, "write_solver"), (Statistics, "save")], ids=["begin", "samples"])
+def test_a_profile_goes_on_after_the_disk_was_full(command, done, model, tmp_path, owner, name):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ("profile", model, "-o", tmp_path / "p", "--steps", STEPS, "--samples", 2, "--max-interval", 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, full)
+        code, _, err = command(*arguments)
     assert code == 1
     assert "disk is full" in err
-    assert not list(tmp_path.iterdir())
-
-
-def test_ctrl_c(command, profiled, tmp_path, monkeypatch):
-    import sodaprof.compiler as compiler
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(compiler, "compile_schedule", interrupted)
-    code, _, err = command("compile", profiled, "-o", tmp_path / "s.json")
-    assert code == 130
-    assert "Interrupted" in err
-
-
-def test_calibration_seeds_are_not_evaluated(command, model, profiled, tmp_path):
-    command("compile", profiled, "-o", tmp_path / "s.json")
-    code, _, err = command("eval", model, tmp_path / "s.json", "--seed", 2, "--samples", 4)
-    assert code == 1
-    assert "--seed 3" in err
+    assert not (tmp_path / "p").exists()
+    done(*arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def test_every_verb_has_an_example(command):
@@ -244,38 +216,25 @@ def test_documented_commands_have_these_options():
     assert set(policies) <= {*POLICIES, *RENAMED, "mix", "NAME", "out"}  # as in: leave --policy out
 
 
-def test_a_disk_that_fills_during_a_profile(command, model, tmp_path, monkeypatch):
-    import errno
-
-    from sodaprof.profiler.statistics import Statistics
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    arguments = ("profile", model, "-o", tmp_path / "p", "--steps", STEPS, "--samples", 2, "--max-interval", 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Statistics, "save", full)
-        code, _, err = command(*arguments)
-    assert code == 1
-    assert "disk is full" in err
-    assert not (tmp_path / "p").exists()
-    assert command(*arguments)[0] == 0  # and the same command goes on
-    assert (tmp_path / "p" / "manifest.json").exists()
-
-
-def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tmp_path, monkeypatch):
-    other, path = "UniPCMultistepScheduler", tmp_path / "s.json"
-    assert command("inspect", model, "--steps", 4, "--scheduler", other, "-o", tmp_path / "i")[0] == 0
-    assert command("compile", tmp_path / "i", "--policy", "fora", "-o", path)[0] == 0
-    drawn = ("run", model, path, "--label", 3, "-o", tmp_path / "p.png")
-    for arguments in (drawn, ("bench", model, path, "--rounds", 1)):
-        code, _, err = command(*arguments)
-        assert code == 1
-        assert f"The schedule is for {other}, the pipeline has DDIMScheduler" in err
-        assert f"--scheduler {other}" in err
-    code, out, _ = command(*drawn, "--scheduler", other)
-    assert code == 0
-    assert f"Next: sodaprof eval {model} {path} --scheduler {other}\n" in out
+def test_a_schedule_of_another_sampler_is_fitted_run_and_timed_by_it(
+    command, done, refused, model, target, monkeypatch
+):
+    other, folder, mixed = "UniPCMultistepScheduler", target.parent / "profile", target.parent / "mix.json"
+    small = ("--steps", 4, "--samples", 2, "--max-interval", 3)
+    done("profile", model, *small, "--scheduler", other, "-o", folder)
+    assert load_profile(folder).sampler.class_name == other
+    done("compile", folder, "--budget", "1.5x", "-o", target)
+    out = done("compile", folder, "--policy", "mix", "--fit", model, "--budget", "1.5x", "-o", mixed)
+    assert f"Sampled by {other}" in out  # a closed-loop fit samples as the profile was sampled
+    assert "Taken: " in out
+    drawn, picture = ("run", model, target, "--label", 3), target.parent / "p.png"
+    for arguments in (drawn, ("bench", model, target, "--rounds", 1)):
+        said = refused(*arguments, output=picture)
+        assert f"The schedule is for {other}, the pipeline has DDIMScheduler" in said
+        assert f"--scheduler {other}" in said
+    out = done(*drawn, "--scheduler", other, "-o", picture)
+    assert f"Next: sodaprof eval {model} {target} --scheduler {other}\n" in out
+    done("eval", model, target, "--scheduler", other, "--samples", 2, "--no-controls")
     samplers = []
 
     def noted(pipe, *_, **__):
@@ -283,49 +242,44 @@ def test_a_schedule_of_another_sampler_is_run_and_timed_by_it(command, model, tm
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sodaprof.measure.bench, "benchmark", noted)
-    assert command("bench", model, path, "--scheduler", other)[0] == 130
+    assert command("bench", model, target, "--scheduler", other)[0] == 130
     assert samplers == [other]
 
 
-def test_a_runtime_is_chosen_by_name(command, refused, model, profiled, tmp_path):
-    schedule, picture = tmp_path / "s.json", tmp_path / "p.png"
-    assert command("compile", profiled, "--policy", "fora", "-o", schedule)[0] == 0
-    arguments = ("run", model, schedule, "--label", 3, "--runtime", "compiled", "--no-graphs", "-o", picture)
+def test_a_runtime_is_chosen_by_name(command, refused, model, schedule, target):
+    arguments = (
+        "run",
+        model,
+        schedule,
+        "--label",
+        3,
+        "--runtime",
+        "compiled",
+        "--no-graphs",
+        "-o",
+        target.parent / "p.png",
+    )
     code, out, _ = command(*arguments)
     assert (code, ", compiled\n" in out) == (0, True)  # without graphs
-    out_folder = tmp_path / "new"
-    out_folder.mkdir()
-    for verb, name in (("run", "p.png"), ("eval", "e.json")):
-        label = ("--label", 3) if verb == "run" else ()
-        said = refused(verb, "no-such-model", schedule, *label, "--runtime", "lowered", output=out_folder / name)
+    for verb, name, *label in (("run", "q.png", "--label", 3), ("eval", "e.json")):
+        said = refused(verb, "no-such-model", schedule, *label, "--runtime", "lowered", output=target.parent / name)
         assert "another name now: --runtime compiled --no-graphs" in said
 
 
-def test_distances_to_a_folder_of_pictures(command, refused, model, profiled, tmp_path, monkeypatch):
+def test_distances_to_a_folder_of_pictures(done, refused, model, schedule, target, tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "LEAST_FOR_DISTANCE", 12)
-    folder, data, schedule = tmp_path / "m", tmp_path / "data", tmp_path / "s.json"
+    folder, data = tmp_path / "m", tmp_path / "data"
     shutil.copytree(model, folder)
     Classifier(tuple("abcdefghij")).save(folder / "classifier")
     data.mkdir()
     for number in range(12):
         Image.new("RGB", (8, 8), (20 * number, 0, 0)).save(data / f"{number:02}.png")
-    assert command("compile", profiled, "-o", schedule)[0] == 0
-    arguments = ("eval", folder, schedule, "--no-controls", "--data", data)
-    code, out, _ = command(*arguments, "--samples", 12, "--json")
-    assert code == 0
+    out = done("eval", folder, schedule, "--no-controls", "--data", data, "--samples", 12, "--json")
     result = json.loads(out)
     assert set(result["rows"][0]["distance"]) == {"full", "data"}
     assert result["full"]["distance"]["data"]["frechet"] > 0
-    said = refused("eval", "no-such-model", schedule, "--data", data, "--samples", 11, output=tmp_path / "e.json")
+    said = refused("eval", "no-such-model", schedule, "--data", data, "--samples", 11, output=target)
     assert "--samples is 11; distances to data need at least 12" in said
     (data / "00.png").unlink()
-    said = refused("eval", "no-such-model", schedule, "--data", data, output=tmp_path / "e.json")
+    said = refused("eval", "no-such-model", schedule, "--data", data, output=target)
     assert "11 pictures; distances need at least 12" in said
-
-
-def test_bench_takes_the_steps_of_its_schedules(command, profiled, tmp_path):
-    path = tmp_path / "s.json"
-    assert command("compile", profiled, "-o", path)[0] == 0
-    code, _, err = command("bench", "no-such-model", path, "--steps", 5)
-    assert code == 1
-    assert "are for 8 steps, --steps is 5. Leave --steps out" in err

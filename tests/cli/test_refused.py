@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
+import shutil
 import sys
 
 import pytest
 
 from sodaprof import cli
-from tests.conftest import build_relay, invoke
+from sodaprof.profiler import run
+from tests.conftest import build_relay
 
-STEPS = ("--steps", 8)
-SMALL = (*STEPS, "--samples", 2, "--max-interval", 3)
-
-
-@pytest.fixture(scope="module")
-def profiled(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refused") / "profile"
-    with pytest.MonkeyPatch.context() as patch:
-        assert invoke(patch, "profile", model, "-o", folder, *SMALL) == 0
-        assert invoke(patch, "compile", folder, "--budget", "1.6x", "-o", folder.parent / "s.json") == 0
-    return folder
+SMALL = ("--steps", 8, "--samples", 2, "--max-interval", 3)
 
 
 def test_a_schedule_of_another_model(refused, tmp_path):
-    schedule = build_relay()  # of two transformers
-    schedule.save(tmp_path / "s.json")
+    build_relay().save(tmp_path / "s.json")  # of two transformers
     said = refused("eval", "tiny-dit", tmp_path / "s.json", "--samples", 2, output=tmp_path / "e.json")
     assert "The schedule is for " in said
     assert "Compile for this one" in said
-
-
-@pytest.fixture
-def schedule(profiled):
-    return profiled.parent / "s.json"
 
 
 @pytest.mark.parametrize(
@@ -55,10 +40,9 @@ def schedule(profiled):
         (("--dtype", "float8"), "--dtype is 'float8'; expected float32, bfloat16 or float16"),
         (("--device", "cuda:99"), "--device is 'cuda:99'; expected one that torch can use here"),
         (("--device", "meta"), "--device is 'meta'"),
-        (
-            ("--scheduler", "HeunDiscreteScheduler"),
-            "some of them twice; this release needs samplers that call the network once",
-        ),
+        (("--scheduler", "HeunDiscreteScheduler"), "this release needs samplers that call the network once"),
+        (("--scheduler", "DiTPipeline"), "DiTPipeline: not a scheduler of diffusers"),
+        (("--scheduler", "FlowMatchEulerDiscreteScheduler"), "samples a flow; the pipeline has DDIMScheduler"),
     ],
 )
 def test_profile(refused, model, tmp_path, options, said):
@@ -92,20 +76,22 @@ def test_eval(refused, model, schedule, tmp_path, options, said):
 )
 def test_bench(refused, model, tmp_path, options, said):
     cost = tmp_path / "cost.json"
-    assert said in refused("bench", model, *STEPS, "--cost", cost, *options, output=tmp_path / "b.json")
+    assert said in refused("bench", model, "--steps", 8, "--cost", cost, *options, output=tmp_path / "b.json")
     assert not cost.exists()
 
 
+def test_bench_takes_the_steps_of_its_schedules(refused, schedule, tmp_path):
+    said = refused("bench", "no-such-model", schedule, "--steps", 5, output=tmp_path / "b.json")
+    assert "are for 8 steps, --steps is 5. Leave --steps out" in said
+
+
 @pytest.mark.parametrize("steps", [0, -2, 5000])
-def test_steps_that_nothing_can_take(command, refused, model, tmp_path, steps):
-    said = "does not take 5000 steps" if steps > 0 else f"--steps is {steps}; expected at least 1"
-    assert said in refused("inspect", model, "--steps", steps, output=tmp_path / "i")
-    code, _, err = command("doctor", model, "--steps", steps)
+@pytest.mark.parametrize("command_line", [("inspect",), ("doctor",), ("bench", "--rounds", 1)])
+def test_steps_that_nothing_can_take(command, model, command_line, steps):
+    verb, *options = command_line
+    code, _, err = command(verb, model, *options, "--steps", steps)
     assert code == 1
-    assert said in err
-    code, _, err = command("bench", model, "--steps", steps, "--rounds", 1)
-    assert code == 1
-    assert said in err
+    assert ("does not take 5000 steps" if steps > 0 else f"--steps is {steps}; expected at least 1") in err
 
 
 @pytest.mark.parametrize(
@@ -169,42 +155,25 @@ def test_force_replaces_files_by_files_and_profiles_by_profiles(command, model, 
 
 
 def test_a_folder_that_may_not_be_written(command, model, schedule, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: path != tmp_path
-    )  # tests may run as root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root, say, may write anywhere
     code, _, err = command("eval", model, schedule, "-o", tmp_path / "new" / "e.json")
     assert code == 1
     assert f"the folder {tmp_path} may not be written" in err
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_profile_had_not_finished_writing_goes(command, model, tmp_path, monkeypatch):
-    from sodaprof.profiler import run
-
+def test_what_a_killed_profile_had_not_finished_writing_goes(command, done, model, tmp_path, monkeypatch):
     def killed(*_):
         (tmp_path / "p.partial" / ".state.npz.abc.npz").write_text("half")
         raise KeyboardInterrupt
 
+    arguments = ("profile", model, *SMALL, "-o", tmp_path / "p")
     with monkeypatch.context() as patch:
         patch.setattr(run, "measure_response", killed)
-        assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 130
-    assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 0
+        assert command(*arguments)[0] == 130
+    done(*arguments)
     assert {path.name for path in (tmp_path / "p").iterdir()} == run.PARTS
-    assert command("profile", model, *SMALL, "-o", tmp_path / "p", "--force")[0] == 0
-
-
-def test_a_disk_that_is_full_before_the_first_sample(command, model, tmp_path, monkeypatch):
-    from sodaprof.profiler import run
-
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "write_solver", full)
-        assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 1
-    assert {path.name for path in (tmp_path / "p.partial").iterdir()} < run.FIRST
-    assert command("profile", model, *SMALL, "-o", tmp_path / "p")[0] == 0  # the same command goes on
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+    done(*arguments, "--force")
 
 
 def test_an_output_that_takes_ascii_alone(schedule, monkeypatch, capsys):
@@ -216,40 +185,31 @@ def test_an_output_that_takes_ascii_alone(schedule, monkeypatch, capsys):
     assert "Set PYTHONIOENCODING=utf-8" in capsys.readouterr().err
 
 
-def test_costs_of_a_larger_model(refused, profiled, tmp_path):
+@pytest.mark.parametrize("wrong", ["larger", "none", "free"])
+def test_costs_that_do_not_match_the_model(refused, profiled, target, tmp_path, wrong):
     table = json.loads((profiled / "cost.flops.json").read_text())
-    sites = table["transformers"]["transformer"]["sites"]
-    sites["transformer_blocks.0.attn2"] = next(iter(sites.values()))
-    (tmp_path / "cost.json").write_text(json.dumps(table))
-    said = refused("compile", profiled, "--cost", tmp_path / "cost.json", output=tmp_path / "s.json")
-    assert "has costs for transformer/transformer_blocks.0.attn2, which this model does not have" in said
-    (tmp_path / "cost.json").write_text(json.dumps(table | {"transformers": {}}))
-    for policy in ("solver", "soda", "fora", "drift"):
-        said = refused(
-            "compile", profiled, "--policy", policy, "--cost", tmp_path / "cost.json", output=tmp_path / "s.json"
-        )
-        assert "has no costs for transformer/transformer_blocks.0.attn1" in said
-
-
-def test_costs_of_nothing(refused, profiled, tmp_path):
-    table = json.loads((profiled / "cost.flops.json").read_text())
-    free = {"C": 0, "R": 0, "F": [0, 0, 0, 0], "P": [[0, 0]], "map": 0}
     known = table["transformers"]["transformer"]
-    known |= {
-        "sites": dict.fromkeys(known["sites"], free),
-        "step": {"fixed": 0, "all_cached": 0, "stack": [0, 0, 0, 0]},
-    }
+    policies, message = ["solver"], "a full step costs nothing; expected more than 0"
+    if wrong == "larger":
+        known["sites"]["transformer_blocks.0.attn2"] = next(iter(known["sites"].values()))
+        message = "has costs for transformer/transformer_blocks.0.attn2, which this model does not have"
+    elif wrong == "none":
+        table["transformers"] = {}
+        policies += ["soda", "fora", "drift"]
+        message = "has no costs for transformer/transformer_blocks.0.attn1"
+    else:
+        known["sites"] = {site: {"C": 0, "R": 0, "F": [0] * 4, "P": [[0, 0]], "map": 0} for site in known["sites"]}
+        known["step"] = {"fixed": 0, "all_cached": 0, "stack": [0] * 4}
     (tmp_path / "cost.json").write_text(json.dumps(table))
-    said = refused("compile", profiled, "--cost", tmp_path / "cost.json", output=tmp_path / "s.json")
-    assert "a full step costs nothing; expected more than 0" in said
+    for policy in policies:
+        options = ("--policy", policy, "--cost", tmp_path / "cost.json")
+        assert message in refused("compile", profiled, *options, output=target)
 
 
 @pytest.mark.parametrize("prompts", [None, [], "abc", [None], [1.5]])
 def test_broken_prompts_of_a_profile(refused, profiled, tmp_path, prompts):
     folder = tmp_path / "profile"
-    folder.mkdir()
-    for path in profiled.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(profiled, folder)
     manifest = json.loads((folder / "manifest.json").read_text()) | {"prompts": prompts}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     said = refused("compile", folder, output=tmp_path / "s.json")
@@ -260,7 +220,7 @@ def test_broken_prompts_of_a_profile(refused, profiled, tmp_path, prompts):
 @pytest.mark.parametrize("policy", ["forecast", "drift", "soda", "smoothcache"])
 def test_a_budget_that_the_recorded_intervals_bound(refused, command, profiled, tmp_path, policy):
     said = refused("compile", profiled, "--policy", policy, "--budget", "7x", output=tmp_path / "s.json")
-    assert "Full steps are at most 3 apart, the longest interval of the profile" in said
-    assert "sodaprof profile MODEL --max-interval 4 (or more) -o DIR" in said
+    assert "Full steps are at most 4 apart, the longest interval of the profile" in said
+    assert "sodaprof profile MODEL --max-interval 5 (or more) -o DIR" in said
     _, _, err = command("compile", profiled, "--policy", "fora", "--budget", "99x", "-o", tmp_path / "s.json")
     assert "--max-interval" not in err  # nothing but its cost bounds it

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sodaprof.errors import FormatError, SodaprofError
+from sodaprof.errors import FormatError
 from sodaprof.measure import metrics
-from sodaprof.measure.data import check_enough, pictures_in
+from sodaprof.measure.data import pictures_in
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +41,3 @@ def test_folders_that_cannot_be_used_are_refused(folder, tmp_path):
     (folder / "z.png").write_bytes(b"half a picture")
     with pytest.raises(FormatError, match=r"z\.png: not readable as a picture"):
         pictures_in(folder)
-
-
-def test_too_few_samples_are_refused():
-    check_enough(3)
-    with pytest.raises(SodaprofError, match=r"--samples is 2; distances to data need at least 3. Type: --samples 3"):
-        check_enough(2)

@@ -25,7 +25,7 @@ from sodaprof.profiler.gram import GramSums, History, Products, Track, chosen
 from sodaprof.profiler.plan import plan_profile
 from sodaprof.profiler.run import run_profile
 from sodaprof.profiler.taps import Taps
-from tests.cli.test_commands import invoke
+from tests.conftest import invoke
 from tests.profiler.test_budget import published
 from tests.runtime.test_two_transformers import AGAIN, NAMES, paint, turns_pipe
 from tests.runtime.test_two_transformers import STEPS as TURN_STEPS

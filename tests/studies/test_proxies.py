@@ -10,7 +10,6 @@ from sodaprof.compiler.fit import Stepper
 from sodaprof.compiler.forecasts import ridge, segment_costs
 from sodaprof.compiler.placement import place_full_steps
 from sodaprof.compiler.problem import draw_schedule, draw_steps
-from sodaprof.formats.sampler import MAX_HISTORY
 from sodaprof.pipelines.replay import Replay, ReplaySpace
 from sodaprof.tuning.closed_loop import attached, fidelity_db, fit_update, sampled_distances
 from tests.studies import proxy_study, proxy_truth
@@ -132,7 +131,7 @@ def test_shared_beginnings_change_no_distance(profile, replays):
     for columns, distances in proxy_truth.refitted(calibration, held_out, every):
         (name,) = profile.model.transformers
         jumps = draw_steps(profile.model, profile.sampler, {name: anchors_of(columns)}, "-")
-        fitted, on_calibration = fit_update(calibration, jumps, MAX_HISTORY)
+        fitted, on_calibration = fit_update(calibration, jumps)
         np.testing.assert_allclose(distances, [*sampled_distances(held_out, fitted), *on_calibration], atol=1e-3)
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.compiler.problem import cache_bytes
 from sodaprof.errors import BudgetError, FormatError, MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
+from sodaprof.formats.sampler import RIDGE
 from sodaprof.formats.schedule import Forecast
 from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines import replay as replaying
@@ -24,30 +24,11 @@ from sodaprof.tuning import refine as refining
 from sodaprof.tuning.closed_loop import Fit, fit_to_model, forecast_weights, sampled_distances, score_db
 from sodaprof.tuning.refine import CandidateFits, refine, sure_gain
 from sodaprof.tuning.step_letters import columns_of, varied, with_columns
-from tests.conftest import build_relay
 from tests.tiny_pipelines import TwoPassPipeline, schedule_for, tiny_pipe
+from tests.tuning.conftest import STEPS, replay_of, sampled_db
 
-STEPS = 12
 SEARCH = {"evaluations": 6, "samples": 8}
 MIXED = "CCSC-SRSCS-S"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refine") / "tiny"
-    tiny_pipe().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return tiny_pipe()
-
-
-@pytest.fixture(scope="module")
-def profile(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("refine") / "profile"
-    return sodaprof.profile(pipe, folder, name="tiny", steps=STEPS, samples=8, max_interval=4, prompts=[1, 2, 3])
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +50,6 @@ def drift(profile):
 @pytest.fixture(scope="module")
 def forecasts(profile):
     return compile_schedule(profile.folder, "2.0x", "forecast")
-
-
-def replay_of(pipe, profile, seeds):
-    return Replay(pipe, profile.sampler, [1 + seed % 3 for seed in seeds], seeds)
 
 
 # ---- columns ----------------------------------------------------------------------------------------------------------
@@ -158,9 +135,9 @@ def test_variations_are_allowed_ones():
 
 def test_forecast_weights_are_a_least_squares():
     draws = torch.randn(4, 5, 6, 7, generator=torch.Generator().manual_seed(0))
-    found = forecast_weights(list(draws[:3]), draws[3], 0.01)
+    found = forecast_weights(list(draws[:3]), draws[3])
     x, y = draws[:3].flatten(1).double(), draws[3].flatten().double()
-    pull = (0.01 * x.square().sum(1).mean()).sqrt()
+    pull = (RIDGE * x.square().sum(1).mean()).sqrt()
     left, right = torch.cat([x.T, pull * torch.eye(3)]), torch.cat([y, pull * torch.eye(3)[0]])
     direct = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
     np.testing.assert_allclose(found, direct.numpy(), rtol=1e-5)
@@ -188,7 +165,7 @@ def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(k
     sampler = schedule_for(pipe, steps=STEPS).sampler
     replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
     start = replace(with_columns(forecasts, "CCFCFFRCF-CF"), sampler=sampler)
-    fit = Fit(replay, start, 3)
+    fit = Fit(replay, start)
     distances = fit.run()
     (plan,) = fit.fitted().transformers.values()
     ats = {step: fit.ats[step].x for step in range(STEPS)}
@@ -196,15 +173,13 @@ def test_site_weights_are_fitted_from_the_accelerated_outputs_to_the_full_runs(k
         for cell, step in zip(plan.forecasts[site], (2, 4, 5, 8, 11), strict=True):
             sources = [at_site(replay, site, source, ats[source]) for source in cell.sources]
             target = at_site(replay, site, step, replay.states[step])
-            np.testing.assert_allclose(
-                cell.weights, forecast_weights(sources, target, fit.strength), rtol=1e-3, atol=2e-5
-            )
+            np.testing.assert_allclose(cell.weights, forecast_weights(sources, target), rtol=1e-3, atol=2e-5)
     np.testing.assert_allclose(sampled_distances(replay, fit.fitted()), distances, atol=1e-3)
 
 
 def test_site_weights_of_a_sample_of_coordinates_are_near(pipe, profile, forecasts, monkeypatch):
     def weights():
-        fit = Fit(replay_of(pipe, profile, range(6)), forecasts, 3)
+        fit = Fit(replay_of(pipe, profile, range(6)), forecasts)
         fit.run()
         (plan,) = fit.fitted().transformers.values()
         return np.array([weight for cells in plan.forecasts.values() for cell in cells for weight in cell.weights])
@@ -241,7 +216,7 @@ def test_weights_are_fitted_from_the_accelerated_drifts_to_the_full_runs(kind, d
     pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
     sampler = schedule_for(pipe, steps=STEPS).sampler
     replay = Replay(pipe, sampler, [1, 2, 3], [5, 6, 7])
-    fit = Fit(replay, replace(with_columns(drift, "CCSCS-SCSSSS"), sampler=sampler), 3)
+    fit = Fit(replay, replace(with_columns(drift, "CCSCS-SCSSSS"), sampler=sampler))
     fit.run()
     fitted = fit.fitted()
     (plan,) = fitted.transformers.values()
@@ -347,33 +322,14 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
 
 
 @pytest.mark.parametrize("columns", [MIXED, "CCSCS-SCSSSS", "CCFCFRSCFS-F"])
-def test_the_written_schedule_reaches_in_the_pipeline_the_score_of_the_search(
-    pipe, drift, tmp_path, columns, monkeypatch
-):
-    start, seen = with_columns(drift, columns), []
-    best = refine(
-        pipe, start, tmp_path / "a.json", evaluations=3, samples=8, prompts=[1, 2, 3],
-        on_progress=lambda *now: seen.append(now),
-    )  # fmt: skip
-    labels, latents = [1 + seed % 3 for seed in range(6, 8)], []
-    decode = pipe.vae.decode
-    monkeypatch.setattr(pipe.vae, "decode", lambda x: latents.append(x * pipe.vae.config.scaling_factor) or decode(x))
-
-    def sampled():
-        pipe(
-            class_labels=labels, num_inference_steps=STEPS, guidance_scale=4.0,
-            generator=[torch.Generator().manual_seed(seed) for seed in (6, 7)],
-        )  # fmt: skip
-        return latents[-1].double()
-
-    full = sampled()
-    with sodaprof.apply(pipe, tmp_path / "a.json") as handle:
-        found = sampled()
-    assert handle.report().planned == handle.report().executed
-    error = (found - full).flatten(1).square().mean(1)
-    distances = 10 * torch.log10(full.square().mean() / error).numpy()
-    assert score_db(distances) == pytest.approx(seen[-1][2], abs=0.02)  # on the validation generations
+def test_the_written_schedule_reaches_in_the_pipeline_the_score_of_the_search(pipe, drift, tmp_path, columns):
+    output, seen = tmp_path / "a.json", []
+    settings = {"evaluations": 3, "samples": 8, "prompts": [1, 2, 3]}
+    refine(pipe, with_columns(drift, columns), output, **settings, on_progress=lambda *now: seen.append(now))
+    best = load_schedule(output)
     assert columns_of(best).count("C") == columns.count("C")
+    validated = sampled_db(pipe, best, (1, 2), seed=6)  # generations 6 and 7, whose labels follow 0's, 1's, …
+    assert score_db(validated) == pytest.approx(seen[-1][2], abs=0.02)
 
 
 def test_columns_of_every_kind_are_searched_and_their_caches_counted(pipe, profile, drift, tmp_path):
@@ -433,43 +389,3 @@ def test_a_search_of_other_settings_and_a_broken_state_are_refused(pipe, solver,
     state.unlink()
     with pytest.raises(FormatError, match="exists"):
         refine(pipe, solver, tmp_path / "a.json", evaluations=1, samples=8)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"), [({}, "needs an end"), ({"evaluations": 1, "samples": 2}, "--samples")]
-)
-def test_settings_that_cannot_work_are_refused(pipe, solver, tmp_path, settings, message):
-    with pytest.raises(BudgetError, match=message):
-        refine(pipe, solver, tmp_path / "a.json", **settings)
-
-
-# ---- the command line -------------------------------------------------------------------------------------------------
-
-
-def test_refine_from_the_command_line(command, model, drift, tmp_path):
-    start, output = tmp_path / "start.json", tmp_path / "better.json"
-    drift.save(start)
-    code, out, _ = command(
-        "refine", model, start, "--evaluations", 2, "--samples", 4, "--max-cache", "1MB", "-o", output
-    )
-    assert code == 0
-    assert "MiB of cache a generation" in out
-    assert load_schedule(output).predicted["cache_bytes"] <= 10**6
-
-
-@pytest.mark.parametrize(
-    ("policy", "arguments", "message"),
-    [
-        ("drift", ("--max-cache", "1KB"), "at most 1,000 are allowed (--max-cache)"),
-        ("drift", ("--max-cache", "much"), "--max-cache is 'much'"),
-        ("soda", (), "(stack .). Give a schedule of --policy solver, forecast, drift"),
-        ("solver", ("--evaluations", -5), "--evaluations is -5; expected 0"),
-        (None, (), "several transformers (high, low)"),
-    ],
-)
-def test_refine_refuses_in_one_message(refused, model, profile, tmp_path, policy, arguments, message):
-    schedule = build_relay() if policy is None else compile_schedule(profile.folder, "2.0x", policy)
-    schedule.save(tmp_path / "start.json")
-    assert message in refused(
-        "refine", model, tmp_path / "start.json", "--evaluations", 1, *arguments, output=tmp_path / "better.json"
-    )
