@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sodaprof.errors import SodaprofError
 from sodaprof.opensora import network as stdit3
-from sodaprof.opensora.layers import positions, sinusoid
+from sodaprof.opensora.layers import ScalarEmbed, positions
 from sodaprof.opensora.network import STDiT3
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.discover import find_sites
@@ -135,7 +135,7 @@ def test_network_in_half_precision():
 def test_sinusoids():
     """What this CPU computes is the recorded sinusoid, as far as single precision says what it is."""
     values, recorded = DATA["sinusoid/values"], DATA["sinusoid/table"].double()
-    found = sinusoid(values).double()
+    found = ScalarEmbed(1).sinusoid(values).double()
     assert ((found - recorded).abs() <= largest_move(values)).all()
     assert largest_move(values).max() < 1e-3  # a wrong formula moves them by 1
 
