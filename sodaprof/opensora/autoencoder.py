@@ -48,6 +48,7 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
     initial values of the buffers `shift` and `scale`, which are stored with the weights.
     """
 
+    __module__ = "sodaprof.opensora"  # as model_index.json names it
     scale: Tensor
     shift: Tensor
 

@@ -24,6 +24,7 @@ def _first(size: float | Tensor) -> float:
 class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Predicts the velocity of video latents; the defaults are STDiT3-XL/2."""
 
+    __module__ = "sodaprof.opensora"  # as model_index.json names it
     _no_split_modules = ("STDiT3Block",)
 
     @register_to_config  # type: ignore[untyped-decorator]
