@@ -28,6 +28,7 @@ from .scheduler import RectifiedFlowScheduler
 IMAGE_FPS = 120  # the frame rate that the network receives for a single frame
 OLD_MODULE = re.compile(r"sodaprof\.(models\.)?opensora\.\w+")  # in a model_index.json of an earlier release
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -111,7 +112,7 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 30,
         guidance_scale: float = 7.0,
         fps: float = 24,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -180,13 +181,7 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         with_text, without = out[:, : latents.shape[1]].chunk(2)  # the channels after the velocity are not used
         return without + guidance_scale * (with_text - without)
 
-    def _latents(
-        self,
-        latents: Tensor | None,
-        n: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        size: tuple[int, int, int],
-    ) -> Tensor:
+    def _latents(self, latents: Tensor | None, n: int, generator: Generators, size: tuple[int, int, int]) -> Tensor:
         """Returns the noise to start from, [n, C, T, H, W]: the caller's, or drawn in the network's dtype."""
         device, network = self._execution_device, self.transformer
         shape = (n, network.config.in_channels, *size)
