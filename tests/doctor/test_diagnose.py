@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import diffusers
 import pytest
@@ -12,7 +11,6 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 import sodaprof
-from sodaprof import cli
 from sodaprof.doctor.diagnose import audit, diagnose
 from sodaprof.doctor.hazards import follow
 from sodaprof.errors import MismatchError
@@ -256,24 +254,14 @@ def test_a_scheduled_pipeline_is_refused():
         diagnose(pipe, "tiny", 8)
 
 
-def test_on_the_command_line(tmp_path, monkeypatch, capsys):
-    tiny_pipe().save_pretrained(tmp_path / "tiny")
+def test_on_the_command_line(tmp_path, command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sodaprof", "doctor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code, *capsys.readouterr()
-
-    code, out, err = run(tmp_path / "tiny", "--steps", 8)
+    tiny_pipe().save_pretrained(tmp_path / "tiny")
+    code, out, err = command("doctor", tmp_path / "tiny", "--steps", 8)
     assert (code, err) == (0, "")
     assert "transformer (DiTTransformer2DModel): captures, 2 of 2 blocks can be traced" in out
     assert out.splitlines()[-1] == f"Next: sodaprof profile {tmp_path / 'tiny'} --steps 8 -o profile"
     assert max(map(len, out.splitlines()[:-1])) <= 80
-    code, out, err = run(tmp_path / "tiny", "--json")
+    code, out, err = command("doctor", tmp_path / "tiny", "--json")
     assert code == 0
     assert json.loads(out)["verdict"] == {"transformer": "captures"}
-    code, out, err = run("no-such-model")
-    assert (code, out) == (1, "")
-    assert err.startswith("sodaprof: ")
