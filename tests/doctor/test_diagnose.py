@@ -8,12 +8,14 @@ import diffusers
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from rich.console import Console
 from torch import nn
 
 import sodaprof
 from sodaprof.doctor.diagnose import audit, diagnose
 from sodaprof.doctor.hazards import follow
 from sodaprof.errors import MismatchError
+from sodaprof.report.diagnosis import diagnosis_view
 from tests.tiny_pipelines import TwoPassPipeline, draw, schedule_for, tiny_pipe
 from tests.zoo.zoo import ZOO
 
@@ -254,14 +256,17 @@ def test_a_scheduled_pipeline_is_refused():
         diagnose(pipe, "tiny", 8)
 
 
-def test_on_the_command_line(tmp_path, command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+def test_on_the_command_line(tmp_path, command):
     tiny_pipe().save_pretrained(tmp_path / "tiny")
     code, out, err = command("doctor", tmp_path / "tiny", "--steps", 8)
     assert (code, err) == (0, "")
     assert "transformer (DiTTransformer2DModel): captures, 2 of 2 blocks can be traced" in out
     assert out.splitlines()[-1] == f"Next: sodaprof profile {tmp_path / 'tiny'} --steps 8 -o profile"
-    assert max(map(len, out.splitlines()[:-1])) <= 80
     code, out, err = command("doctor", tmp_path / "tiny", "--json")
     assert code == 0
-    assert json.loads(out)["verdict"] == {"transformer": "captures"}
+    result = json.loads(out)
+    assert result["verdict"] == {"transformer": "captures"}
+    with (console := Console(width=80)).capture() as shown:
+        console.print(diagnosis_view(result))
+    assert "set_timesteps" in shown.get().replace("\n", "")
+    assert max(map(len, shown.get().splitlines())) <= 80
