@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import MismatchError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from ..formats.schedule import Plan
 from ..formats.sites import Transformer
 from ..pipelines.clock import Moment
@@ -24,40 +26,13 @@ from ..pipelines.structure import find_modules
 from ..runtime.compiled.trace import Program, TracedBlock
 from ..runtime.hooks.sites import SiteHook, SiteRow
 from ..runtime.hooks.stack import block_of
+from .findings import TEXTS, Finding, built_findings, finding, is_compiled, scheduler_findings, timesteps_asked
 from .hazards import Call, Hazard, follow
-from .surroundings import Finding, built_findings, devices_of, finding, is_compiled, scheduler_findings, timesteps_asked
 
-CAPTURES, IN_PART, FALLS_BACK = "captures", "captures in part", "falls back"
 HOOK = "sodaprof.doctor"
-BLOCKS_PART = ("read", "copy", "lowering")  # kinds of findings that keep their module out of a graph
-BLOCKS_ALL = ("offload", "casting", "hook", "compiled", "sites", "unseen")  # the whole transformer
-HAZARDS = {  # kind -> what, effect, do
-    "read": (
-        "{operator}: reads values that are on the device",
-        "a host sync, which fails a capture: this part runs without a graph",
-        "compute it before the loop from values on the host, or pad to a fixed length",
-    ),
-    "copy": (
-        "{operator}: copies host data to the device",
-        "a capture fails on the copy: this part runs without a graph",
-        "create it once, on the device, and keep it as a buffer",
-    ),
-    "random": (
-        "{operator}: draws random numbers",
-        "each replay draws new numbers: results depend on the order of replays",
-        "draw before the loop and pass the numbers as an argument",
-    ),
-    "frozen": (
-        "{operator}: takes a 0-dim tensor on the CPU",
-        "its value at capture is kept; later changes are ignored without an error",
-        "keep it on the device, or make sure that it is constant",
-    ),
-    "mask": (
-        "{operator}: has a mask",
-        "can be captured; attention runs a slower kernel than flash attention",
-        "cut prompts to a fixed length and pass no mask",
-    ),
-}
+# kinds of findings that keep their module, and those that keep the whole transformer out of a graph
+BLOCKS_PART = ("read", "copy", "lowering")
+BLOCKS_ALL = ("offload", "casting", "hook", "compiled", "sites", "unseen")
 
 
 def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None = None) -> dict[str, Any]:
@@ -70,23 +45,19 @@ def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None
     """
     parts = transformers_of(pipe)
     for part, network in parts.items():
-        if elsewhere := devices_of(network) - {torch.device("cpu")}:
+        if elsewhere := {str(parameter.device) for parameter in network.parameters()} - {"cpu"}:
             raise UnsupportedModelError(
                 f"{part} is on {elsewhere.pop()}; the doctor examines networks on the CPU, where it simulates a device. "
                 'Type: pipe.to("cpu")'
             )
-    if "_sodaprof" in vars(pipe.scheduler):
-        raise MismatchError(
-            "The pipeline carries a schedule; the doctor examines it without one. Type: handle.remove()"
-        )
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
     compiled = any(is_compiled(network) for network in parts.values())
     with (
         torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
         timesteps_asked(pipe.scheduler) as asked,
+        torch.no_grad(),
     ):
-        with torch.no_grad():
-            step = record_step(pipe, [default_prompts(pipe)[0]], steps, scale)
+        step = record_step(pipe, [default_prompts(pipe)[0]], steps, scale)
         findings = scheduler_findings(pipe.scheduler, asked)
         about, verdict = {}, {}
         for part, network in parts.items():
@@ -116,23 +87,19 @@ def audit(name: str, network: nn.Module, calls: list[Call]) -> tuple[dict[str, A
         found = find_sites(SimpleNamespace(components={name: network}), name, Step([(name, *calls[0])]))
         blocks = list(dict.fromkeys(block_of(site.key) for site in found.sites))
     except UnsupportedModelError as error:
-        effect = "no schedule can be applied to it"
-        findings.append(finding(name, "sites", str(error), effect, "see docs/adding-a-model.md"))
+        findings.append(finding(name, "sites", error))
     try:
         hazards, inputs = follow(network, calls, blocks)
         with _quiet():
             refused = refusals(network, found, inputs) if blocks else {}
     except Exception as error:  # operators that do not support the simulated device raise all kinds
-        what = f"its forward could not be examined ({type(error).__name__}: {_first_line(error)})"
-        findings.append(
-            finding(name, "unseen", what, "nothing is known about it", "try on a GPU, without graphs first")
-        )
+        findings.append(finding(name, "unseen", f"{type(error).__name__}: {_first_line(error)}"))
     findings += _hazard_findings(name, hazards) + _refusal_findings(name, refused, hazards)
     held = {h.module for h in hazards if h.kind in BLOCKS_PART} | set(refused)
     free = [block for block in blocks if not any(_is_in(path, block) for path in held)]
-    verdict = CAPTURES if not held else IN_PART if free else FALLS_BACK
+    verdict = "captures" if not held else "captures in part" if free else "falls back"
     if any(f["kind"] in BLOCKS_ALL for f in findings):
-        verdict = FALLS_BACK
+        verdict = "falls back"
     about = {"class": type(network).__name__, "blocks": len(blocks), "lowered": len(inputs) - len(refused)}
     return about, verdict, findings
 
@@ -144,18 +111,18 @@ def refusals(network: nn.Module, found: Transformer, inputs: dict[str, Call]) ->
     programs: dict[Any, Program] = {}
     refused = {}
     for block, (args, kwargs) in inputs.items():
-        rows: dict[str, list[SiteRow]] = {}
+        rows: dict[str, list[SiteRow]] = defaultdict(list)
         for site in found.sites:
             if block_of(site.key) == block:
                 kind, module = known[site.path][3:]
-                rows.setdefault(site.path, []).append(SiteRow(plan, site.key, module, kind == "attn", None))
+                rows[site.path].append(SiteRow(plan, site.key, module, kind == "attn", None))
         moment.forward += 1
+        module = network.get_submodule(block)
+        traced = TracedBlock(block, module, list(chain(*rows.values())), moment, programs)
         with ExitStack() as stack:
             for path, calls in rows.items():
                 stack.enter_context(hooked(known[path][4], SiteHook(calls, moment), HOOK))
-            module = network.get_submodule(block)
-            lowered = TracedBlock(block, module, [row for calls in rows.values() for row in calls], moment, programs)
-            stack.enter_context(hooked(module, lowered, f"{HOOK}.lowered"))
+            stack.enter_context(hooked(module, traced, f"{HOOK}.traced"))
             try:
                 module(*args, **kwargs)
             except UnsupportedModelError as error:
@@ -176,36 +143,25 @@ def _quiet() -> Iterator[None]:
 
 def _hazard_findings(name: str, hazards: list[Hazard]) -> list[Finding]:
     """Returns one finding for each hazard at a line of code, over all layers."""
-    groups: dict[tuple[str, str, str, str], list[Hazard]] = {}
+    groups = defaultdict(list)
     for hazard in hazards:
-        groups.setdefault((hazard.kind, hazard.operator, _any_layer(hazard.module), hazard.source), []).append(hazard)
+        groups[hazard.kind, hazard.operator, _any_layer(hazard.module), hazard.source].append(hazard)
     found = []
     for (kind, operator, _, source), group in groups.items():
-        what, effect, do = HAZARDS[kind]
         modules = list(dict.fromkeys(hazard.module for hazard in group))
-        found.append(
-            finding(
-                _where(name, modules), kind, what.format(operator=operator), effect, do, operator=operator, source=source,
-                code=group[0].code, modules=modules,
-            )
-        )  # fmt: skip
-    order = list(HAZARDS)
-    return sorted(found, key=lambda f: order.index(f["kind"]))
+        more = {"operator": operator, "source": source, "code": group[0].code, "modules": modules}
+        found.append(finding(_where(name, modules), kind, operator, **more))
+    return sorted(found, key=lambda f: list(TEXTS).index(f["kind"]))
 
 
 def _refusal_findings(name: str, refused: dict[str, str], hazards: list[Hazard]) -> list[Finding]:
     """Returns one finding for each reason that blocks cannot be traced for."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups = defaultdict(list)
     for block, reason in refused.items():
         if any(h.kind == "read" and _is_in(h.module, block) for h in hazards):
             reason = "it depends on the values that it reads"
-        groups.setdefault((_any_layer(block), reason), []).append(block)
-    effect = "runs through the hooks, neither traced nor captured"
-    do = "remove the findings in it; with runtime hooks every schedule runs"
-    return [
-        finding(_where(name, blocks), "lowering", f"cannot be traced: {reason}", effect, do, modules=blocks)
-        for (_, reason), blocks in groups.items()
-    ]
+        groups[_any_layer(block), reason].append(block)
+    return [finding(_where(name, blocks), "lowering", reason, modules=blocks) for (_, reason), blocks in groups.items()]
 
 
 def _is_in(module: str, block: str) -> bool:

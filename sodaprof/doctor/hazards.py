@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import linecache
+import re
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from ..pipelines.patch import patched
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,7 +33,7 @@ BUILDERS = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tenso
 
 
 class Hazard(NamedTuple):
-    """One thing that a forward does: `read`, `copy`, `random`, `frozen` or `mask`, explained in `diagnose.HAZARDS`."""
+    """One thing that a forward does: `read`, `copy`, `random`, `frozen` or `mask`, explained in `findings.TEXTS`."""
 
     kind: str
     operator: str
@@ -48,12 +51,7 @@ class OnDevice(torch.Tensor):
     @staticmethod
     def __new__(cls, host: torch.Tensor) -> OnDevice:
         self: OnDevice = torch.Tensor._make_wrapper_subclass(
-            cls,
-            host.shape,
-            strides=host.stride(),
-            storage_offset=host.storage_offset(),
-            dtype=host.dtype,
-            device=DEVICE,
+            cls, host.shape, host.stride(), host.storage_offset(), dtype=host.dtype, device=DEVICE
         )
         self.host = host
         return self
@@ -126,22 +124,9 @@ def _kind(
     return None
 
 
-class Autocast(torch.autocast):
-    """Autocast on the host for the meta device, which torch has no autocast for."""
-
-    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__(HOST.type if device_type == DEVICE.type else device_type, *args, **kwargs)
-
-
-@contextmanager
-def autocast_anywhere() -> Iterator[None]:
-    """Makes `torch.autocast` accept the meta device while the block runs."""
-    own = torch.autocast
-    torch.autocast = Autocast  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        torch.autocast = own  # type: ignore[misc]
+def autocast(own: Any, device_type: str, *args: Any, **kwargs: Any) -> Any:
+    """Replaces `torch.autocast` by that of the host on the meta device, for which torch has none."""
+    return own(HOST.type if device_type == DEVICE.type else device_type, *args, **kwargs)
 
 
 class Above(TorchFunctionMode):
@@ -173,15 +158,10 @@ class Above(TorchFunctionMode):
 
 def _line() -> tuple[str, str]:
     """Returns the running line outside torch and this module as "module:line", and its code."""
-    frame: Any = sys._getframe(1)
-    while frame.f_back and (frame.f_globals.get("__name__") == __name__ or _is_torch(frame)):
-        frame = frame.f_back
-    code = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    return f"{frame.f_globals.get('__name__', '?')}:{frame.f_lineno}", code
-
-
-def _is_torch(frame: Any) -> bool:
-    return str(frame.f_globals.get("__name__")).split(".")[0] == "torch"
+    stack = traceback.walk_stack(sys._getframe(1))
+    own = re.compile(rf"torch(\..*)?|{re.escape(__name__)}")
+    frame, line = next((f, n) for f, n in stack if not own.fullmatch(str(f.f_globals.get("__name__"))))
+    return f"{frame.f_globals.get('__name__')}:{line}", linecache.getline(frame.f_code.co_filename, line).strip()
 
 
 def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[list[Hazard], dict[str, Call]]:
@@ -200,11 +180,8 @@ def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[li
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(lambda *_: watch.path.pop() and None, always_call=True)
-    with torch.no_grad(), warnings.catch_warnings(), ExitStack() as stack:
+    with torch.no_grad(), warnings.catch_warnings(), patched(torch, "autocast", autocast), watch, Above(watch):
         warnings.simplefilter("ignore")  # the pipeline itself has given the same warnings
-        stack.enter_context(autocast_anywhere())
-        stack.enter_context(watch)
-        stack.enter_context(Above(watch))
         for _ in range(2):
             watch.hazards.clear()
             for args, kwargs in calls:
@@ -214,11 +191,8 @@ def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[li
 
 def _shell(network: nn.Module) -> nn.Module:
     """Returns a copy of the network without hooks, with the same parameters and buffers as tensors on the device."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(x): OnDevice(x.detach()) for x in chain(network.parameters(), network.buffers())}
     for module in network.modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                memo[id(tensor)] = OnDevice(tensor.detach())
         memo |= {id(vars(module)[name]): False for name in WRAPPED if name in vars(module)}
     shell = copy.deepcopy(network, memo)
     for module in shell.modules():

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .autoencoder import AutoencoderKLOpenSora
-    from .network import STDiT3
-    from .pipeline import OpenSoraPipeline
-    from .scheduler import RectifiedFlowScheduler
-
-__all__ = ["AutoencoderKLOpenSora", "OpenSoraPipeline", "RectifiedFlowScheduler", "STDiT3"]
 _MODULES = {  # class -> the module that defines it; imported on first use: the scheduler alone needs no text encoder
     "AutoencoderKLOpenSora": ".autoencoder",
     "OpenSoraPipeline": ".pipeline",
     "RectifiedFlowScheduler": ".scheduler",
     "STDiT3": ".network",
-    "ModelMixin": "diffusers",  # these two: diffusers reads off them how to load a class of this package
+    "ModelMixin": "diffusers",  # diffusers looks for these two in this package, to know how its classes are loaded
     "SchedulerMixin": "diffusers",
 }
 

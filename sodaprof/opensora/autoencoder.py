@@ -5,14 +5,14 @@ B: samples, F: pixel frames, T: latent frames, h × w: pixels, H × W: latent ce
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from ..errors import SodaprofError
@@ -31,16 +31,13 @@ class SpatialVAE(nn.Module):
         for frames in video.transpose(1, 2).flatten(0, 1).split(self.micro_batch):
             posterior = self.module.encode(frames).latent_dist
             parts.append(posterior.sample(generator) if sample else posterior.mean)
-        return self._video(torch.cat(parts) * self.factor, len(video))
+        return (torch.cat(parts) * self.factor).unflatten(0, (len(video), -1)).transpose(1, 2)
 
     def decode(self, x: Tensor) -> Tensor:
         """Returns the video [B, 3, F, s · H, s · W] of latents [B, C, F, H, W]."""
-        frames = x.transpose(1, 2).flatten(0, 1).split(self.micro_batch)
-        return self._video(torch.cat([self.module.decode(part / self.factor).sample for part in frames]), len(x))
-
-    @staticmethod
-    def _video(frames: Tensor, batch: int) -> Tensor:
-        return frames.unflatten(0, (batch, -1)).transpose(1, 2)
+        parts = x.transpose(1, 2).flatten(0, 1).split(self.micro_batch)
+        frames = torch.cat([self.module.decode(part / self.factor).sample for part in parts])
+        return frames.unflatten(0, (len(x), -1)).transpose(1, 2)
 
 
 class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -51,6 +48,7 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
     initial values of the buffers `shift` and `scale`, which are stored with the weights.
     """
 
+    __module__ = "sodaprof.opensora"  # as model_index.json names it
     scale: Tensor
     shift: Tensor
 
@@ -73,6 +71,11 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
         spatial_factor: float = 0.18215,
     ) -> None:
         super().__init__()
+        if len(temporal_downsample) != len(channel_multipliers) - 1:
+            raise SodaprofError(
+                f"{len(temporal_downsample)} values of temporal_downsample for {len(channel_multipliers)} levels: "
+                "give one fewer than channel_multipliers."
+            )
         levels = len(block_out_channels)
         module = AutoencoderKL(
             block_out_channels=tuple(block_out_channels), layers_per_block=layers_per_block,
@@ -81,46 +84,24 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
         )  # fmt: skip
         self.spatial_rate = 2 ** (levels - 1)
         self.spatial_vae = SpatialVAE(module, spatial_factor, micro_batch_size)
-        self.temporal_vae = TemporalVAE(
-            latent_channels, filters, channel_multipliers, num_res_blocks, temporal_downsample, num_groups
-        )
+        widths = [filters * multiplier for multiplier in channel_multipliers]
+        self.temporal_vae = TemporalVAE(latent_channels, widths, temporal_downsample, num_res_blocks, num_groups)
         self.register_buffer("shift", torch.tensor(latents_mean).reshape(1, -1, 1, 1, 1))
         self.register_buffer("scale", torch.tensor(latents_std).reshape(1, -1, 1, 1, 1))
 
     def latent_size(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Returns T, H, W of a video of this many frames and pixels. The decoded video may be smaller: `decoded_size`."""
-        latents = sum(-(-frames // self.temporal_vae.rate) for frames in self._chunks(num_frames))
-        return latents, height // self.spatial_rate, width // self.spatial_rate
-
-    def decoded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Returns height and width of the decoded video: whole cells, never more."""
-        return height // self.spatial_rate * self.spatial_rate, width // self.spatial_rate * self.spatial_rate
+        """Returns T, H, W of a video of this many frames and pixels; pixels beyond whole latent cells are not decoded."""
+        return sum(self._chunks(num_frames)[1]), height // self.spatial_rate, width // self.spatial_rate
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def encode(self, video: Tensor, sample: bool = True, generator: torch.Generator | None = None) -> Tensor:
         """Returns normalised latents [B, C, T, H, W] of a video [B, 3, F, h, w]: draws of both halves, or their means."""
         x = self.spatial_vae.encode(video, sample, generator)
         parts = []
-        for chunk in x.split(self._chunks(x.shape[2]), 2):
-            moments = self.temporal_vae.moments(chunk)
-            mean = moments.chunk(2, 1)[0]
-            if sample:
-                noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            parts.append(draw_from(moments, noise) if sample else mean)
+        for chunk in x.split(self._chunks(x.shape[2])[0], 2):
+            posterior = DiagonalGaussianDistribution(self.temporal_vae.moments(chunk))
+            parts.append(posterior.sample(generator) if sample else posterior.mean)
         return (torch.cat(parts, 2) - self.shift) / self.scale
-
-    def decode_spatial(self, z: Tensor, num_frames: int) -> Iterator[Tensor]:
-        """Yields the latents of single frames, [B, C, f, H, W], chunk after chunk, of normalised z [B, C, T, H, W]."""
-        chunks = self._chunks(num_frames)
-        sizes = [-(-frames // self.temporal_vae.rate) for frames in chunks]
-        if z.shape[2] != sum(sizes):
-            raise SodaprofError(
-                f"{z.shape[2]} latent frames for {num_frames} frames, which have {sum(sizes)}. Give the num_frames of the "
-                "latents."
-            )
-        parts = (z * self.scale + self.shift).split(sizes, 2)
-        for part, frames in zip(parts, chunks, strict=True):
-            yield self.temporal_vae.decode(part, frames)
 
     @apply_forward_hook  # type: ignore[untyped-decorator]
     def decode(self, z: Tensor, num_frames: int) -> Tensor:
@@ -128,15 +109,26 @@ class AutoencoderKLOpenSora(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
         Frames are decoded chunk by chunk, so that only one chunk's activations are in memory at a time.
         """
-        return torch.cat([self.spatial_vae.decode(x) for x in self.decode_spatial(z, num_frames)], 2)
+        chunks, sizes = self._chunks(num_frames)
+        if z.shape[2] != sum(sizes):
+            raise SodaprofError(
+                f"{z.shape[2]} latent frames for {num_frames} frames, which have {sum(sizes)}. Give the num_frames of the "
+                "latents."
+            )
+        videos = []
+        for part, frames in zip((z * self.scale + self.shift).split(sizes, 2), chunks, strict=True):
+            videos.append(self.spatial_vae.decode(self.temporal_vae.decode(part, frames)))
+        return torch.cat(videos, 2)
 
     def forward(self, video: Tensor) -> Tensor:
         """Returns the video encoded to its means and decoded."""
         return self.decode(self.encode(video, sample=False), video.shape[2])
 
-    def _chunks(self, num_frames: int) -> Sequence[int]:
+    def _chunks(self, num_frames: int) -> tuple[list[int], list[int]]:
+        """Returns the frames of each chunk, and its latent frames."""
         size = self.config.micro_frame_size or num_frames
-        return [min(size, num_frames - start) for start in range(0, num_frames, size)]
+        chunks = [min(size, num_frames - start) for start in range(0, num_frames, size)]
+        return chunks, [-(-frames // self.temporal_vae.rate) for frames in chunks]
 
 
 EPS = 1e-5
@@ -178,9 +170,7 @@ def _res_blocks(channels: int, out: int, count: int, groups: int) -> nn.Sequenti
 class Encoder(nn.Module):
     """Halves the frames after each level that `downsample` marks."""
 
-    def __init__(
-        self, channels: int, out: int, widths: Sequence[int], downsample: Sequence[bool], count: int, groups: int
-    ) -> None:
+    def __init__(self, channels: int, widths: list[int], downsample: Sequence[bool], count: int, groups: int) -> None:
         super().__init__()
         last = widths[-1]
         self.conv_in = CausalConv3d(channels, widths[0], 3, bias=False)
@@ -193,23 +183,20 @@ class Encoder(nn.Module):
         )
         self.res_blocks = _res_blocks(last, last, count, groups)
         self.norm1 = nn.GroupNorm(groups, last, eps=EPS)
-        self.conv2 = CausalConv3d(last, out, 1)
+        self.conv2 = CausalConv3d(last, 2 * channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level, blocks in enumerate(self.block_res_blocks):
-            x = blocks(x)
-            if level < len(self.conv_blocks):
-                x = self.conv_blocks[level](x)
+        first, *others = self.block_res_blocks
+        x = first(self.conv_in(x))
+        for conv, blocks in zip(self.conv_blocks, others, strict=True):
+            x = blocks(conv(x))
         return self.conv2(F.silu(self.norm1(self.res_blocks(x))))
 
 
 class Decoder(nn.Module):
     """Doubles the frames at the levels at which the encoder halved them."""
 
-    def __init__(
-        self, channels: int, out: int, widths: Sequence[int], downsample: Sequence[bool], count: int, groups: int
-    ) -> None:
+    def __init__(self, channels: int, widths: list[int], downsample: Sequence[bool], count: int, groups: int) -> None:
         super().__init__()
         last = widths[-1]
         self.conv1 = CausalConv3d(channels, last, 3)
@@ -223,42 +210,28 @@ class Decoder(nn.Module):
             for wider, up in zip(widths[1:], downsample, strict=True)
         )
         self.norm1 = nn.GroupNorm(groups, widths[0], eps=EPS)
-        self.conv_out = CausalConv3d(widths[0], out, 3)
+        self.conv_out = CausalConv3d(widths[0], channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.res_blocks(self.conv1(x))
-        for level in reversed(range(len(self.block_res_blocks))):
-            x = self.block_res_blocks[level](x)
-            if level and isinstance(self.conv_blocks[level - 1], CausalConv3d):
-                x = self.conv_blocks[level - 1](x)  # [B, 2C, T, H, W], the two frames of a channel side by side
-                x = x.unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)
+        *others, last = self.block_res_blocks
+        x = last(self.res_blocks(self.conv1(x)))
+        for conv, blocks in zip(reversed(self.conv_blocks), reversed(others), strict=True):
+            if isinstance(conv, CausalConv3d):  # gives [B, 2C, T, H, W], the two frames of a channel side by side
+                x = conv(x).unflatten(1, (-1, 2)).movedim(2, 3).flatten(2, 3)
+            x = blocks(x)
         return self.conv_out(F.silu(self.norm1(x)))
 
 
 class TemporalVAE(nn.Module):
     """Latents of single frames to latents of `rate` frames each, one chunk at a time: no context from other chunks."""
 
-    def __init__(
-        self,
-        channels: int,
-        filters: int,
-        channel_multipliers: Sequence[int],
-        num_res_blocks: int,
-        temporal_downsample: Sequence[bool],
-        num_groups: int,
-    ) -> None:
+    def __init__(self, channels: int, widths: list[int], downsample: Sequence[bool], count: int, groups: int) -> None:
         super().__init__()
-        if len(temporal_downsample) != len(channel_multipliers) - 1:
-            raise SodaprofError(
-                f"{len(temporal_downsample)} values of temporal_downsample for {len(channel_multipliers)} levels: "
-                "give one fewer than channel_multipliers."
-            )
-        self.rate = 2 ** sum(temporal_downsample)
-        rest = ([filters * m for m in channel_multipliers], temporal_downsample, num_res_blocks, num_groups)
-        self.encoder = Encoder(channels, 2 * channels, *rest)
+        self.rate = 2 ** sum(downsample)
+        self.encoder = Encoder(channels, widths, downsample, count, groups)
         self.quant_conv = CausalConv3d(2 * channels, 2 * channels, 1)
         self.post_quant_conv = CausalConv3d(channels, channels, 1)
-        self.decoder = Decoder(channels, channels, *rest)
+        self.decoder = Decoder(channels, widths, downsample, count, groups)
 
     def moments(self, x: Tensor) -> Tensor:
         """Returns mean and log variance [B, 2C, ⌈T / rate⌉, H, W] of a chunk [B, C, T, H, W]."""
@@ -273,9 +246,3 @@ class TemporalVAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the chunk encoded to its mean and decoded."""
         return self.decode(self.moments(x).chunk(2, 1)[0], x.shape[2])
-
-
-def draw_from(moments: Tensor, noise: Tensor) -> Tensor:
-    """Returns mean + standard deviation · noise, of moments [B, 2C, ...] and noise [B, C, ...]."""
-    mean, log_variance = moments.chunk(2, 1)
-    return mean + torch.exp(0.5 * log_variance.clamp(-30, 20)) * noise

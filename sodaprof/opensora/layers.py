@@ -5,11 +5,11 @@ B: samples (both guidance halves), T: latent frames, S: tokens of a frame, N = T
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -37,14 +37,6 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
-
-
-def sinusoid(values: Tensor) -> Tensor:
-    """Returns the sinusoids of scalars, cosines first, computed in fp32: [B] -> [B, FREQUENCIES]."""
-    half = FREQUENCIES // 2
-    k = torch.arange(half, dtype=torch.float32, device=values.device)
-    angles = values.float()[:, None] * torch.exp(-math.log(10_000) * k / half)
-    return torch.cat((angles.cos(), angles.sin()), -1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -190,11 +182,12 @@ class ScalarEmbed(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.sinusoid = Timesteps(FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=0)  # fp32, cosines first
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, values: Tensor) -> Tensor:
         """Returns [B, D] of values [B], which are in the network's dtype."""
-        return self.mlp(sinusoid(values).to(values.dtype))
+        return self.mlp(self.sinusoid(values).to(values.dtype))
 
 
 class TextEmbed(nn.Module):

@@ -24,6 +24,7 @@ def _first(size: float | Tensor) -> float:
 class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Predicts the velocity of video latents; the defaults are STDiT3-XL/2."""
 
+    __module__ = "sodaprof.opensora"  # as model_index.json names it
     _no_split_modules = ("STDiT3Block",)
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -42,23 +43,21 @@ class STDiT3(ModelMixin, ConfigMixin):  # type: ignore[misc]
         qk_norm: bool = True,
     ) -> None:
         super().__init__()
-        patch = (patch_size[0], patch_size[1], patch_size[2])
-        if patch[0] != 1:
-            raise ValueError(f"A patch of STDiT3 is one frame deep, patch_size[0] is {patch[0]}.")
+        if patch_size[0] != 1:
+            raise ValueError(f"A patch of STDiT3 is one frame deep, patch_size[0] is {patch_size[0]}.")
         width = hidden_size
         self.out_channels = in_channels * (2 if pred_sigma else 1)
-        self.x_embedder = PatchEmbed(in_channels, width, patch)
+        self.x_embedder = PatchEmbed(in_channels, width, (1, patch_size[1], patch_size[2]))
         self.t_embedder = ScalarEmbed(width)
         self.fps_embedder = ScalarEmbed(width)
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = TextEmbed(caption_channels, width, model_max_length)
         self.rope = RotaryEmbed(width // num_heads)
-        stacks = (
+        self.spatial_blocks, self.temporal_blocks = (
             nn.ModuleList(STDiT3Block(width, num_heads, mlp_ratio, qk_norm, temporal) for _ in range(depth))
             for temporal in (False, True)
         )
-        self.spatial_blocks, self.temporal_blocks = stacks
-        self.final_layer = FinalLayer(width, math.prod(patch) * self.out_channels)
+        self.final_layer = FinalLayer(width, math.prod(patch_size) * self.out_channels)
 
     def forward(
         self,

@@ -26,9 +26,9 @@ from .prompts import cleaned, size_of, with_scores
 from .scheduler import RectifiedFlowScheduler
 
 IMAGE_FPS = 120  # the frame rate that the network receives for a single frame
-PACKAGE = "sodaprof.opensora"  # the only name of ours in model_index.json
-MODULE = re.compile(r"sodaprof\.(models\.)?opensora(\.\w+)?")  # in those of earlier releases
+OLD_MODULE = re.compile(r"sodaprof\.(models\.)?opensora\.\w+")  # in a model_index.json of an earlier release
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -67,15 +67,14 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_to_config(height=height, width=width, num_frames=num_frames, clean_caption=clean_caption)
         self.video_processor = VideoProcessor(vae_scale_factor=1)
 
-    def register_to_config(self, **values: Any) -> None:
-        """Registers values for model_index.json, which names the package of our parts and not their modules."""
-        super().register_to_config(**_named_by_package(values))
-
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         """Returns the content of a model_index.json; earlier releases named modules of our parts that have moved."""
         loaded = super().load_config(*args, **kwargs)
-        return _named_by_package(loaded) if isinstance(loaded, dict) else loaded
+        for value in loaded.values() if isinstance(loaded, dict) else ():
+            if isinstance(value, list) and value and OLD_MODULE.fullmatch(str(value[0])):
+                value[0] = "sodaprof.opensora"
+        return loaded
 
     def encode_prompt(
         self,
@@ -113,7 +112,7 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_inference_steps: int = 30,
         guidance_scale: float = 7.0,
         fps: float = 24,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -140,11 +139,10 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._check(prompt, prompt_embeds, prompt_attention_mask, output_type, callback_on_step_end_tensor_inputs)
         size = {"height": height, "width": width, "num_frames": num_frames}
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device, **size)
-        if prompt is not None:
+        if prompt_embeds is None or prompt_attention_mask is None:
+            assert prompt is not None
             prompt_embeds, prompt_attention_mask = self.encode_prompt(prompt, aes, flow, camera_motion, clean_caption)
-        assert prompt_embeds is not None
-        assert prompt_attention_mask is not None
-        latents = self._latents(latents, len(prompt_embeds), generator, **size)
+        latents = self._latents(latents, len(prompt_embeds), generator, self.vae.latent_size(num_frames, height, width))
         conditions = self._conditions(prompt_attention_mask, IMAGE_FPS if num_frames == 1 else fps, height, width)
         text = self._both_halves(prompt_embeds)
         with self.progress_bar(total=num_inference_steps) as progress:
@@ -154,9 +152,9 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
                     asked = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    changed = callback_on_step_end(self, i, t, asked)
-                    latents = changed.pop("latents", latents)
-                    if (embeds := changed.pop("prompt_embeds", prompt_embeds)) is not prompt_embeds:
+                    tensors |= callback_on_step_end(self, i, t, asked)
+                    latents = tensors["latents"]
+                    if (embeds := tensors["prompt_embeds"]) is not prompt_embeds:
                         prompt_embeds, text = embeds, self._both_halves(embeds)
                 progress.update()
         frames = latents if output_type == "latent" else self._decoded(latents, num_frames, output_type)
@@ -183,24 +181,15 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
         with_text, without = out[:, : latents.shape[1]].chunk(2)  # the channels after the velocity are not used
         return without + guidance_scale * (with_text - without)
 
-    def _latents(
-        self,
-        latents: Tensor | None,
-        n: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        height: int,
-        width: int,
-        num_frames: int,
-    ) -> Tensor:
+    def _latents(self, latents: Tensor | None, n: int, generator: Generators, size: tuple[int, int, int]) -> Tensor:
         """Returns the noise to start from, [n, C, T, H, W]: the caller's, or drawn in the network's dtype."""
         device, network = self._execution_device, self.transformer
-        shape = (n, network.config.in_channels, *self.vae.latent_size(num_frames, height, width))
+        shape = (n, network.config.in_channels, *size)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=network.dtype)
-        if tuple(latents.shape) != shape:
+        if latents.shape != shape:
             raise SodaprofError(
-                f"latents have the shape {list(latents.shape)}; {n} generations of {num_frames} frames of {height} × "
-                f"{width} pixels start from {list(shape)}."
+                f"latents have the shape {list(latents.shape)}; {n} generations of this size start from {list(shape)}."
             )
         return latents.to(device)
 
@@ -247,13 +236,3 @@ class OpenSoraPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise SodaprofError(
                 f"A callback cannot receive {', '.join(sorted(unknown))}; expected {', '.join(self._callback_tensor_inputs)}."
             )
-
-
-def _named_by_package(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the entries of a model_index.json in which our parts are of the package: (library, class) pairs."""
-    return {
-        name: type(value)((PACKAGE, *value[1:]))
-        if isinstance(value, tuple | list) and value and MODULE.fullmatch(str(value[0]))
-        else value
-        for name, value in values.items()
-    }

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from diffusers import PixArtAlphaPipeline
 from diffusers.utils import is_bs4_available, is_ftfy_available
 
 from ..errors import SodaprofError
-
-
-class _Cleaner:
-    """The caption cleaner of DeepFloyd, taken from a pipeline of diffusers."""
-
-    bad_punct_regex = PixArtAlphaPipeline.bad_punct_regex
-    clean = PixArtAlphaPipeline._clean_caption
 
 
 def with_scores(prompt: str, aes: float | None, flow: float | None, camera_motion: str | None) -> str:
@@ -29,9 +24,9 @@ def with_scores(prompt: str, aes: float | None, flow: float | None, camera_motio
 
 
 def cleaned(prompt: str) -> str:
-    """Returns the prompt lower-cased and without addresses, markup and odd punctuation.
+    """Returns the prompt lower-cased and without addresses, markup and odd punctuation, as DeepFloyd cleans captions.
 
-    SodaprofError if the packages that this needs are missing.
+    Raises SodaprofError if the packages that this needs are missing.
     """
     if not (is_ftfy_available() and is_bs4_available()):
         raise SodaprofError(
@@ -39,8 +34,8 @@ def cleaned(prompt: str) -> str:
             "Type: pip install ftfy beautifulsoup4 (or pass clean_caption=False; the published weights were trained with "
             "cleaned captions)"
         )
-    cleaner = _Cleaner()
-    return cleaner.clean(cleaner.clean(prompt))
+    clean = partial(PixArtAlphaPipeline._clean_caption, PixArtAlphaPipeline)  # which needs a pattern of its class alone
+    return clean(clean(prompt))
 
 
 RATIOS = ("9:16", "16:9", "1:1", "3:4", "4:3", "1:2", "2:1")  # height:width

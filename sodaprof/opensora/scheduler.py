@@ -36,6 +36,7 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     timesteps by up to 0.8 of 1000 for videos.
     """
 
+    __module__ = "sodaprof.opensora"  # as model_index.json names it
     order = 1
     init_noise_sigma = 1.0
 

@@ -12,8 +12,10 @@ Configurations are read off the tensors' shapes; the authors' config.json of the
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +50,15 @@ def load_published(folder: str | Path, dtype: torch.dtype | None = None, groups:
     Raises FormatError for folders and files that are missing or of another model.
     """
     folder = Path(folder)
-    if missing := [part for part in (NETWORK, AUTOENCODER, TEXT) if not (folder / part).is_dir()]:
-        raise FormatError(
-            f"{folder}: no folder {missing[0]}. Expected {NETWORK}, {AUTOENCODER} and {TEXT}, from the hub."
-        )
+    if not is_published(folder):
+        raise FormatError(f"{folder}: expected the folders {NETWORK}, {AUTOENCODER} and {TEXT}, from the hub.")
     network = load_stdit3(folder / NETWORK / "model.safetensors", dtype)
     vae = load_autoencoder(folder / AUTOENCODER / "model.safetensors", dtype, groups)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder / TEXT)
         encoder = T5EncoderModel.from_pretrained(folder / TEXT, dtype=torch.float32).eval()
     except Exception as error:  # the readers raise whatever their parts raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FormatError(f"{folder / TEXT}: not readable as a T5 and its tokenizer ({reason[:300]}).") from None
+        raise FormatError(f"{folder / TEXT}: not readable as a T5 and its tokenizer ({_reason(error)}).") from None
     return OpenSoraPipeline(tokenizer, encoder, network, vae, RectifiedFlowScheduler())
 
 
@@ -70,25 +69,19 @@ def load_stdit3(weights: Weights, dtype: torch.dtype | None = None) -> STDiT3:
     FormatError for a file that is missing or broken and for weights of another network.
     """
     tensors, source = read_weights(weights)
-    blocks = [name for name in tensors if name.startswith("spatial_blocks.") and name.endswith("scale_shift_table")]
-    for name in ("x_embedder.proj.weight", "y_embedder.y_embedding", "spatial_blocks.0.attn.q_norm.weight"):
-        if name not in tensors:
-            raise FormatError(f"{source}: no {name}; expected the weights of STDiT3 under their published names.")
     width, channels, *patch = shape_of(tensors, "x_embedder.proj.weight", 5, source)
     length, captions = shape_of(tensors, "y_embedder.y_embedding", 2, source)
     head = shape_of(tensors, "spatial_blocks.0.attn.q_norm.weight", 1, source)[0]
-    hidden = shape_of(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, source)[0] if blocks else 0
+    hidden = shape_of(tensors, "spatial_blocks.0.mlp.fc1.weight", 2, source)[0]
     out = shape_of(tensors, "final_layer.linear.weight", 2, source)[0]
 
-    def build() -> STDiT3:
-        return STDiT3(
-            in_channels=channels, patch_size=(patch[0], patch[1], patch[2]), hidden_size=width, depth=len(blocks),
-            num_heads=width // head, mlp_ratio=hidden / width, caption_channels=captions, model_max_length=length,
-            pred_sigma=out == 2 * channels * patch[0] * patch[1] * patch[2],
-        )  # fmt: skip
-
-    # not trained, so a checkpoint may leave it out
-    return _filled(build, tensors, dtype, source, absent={"rope.freqs": RotaryEmbed(head).freqs})
+    build = partial(
+        STDiT3, in_channels=channels, patch_size=tuple(patch), hidden_size=width, num_heads=width // head,
+        depth=_count(tensors, "spatial_blocks.{}.scale_shift_table"), mlp_ratio=hidden / width,
+        caption_channels=captions, model_max_length=length, pred_sigma=out == 2 * channels * math.prod(patch),
+    )  # fmt: skip
+    tensors.setdefault("rope.freqs", RotaryEmbed(head).freqs)  # not trained, so a checkpoint may leave it out
+    return _filled(build, tensors, dtype, source)
 
 
 def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups: int = 32) -> AutoencoderKLOpenSora:
@@ -98,8 +91,8 @@ def load_autoencoder(weights: Weights, dtype: torch.dtype | None = None, groups:
     """
     tensors, source = read_weights(weights)
     tensors = {_renamed(name): tensor for name, tensor in tensors.items()}
-    spatial = _widths(tensors, "spatial_vae.module.encoder.down_blocks.{}.resnets.0.conv1.weight", source)
-    temporal = _widths(tensors, "temporal_vae.encoder.block_res_blocks.{}.0.conv1.conv.weight", source)
+    spatial = _widths(tensors, "spatial_vae.module.encoder.down_blocks.{}.resnets.0.conv1.weight", 4, source)
+    temporal = _widths(tensors, "temporal_vae.encoder.block_res_blocks.{}.0.conv1.conv.weight", 5, source)
     if any(width % temporal[0] for width in temporal):
         raise FormatError(f"{source}: temporal levels of {temporal} channels, expected multiples of the first.")
 
@@ -136,38 +129,26 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return count
 
 
-def _widths(tensors: Mapping[str, Tensor], pattern: str, source: str) -> list[int]:
+def _widths(tensors: Mapping[str, Tensor], pattern: str, axes: int, source: str) -> list[int]:
     """Returns the output channels of the tensors `pattern.format(i)`, i from 0 on."""
-    widths = [tensors[pattern.format(i)].shape[0] for i in range(_count(tensors, pattern))]
-    if not widths:
-        raise FormatError(
-            f"{source}: no {pattern.format(0)}; expected Open-Sora's autoencoder under its published names."
-        )
-    return widths
+    count = max(1, _count(tensors, pattern))  # the first one has to be there
+    return [shape_of(tensors, pattern.format(i), axes, source)[0] for i in range(count)]
 
 
 def _filled(
-    build: Callable[[], nn.Module],
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype | None,
-    source: str,
-    absent: Mapping[str, Tensor] | None = None,
+    build: Callable[[], nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str
 ) -> Any:
-    """Returns the model of `build` with the tensors as its weights; FormatError for other names or shapes.
-
-    absent: values of tensors that need not be stored.
-    """
+    """Returns the model of `build` with the tensors as its weights; FormatError for other names or shapes."""
     with torch.device("meta"):
         model: nn.Module = checked(build, source)
     own = model.state_dict()
-    tensors = dict(absent or {}) | dict(tensors)
     check_names(tensors, own, source)
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise FormatError(f"{source}: {name} has the shape {list(tensor.shape)}, expected {list(own[name].shape)}.")
         if not tensor.is_floating_point():
             raise FormatError(f"{source}: {name} is of {tensor.dtype}, expected floating-point numbers.")
-    dtype = dtype or next(tensor.dtype for name, tensor in tensors.items() if name not in (absent or {}))
+    dtype = dtype or next(iter(tensors.values())).dtype
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return model.eval()
 
@@ -179,10 +160,9 @@ NESTED = ("ema", "state_dict", "model")  # keys of the weights in training check
 
 def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
     """Returns the tensors by name, and the name of their source for messages."""
-    if isinstance(weights, Mapping):
-        found: Any = weights
-        source = "the given weights"
-    else:
+    found: Any = weights
+    source = "the given weights"
+    if not isinstance(weights, Mapping):
         path = Path(weights)
         source = str(path)
         if not path.is_file():
@@ -195,9 +175,8 @@ def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     found = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the readers raise whatever their parts raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FormatError(
-                f"{source}: not readable as weights ({reason[:200]}). Fetch the file anew, or save its tensors alone."
+                f"{source}: not readable as weights ({_reason(error)}). Fetch the file anew, or save its tensors alone."
             ) from None
     if isinstance(found, Mapping):
         nested = next((name for name in NESTED if isinstance(found.get(name), Mapping)), None)
@@ -205,6 +184,10 @@ def read_weights(weights: Weights) -> tuple[dict[str, Tensor], str]:
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
         raise FormatError(f"{source}: expected tensors by name, alone or under {', '.join(NESTED)}.")
     return dict(found), source
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], source: str) -> None:
@@ -221,6 +204,9 @@ def check_names(tensors: Mapping[str, Tensor], expected: Iterable[str], source: 
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str, axes: int, source: str) -> tuple[int, ...]:
+    """Returns the shape of a tensor; FormatError if it is absent or has another number of axes."""
+    if name not in tensors:
+        raise FormatError(f"{source}: no {name}; expected the weights of that network under their published names.")
     shape = tuple(tensors[name].shape)
     if len(shape) != axes or 0 in shape:
         raise FormatError(f"{source}: {name} has the shape {list(shape)}, expected {axes} axes.")

@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from diffusers.models.autoencoders import vae as diffusers_vae
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from sodaprof.errors import SodaprofError
-from sodaprof.opensora import autoencoder as module
-from sodaprof.opensora.autoencoder import AutoencoderKLOpenSora, draw_from
+from sodaprof.opensora.autoencoder import AutoencoderKLOpenSora
 from tests.parity.shrink_recordings import PIXELS
+from tests.recorded import error, recording
 
-FILE = Path(__file__).parents[1] / "data" / "opensora_vae.safetensors"
-DATA = load_file(FILE)
-with safe_open(FILE, "pt") as opened:
-    META = json.loads(opened.metadata()["meta"])
-WEIGHTS = {k.removeprefix("weights/"): v for k, v in DATA.items() if k.startswith("weights/")}
-CONFIG = {k: META["spatial"][k] for k in ("block_out_channels", "layers_per_block", "norm_num_groups")}
-CONFIG |= {
-    k: META["temporal"][k]
-    for k in ("filters", "channel_multipliers", "num_res_blocks", "temporal_downsample", "num_groups")
-}
-CONFIG |= {k: META[k] for k in ("micro_frame_size", "micro_batch_size", "spatial_factor")}
+DATA, META, WEIGHTS = recording("opensora_vae")
+NAMES = ("block_out_channels", "layers_per_block", "norm_num_groups", "filters", "channel_multipliers", "num_res_blocks",
+         "temporal_downsample", "num_groups", "micro_frame_size", "micro_batch_size", "spatial_factor")  # fmt: skip
+CONFIG = {name: (META["spatial"] | META["temporal"] | META)[name] for name in NAMES}
 CONFIG |= {"latents_mean": META["shift"], "latents_std": META["scale"]}
-TEMPORAL = sorted({k.split("/")[2] for k in DATA if k.startswith("in/temporal/")})
-DECODED = sorted({k.split("/")[2] for k in DATA if k.startswith("in/pipe/") and k.endswith("/z")})
-ENCODED = sorted({k.split("/")[2] for k in DATA if k.startswith("in/pipe/") and k.endswith("/video")})
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest number."""
-    assert a.shape == b.shape
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+in_precisions = pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 
 
 def autoencoder(dtype: torch.dtype = torch.float64, **changes) -> AutoencoderKLOpenSora:
@@ -45,56 +25,38 @@ def autoencoder(dtype: torch.dtype = torch.float64, **changes) -> AutoencoderKLO
     return vae.to(dtype).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", TEMPORAL)
+@in_precisions
+@pytest.mark.parametrize("case", [k.split("/")[2] for k in DATA if k.startswith("in/temporal/") and k.endswith("/x")])
 @torch.no_grad()
-def test_temporal_half(case, dtype):
-    half, limit = autoencoder(dtype).temporal_vae, 1e-12 if dtype == torch.float64 else 1e-5
-    given, wanted = f"in/temporal/{case}/", f"out/temporal/{case}/"
+def test_temporal_half(case, dtype, limit):
+    half, given, wanted = autoencoder(dtype).temporal_vae, f"in/temporal/{case}/", f"out/temporal/{case}/"
     assert error(half.moments(DATA[given + "x"].to(dtype)), DATA[wanted + "moments"]) < limit
     assert error(half.decode(DATA[given + "z"].to(dtype), int(case[1:])), DATA[wanted + "x"]) < limit
 
 
-def replay(monkeypatch, case: str) -> None:
-    """Makes both halves draw the recorded noise: frame after frame, chunk after chunk."""
-    spatial = list(DATA[f"in/pipe/{case}/noise_spatial"])
-    temporal = list(DATA[f"in/pipe/{case}/noise_temporal"].unbind(2))
-
-    def of_frames(shape, **kwargs):
-        return torch.stack([spatial.pop(0) for _ in range(shape[0])]).to(kwargs["dtype"])
-
-    def of_chunk(shape, **kwargs):
-        return torch.stack([temporal.pop(0) for _ in range(shape[2])], 2).to(kwargs["dtype"])
-
-    monkeypatch.setattr(diffusers_vae, "randn_tensor", of_frames)
-    monkeypatch.setattr(module, "randn_tensor", of_chunk)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", ENCODED)
+@in_precisions
+@pytest.mark.parametrize("case", [k.split("/")[2] for k in DATA if k.startswith("in/pipe/") and k.endswith("/video")])
 @torch.no_grad()
-def test_encode(case, dtype, monkeypatch):
-    vae, limit = autoencoder(dtype), 1e-12 if dtype == torch.float64 else 1e-5
-    video = DATA[f"in/pipe/{case}/video"].to(dtype)
-    replay(monkeypatch, case)
-    assert error(vae.spatial_vae.encode(video), DATA[f"out/pipe/{case}/x_z"]) < limit
-    replay(monkeypatch, case)
-    assert error(vae.encode(video), DATA[f"out/pipe/{case}/z"]) < limit
+def test_encoding_with_the_recorded_noise(case, dtype, limit, monkeypatch):
+    noise, frame_axis = f"in/pipe/{case}/noise_", {4: 0, 5: 2}  # by the axes of a draw: frames, or chunks
+    frames = {4: iter(DATA[noise + "spatial"]), 5: iter(DATA[noise + "temporal"].unbind(2))}
+
+    def recorded(shape, dtype, **options):
+        axis = frame_axis[len(shape)]
+        return torch.stack([next(frames[len(shape)]) for _ in range(shape[axis])], axis).to(dtype)
+
+    monkeypatch.setattr(diffusers_vae, "randn_tensor", recorded)
+    found = autoencoder(dtype).encode(DATA[f"in/pipe/{case}/video"].to(dtype))
+    assert error(found, DATA[f"out/pipe/{case}/z"]) < limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("case", DECODED)
+@in_precisions
+@pytest.mark.parametrize("case", [k.split("/")[2] for k in DATA if k.startswith("in/pipe/") and k.endswith("/z")])
 @torch.no_grad()
-def test_decode(case, dtype):
-    vae, frames = autoencoder(dtype), int(case[1:])
-    z, wanted = DATA[f"in/pipe/{case}/z"].to(dtype), f"out/pipe/{case}/"
-    between = torch.cat(list(vae.decode_spatial(z, frames)), 2)
-    assert error(between, DATA[wanted + "dec_x_z"]) < (1e-12 if dtype == torch.float64 else 1e-5)
-    video = vae.decode(z, frames)
-    assert error(video[PIXELS], DATA[wanted + "video"]) < (
-        1e-7 if dtype == torch.float64 else 1e-5
-    )  # stored in single precision
-    assert video.shape[3:] == vae.decoded_size(20, 28)
+def test_decode(case, dtype, limit):
+    video = autoencoder(dtype).decode(DATA[f"in/pipe/{case}/z"].to(dtype), int(case[1:]))
+    assert error(video[PIXELS], DATA[f"out/pipe/{case}/video"]) < max(limit, 1e-7)  # stored in single precision
+    assert video.shape[3:] == (16, 24)  # of 20 × 28 pixels
 
 
 def test_latent_sizes():
@@ -109,49 +71,18 @@ def test_latent_sizes():
 @torch.no_grad()
 def test_micro_batches_change_nothing_and_chunks_do():
     z, video = DATA["in/pipe/F020/z"].double(), DATA["in/pipe/F020/video"].double()
-    vae, whole = autoencoder(), autoencoder(micro_batch_size=7)
+    vae, whole, one_chunk = autoencoder(), autoencoder(micro_batch_size=7), autoencoder(micro_frame_size=None)
     assert error(whole.decode(z, 20), vae.decode(z, 20)) < 1e-12
     assert error(whole.encode(video, sample=False), vae.encode(video, sample=False)) < 1e-12
-    one_chunk = autoencoder(micro_frame_size=None)
-    assert one_chunk.encode(video, sample=False).shape[2] == 5
     assert error(one_chunk(video), vae(video)) > 1e-3
 
 
 @torch.no_grad()
-def test_encoding_without_draws_is_the_mean_of_draws():
+def test_encoding_draws_from_the_generator():
     vae, video = autoencoder(), DATA["in/pipe/F001/video"].double()
-    draws = [vae.encode(video, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    again = vae.encode(video, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(draws[0], again)
-    assert not torch.equal(*draws)
-    moments = torch.cat([torch.zeros(1, 4, 1, 1, 1), torch.full((1, 4, 1, 1, 1), -60.0)], 1)
-    assert draw_from(moments, torch.ones(1, 4, 1, 1, 1)).flatten()[0] == pytest.approx(torch.e**-15)
-
-
-@torch.no_grad()
-def test_save_and_load(tmp_path):
-    vae = autoencoder(torch.float32)
-    vae.save_pretrained(tmp_path)
-    loaded = AutoencoderKLOpenSora.from_pretrained(tmp_path)
-    assert not loaded.training
-    assert set(loaded.state_dict()) == set(WEIGHTS)
-    z = DATA["in/pipe/F020/z"]
-    assert torch.equal(loaded.decode(z, 20), vae.decode(z, 20))
-
-
-def test_size_of_the_published_autoencoder():
-    with torch.device("meta"):
-        vae = AutoencoderKLOpenSora()
-    names = list(vae.state_dict())
-    assert [sum(n.startswith(p) for n in names) for p in ("spatial_vae.module.", "temporal_vae.", "s")] == [
-        248,
-        267,
-        250,
-    ]
-    assert len(names) == 517
-    assert sum(p.numel() for p in vae.spatial_vae.parameters()) == 83_653_863
-    assert sum(p.numel() for p in vae.temporal_vae.parameters()) == 309_687_144
-    assert vae.scale.shape == vae.shift.shape == (1, 4, 1, 1, 1)
+    first, again, other = (vae.encode(video, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_latents_of_another_number_of_frames_are_refused():

@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sodaprof.errors import SodaprofError
 from sodaprof.opensora import network as stdit3
-from sodaprof.opensora.layers import positions, sinusoid
+from sodaprof.opensora.layers import ScalarEmbed, positions
 from sodaprof.opensora.network import STDiT3
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.discover import find_sites
-from sodaprof.pipelines.probe import with_rows
-from sodaprof.pipelines.recording import Step, tapped
-from sodaprof.pipelines.structure import find_modules
+from sodaprof.pipelines.recording import Step
 from tests.parity.shrink_recordings import STATES, TOKENS
 from tests.parity.sinusoids import largest_move, recorded_sinusoids
+from tests.recorded import error, recording, under
 
-FILE = Path(__file__).parents[1] / "data" / "opensora_rflow.safetensors"
-DATA = load_file(FILE)
-with safe_open(FILE, "pt") as opened:
-    META = json.loads(opened.metadata()["meta"])
-WEIGHTS = {k.removeprefix("weights/"): v for k, v in DATA.items() if k.startswith("weights/")}
+DATA, META, WEIGHTS = recording("opensora_rflow")
 CONFIG = {k: v for k, v in META["stdit"].items() if k not in ("input_size", "class_dropout_prob", "drop_path")}
 # A softmax and a norm in single precision act on all of the network except these, and their last bits depend on the CPU:
 # every number of both moved by one last bit, at random, moves the outputs by 9e-8 at most (20 draws).
 ROUNDING = 5e-7
 EXACT = ("x_embedder", "t_embedder", "fps_embedder", "y_embedder")
 GUIDANCE = META["cfg_scale"]
-
-
-def under(prefix: str) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(prefix): v for k, v in DATA.items() if k.startswith(prefix)}
-
-
-def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference, relative to the largest number."""
-    assert a.shape == b.shape
-    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
 def network(dtype: torch.dtype = torch.float64) -> STDiT3:
@@ -56,29 +38,26 @@ def network(dtype: torch.dtype = torch.float64) -> STDiT3:
 
 
 def inputs(**changes) -> dict:
-    given = under("in/stdit/")
-    named = {
+    given = under("in/stdit/", DATA)
+    return {
         "hidden_states": given["x"].double(), "timestep": given["timestep"].double(),
         "encoder_hidden_states": given["y"].double(), "encoder_attention_mask": given["mask"], "fps": given["fps"],
         "height": given["height"], "width": given["width"],
-    }  # fmt: skip
-    return named | changes
+    } | changes  # fmt: skip
 
 
-def cases() -> dict[str, dict]:
-    x = DATA["in/stdit/x"].double()
-    return {
-        "stdit": inputs(),
-        "stdit_xmask": inputs(x_mask=DATA["in/stdit/x_mask"]),
-        "stdit_nomask": inputs(hidden_states=x[..., :4, :6], encoder_attention_mask=None),
-    }
+CASES = {
+    "stdit": inputs(),
+    "stdit_xmask": inputs(x_mask=DATA["in/stdit/x_mask"]),
+    "stdit_nomask": inputs(hidden_states=DATA["in/stdit/x"].double()[..., :4, :6], encoder_attention_mask=None),
+}
+GRIDS = {(3, 4): "stdit", (2, 3): "stdit_nomask"}
 
 
 def recorded_positions(
     grid: tuple[int, int], width: int, unit: float, dtype: torch.dtype, device: object
 ) -> torch.Tensor:
-    case = {(3, 4): "stdit", (2, 3): "stdit_nomask"}[grid]
-    return DATA[f"out/{case}/pos_embed"].to(dtype)
+    return DATA[f"out/{GRIDS[grid]}/pos_embed"].to(dtype)
 
 
 @torch.no_grad()
@@ -106,19 +85,19 @@ def outputs(model: STDiT3, **kwargs) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("case", ["stdit", "stdit_xmask", "stdit_nomask"])
+@pytest.mark.parametrize("case", CASES)
 def test_network_in_double_precision(case):
-    found = outputs(network(), **cases()[case])
+    found = outputs(network(), **CASES[case])
     assert found["out"].dtype == torch.float32
     assert torch.equal(found["out"], found["out64"].float())
-    for name, wanted in under(f"out/{case}/").items():
+    for name, wanted in under(f"out/{case}/", DATA).items():
         if name != "pos_embed":
             assert error(found[name], wanted) < (1e-13 if name in EXACT else ROUNDING), name
 
 
-@pytest.mark.parametrize("case", ["stdit", "stdit_xmask", "stdit_nomask"])
+@pytest.mark.parametrize("case", CASES)
 def test_network_in_single_precision(case):
-    found = outputs(network(torch.float32), **cases()[case])["out"]
+    found = outputs(network(torch.float32), **CASES[case])["out"]
     assert found.dtype == torch.float32
     assert error(found, DATA[f"out/{case}/out64"]) < 1e-5
 
@@ -135,15 +114,15 @@ def test_network_in_half_precision():
 def test_sinusoids():
     """What this CPU computes is the recorded sinusoid, as far as single precision says what it is."""
     values, recorded = DATA["sinusoid/values"], DATA["sinusoid/table"].double()
-    found = sinusoid(values).double()
+    found = ScalarEmbed(1).sinusoid(values).double()
     assert ((found - recorded).abs() <= largest_move(values)).all()
     assert largest_move(values).max() < 1e-3  # a wrong formula moves them by 1
 
 
 def test_positions():
-    given = under("in/stdit/")
-    unit = (given["height"][0].item() * given["width"][0].item()) ** 0.5 / CONFIG["input_sq_size"]
-    for grid, case in (((3, 4), "stdit"), ((2, 3), "stdit_nomask")):
+    height, width = (DATA[f"in/stdit/{side}"][0].item() for side in ("height", "width"))
+    unit = (height * width) ** 0.5 / CONFIG["input_sq_size"]
+    for grid, case in GRIDS.items():
         found = positions(grid, CONFIG["hidden_size"], unit, torch.float64, torch.device("cpu"))
         # Frequencies up to 1 are a power and a quotient in single precision: each CPU within 2⁻²³ and 2⁻²⁴ of the exact
         # ones. The farthest row or column, in units, turns that into an angle.
@@ -166,48 +145,9 @@ def test_sizes_may_be_plain_numbers():
         assert torch.equal(model(**inputs(**numbers)).sample, model(**inputs(**tensors)).sample)
 
 
-def test_modules_of_a_block_run_once_and_return_tokens():
-    model = network(torch.float32)
-    found = find_modules(model)
-    kinds = {"attn": "attn", "cross_attn": "attn", "mlp": "mlp"}
-    assert {p: v[3] for p, v in found.items()} == {
-        f"{stack}_blocks.{i}.{name}": kind
-        for stack in ("spatial", "temporal") for i in range(2) for name, kind in kinds.items()
-    }  # fmt: skip
-    shapes: dict[str, list[tuple[int, ...]]] = {path: [] for path in found}
-    for path, (*_, module) in found.items():
-        module.register_forward_hook(lambda m, a, out, path=path: shapes[path].append(tuple(out.shape)))
-    with torch.no_grad():
-        model(**inputs())
-    for path, seen in shapes.items():  # 4 samples, 3 frames of 12 tokens
-        own = (4 * 3, 12, 32) if path.startswith("spatial") else (4 * 12, 3, 32)
-        assert seen == [own if path.endswith(".attn") else (4, 36, 32)]
-
-
-@pytest.mark.parametrize("name", ["attn", "cross_attn", "mlp"])
-def test_some_tokens_alone(name):
-    """A module called for some of its tokens returns their rows of the full output."""
-    model = network()
-    module = getattr(model.spatial_blocks[0], name)
-    done = []
-
-    def tap(forward, args, kwargs):
-        out = forward(*args, **kwargs)
-        index = torch.arange(1, out.shape[1], 2).expand(out.shape[0], -1)
-        some_args, some_kwargs = with_rows("attn" in name, args, kwargs, index)
-        done.append(error(forward(*some_args, **some_kwargs), out[:, 1::2]))
-        return out
-
-    with torch.no_grad(), tapped(module, tap, "test"):
-        model(**inputs())
-    assert len(done) == 1
-    assert done[0] < 1e-13
-
-
 def test_sites():
-    """The modules are found and tried in the same way as in any pipeline."""
-    model = network(torch.float32)
-    pipe = SimpleNamespace(components={"transformer": model})
+    """Six modules run once in each pair of blocks; those that prune give some rows of their output for some rows in."""
+    pipe = SimpleNamespace(components={"transformer": network(torch.float32)})
     with torch.no_grad():
         found = find_sites(pipe, "transformer", Step([("transformer", (), inputs())])).sites
     assert {(s.stack, s.module, s.kind, s.tokens, s.prunable) for s in found} == {
@@ -215,6 +155,7 @@ def test_sites():
         ("spatial_blocks", "cross_attn", "cross_attn", 36, True), ("spatial_blocks", "mlp", "mlp", 36, True),
         ("temporal_blocks", "cross_attn", "cross_attn", 36, True), ("temporal_blocks", "mlp", "mlp", 36, True),
     }  # fmt: skip
+    assert len(found) == 2 * 6
     assert [s.key for s in found[:4]] == [
         "spatial_blocks.0.attn", "spatial_blocks.0.cross_attn", "spatial_blocks.0.mlp", "temporal_blocks.0.attn",
     ]  # fmt: skip
@@ -236,20 +177,15 @@ def test_some_frames_alone_are_refused():
         attn(x[:, :2], encoder_hidden_states=x, rope=rope)
 
 
-@pytest.mark.parametrize("stored", [True, False])
-def test_save_and_load(tmp_path, stored):
+def test_a_folder_without_rotary_frequencies_is_loaded(tmp_path):
+    """Published weights may come without them."""
     model = network(torch.float32)
     model.save_pretrained(tmp_path)
-    if not stored:  # published weights may come without the rotary frequencies
-        path = tmp_path / "diffusion_pytorch_model.safetensors"
-        weights = load_file(path)
-        del weights["rope.freqs"]
-        save_file(weights, path, metadata={"format": "pt"})
-        model.rope.freqs = STDiT3(**CONFIG).rope.freqs  # the recorded ones are another CPU's
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != "rope.freqs"}, path, metadata={"format": "pt"})
+    model.rope.freqs = STDiT3(**CONFIG).rope.freqs  # the recorded ones are another CPU's
     loaded = STDiT3.from_pretrained(tmp_path)
-    assert loaded.config.hidden_size == 32
     assert not loaded.training
-    assert set(loaded.state_dict()) == set(WEIGHTS)
     with torch.no_grad():
         assert torch.equal(loaded(**inputs()).sample, model(**inputs()).sample)
 
@@ -261,46 +197,27 @@ def test_weights_without_rotary_frequencies():
     torch.testing.assert_close(model.rope.freqs, WEIGHTS["rope.freqs"], rtol=2 * 2**-23, atol=0)
 
 
-def test_size_of_the_published_network():
-    with torch.device("meta"):
-        model = STDiT3()
-    state = model.state_dict()
-    assert len(state) == 973
-    assert sum(p.numel() for p in model.parameters()) == 1_207_643_936  # neither rope.freqs nor y_embedding is one
-
-
 def test_a_patch_is_one_frame():
     with pytest.raises(ValueError, match="one frame"):
         STDiT3(**CONFIG | {"patch_size": (2, 2, 2)})
 
 
-SIZES = [key.split("/")[-1] for key in DATA if key.startswith("out/timesteps/fp32/")]
+TIMESTEPS = {  # recording -> settings, number of steps, size
+    "linear": ({"use_timestep_transform": False}, 30, ()),
+    "fp32_10/240x426x51": ({}, 10, (240, 426, 51)),
+} | {
+    name: ({"size_dtype": {"fp32": "float32", "bf16": "bfloat16"}[name[:4]]}, 30, tuple(map(int, name[5:].split("x"))))
+    for name in under("out/timesteps/", DATA) if name[:5] in ("fp32/", "bf16/")
+}  # fmt: skip
 
 
-def same_timesteps(scheduler: RectifiedFlowScheduler, recorded: torch.Tensor) -> None:
+@pytest.mark.parametrize("recorded", TIMESTEPS)
+def test_timesteps(recorded):
     """Seven operations in single precision, each within 2⁻²⁴; the one sum, 1 + (ρ − 1) s, cancels by less than half."""
-    torch.testing.assert_close(scheduler.timesteps, recorded, rtol=8 * 2**-24, atol=0)
-
-
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_timesteps(dtype, size):
-    height, width, frames = map(int, size.split("x"))
-    scheduler = RectifiedFlowScheduler(size_dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype])
-    scheduler.set_timesteps(30, height=height, width=width, num_frames=frames)
-    same_timesteps(scheduler, DATA[f"out/timesteps/{dtype}/{size}"])
-
-
-def test_ten_timesteps():
-    scheduler = RectifiedFlowScheduler()
-    scheduler.set_timesteps(10, "cpu", height=240, width=426, num_frames=51)
-    same_timesteps(scheduler, DATA["out/timesteps/fp32_10/240x426x51"])
-
-
-def test_linear_timesteps():
-    scheduler = RectifiedFlowScheduler(use_timestep_transform=False)
-    scheduler.set_timesteps(30)
-    same_timesteps(scheduler, DATA["out/timesteps/linear"])
+    settings, steps, size = TIMESTEPS[recorded]
+    scheduler = RectifiedFlowScheduler(**settings)
+    scheduler.set_timesteps(steps, None, *size)
+    torch.testing.assert_close(scheduler.timesteps, DATA[f"out/timesteps/{recorded}"], rtol=8 * 2**-24, atol=0)
 
 
 def test_a_size_is_needed_and_few_frames_have_no_timesteps():
@@ -353,7 +270,7 @@ def test_the_means_of_the_texts():
 
 def test_trajectory_with_frames_kept():
     scheduler = trajectory_scheduler()
-    mask, noise, wanted = DATA["in/traj_mask/mask"], DATA["in/traj_mask/noise"].double(), under("out/traj_mask/")
+    mask, noise, wanted = DATA["in/traj_mask/mask"], DATA["in/traj_mask/noise"].double(), under("out/traj_mask/", DATA)
     z = DATA["in/traj/z"].double()
     seen = mask == 1
     for i, t in enumerate(scheduler.timesteps):
@@ -363,17 +280,10 @@ def test_trajectory_with_frames_kept():
         z = torch.where(renewed, scheduler.add_noise(z, noise[i], t), z)
         if i in STATES:
             assert error(z, wanted["z_in"][STATES.index(i)]) < TRAJECTORY
-        moved = scheduler.step(toy_velocity(z, t, TEXT), t, z, return_dict=False)[0]
+        moved = scheduler.step(toy_velocity(z, t, TEXT), t.item(), z, return_dict=False)[0]
         z = torch.where(upper[:, None, :, None, None], moved, z)
         seen = upper
     assert error(z, wanted["final"]) < TRAJECTORY
-
-
-def test_a_step_from_half_precision_is_single_precision():
-    scheduler = trajectory_scheduler()
-    z = DATA["in/traj/z"].bfloat16()
-    out = scheduler.step(z.float(), scheduler.timesteps[0].item(), scheduler.scale_model_input(z)).prev_sample
-    assert out.dtype == torch.float32
 
 
 def test_noise_of_a_batch_of_timesteps():
@@ -382,10 +292,3 @@ def test_noise_of_a_batch_of_timesteps():
     found = scheduler.add_noise(x, noise, torch.tensor([0.0, 500.0]))
     assert torch.equal(found[0], x[0])
     assert torch.equal(found[1], 2 * x[1])
-
-
-def test_scheduler_round_trip(tmp_path):
-    RectifiedFlowScheduler(size_dtype="bfloat16").save_pretrained(tmp_path)
-    loaded = RectifiedFlowScheduler.from_pretrained(tmp_path)
-    assert loaded.config.size_dtype == "bfloat16"
-    assert len(loaded) == 1000

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sodaprof
@@ -24,11 +23,11 @@ from sodaprof.opensora.prompts import RATIOS, SIZES, size_of
 from sodaprof.opensora.weights import AUTOENCODER, NETWORK, TEXT, load_autoencoder, load_published, load_stdit3
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.runtime.compiled.engine import Compiled
+from tests.recorded import recording
 from tests.tape import Tapes
 from tests.video_pipelines import LENGTH, draw, tiny_video_pipe
 
-with safe_open(Path(__file__).parents[1] / "data" / "opensora_rflow.safetensors", "pt") as opened:
-    TEXTS = json.loads(opened.metadata()["meta"])["text"]
+TEXTS = recording("opensora_rflow")[1]["text"]
 SCORES = [(6.5, None, None)] * 5 + [(6.5, 5.0, "pan left")]
 PROMPT = "a red disk moves left"
 STEPS = 6
@@ -227,6 +226,10 @@ def test_latents_are_single_precision_after_the_first_step_of_half_precision(pip
 # ---- folders ----------------------------------------------------------------------------------------------------------
 
 
+def dtypes_of(pipe) -> list[torch.dtype]:
+    return [part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder)]
+
+
 def test_a_saved_folder_is_loaded(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "own")
     loaded = sodaprof.load_pipeline(str(tmp_path / "own"), device="cpu")
@@ -234,39 +237,32 @@ def test_a_saved_folder_is_loaded(pipe, tmp_path):
     assert (loaded.config.height, loaded.config.num_frames, loaded.config.clean_caption) == (16, 17, False)
     assert np.array_equal(draw(loaded, steps=2), draw(pipe, steps=2))
     half = sodaprof.load_pipeline(str(tmp_path / "own"), dtype="bfloat16", device="cpu")
-    assert (half.transformer.dtype, half.vae.dtype, half.text_encoder.dtype) == (
-        torch.bfloat16, torch.bfloat16, torch.float32,
-    )  # fmt: skip
+    assert dtypes_of(half) == [torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 PARTS = {"transformer": "STDiT3", "vae": "AutoencoderKLOpenSora", "scheduler": "RectifiedFlowScheduler"}
-OLD_MODULES = {
-    "models": {part: f"sodaprof.models.opensora.{m}" for part, m in zip(PARTS, ("stdit3", "vae", "scheduler"), strict=True)},
-    "opensora": {part: f"sodaprof.opensora.{m}" for part, m in zip(PARTS, ("network", "autoencoder", "scheduler"), strict=True)},
-}  # fmt: skip
-
-
-def test_a_saved_pipeline_names_the_package_and_not_its_modules(pipe, tmp_path):
-    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # diffusers registers it again
-    pipe.save_pretrained(tmp_path)
-    index = json.loads((tmp_path / "model_index.json").read_text())
-    assert {name: index[name] for name in PARTS} == {name: ["sodaprof.opensora", cls] for name, cls in PARTS.items()}
-    assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
+OLD_MODULES = [dict(zip(PARTS, modules, strict=True)) for modules in (
+    ("sodaprof.models.opensora.stdit3", "sodaprof.models.opensora.vae", "sodaprof.models.opensora.scheduler"),
+    ("sodaprof.opensora.network", "sodaprof.opensora.autoencoder", "sodaprof.opensora.scheduler"),
+)]  # fmt: skip
 
 
 @pytest.mark.parametrize("load", [sodaprof.load_pipeline, OpenSoraPipeline.from_pretrained])
-@pytest.mark.parametrize("release", OLD_MODULES)
-def test_a_folder_that_names_modules_of_an_earlier_release_is_loaded(pipe, tmp_path, load, release):
-    pipe.save_pretrained(tmp_path / "old")
-    path = tmp_path / "old" / "model_index.json"
+@pytest.mark.parametrize("modules", OLD_MODULES)
+def test_a_saved_pipeline_names_the_package_and_folders_that_name_modules_are_loaded(pipe, tmp_path, load, modules):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # diffusers registers it again
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
     index = json.loads(path.read_text())
-    path.write_text(json.dumps(index | {name: [OLD_MODULES[release][name], cls] for name, cls in PARTS.items()}))
-    loaded = load(str(tmp_path / "old"))
+    assert {name: index[name] for name in PARTS} == {name: ["sodaprof.opensora", cls] for name, cls in PARTS.items()}
+    assert index["text_encoder"] == ["transformers", "T5EncoderModel"]
+    path.write_text(json.dumps(index | {name: [modules[name], cls] for name, cls in PARTS.items()}))
+    loaded = load(str(tmp_path))
     assert isinstance(loaded, OpenSoraPipeline)
     loaded.set_progress_bar_config(disable=True)
     assert np.array_equal(draw(loaded, steps=1), draw(pipe, steps=1))
-    loaded.save_pretrained(tmp_path / "new")
-    assert json.loads((tmp_path / "new" / "model_index.json").read_text())["vae"][0] == "sodaprof.opensora"
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "model_index.json").read_text())["vae"][0] == "sodaprof.opensora"
 
 
 def publish(pipe, folder: Path, rope: bool = True, old_attention: bool = False) -> None:
@@ -296,20 +292,14 @@ def uniform() -> OpenSoraPipeline:
 
 @pytest.mark.parametrize("stored", [True, False])
 def test_published_files_give_the_same_videos(uniform, tmp_path, stored):
-    pipe = uniform
-    publish(pipe, tmp_path, rope=stored, old_attention=not stored)
+    publish(uniform, tmp_path, rope=stored, old_attention=not stored)
     loaded = load_published(tmp_path, groups=2)
     loaded.set_progress_bar_config(disable=True)
     assert not loaded.transformer.training
     options = {"clean_caption": False, "height": 16, "width": 24, "num_frames": 17}
     # the widths are read off the shapes; the size of the positions' square is not in them
     loaded.transformer.register_to_config(input_sq_size=16)
-    assert np.array_equal(draw(loaded, steps=2, **options), draw(pipe, steps=2, **options))
-    for name in ("transformer", "vae"):
-        found, wanted = (getattr(p, name).config for p in (loaded, pipe))
-        for key in wanted:
-            if key not in ("input_sq_size", "latents_mean", "latents_std", "_name_or_path") and key[0] != "_":
-                assert list(np.atleast_1d(found[key])) == list(np.atleast_1d(wanted[key])), key
+    assert np.array_equal(draw(loaded, steps=2, **options), draw(uniform, steps=2, **options))
 
 
 def test_load_pipeline_reads_published_folders(uniform, tmp_path, monkeypatch):
@@ -319,9 +309,7 @@ def test_load_pipeline_reads_published_folders(uniform, tmp_path, monkeypatch):
     original = published.load_autoencoder
     monkeypatch.setattr(published, "load_autoencoder", lambda w, dtype, groups: original(w, dtype, 2))
     loaded = sodaprof.load_pipeline(str(tmp_path), dtype="bfloat16", device="cpu")
-    assert (loaded.transformer.dtype, loaded.vae.dtype, loaded.text_encoder.dtype) == (
-        torch.bfloat16, torch.bfloat16, torch.float32,
-    )  # fmt: skip
+    assert dtypes_of(loaded) == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert loaded.config.num_frames == 51
     (tmp_path / AUTOENCODER / "model.safetensors").unlink()
     with pytest.raises(FormatError, match="no such file"):
@@ -331,7 +319,7 @@ def test_load_pipeline_reads_published_folders(uniform, tmp_path, monkeypatch):
 def test_folders_of_something_else_are_refused(tmp_path):
     with pytest.raises(SodaprofError, match=f"{NETWORK}/, {AUTOENCODER}/ and {TEXT}/"):
         sodaprof.load_pipeline(str(tmp_path), device="cpu")
-    with pytest.raises(FormatError, match=f"no folder {NETWORK}"):
+    with pytest.raises(FormatError, match=f"expected the folders {NETWORK}"):
         load_published(tmp_path)
 
 
@@ -351,24 +339,27 @@ def test_weights_of_something_else_are_refused(pipe):
         load_autoencoder(vae | {name: torch.zeros(9)}, groups=2)
 
 
+def config_of(model, absent=()) -> dict:
+    return {key: value for key, value in model.config.items() if key[0] != "_" and key not in absent}
+
+
 def test_the_published_configurations_are_read_off_the_shapes():
     with torch.device("meta"):
         network, vae = STDiT3(), AutoencoderKLOpenSora()
     tensors = {k: torch.empty(v.shape, device="meta", dtype=torch.bfloat16) for k, v in network.state_dict().items()}
     del tensors["rope.freqs"]
     loaded = load_stdit3(tensors)
-    assert sum(p.numel() for p in loaded.parameters()) == 1_207_643_936
+    assert sum(p.numel() for p in loaded.parameters()) == 1_207_643_936  # neither rope.freqs nor y_embedding is one
     assert len(loaded.state_dict()) == 973
-    assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
-        k: v for k, v in network.config.items() if k[0] != "_"
-    }
+    assert config_of(loaded) == config_of(network)
     tensors = {k: torch.empty(v.shape, device="meta") for k, v in vae.state_dict().items()}
     tensors |= {"shift": torch.zeros(1, 4, 1, 1, 1), "scale": torch.ones(1, 4, 1, 1, 1)}
     loaded = load_autoencoder(tensors)
     assert len(loaded.state_dict()) == 517
-    for key in ("block_out_channels", "layers_per_block", "filters", "channel_multipliers", "num_res_blocks",
-                "temporal_downsample", "latent_channels"):  # fmt: skip
-        assert loaded.config[key] == vae.config[key], key
+    assert sum(p.numel() for p in loaded.spatial_vae.parameters()) == 83_653_863
+    assert sum(p.numel() for p in loaded.temporal_vae.parameters()) == 309_687_144
+    means = ("latents_mean", "latents_std")
+    assert config_of(loaded, means) == config_of(vae, means)
 
 
 # ---- schedules --------------------------------------------------------------------------------------------------------
@@ -391,11 +382,7 @@ def test_sites_and_sampler_of_the_pipeline(pipe):
     model, sampler, _ = inspect_pipeline(pipe, "tiny", STEPS, 7.0, PROMPT)
     assert (sampler.class_name, sampler.guidance_form, sampler.steps) == ("RectifiedFlowScheduler", "halves", STEPS)
     assert model.shape == {"latent": [4, 5, 8, 12], "tokens": 120, "batch_profiled": 1, "dtype": "float32"}
-    sites = model.transformers["transformer"].sites
-    assert [s.key for s in sites[:4]] == [
-        "spatial_blocks.0.attn", "spatial_blocks.0.cross_attn", "spatial_blocks.0.mlp", "temporal_blocks.0.attn",
-    ]  # fmt: skip
-    assert len(sites) == 12
+    assert len(model.transformers["transformer"].sites) == 12
 
 
 @pytest.mark.parametrize("runtime", ["hooks", "compiled"])
@@ -438,9 +425,3 @@ def test_whole_steps_give_the_same_video(pipe):
 def test_another_length_is_refused(pipe):
     with sodaprof.apply(pipe, fora(pipe)), pytest.raises(MismatchError):
         draw(pipe, num_frames=34)
-
-
-def test_saved_tensors_are_the_published_names(pipe, tmp_path):
-    pipe.vae.save_pretrained(tmp_path)
-    names = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    assert {n.split(".")[0] for n in names} == {"spatial_vae", "temporal_vae", "scale", "shift"}

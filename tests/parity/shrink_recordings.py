@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 def add_sinusoids(tensors: Tensors, values: Tensor) -> None:
     tensors["sinusoid/values"] = values.float().unique()
-    tensors["sinusoid/table"] = layers.sinusoid(tensors["sinusoid/values"])
+    tensors["sinusoid/table"] = layers.ScalarEmbed(1).sinusoid(tensors["sinusoid/values"])
 
 
 def check_this_cpu(originals: Path) -> None:

@@ -16,12 +16,10 @@ import torch
 from diffusers.models import embeddings
 from torch import Tensor
 
-from sodaprof.opensora import layers
-
 
 @contextmanager
 def recorded_sinusoids(tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Gives diffusers' networks and STDiT3 the sinusoids of this recording; without recorded ones the CPU computes them.
+    """Makes diffusers' timestep embedding return the sinusoids of this recording, if it holds any.
 
     LookupError for a timestep that the recording does not hold.
     """
@@ -31,22 +29,16 @@ def recorded_sinusoids(tensors: Mapping[str, Tensor]) -> Iterator[None]:
     known, table = tensors["sinusoid/values"], tensors["sinusoid/table"]
     original = embeddings.get_timestep_embedding
 
-    def sinusoid(values: Tensor) -> Tensor:
-        found = values.float()[:, None] == known
+    def of_recording(timesteps: Tensor, width: int, **settings: float) -> Tensor:
+        published = {"flip_sin_to_cos": True, "downscale_freq_shift": 0, "scale": 1}
+        if width != table.shape[1] or settings != published:
+            return original(timesteps, width, **settings)
+        found = timesteps.float()[:, None] == known
         if not found.any(1).all():
-            raise LookupError(f"no recorded sinusoid of {values.tolist()}")
+            raise LookupError(f"no recorded sinusoid of {timesteps.tolist()}")
         return table[found.int().argmax(1)]
 
-    def of_diffusers(timesteps: Tensor, width: int, **settings: float) -> Tensor:
-        published = {"flip_sin_to_cos": True, "downscale_freq_shift": 0, "scale": 1}
-        if width == table.shape[1] and settings == published:
-            return sinusoid(timesteps)
-        return original(timesteps, width, **settings)
-
-    with (
-        mock.patch.object(embeddings, "get_timestep_embedding", of_diffusers),
-        mock.patch.object(layers, "sinusoid", sinusoid),
-    ):
+    with mock.patch.object(embeddings, "get_timestep_embedding", of_recording):
         yield
 
 
