@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from sodaprof.pipelines.stack import block_calls
 
 import sodaprof
 from sodaprof.errors import FormatError, SodaprofError, UnsupportedModelError
@@ -19,7 +20,6 @@ from sodaprof.formats.profile import load_inspection, load_profile, write_solver
 from sodaprof.formats.tables import TABLES
 from sodaprof.pipelines.patch import patched
 from sodaprof.pipelines.sampler_steps import own_update
-from sodaprof.pipelines.stack import block_calls
 from sodaprof.profiler import budget as memory
 from sodaprof.profiler.gram import GramSums, History, Products, Track, chosen
 from sodaprof.profiler.plan import plan_profile
