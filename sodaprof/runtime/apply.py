@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from ..formats.schedule_file import load_schedule
 from ..pipelines.clock import Clock, Moment, TransformerHook
 from .checks import HOOK, check_matches, rows_by_module
 from .compiled.engine import Compiled, Counters, Engine
-from .hooks.registry import Hooked, refuse_group_offload
+from .hooks.registry import Hooks, refuse_group_offload
 from .hooks.resolution import SizeHook
 from .hooks.sites import SiteHook, SiteRow
 from .hooks.stack import BlockHook, StackRow
@@ -68,8 +67,12 @@ class Handle:
         self.turns: list[TransformerHook] = []
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
-        self.engine = None if settings is None else self._engine(settings)
-        self._hooked = Hooked()
+        self.engine: Engine | None = None
+        if settings is not None:
+            first = pipe.components[next(iter(schedule.transformers))]
+            device = torch.device(getattr(pipe, "_execution_device", None) or next(first.parameters()).device)
+            self.engine = Engine(settings, schedule, self.moment, self.update, device)
+        self._hooks = Hooks()
         self._complete = self._attached = False
         for name, plan in schedule.transformers.items():
             self._prepare(name, pipe.components[name], plan)
@@ -77,44 +80,39 @@ class Handle:
             self.clock.loop = self.engine.loop
         self.attach()
 
-    def _engine(self, settings: Compiled) -> Engine:
-        first = self.pipe.components[next(iter(self.schedule.transformers))]
-        device = getattr(self.pipe, "_execution_device", None) or next(first.parameters()).device
-        return Engine(settings, self.schedule, self.moment, self.update, torch.device(device))
-
     def _prepare(self, name: str, transformer: Any, plan: Plan) -> None:
-        """Creates the hooks of one transformer, innermost first."""
+        """Adds the hooks of one transformer, innermost first."""
         modules = rows_by_module(transformer, plan, self.schedule)
         rows = [row for of_module in modules.values() for row in of_module]
         self.rows += rows
         for path, of_module in modules.items():
-            self._hooked.add(transformer.get_submodule(path), SiteHook(of_module, self.moment), HOOK)
+            self._hooks.add(transformer.get_submodule(path), SiteHook(of_module, self.moment), HOOK)
         if self.engine is not None:
             for module, hook, kind in self.engine.hooks(transformer, plan, rows):
-                self._hooked.add(module, hook, f"{HOOK}.{kind}")
+                self._hooks.add(module, hook, f"{HOOK}.{kind}")
         if self.any_resolution:
-            self._hooked.add(transformer, SizeHook(rows, plan, self.schedule), f"{HOOK}.size")
+            self._hooks.add(transformer, SizeHook(rows, plan, self.schedule), f"{HOOK}.size")
         skipped = [step for step, action in enumerate(plan.stack) if action == "-"]
         turn = TransformerHook(
             self.clock, self.moment, self._check_scheduler, name, plan.past(), self._forget, skipped, len(plan.rows)
         )
         self.turns.append(turn)
-        self._hooked.add(transformer, turn, HOOK)
+        self._hooks.add(transformer, turn, HOOK)
         if "S" in plan.stack:
             stack = StackRow(plan)
             self.stacks.append(stack)
             traced = {block.path: block for block in self.engine.blocks} if self.engine is not None else {}
             for path in stack.blocks:
                 hook = BlockHook(stack, path, self.moment, traced.get(path))
-                self._hooked.add(transformer.get_submodule(path), hook, HOOK)
+                self._hooks.add(transformer.get_submodule(path), hook, HOOK)
 
     def attach(self) -> None:
-        """Attaches the schedule again after `remove()`; programs that were traced before are kept."""
+        """Attaches the schedule again after `remove()`; programs that were traced are kept."""
         if self._attached:
             return
         check_matches(self.pipe, self.schedule)  # the pipeline may have changed since
         try:
-            self._hooked.attach()
+            self._hooks.attach()
             self.clock.attach()
             self._attached = True
         except BaseException:
@@ -130,24 +128,20 @@ class Handle:
 
     def _forget(self) -> None:
         """Drops all caches: at the begin of its turn a transformer computes everything."""
-        for row in self.rows:
-            row.reset()
-        for stack in self.stacks:
-            stack.reset()
-        for turn in self.turns:
-            turn.reset()
+        parts: list[Any] = [*self.rows, *self.stacks, *self.turns]
+        for part in parts:
+            part.reset()
 
     def _reset(self) -> None:
         self._forget()
-        if self.engine is not None:
-            self.engine.reset()
-        if self.update is not None:
-            self.update.reset()
+        for part in (self.engine, self.update):
+            if part is not None:
+                part.reset()
 
     def _start(self) -> None:
         for name in self.schedule.transformers:
             refuse_group_offload(name, self.pipe.components[name])
-        self._hooked.keep()
+        self._hooks.keep()
         self._reset()
         if self.update is not None:
             self.update.begin(self.pipe.scheduler)
@@ -186,14 +180,14 @@ class Handle:
         if self._attached:
             self.clock.detach()
             self._attached = False
-        self._hooked.remove()
+        self._hooks.remove()
         self._reset()
 
     def __enter__(self) -> Handle:
         self.attach()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.remove()
 
 
@@ -219,15 +213,19 @@ def apply(
     Raises MismatchError if the schedule does not match the pipeline, UnsupportedModelError if it holds actions that this
     release does not run, SodaprofError if no or several schedules are next to the weights, or for an unknown runtime.
     """
-    if former:
-        _refuse_former(next(iter(former)))
+    for keyword in former:
+        if keyword not in FORMER_KEYWORDS:
+            raise TypeError(f"apply() got an unexpected keyword argument {keyword!r}")
+        raise SodaprofError(
+            f"apply({keyword}=...) has been replaced: apply(pipe, schedule, {FORMER_KEYWORDS[keyword]})"
+        )
     settings = runtime_settings(runtime)
     if schedule is None:
         schedule = find_shipped(pipe, steps)
-    if not isinstance(schedule, Schedule):
-        schedule = load_schedule(schedule)
-    else:
+    if isinstance(schedule, Schedule):
         verify(schedule)
+    else:
+        schedule = load_schedule(schedule)
     return Handle(pipe, schedule, settings, allow_resolution)
 
 
@@ -242,9 +240,3 @@ def runtime_settings(runtime: str | Compiled, graphs: bool = True) -> Compiled |
     if runtime == "whole-steps" and not graphs:
         raise SodaprofError("Runtime whole-steps needs graphs. Leave --no-graphs out, or take --runtime compiled")
     return None if runtime == "hooks" else Compiled(graphs=graphs, whole_steps=runtime == "whole-steps")
-
-
-def _refuse_former(keyword: str) -> None:
-    if keyword not in FORMER_KEYWORDS:
-        raise TypeError(f"apply() got an unexpected keyword argument {keyword!r}")
-    raise SodaprofError(f"apply({keyword}=...) has been replaced: apply(pipe, schedule, {FORMER_KEYWORDS[keyword]})")

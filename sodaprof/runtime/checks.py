@@ -1,4 +1,4 @@
-"""Checks that a schedule matches a pipeline, and builds the rows of a schedule by module."""
+"""Checks that a schedule matches a pipeline, and makes the rows of its sites."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ..errors import MismatchError
 from ..formats.rules import OBSERVED, observed_steps, source_of
 from ..formats.schedule import Plan, Schedule
-from ..formats.sites import SiteKey
+from ..formats.sites import Sampler, SiteKey
 from ..pipelines.discover import config_of, fingerprint
 from ..pipelines.load import transformers_of
 from ..pipelines.structure import find_modules
@@ -35,29 +35,35 @@ def check_matches(pipe: Any, schedule: Schedule) -> None:
                 f"The schedule is for {name!r}, the pipeline has {', '.join(parts)}. Compile for this one."
             )
         _check_transformer(name, parts[name], plan)
-        refuse_group_offload(name, parts[name])
-        registry = getattr(parts[name], "_diffusers_hook", None)
-        if registry is not None and registry.get_hook(HOOK) is not None:
-            raise MismatchError(f"{name} carries a schedule already. Take it off first: handle.remove()")
-    sampler, scheduler = schedule.sampler, pipe.scheduler
-    if type(scheduler).__name__ != sampler.class_name:
-        raise MismatchError(
-            f"The schedule is for {sampler.class_name}, the pipeline has {type(scheduler).__name__}. "
-            f"{_take_scheduler(sampler.class_name)}"
-        )
-    if "_sodaprof" in vars(scheduler):
-        raise MismatchError("The scheduler carries a schedule already. Take it off first: handle.remove()")
-    config = config_of(scheduler)
-    if _other(config, sampler.config):
-        config = _config_started(scheduler, sampler.steps)
-    if key := _other(config, sampler.config):
-        raise MismatchError(
-            f"The scheduler's {key} is {config.get(key)!r}, {sampler.config[key]!r} in the schedule. Set it back, or profile and "
-            "compile anew."
-        )
+    _check_scheduler(pipe.scheduler, schedule.sampler)
     _check_boundary(pipe, schedule)
     if schedule.update is not None:
-        check_linear(scheduler, schedule.update.basis)
+        check_linear(pipe.scheduler, schedule.update.basis)
+
+
+def _check_scheduler(scheduler: Any, sampler: Sampler) -> None:
+    if (found := type(scheduler).__name__) != (wanted := sampler.class_name):
+        do = f"diffusers {diffusers.__version__} has no {wanted}: take the pipeline that was profiled."
+        if hasattr(diffusers, wanted):
+            do = (
+                f"Type: pipe.scheduler = diffusers.{wanted}.from_config(pipe.scheduler.config); on the command line, if the "
+                f"command has it: --scheduler {wanted}"
+            )
+        raise MismatchError(f"The schedule is for {wanted}, the pipeline has {found}. {do}")
+    if "_sodaprof" in vars(scheduler):
+        raise MismatchError("The scheduler carries a schedule already. Remove it first: handle.remove()")
+    config = config_of(scheduler)
+    if _other(config, sampler.config):
+        # DPMSolverSinglestepScheduler changes settings in `set_timesteps`
+        started = copy.deepcopy(scheduler)
+        with suppress(TypeError, ValueError):  # one that needs more arguments changes no settings
+            started.set_timesteps(sampler.steps)
+        config = config_of(started)
+    if key := _other(config, sampler.config):
+        raise MismatchError(
+            f"The scheduler's {key} is {config.get(key)!r}, {sampler.config[key]!r} in the schedule. Set it to this, or profile "
+            "and compile anew."
+        )
 
 
 def _other(config: dict[str, Any], wanted: dict[str, Any]) -> str | None:
@@ -65,22 +71,8 @@ def _other(config: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     return next((key for key, value in wanted.items() if _plain(config.get(key)) != _plain(value)), None)
 
 
-def _config_started(scheduler: Any, steps: int) -> dict[str, Any]:
-    """Returns the settings after `set_timesteps`: DPMSolverSinglestepScheduler changes some of its own there."""
-    started = copy.deepcopy(scheduler)
-    with suppress(TypeError, ValueError):  # one that needs more arguments changes no settings
-        started.set_timesteps(steps)
-    return config_of(started)
-
-
-def _take_scheduler(name: str) -> str:
-    """Returns what to type for a pipeline to sample by this scheduler."""
-    if not hasattr(diffusers, name):
-        return f"diffusers {diffusers.__version__} has no {name}: take the pipeline that was profiled."
-    return (
-        f"Type: pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config); on the command line, where the command "
-        f"has it: --scheduler {name}"
-    )
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_boundary(pipe: Any, schedule: Schedule) -> None:
@@ -92,7 +84,7 @@ def _check_boundary(pipe: Any, schedule: Schedule) -> None:
     if set(schedule.transformers) != {"transformer", "transformer_2"} or "boundary_ratio" not in config or not trained:
         return
     ratio = config["boundary_ratio"]
-    # by a tensor, as the pipeline compares: a timestep at the boundary must fall to the same side
+    # in a tensor, as the pipeline compares: a timestep at the boundary must be on the same side
     found = (torch.tensor(schedule.sampler.timesteps) >= (0 if ratio is None else ratio * trained)).tolist()
     wanted = [past >= 0 for past in schedule.transformers["transformer"].past()]
     if found != wanted:
@@ -116,49 +108,46 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
             raise MismatchError(
                 f"{name} has {key} {found.get(key)}, the schedule is for {wanted}: another model. Compile for this one."
             )
-    known = find_modules(transformer)
-    if missing := [site for site in plan.rows if SiteKey.parse(site).path not in known]:
-        raise MismatchError(f"{name} has no module {missing[0]}, which the schedule drives. Compile for this model.")
-    if missing := sorted(set(known) - {SiteKey.parse(site).path for site in plan.rows}):
+    known, named = set(find_modules(transformer)), {SiteKey.parse(site).path for site in plan.rows}
+    if missing := sorted(named - known):
+        raise MismatchError(
+            f"{name} has no module {missing[0]}, the schedule has a row for it. Compile for this model."
+        )
+    if missing := sorted(known - named):
         raise MismatchError(
             f"{name} has the site {missing[0]}, the schedule has no row for it. Compile for this model."
         )
+    refuse_group_offload(name, transformer)
+    registry = getattr(transformer, "_diffusers_hook", None)
+    if registry is not None and registry.get_hook(HOOK) is not None:
+        raise MismatchError(f"{name} carries a schedule already. Remove it first: handle.remove()")
 
 
 def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:
     """Returns the rows by module path; a row that prunes is linked to the site whose attention scores its tokens."""
     known, rule = find_modules(transformer), schedule.token_rule
     observed = observed_steps(plan, rule.base) if rule is not None else {}
-    rows = {}
+    rows, modules = dict[str, SiteRow](), dict[str, list[SiteRow]]()
     for site, actions in plan.rows.items():
-        kind, module = known[SiteKey.parse(site).path][3:]
-        blocks = (
-            raster(schedule, plan, site, rule.bonus_grid)
-            if rule is not None and rule.bonus and "P" in actions
-            else None
-        )
-        rows[site] = SiteRow(plan, site, module, kind == "attn", rule, observed.get(site, frozenset()), blocks)
+        path = SiteKey.parse(site).path
+        *_, kind, module = known[path]
+        raster = _raster(schedule, plan, site, rule.bonus_grid) if rule and rule.bonus and "P" in actions else None
+        rows[site] = SiteRow(plan, site, module, kind == "attn", rule, observed.get(site, frozenset()), raster)
+        modules.setdefault(path, []).append(rows[site])
     if rule is not None and rule.base in OBSERVED:
         for site, row in rows.items():
             row.scored_by = rows[source_of(plan, site, rule.base) or site] if row.prunes else None
-    modules: dict[str, list[SiteRow]] = {}
-    for site, row in rows.items():
-        modules.setdefault(SiteKey.parse(site).path, []).append(row)
     return modules
 
 
-def raster(schedule: Schedule, plan: Plan, site: str, grid: int) -> tuple[int, int]:
+def _raster(schedule: Schedule, plan: Plan, site: str, grid: int) -> tuple[int, int]:
     """Returns rows and columns of the site's tokens; MismatchError if blocks of grid x grid do not fill them."""
     tokens, patch = plan.tokens(site), plan.fingerprint.get("patch", 1)
     patches = patch[-2:] if isinstance(patch, list) else [patch, patch]
-    sides = [size // p for size, p in zip(schedule.shape["latent"][-2:], patches, strict=True)]
-    if sides[0] * sides[1] != tokens or sides[0] % grid or sides[1] % grid:
+    rows, columns = (size // p for size, p in zip(schedule.shape["latent"][-2:], patches, strict=True))
+    if rows * columns != tokens or rows % grid or columns % grid:
         raise MismatchError(
-            f"{site} has {tokens} tokens, of {sides[0]} x {sides[1]} patches; the schedule's local bonus wants blocks of "
-            f"{grid} x {grid} that fill them. Choose another size, or --policy soda."
+            f"{site} has {tokens} tokens, of {rows} x {columns} patches, which blocks of {grid} x {grid} do not fill; the "
+            "schedule's local bonus needs such blocks. Choose another size, or --policy soda."
         )
-    return sides[0], sides[1]
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return rows, columns

@@ -198,7 +198,7 @@ class TracedBlock(ModelHook):  # type: ignore[misc]
             args, kwargs, inputs = tree_unflatten(filled, spec)
             cells = TracedCells(self.rows, inputs, step)
             for row in self.rows:
-                row.runner = cells
+                row.runner = cells.run
             parameters = dict(zip(names, flat, strict=False))
             out = functional_call(Bare(self.block, self.fn_ref.original_forward), parameters, args, kwargs)
             missing = [row.key for row in self.rows if row.key not in cells.results]

@@ -1,4 +1,4 @@
-"""What a site does at each step, known before the run: immutable cells, read off a schedule's row."""
+"""What a site does at each step: immutable cells, made of a schedule's row before the run."""
 
 from __future__ import annotations
 
@@ -70,46 +70,37 @@ class CellResult(NamedTuple):
 
 def cells_of(plan: Plan, site: str, observed: frozenset[int]) -> tuple[Cell, ...]:
     """Returns the cells of a site, one a step; observed: steps at which its attention is observed."""
-    row, ks, forecasts = plan.rows[site], iter(plan.k.get(site, ())), iter(plan.forecasts.get(site, ()))
+    row, ks = plan.rows[site], iter(plan.k.get(site, ()))
+    steps = [step for step, action in enumerate(row) if action == "F"]
+    forecasts = dict(zip(steps, plan.forecasts.get(site, ()), strict=True))
+    last_use = last_uses({step: forecast.sources for step, forecast in forecasts.items()})
+    slots, drops = slots_of(last_use), dropped_at(last_use)
     cells = [
         Cell(
             action,
             k=next(ks) if action == "P" else 0,
-            forecast=next(forecasts) if action == "F" else None,
+            forecast=forecasts.get(step),
             observes=step in observed,
             keeps_cache=next((a for a in row[step + 1 :] if a in "CRP"), "C") != "C",
-        )
-        for step, action in enumerate(row)
-    ]
-    last_use = last_uses({step: cell.forecast.sources for step, cell in enumerate(cells) if cell.forecast})
-    slots, drops = slots_of(last_use), dropped_at(last_use)
-    cells = [
-        replace(
-            cell,
             slot=slots.get(step),
-            read_slots=tuple(slots[source] for source in cell.forecast.sources) if cell.forecast else (),
+            read_slots=tuple(slots[source] for source in forecasts[step].sources) if action == "F" else (),
             drops=tuple(drops.get(step, ())),
         )
-        for step, cell in enumerate(cells)
+        for step, action in enumerate(row)
     ]
     return with_tokens(cells, plan.tokens(site))
 
 
 def with_tokens(cells: Sequence[Cell], tokens: int, share: float = 1.0) -> tuple[Cell, ...]:
     """Returns the cells for a site of so many tokens; each P cell recomputes `share` times as many as before."""
-    if share != 1.0:
-        cells = [replace(cell, k=cell.k and min(tokens, max(1, round(cell.k * share)))) for cell in cells]
-    found = []
-    for step, cell in enumerate(cells):
-        chooses = cell.action == "P" and 0 < cell.k < tokens
-        found.append(replace(cell, chooses=chooses, age_growth=_age_growth(cells, step) if chooses else 0))
+    found: list[Cell] = []
+    growth = 0  # steps since the site last computed tokens, at each of which all ages grew by 1
+    for cell in cells:
+        k = cell.k and min(tokens, max(1, round(cell.k * share)))
+        chooses = cell.action == "P" and 0 < k < tokens
+        found.append(replace(cell, k=k, chooses=chooses, age_growth=growth if chooses else 0))
+        growth = 0 if found[-1].computes else growth + (cell.action in "RPF")
     return tuple(found)
-
-
-def _age_growth(cells: Sequence[Cell], step: int) -> int:
-    """Returns at how many steps since the site last computed tokens all ages grew by 1; `-` cells do not count."""
-    latest = max(t for t in range(step) if cells[t].computes)
-    return sum(cell.action in "RPF" for cell in cells[latest + 1 : step])
 
 
 def last_uses(sources: dict[int, tuple[int, ...]]) -> dict[int, int]:
@@ -137,15 +128,10 @@ def slots_of(last_use: dict[int, int]) -> dict[int, int]:
     return slots
 
 
-def forecast(outputs: tuple[Output, ...], weights: tuple[float, ...]) -> Output:
-    """Returns the weighted sum of module outputs, which may be tuples of tensors."""
+def weighted(outputs: Sequence[Output], weights: tuple[float, ...]) -> Output:
+    """Returns the weighted sum, in the order given, of tensors or of tuples of tensors."""
     if isinstance(outputs[0], tuple):
         return tuple(weighted(parts, weights) for parts in zip(*outputs, strict=True))
-    return weighted(outputs, weights)
-
-
-def weighted(outputs: Sequence[torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
-    """Returns the weighted sum of tensors, in the order given."""
     total = outputs[0] * weights[0]
     for out, weight in zip(outputs[1:], weights[1:], strict=True):
         total = total + out * weight

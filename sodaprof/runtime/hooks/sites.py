@@ -17,10 +17,12 @@ from ...errors import MismatchError
 from ...formats.schedule import Forecast, Plan, TokenRule
 from ...pipelines.clock import Moment
 from ...pipelines.probe import as_tokens, hidden_states, main_part, with_rows
-from .cells import Cell, CellInputs, CellResult, Output, cells_of, forecast, with_tokens
+from .cells import Cell, CellInputs, CellResult, Output, cells_of, weighted, with_tokens
 from .tokens import base_score, feature_mean, observed, random_scores, top, with_age, with_bonus
 
 Forward = Callable[..., Output]
+# runs the cell of a site at the traced step, in place of the site, while its block is traced
+CellRunner = Callable[["SiteRow", Forward, tuple[Any, ...], dict[str, Any]], Output]
 
 
 @dataclass
@@ -41,13 +43,6 @@ class Buffers(Protocol):
 
     def get(self, name: tuple[int, Any]) -> Output:
         """Returns the place of this name; None if there is none."""
-
-
-class CellRunner(Protocol):
-    """What runs the cells of a site in place of the site, while its block is traced."""
-
-    def run(self, row: SiteRow, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
-        """Returns the output of the cell at the traced step."""
 
 
 class SiteRow:
@@ -74,9 +69,8 @@ class SiteRow:
         self.prunes = any(cell.action == "P" for cell in self.cells)
         self.tokens = self.profiled_tokens = plan.tokens(key)
         self.raster = self.profiled_raster = raster  # rows and columns of the tokens, for a local bonus
-        # if other sites tell the resolution, text may have any length
-        self.any_length = self.holds_text and not self.prunes and not all(map(plan.holds_text, plan.rows))
-        self.any_size = False  # the number of tokens makes no difference
+        # the number of tokens makes no difference; that of text, if other sites show the resolution
+        self.any_tokens = self.holds_text and not self.prunes and not all(map(plan.holds_text, plan.rows))
         self.scored_by: SiteRow | None = None  # the site whose attention scores this one's tokens
         self.runner: CellRunner | None = None
         self.buffers: Buffers | None = None
@@ -84,13 +78,13 @@ class SiteRow:
         self.selected: torch.Tensor | None = None  # CellResult.selected of the latest call
 
     def reset(self) -> None:
-        """Forgets what is kept."""
+        """Drops what is kept."""
         self.memory.clear()
         self.selected = None
 
     def resize(self, tokens: int, raster: tuple[int, int] | None) -> None:
         """Replaces the cells by those for another number of tokens: each P cell recomputes the same share of them."""
-        self.any_size = not self.prunes
+        self.any_tokens = not self.prunes
         if tokens == self.tokens:
             return
         self.tokens, self.raster = tokens, raster if self.profiled_raster else None
@@ -100,8 +94,7 @@ class SiteRow:
         """Replaces the weights of the F cell at `step`."""
         cell = self.cells[step]
         assert cell.forecast is not None
-        weighted = Forecast(cell.forecast.sources, weights, cell.forecast.form)
-        changed = replace(cell, forecast=weighted)
+        changed = replace(cell, forecast=Forecast(cell.forecast.sources, weights))
         self.cells = (*self.cells[:step], changed, *self.cells[step + 1 :])
 
     def run(self, moment: Moment, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Output:
@@ -138,21 +131,16 @@ class SiteRow:
     ) -> CellResult:
         """Returns the output of the cell at `step` and what is kept of it, from its inputs and the module's forward."""
         cell = self.cells[step]
-        if cell.action == "-":  # in a block that runs for the caches of other sites: nothing reads this
+        if cell.action == "-":  # in a block that runs for the caches of other sites; nothing reads this
             return CellResult(hidden_states(args, kwargs))
         if cell.forecast is not None:
             assert inputs.sources is not None
-            return CellResult(forecast(inputs.sources, cell.forecast.weights))
+            return CellResult(weighted(inputs.sources, cell.forecast.weights))
         if cell.reuses:
             return CellResult(inputs.cache)
         if cell.chooses:
             return self._prune(cell, inputs, forward, args, kwargs)
-        statistic = None
-        if cell.observes:
-            assert self.rule is not None
-            out, statistic = observed(self.key, self.rule, forward, args, kwargs)
-        else:
-            out = forward(*args, **kwargs)
+        out, statistic = self._call(cell, forward, args, kwargs)
         self._check_tokens(out)
         return CellResult(out, out, None, statistic)
 
@@ -195,6 +183,15 @@ class SiteRow:
             statistic=self.buffers.get((branch, "statistic")) if cell.observes else None,
         )
 
+    def _call(
+        self, cell: Cell, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Output, torch.Tensor | None]:
+        """Returns the module's output, and the statistic of its attention if the cell observes it."""
+        if not cell.observes:
+            return forward(*args, **kwargs), None
+        assert self.rule is not None
+        return observed(self.key, self.rule, forward, args, kwargs)
+
     def _prune(
         self, cell: Cell, inputs: CellInputs, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CellResult:
@@ -202,15 +199,10 @@ class SiteRow:
         cache, growth = inputs.cache, float(cell.age_growth)
         age = torch.full((1, self.tokens), growth, device=cache.device) if inputs.age is None else inputs.age + growth
         index = top(self._score(inputs, age), cell.k).expand(cache.shape[0], -1)
-        some_args, some_kwargs = with_rows(self.attends, args, kwargs, index)
-        statistic = inputs.statistic
-        if cell.observes:
-            assert self.rule is not None
-            assert statistic is not None  # observed at the C step before
-            rows, fresh = observed(self.key, self.rule, forward, some_args, some_kwargs)
-            statistic = statistic.scatter(1, index, fresh)
-        else:
-            rows = forward(*some_args, **some_kwargs)
+        rows, statistic = self._call(cell, forward, *with_rows(self.attends, args, kwargs, index))
+        if statistic is not None:
+            assert inputs.statistic is not None  # observed at the C step before
+            statistic = inputs.statistic.scatter(1, index, statistic)
         # out of place: a forecast may still hold the same tensor as a source
         out = cache.scatter(1, index[..., None].expand(-1, -1, cache.shape[2]), rows.to(cache.dtype))
         age = (age + 1).expand(cache.shape[:2]).scatter(1, index, 0.0)
@@ -236,7 +228,7 @@ class SiteRow:
 
     def _check_tokens(self, out: Output) -> None:
         tokens = as_tokens(main_part(out), self.layout).shape[1]
-        if tokens == self.tokens or self.any_length or self.any_size:
+        if tokens == self.tokens or self.any_tokens:
             return
         if self.holds_text and self.prunes:
             raise MismatchError(
@@ -253,7 +245,7 @@ class SiteRow:
 
 
 class SiteHook(ModelHook):  # type: ignore[misc]
-    """The diffusers hook on a module: hands each call to the row of that call (a module may be called twice)."""
+    """The diffusers hook on a module: runs each call by the row of that call (a module may be called twice)."""
 
     def __init__(self, rows: list[SiteRow], moment: Moment) -> None:
         super().__init__()
@@ -270,5 +262,5 @@ class SiteHook(ModelHook):  # type: ignore[misc]
             )
         row = self.rows[self.call]
         if row.runner is not None:
-            return row.runner.run(row, self.fn_ref.original_forward, args, kwargs)
+            return row.runner(row, self.fn_ref.original_forward, args, kwargs)
         return row.run(self.moment, self.fn_ref.original_forward, args, kwargs)

@@ -1,4 +1,4 @@
-"""Token rules: which k tokens a pruned site recomputes. Pure functions of what the sites hold.
+"""Token rules: which k tokens a pruned site recomputes. Pure functions of tensors.
 
 B: samples, both guidance halves in one batch as [half, half]; N: tokens; H: heads; L: text tokens; d: width of a head.
 """
@@ -25,33 +25,14 @@ def feature_mean(cache: Tensor) -> Tensor:
 
 def random_scores(seed: int, site: str, step: int, tokens: int) -> Tensor:
     """Returns scores [1, N] uniform in [0, 1), the same for all samples, so that none depends on its batch."""
-    key = zlib.crc32(f"{seed}:{site}@{step}".encode())  # torch looks at 32 bits of a seed
+    key = zlib.crc32(f"{seed}:{site}@{step}".encode())  # torch uses 32 bits of a seed
     return torch.rand(1, tokens, generator=torch.Generator().manual_seed(key))
-
-
-def attention_received(weights: Tensor) -> Tensor:
-    """Returns Σ_i a[i, j], the attention that token j receives of all queries i: a [B, N, N] -> [B, N] (ToCa, s1)."""
-    return weights.sum(1)
-
-
-def entropy(weights: Tensor, share: float = 1.0) -> Tensor:
-    """Returns −Σ_j p log(p + 1e-7), p = share · a[i, j], of each token i: a [B, N, L] -> [B, N] (ToCa, s2).
-
-    ToCa sets the text of both halves side by side, each at a share of one half: the entropy is the sum of two such.
-    """
-    p = weights * share
-    return -(p * (p + 1e-7).log()).sum(-1)
-
-
-def value_smallness(v: Tensor) -> Tensor:
-    """Returns Σ_h (1 − ‖v[h, j]‖₂) of each token j: v [B, H, N, d] -> [B, N] (DuCa, V-caching)."""
-    return (1 - v.to(torch.promote_types(v.dtype, torch.float32)).norm(dim=-1)).sum(1)
 
 
 def mean_attention(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """Returns softmax(q kᵀ · scale + mask) averaged over heads: [B, H, N, d], [B, H, M, d] -> [B, N, M].
 
-    In fp32 or wider, one head at a time, for a map of all heads is the largest tensor of many models.
+    In fp32 or wider, one head at a time: a map of all heads would be the largest tensor of many models.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide, heads = torch.promote_types(q.dtype, torch.float32), q.shape[1]
@@ -66,9 +47,9 @@ def mean_attention(q: Tensor, k: Tensor, mask: Tensor | None = None, scale: floa
 
 
 def base_score(rule: TokenRule, statistic: Tensor) -> Tensor:
-    """Returns the base scores [B, N], of L2 norm 1 over the tokens, of what was observed [B, N].
+    """Returns the base scores [B, N], of L2 norm 1 over the tokens, from the statistic [B, N].
 
-    With shared halves both get the same: the sum of their entropies, the mean of anything else.
+    With shared halves both have the same scores: from the sum of their entropies, or the mean of other statistics.
     """
     if rule.share_halves:
         pair = statistic.unflatten(0, (2, -1))
@@ -87,7 +68,7 @@ def with_age(rule: TokenRule, score: Tensor, age: Tensor) -> Tensor:
 def with_bonus(score: Tensor, bonus: float, grid: int, raster: tuple[int, int]) -> Tensor:
     """Returns scores [B, N] in which the largest of each grid x grid block of the raster is times 1 + bonus.
 
-    A factor, not a term: where scores are negative it makes the largest smaller (as published).
+    A factor, not a term: if scores are negative it makes the largest smaller (as published).
     """
     rows, columns = raster
     blocks = score.unflatten(1, (rows // grid, grid, columns // grid, grid)).transpose(2, 3).flatten(3)
@@ -106,22 +87,29 @@ def observed(
 ) -> tuple[Any, Tensor]:
     """Returns the module's output, and its statistic [B, N] of one value a token that was computed.
 
-    Raises UnsupportedModelError where the module does not compute one scaled_dot_product_attention.
+    Raises UnsupportedModelError if the module does not compute one scaled_dot_product_attention.
     """
-    out, heard = record_attention(forward, args, kwargs)
-    if len(heard) != 1:
+    out, recorded = record_attention(forward, args, kwargs)
+    if len(recorded) != 1:
         raise UnsupportedModelError(
-            f"{site} called scaled_dot_product_attention {len(heard)} times, and the token rule {rule.base!r} "
+            f"{site} called scaled_dot_product_attention {len(recorded)} times, and the token rule {rule.base!r} "
             "needs its one map. Type pipe.transformer.set_attention_backend('native'), or compile with --policy soda."
         )
-    return out, statistic(rule, heard[0])
+    return out, statistic(rule, recorded[0])
 
 
-def statistic(rule: TokenRule, heard: AttentionCall) -> Tensor:
-    """Returns the values [B, N] that `rule` scores by."""
+def statistic(rule: TokenRule, call: AttentionCall) -> Tensor:
+    """Returns the values [B, N] that `rule` scores tokens by; a [B, N, L] are the attention weights, v [B, H, N, d] the values.
+
+    attention_received: Σ_i a[i, j], what token j receives of all queries i (ToCa, s1).
+    cross_attention_entropy: −Σ_j p log(p + 1e-7) of token i, p = a[i, j]; with shared halves p = a[i, j] / 2, since ToCa puts
+    the text of both halves next to each other, and the entropy is the sum of two such (ToCa, s2).
+    value_norm: Σ_h (1 − ‖v[h, j]‖₂) (DuCa, V-caching).
+    """
     if rule.base == "value_norm":
-        return value_smallness(heard.v)
-    weights = mean_attention(heard.q, heard.k, heard.mask, heard.scale)
+        return (1 - call.v.to(torch.promote_types(call.v.dtype, torch.float32)).norm(dim=-1)).sum(1)
+    weights = mean_attention(call.q, call.k, call.mask, call.scale)
     if rule.base == "attention_received":
-        return attention_received(weights)
-    return entropy(weights, 0.5 if rule.share_halves else 1.0)
+        return weights.sum(1)
+    p = weights * (0.5 if rule.share_halves else 1.0)
+    return -(p * (p + 1e-7).log()).sum(-1)

@@ -1,6 +1,6 @@
 """`scheduler`: a schedule of whole steps as a plain diffusers scheduler, which needs no hooks.
 
-It has as many steps as the schedule calls the network at. Between two of them the latents move by the schedule's updates
+Its steps are those at which the schedule calls the network. From one to the next the latents move by the schedule's updates,
 composed into one, with the noise of every step between, so the pictures are those of `apply`.
 """
 
@@ -24,9 +24,9 @@ from ...formats.schedule_file import load_schedule
 from ...formats.sites import Sampler
 from ...opensora.scheduler import RectifiedFlowScheduler
 from ...pipelines.sampler_steps import own_update
-from .update import Ring, answered, called_steps, check_linear, drawn, jumps
+from .update import Ring, called_steps, check_linear, drawn, jumps, next_dtype
 
-PLAIN = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler")  # no noise, no scaled input
+UNSCALED = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler")  # and without noise
 
 
 def scheduler(schedule: Schedule | str | Path) -> JumpScheduler:
@@ -34,17 +34,15 @@ def scheduler(schedule: Schedule | str | Path) -> JumpScheduler:
 
     Type `pipe.scheduler = sodaprof.scheduler(schedule)` and call the pipeline with as many steps as the schedule calls the
     network at. Its `config` is that of the sampler which the schedule was made for. Raises UnsupportedModelError for a
-    schedule that reuses, forecasts or prunes, for one without an update, and where the sampler's steps are not linear.
+    schedule that reuses, forecasts or prunes, for one without an update, and if the sampler's steps are not linear.
     """
     if not isinstance(schedule, Schedule):
         schedule = load_schedule(schedule)
     verify(schedule)
-    cells = set().union(
-        *(set(row) for plan in schedule.transformers.values() for row in [plan.stack, *plan.rows.values()])
-    )
-    if odd := sorted(cells - set(".C-_")):
+    cells = "".join(plan.stack + "".join(plan.rows.values()) for plan in schedule.transformers.values())
+    if others := sorted(set(cells) - set(".C-_")):
         raise UnsupportedModelError(
-            f"The schedule holds {odd[0]} cells, which work inside the network; a plain scheduler runs whole steps only. "
+            f"The schedule holds {others[0]} cells, which work inside the network; a plain scheduler runs whole steps only. "
             "Run it with sodaprof.apply(pipe, schedule), or compile with --policy solver."
         )
     if schedule.update is None:
@@ -59,21 +57,21 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "scheduler_config.json"
     order = 1
+    begin_index = 0
 
     def __init__(self, schedule: Schedule) -> None:
         sampler, update = schedule.sampler, schedule.update
         assert update is not None
         self._internal_dict = FrozenDict(_config(sampler))
-        self.total, self._own_class = sampler.steps, sampler.class_name
+        self.sampler = sampler
         data, noise = [(0.0, 1.0)] * sampler.steps, [0.0] * sampler.steps
         scales, sigmas, self.init_noise_sigma = [1.0] * sampler.steps, list[float](), 1.0
         own = scheduler_of(sampler)
         check_linear(own, update.basis)
-        if sampler.class_name in PLAIN:
-            if sampler.class_name == "FlowMatchEulerDiscreteScheduler":
-                last = 1.0 if own.config.invert_sigmas else 0.0
-                sigmas = [*(t / own.config.num_train_timesteps for t in sampler.timesteps), last]
-        else:
+        if sampler.class_name == "FlowMatchEulerDiscreteScheduler":
+            last = 1.0 if own.config.invert_sigmas else 0.0
+            sigmas = [*(t / own.config.num_train_timesteps for t in sampler.timesteps), last]
+        if sampler.class_name not in UNSCALED:
             _set_timesteps(own, sampler)
             found = own_update(own, own.timesteps)
             data, noise = list(found.data), list(found.noise)
@@ -88,23 +86,15 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._data = [data[jump.start] for jump in self._jumps]
         self._scales = [scales[jump.start] for jump in self._jumps]
         self._known = [sampler.timesteps[jump.start] for jump in self._jumps]
-        if sigmas:  # there are pipelines that look at them
+        if sigmas:  # some pipelines read them
             self.sigmas = torch.tensor([*(sigmas[jump.start] for jump in self._jumps), sigmas[-1]])
         self._ring = Ring(update.history)
         self.timesteps = torch.tensor(self._known)
         self.num_inference_steps: int | None = None
-        self._step_index: int | None = None
-
-    @property
-    def step_index(self) -> int | None:
-        return self._step_index
-
-    @property
-    def begin_index(self) -> int:
-        return 0
+        self.step_index: int | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Takes 0 alone: the whole trajectory runs."""
+        """Raises MismatchError for another index than 0: the whole trajectory runs."""
         if begin_index:
             raise MismatchError(
                 f"The pipeline begins at step {begin_index}; a fitted schedule runs from its first step. Call it without "
@@ -122,20 +112,20 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         width: float | None = None,
         num_frames: int | None = None,
     ) -> None:
-        """Begins a run: `timesteps` are the schedule's, whatever is given; MismatchError unless it is of as many steps."""
+        """Begins a run: `timesteps` are the schedule's, whatever is given; MismatchError for another number of steps."""
         given = next((len(values) for values in (timesteps, sigmas) if values is not None), num_inference_steps)
         count = len(self._known)
         if given != count:
             raise MismatchError(
-                f"The schedule calls the network at {count} of its {self.total} steps, the pipeline asks for {given}. "
+                f"The schedule calls the network at {count} of its {self.sampler.steps} steps, the pipeline asks for {given}. "
                 f"Call it with num_inference_steps={count}."
             )
-        self.num_inference_steps, self._step_index, self._ring.newest = count, None, []
+        self.num_inference_steps, self.step_index, self._ring.newest = count, None, []
         self.timesteps = torch.tensor(self._known, device=device)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """Returns the latents as the network takes them at the step that comes next."""
-        scale = self._scales[min(self._step_index or 0, len(self._scales) - 1)]
+        """Returns the latents as the network takes them at the next step."""
+        scale = self._scales[min(self.step_index or 0, len(self._scales) - 1)]
         return sample if scale == 1 else sample * scale
 
     def step(
@@ -147,11 +137,11 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """Returns the latents at the next step that calls the network, or the last ones; nothing waits for a device.
+        """Returns the latents at the next step that calls the network, or the last ones, without a host sync.
 
-        model_output is the guided output, of the sample's shape. eta is to be 0; generator draws what noise the sampler has.
+        model_output is the guided output, of the sample's shape; eta must be 0; generator draws the sampler's noise.
         """
-        step = self._step_index or 0
+        step = self.step_index or 0
         if self.num_inference_steps is None or step == len(self._jumps):
             raise SodaprofError("There is no step to take: call set_timesteps first, once before each run.")
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"
@@ -168,8 +158,8 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         jump = self._jumps[step]
         self._ring.add(self._data[step], sample, model_output)
         noise = drawn(jump.noise, model_output, generator)
-        moved = self._ring.moved(jump.coefficients, sample, noise, answered(self._own_class, sample))
-        self._step_index = step + 1
+        moved = self._ring.moved(jump.coefficients, sample, noise, next_dtype(self.sampler.class_name, sample))
+        self.step_index = step + 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -180,16 +170,16 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         )
 
     def __len__(self) -> int:
-        return int(self.config.get("num_train_timesteps", self.total))
+        return int(self.config.get("num_train_timesteps", self.sampler.steps))
 
 
 def _config(sampler: Sampler) -> dict[str, Any]:
-    """Returns the sampler's configuration; inf stands as text in files."""
+    """Returns the sampler's configuration, with infinities, which are text in files, as numbers."""
     return {k: float(v) if v in ("inf", "-inf") else v for k, v in sampler.config.items()}
 
 
 def scheduler_of(sampler: Sampler) -> Any:
-    """Returns the scheduler that a schedule or a profile was made for; UnsupportedModelError where diffusers has none."""
+    """Returns the scheduler that a schedule or a profile was made for; UnsupportedModelError if diffusers has none."""
     known = {"RectifiedFlowScheduler": RectifiedFlowScheduler}
     cls = known.get(sampler.class_name) or getattr(diffusers, sampler.class_name, None)
     if cls is None:
@@ -198,7 +188,7 @@ def scheduler_of(sampler: Sampler) -> Any:
 
 
 def _set_timesteps(own: Any, sampler: Sampler) -> None:
-    """Sets the scheduler to the schedule's timesteps; UnsupportedModelError where a number of steps does not say which."""
+    """Sets the schedule's timesteps; UnsupportedModelError if they do not follow from their number."""
     own.set_timesteps(sampler.steps)
     if tuple(own.timesteps.tolist()) != sampler.timesteps:
         raise UnsupportedModelError(

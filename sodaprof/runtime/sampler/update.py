@@ -1,4 +1,4 @@
-"""The schedule's state update at work: x ← c0 · x + Σ c_j · V_j + the scheduler's own noise, in place of its own step."""
+"""A schedule's update takes the scheduler's steps: x ← c0 · x + Σ c_j · V_j + the scheduler's own noise."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ from ...formats.sampler import OwnUpdate
 from ...formats.schedule import Schedule
 from ...pipelines.sampler_steps import WIDENING, basis_of, own_update, refuse_settings
 
-PASSED_ON = ("generator", "return_dict")  # arguments of a scheduler's step that an update knows
+KNOWN_OPTIONS = ("generator", "return_dict")  # arguments of a scheduler's step that an update takes
 
 
 @dataclass(frozen=True)
 class Jump:
-    """What the updates make of the latents from one call of the network to the next, as one update."""
+    """The updates from one step that calls the network to the next, composed into one."""
 
     start: int  # the step that calls the network
-    end: int  # the next one that does, or T
     coefficients: tuple[float, ...]  # c0, then of the V, newest (that of `start`) first
     noise: tuple[float, ...]  # weights of the draws, one a step that draws, in their order
 
@@ -48,21 +47,21 @@ def jumps(coefficients: Sequence[Sequence[float]], noise: Sequence[float], calle
             own, *others = coefficients[step]
             whole = [own * whole[0], *(own * c + other for c, other in zip(whole[1:], others, strict=True))]
             draws = [own * weight for weight in draws] + ([noise[step]] if noise[step] else [])
-        found.append(Jump(start, end, tuple(whole), tuple(draws)))
+        found.append(Jump(start, tuple(whole), tuple(draws)))
     return found
 
 
 def drawn(weights: Sequence[float], output: Tensor, generator: Any) -> Tensor | None:
-    """Returns the weighted sum of as many draws, each as a scheduler draws noise for this output; None of no draws."""
+    """Returns the weighted sum of a draw for each weight, as a scheduler draws noise for this output; None of no draws."""
     total = None
     for weight in weights:
         noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-        noise = noise.to(wide(output)) * weight
-        total = noise if total is None else total + noise
+        weighted = noise.to(wide(output)) * weight
+        total = weighted if total is None else total + weighted
     return total
 
 
-def answered(scheduler_class: str, sample: Tensor) -> torch.dtype:
+def next_dtype(scheduler_class: str, sample: Tensor) -> torch.dtype:
     """Returns the dtype of the next latents."""
     return wide(sample) if scheduler_class in WIDENING else sample.dtype
 
@@ -72,20 +71,15 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor in this dtype: itself where it is, which costs a step without network less than to ask `to`."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
 class Ring:
-    """The newest V, and the sum that makes the next latents of them."""
+    """The newest V, and their weighted sum with the latents."""
 
     def __init__(self, history: int) -> None:
         self.history = history
-        self.newest: list[Tensor] = []  # first the newest
+        self.newest: list[Tensor] = []  # newest first
 
     def add(self, pair: tuple[float, float], sample: Tensor, output: Tensor) -> None:
-        """Takes the network's guided output at a step, as pair[0] · sample + pair[1] · output."""
+        """Adds the V of a step: pair[0] · sample + pair[1] · guided output."""
         of_sample, of_output = pair
         value = output.to(wide(output), copy=True) if of_output == 1 else output.to(wide(output)) * of_output
         if of_sample:
@@ -95,13 +89,13 @@ class Ring:
     def moved(self, coefficients: Sequence[float], sample: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Returns the next latents in this dtype: one sum in fp32 or wider, rounded once."""
         own, *weights = coefficients
-        total = as_dtype(sample, wide(sample)) * own
+        total = sample.to(wide(sample)) * own
         for weight, value in zip(weights, self.newest, strict=False):
             if weight:
                 total.add_(value, alpha=weight)
         if noise is not None:
             total.add_(noise)
-        return as_dtype(total, dtype)
+        return total.to(dtype)
 
 
 class StateUpdate:
@@ -112,11 +106,11 @@ class StateUpdate:
         self.update, self.called = schedule.update, called_steps(schedule)
         self.ring = Ring(self.update.history)
         self.own: OwnUpdate | None = None  # the scheduler's own, whose data predictions and noise are kept
-        self.sigmas: Any = None  # for which that holds
-        self.defaults: dict[str, Any] = {}  # of the arguments behind output, timestep and sample
+        self.sigmas: Any = None  # those that `own` was measured with
+        self.defaults: dict[str, Any] = {}  # of the arguments after output, timestep and sample
 
     def begin(self, scheduler: Any) -> None:
-        """Begins a run with the scheduler as `set_timesteps` left it. UnsupportedModelError where it is not linear."""
+        """Begins a run with the scheduler as `set_timesteps` left it. UnsupportedModelError if it is not linear."""
         self.reset()
         sigmas = getattr(scheduler, "sigmas", None)
         sigmas = sigmas.tolist() if torch.is_tensor(sigmas) else None
@@ -130,7 +124,7 @@ class StateUpdate:
     def take(
         self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
-        """Returns the next latents in the form of the scheduler's step, whose index moves on (`clock.StepTaker`)."""
+        """Returns the next latents in the form of the scheduler's step, and increments its index (`clock.StepTaker`)."""
         assert self.own is not None
         output, timestep, sample, *others = arguments
         options = dict(zip(self.defaults, others, strict=False)) | options
@@ -147,14 +141,13 @@ class StateUpdate:
         if self.called[step]:
             self.ring.add(self.own.data[step], sample, output)
         draws = [self.own.noise[step]] if self.own.noise[step] else []
-        noise = drawn(draws, output, options.get("generator"))
-        dtype = answered(type(scheduler).__name__, sample)
+        noise, dtype = drawn(draws, output, options.get("generator")), next_dtype(type(scheduler).__name__, sample)
         moved = self.ring.moved(self.update.coefficients[step], sample, noise, dtype)
-        return answer(scheduler, moved, options.get("return_dict", True))
+        return step_result(scheduler, moved, options.get("return_dict", True))
 
 
 def check_linear(scheduler: Any, basis: str) -> None:
-    """Raises UnsupportedModelError where no update goes with this scheduler, MismatchError where none of this basis does."""
+    """Raises UnsupportedModelError if the scheduler's steps are no weighted sums, MismatchError if their basis is another."""
     refuse_settings(scheduler)
     if basis_of(scheduler) != basis:
         raise MismatchError(
@@ -164,24 +157,24 @@ def check_linear(scheduler: Any, basis: str) -> None:
 
 
 def defaults_of(scheduler: Any) -> dict[str, Any]:
-    """Returns the arguments of the scheduler's step behind output, timestep and sample, with their defaults, in order."""
+    """Returns the arguments of the scheduler's step after output, timestep and sample, with their defaults, in order."""
     return {name: p.default for name, p in list(inspect.signature(type(scheduler).step).parameters.items())[4:]}
 
 
 def refuse_options(scheduler: Any, defaults: dict[str, Any], options: dict[str, Any]) -> None:
-    """Raises UnsupportedModelError for arguments of a step that change what it does, by name."""
+    """Raises UnsupportedModelError with the name of an argument that changes what the step does."""
     for name, value in options.items():
         default = defaults.get(name)
-        if name in PASSED_ON or value is default or (not torch.is_tensor(value) and value == default):
+        if name in KNOWN_OPTIONS or value is default or (not torch.is_tensor(value) and value == default):
             continue
         shown = "a tensor" if torch.is_tensor(value) else repr(value)
         raise UnsupportedModelError(
             f"The pipeline calls the step of {type(scheduler).__name__} with {name}={shown}, which a fitted update does not "
-            f"know. Leave {name} at {default!r}, or compile without an update."
+            f"take. Leave {name} at {default!r}, or compile without an update."
         )
 
 
-def answer(scheduler: Any, moved: Tensor, return_dict: bool) -> Any:
+def step_result(scheduler: Any, moved: Tensor, return_dict: bool) -> Any:
     """Returns the latents as this scheduler's step returns them; other fields (`pred_original_sample`) are None."""
     cls = type(scheduler)
     kind = getattr(sys.modules.get(cls.__module__), f"{cls.__name__}Output", SchedulerOutput)

@@ -14,7 +14,6 @@ import sodaprof
 from sodaprof.errors import UnsupportedModelError
 from sodaprof.runtime.compiled.engine import Compiled
 from sodaprof.runtime.compiled.trace import Program
-from tests.runtime.hooks.test_toca import CASES, MAKE, Scheduler, calls_of, compiled, sharpened
 from tests.tiny_pipelines import (
     FEW,
     SITES,
@@ -28,6 +27,7 @@ from tests.tiny_pipelines import (
     tiny_pipe,
     with_known_programs,
 )
+from tests.toca_cases import CASES, MAKE, Scheduler, calls_of, compiled, sharpened
 
 
 def nodes(program: Program) -> int:
