@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..opensora.layers import attend
+from .probe import Args, Forward, Kwargs
 
 FUNCTIONS = (torch.nn.functional.scaled_dot_product_attention, attend)
 
@@ -23,19 +23,13 @@ class AttentionCall(NamedTuple):
     mask: Tensor | None
     scale: float | None
 
-    def map_flops(self) -> float:
-        """FLOPs of the attention weights alone."""
-        return 2.0 * self.q.numel() * self.k.shape[2]
-
 
 class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[AttentionCall] = []
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Forward, types: Any, args: Args = (), kwargs: Kwargs | None = None) -> Any:
         kwargs = kwargs or {}
         if func in FUNCTIONS:
             named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
@@ -44,9 +38,7 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def record_attention(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, list[AttentionCall]]:
+def record_attention(forward: Forward, args: Args, kwargs: Kwargs) -> tuple[Any, list[AttentionCall]]:
     """Returns forward(*args, **kwargs), unchanged, and every attention that it computed."""
     with _Recorder() as recorder:
         out = forward(*args, **kwargs)

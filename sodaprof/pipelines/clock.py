@@ -44,9 +44,7 @@ class Run:
 class StepTaker(Protocol):
     """Takes steps of a run in place of the scheduler, or around it."""
 
-    def take(
-        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+    def take(self, own: Callable[..., Any], scheduler: Any, step: int, *arguments: Any, **options: Any) -> Any:
         """Returns the result of a step in the scheduler's form; own(*arguments, **options) takes the scheduler's.
 
         arguments: model output, timestep and sample, then whatever the pipeline passes by position; options: by keyword.
@@ -146,18 +144,16 @@ class Clock:
         take = own_step
         for taker in (self.update, self.loop):
             if taker is not None:
-                take = partial(self._take, taker, take, run.step)
+                take = partial(taker.take, take, self.scheduler, run.step)
         result = take(*arguments, **kwargs)
-        if run.step == 0:
-            self._check_index()
+        index = getattr(self.scheduler, "step_index", None)  # of a scheduler that counts its steps
+        if run.step == 0 and isinstance(index, int) and index != 1:
+            self._refuse_start("the first of its timesteps", f"at number {index}")
         self.run = Run(run.step + 1, turn_begins=False)
         if self.run.step == self.sampler.steps:
             self.run = None
             self.on_end()
         return result
-
-    def _take(self, taker: StepTaker, own: Callable[..., Any], step: int, *arguments: Any, **options: Any) -> Any:
-        return taker.take(own, self.scheduler, step, arguments, options)
 
     def _check_timesteps(self) -> None:
         found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps
@@ -179,15 +175,8 @@ class Clock:
                 f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
                 "Run it without what skips steps, or remove() the schedule."
             )
-        form = self.sampler.guidance_form
-        if run.turn_begins and (run.calls > 1) != (form == "passes"):
+        if run.turn_begins and (run.calls > 1) != (self.sampler.guidance_form == "passes"):
             self._refuse_guidance("passes" if run.calls > 1 else "one network call a step")
-
-    def _check_index(self) -> None:
-        """After the first step: the index of a scheduler that counts its steps must be 1."""
-        index = getattr(self.scheduler, "step_index", None)
-        if isinstance(index, int) and index != 1:
-            self._refuse_start("the first of its timesteps", f"at number {index}")
 
     def _refuse_start(self, wanted: str, found: str) -> NoReturn:
         self.refuse(
@@ -250,7 +239,7 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         self.moment.step, self.moment.branch = self.clock.enter(latents_of(module, args, kwargs))
         past = self.past[self.moment.step]
         if past < 0:
-            self._refuse_turn(self.moment.step)
+            self._refuse_turn()
         if past == 0 and self.moment.branch == 0 and self.clock.run is not None:
             self.clock.run.turn_begins = True
             self.on_turn()
@@ -277,9 +266,9 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
     def reset(self) -> None:
         self.latest.clear()
 
-    def _refuse_turn(self, step: int) -> NoReturn:
+    def _refuse_turn(self) -> NoReturn:
         """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""
-        turn = tuple(t for t, past in enumerate(self.past) if past >= 0)
+        step, turn = self.moment.step, tuple(t for t, past in enumerate(self.past) if past >= 0)
         self.clock.refuse(
             f"The pipeline calls {self.name} at step {step} (timestep {self.clock.sampler.timesteps[step]:g}), at which "
             f"another transformer was called when it was profiled; {self.name} was called at steps {_brief(turn)}. Set the "

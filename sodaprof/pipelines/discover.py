@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from msgspec.structs import replace
@@ -15,10 +14,11 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..formats.sites import Guidance, GuidanceForm, Model, Sampler, Site, SiteKey, Transformer
 from .load import OwnCall, default_prompts
-from .probe import as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
+from .probe import Args, Forward, Kwargs, as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
 from .recording import Step, all_tapped, is_halved, latents_of, record_step
 from .structure import Modules, find_modules
 
+T = TypeVar("T")
 CONFIG_KEYS = {  # key of the fingerprint -> keys of a config; the first one found counts
     "layers": ("num_layers", "depth"),
     "heads": ("num_attention_heads", "num_heads"),
@@ -54,11 +54,9 @@ def inspect_pipeline(
         "batch_profiled": 1,
         "dtype": str(parameter.dtype).removeprefix("torch."),
     }
-    form = guidance_form(pipe, step)
-    model = Model(name, type(pipe).__name__, transformers, shape)
-    guidance = Guidance(form, guidance_scale)
+    guidance = Guidance(guidance_form(pipe, step), guidance_scale)
     sampler = Sampler(type(pipe.scheduler).__name__, config_of(pipe.scheduler), step.timesteps, guidance)
-    return model, sampler, step
+    return Model(name, type(pipe).__name__, transformers, shape), sampler, step
 
 
 def guidance_form(pipe: Any, step: Step) -> GuidanceForm:
@@ -84,22 +82,18 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in sorted(scheduler.config.items()) if k[0] != "_"}
 
 
-@dataclass(frozen=True)
-class _SiteCall:
+class _SiteCall(NamedTuple):
     """One recorded call of a candidate site."""
 
-    stack: str
-    layer: int
-    module: str
+    key: SiteKey
     kind: str
     shape: tuple[int, ...]  # of its output, or of the first tensor in it
     prunable: bool
-    call: int
 
     @property
     def name(self) -> str:
         """Which site of a block it is, whatever the layer."""
-        return f"{self.stack}.{SiteKey(self.stack, self.layer, self.module, self.call).name}"
+        return f"{self.key.stack}.{self.key.name}"
 
 
 def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
@@ -113,55 +107,53 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
         )
     args, kwargs = step.call_of(name)
     latents = latents_of(module, args, kwargs)
-    site_calls: list[_SiteCall] = []
     calls: Counter[str] = Counter()
 
-    def note(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def site_call(path: str, forward: Forward, args: Args, kwargs: Kwargs, out: Any) -> _SiteCall:
         stack, layer, part, kind, _ = found[path]
-        exact, prunable = kind_of(kind, forward, args, kwargs, out), is_prunable(kind, forward, args, kwargs, out)
-        site_calls.append(_SiteCall(stack, layer, part, exact, tuple(main_part(out).shape), prunable, calls[path]))
+        key, call = SiteKey(stack, layer, part, calls[path]), (kind, forward, args, kwargs, out)
         calls[path] += 1
+        return _SiteCall(key, kind_of(*call), tuple(main_part(out).shape), is_prunable(*call))
 
-    _run_watched(module, found, note, args, kwargs)
+    site_calls = _each_call(module, found, site_call, args, kwargs)
     batch = len(latents)  # both guidance halves counted
     text = _holding_text(module, found, (args, kwargs), site_calls)
     sites, layouts = _sites_of(name, site_calls, batch, text)
-    for site, s in zip(sites, site_calls, strict=True):
-        step.folds[name, site.key] = max(1, math.prod(s.shape) // (site.tokens * site.width * batch))
+    for site, (_, _, shape, _) in zip(sites, site_calls, strict=True):
+        step.folds[name, site.key] = max(1, math.prod(shape) // (site.tokens * site.width * batch))
     return Transformer(type(module).__name__, fingerprint(module, sites, layouts, list(text)), sites)
 
 
-def _run_watched(
-    module: nn.Module, found: Modules, note: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Calls the network, and note(path, forward, args, kwargs, out) after each call of a candidate site."""
+def _each_call(
+    module: nn.Module, found: Modules, read: Callable[[str, Forward, Args, Kwargs, Any], T], args: Args, kwargs: Kwargs
+) -> list[T]:
+    """Calls the network and returns read(path, forward, args, kwargs, out) of each call of a candidate site, in order."""
+    values = []
 
-    def run(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(path: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         out = forward(*args, **kwargs)
-        note(path, forward, args, kwargs, out)
+        values.append(read(path, forward, args, kwargs, out))
         return out
 
     with all_tapped(module, found, run, "sodaprof.inspect"):
         module(*args, **kwargs)
+    return values
 
 
 def _holding_text(
-    module: nn.Module, found: Modules, step: tuple[Any, Any], site_calls: list[_SiteCall]
+    module: nn.Module, found: Modules, step: tuple[Args, Kwargs], site_calls: list[_SiteCall]
 ) -> dict[str, bool]:
     """Returns the modules, by stack, module and call, whose outputs are smaller with less text; True: all text."""
     text: dict[str, bool] = {}
     for length, args, kwargs in with_shorter_text(*step, latents_of(module, *step)):
-        shapes: list[tuple[str, tuple[int, ...]]] = []
-
-        def note(path: str, forward: Any, args: Any, kwargs: Any, out: Any, to: list[Any] = shapes) -> None:
-            to.append((path, tuple(main_part(out).shape)))
-
         try:
-            _run_watched(module, found, note, args, kwargs)
+            shapes = _each_call(
+                module, found, lambda path, *call: (path, tuple(main_part(call[-1]).shape)), args, kwargs
+            )
         except Exception:  # each network has an error of its own for text of a length that it refuses
             continue
         for s, (path, shape) in zip(site_calls, shapes, strict=False):
-            if path == f"{s.stack}.{s.layer}.{s.module}" and shape != s.shape:
+            if path == s.key.path and shape != s.shape:
                 own = tuple(length // 2 if n == length else n for n in s.shape) == shape
                 text[s.name] = text.get(s.name, True) and own
     return text
@@ -176,41 +168,40 @@ def _sites_of(
     """
     sites, layouts = [], {}
     for s in site_calls:
-        widths = {o.shape[2] for o in site_calls if o.stack == s.stack and len(o.shape) == 3}
-        attention = [o for o in site_calls if (o.stack, o.layer) == (s.stack, s.layer) and o.kind.endswith("attn")]
-        attended = {o.shape[:2] for o in attention if len(o.shape) == 3} if s.kind == "mlp" else set()
-        layout = layout_of(s.shape, batch, widths, attended)
+        plain = [o for o in site_calls if o.key.stack == s.key.stack and len(o.shape) == 3]
+        attention = (
+            [o for o in plain if o.key.block == s.key.block and o.kind.endswith("attn")] if s.kind == "mlp" else []
+        )
+        layout = layout_of(s.shape, batch, {o.shape[2] for o in plain}, {o.shape[:2] for o in attention})
         if layout is None:
             raise UnsupportedModelError(
-                f"{name}.{s.stack}.{s.layer}.{s.module} returns a tensor of shape {s.shape}; this release schedules modules "
-                f"that return [B, N, D], B a multiple of {batch}, or a layout with one axis that can be the channels."
+                f"{name}.{s.key.path} returns a tensor of shape {s.shape}; this release schedules modules that return "
+                f"[B, N, D], B a multiple of {batch}, or a layout with one axis that can be the channels."
             )
-        module = f"{s.stack}.{s.module}"
+        stack, layer, module, call = s.key
         if layout:
-            layouts[module] = layout
+            layouts[f"{stack}.{module}"] = layout
         prunable = s.prunable and not layout and not text.get(s.name, False)
         _, tokens, width = as_tokens(torch.empty(s.shape, device="meta"), layout).shape
-        sites.append(Site(s.stack, s.layer, s.module, s.kind, tokens, width, prunable, s.call))
+        sites.append(Site(stack, layer, module, s.kind, tokens, width, prunable, call))
     return tuple(sites), layouts
 
 
 def fingerprint(
-    module: Any, sites: Any, layouts: dict[str, str] | None = None, text: list[str] | None = None
+    module: Any, sites: Sequence[Site], layouts: dict[str, str] | None = None, text: list[str] | None = None
 ) -> dict[str, Any]:
     """Returns the fingerprint: the config values that decide shapes, and what was recorded of each module of a block.
 
     That is tokens and kinds; layouts other than [B, N, D]; text: the modules with one token for each token of the prompt.
     """
     config = dict(module.config)
-    values = {key: next((config[n] for n in names if n in config), None) for key, names in CONFIG_KEYS.items()}
-    if values["heads"] and values["head_width"]:
-        values["width"] = values["heads"] * values["head_width"]
-    plain = {k: list(v) if isinstance(v, list | tuple) else v for k, v in values.items() if v is not None}
-    sites = tuple(sites)
+    found = {key: next((config[n] for n in names if n in config), None) for key, names in CONFIG_KEYS.items()}
+    if found["heads"] and found["head_width"]:
+        found["width"] = found["heads"] * found["head_width"]
+    found = {key: list(v) if isinstance(v, list | tuple) else v for key, v in found.items() if v is not None}
     tokens: dict[str, int] = {}
     for site in sites:  # by module, and by site if a layer or a call has another number
         if tokens.setdefault(f"{site.stack}.{site.module}", site.tokens) != site.tokens:
             tokens[site.key] = site.tokens
-    recorded: dict[str, Any] = {"tokens": tokens, "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites}}
-    recorded |= {key: value for key, value in (("layouts", layouts), ("text", text)) if value}
-    return plain | recorded
+    found |= {"tokens": tokens, "kinds": {f"{s.stack}.{s.module}": s.kind for s in sites}}
+    return found | {key: value for key, value in (("layouts", layouts), ("text", text)) if value}

@@ -7,7 +7,7 @@ products, convolutions and attention count, and the sums of forecasts; elementwi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..formats.cost import CostModel, SiteCost, StepCost, TransformerCost
 from ..formats.rules import OBSERVED
 from ..formats.sites import Model, Site
 from .attention import record_attention
-from .probe import main_part, with_rows
+from .probe import Args, Forward, Kwargs, main_part, with_rows
 from .recording import Step, all_tapped
 
 SOURCES = 4
@@ -36,8 +36,8 @@ def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
         calls = [(args, kwargs) for n, args, kwargs in step.calls if n == name]
         sites, transformer = model.transformers[name].sites, pipe.components[name]
         try:
-            to_meta = lambda x: x.to("meta") if torch.is_tensor(x) else x  # noqa: E731
-            transformers[name] = _count(on_meta(transformer), sites, tree_map(to_meta, calls))
+            on_meta = tree_map(lambda x: x.to("meta") if torch.is_tensor(x) else x, calls)
+            transformers[name] = _count(_meta_copy(transformer), sites, on_meta)
         except Exception:  # each operator that needs values has an error of its own; the run below repeats any other
             try:
                 transformers[name] = _count(transformer, sites, calls)
@@ -62,7 +62,7 @@ def count_flops(pipe: Any, model: Model, step: Step) -> CostModel:
     )
 
 
-def on_meta(transformer: Any) -> torch.nn.Module:
+def _meta_copy(transformer: Any) -> torch.nn.Module:
     """Returns a copy of the transformer on the meta device, made from its configuration."""
     with torch.device("meta"):
         copy = type(transformer).from_config(transformer.config)
@@ -75,9 +75,8 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = No
 
 def _counter() -> FlopCounterMode:
     """Returns torch's counter with the attention of CPUs added, which it lacks."""
-    return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-    )
+    added = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+    return FlopCounterMode(display=False, custom_mapping=added)
 
 
 @contextmanager
@@ -111,42 +110,41 @@ class _SiteCounter:
         """FLOPs of the network so far, without the pruned calls."""
         return int(self.counter.get_total_flops()) - self._trials
 
-    def site(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def site(self, path: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         key = path + (f"#{self.calls[path]}" if self.calls[path] else "")
+        site = self.sites[key]
         self.calls[path] += 1
         before = self.total
         out, attention = record_attention(forward, args, kwargs)
         self.full[key] += self.total - before
         first = main_part(out)
         self.elements[key] += first.numel()
-        if self.sites[key].prunable:
+        if site.prunable:
             one = torch.zeros(first.shape[0], 1, dtype=torch.int64, device=first.device)
-            some_args, some_kwargs = with_rows(self.sites[key].kind.endswith("attn"), args, kwargs, one)
+            some_args, some_kwargs = with_rows(site.kind.endswith("attn"), args, kwargs, one)
             with _counter() as single:
                 forward(*some_args, **some_kwargs)
             self.pruned[key] += single.get_total_flops()
             self._trials += single.get_total_flops()
-        if self.sites[key].kind in OBSERVED.values():
-            self.maps[key] += int(sum(call.map_flops() for call in attention))
+        if site.kind in OBSERVED.values():
+            self.maps[key] += sum(2 * call.q.numel() * call.k.shape[2] for call in attention)
         return out
 
-    def block(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def block(self, path: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         before = self.total
         out = forward(*args, **kwargs)
         self.blocks += self.total - before
         return out
 
 
-def _count(network: Any, sites: tuple[Site, ...], calls: list[tuple[Any, Any]]) -> TransformerCost:
+def _count(network: Any, sites: tuple[Site, ...], calls: list[tuple[Args, Kwargs]]) -> TransformerCost:
     paths = {site.path for site in sites}
     stacks = dict.fromkeys(site.stack for site in sites)
     blocks = [f"{stack}.{layer}" for stack in stacks for layer in range(len(getattr(network, stack)))]
     with torch.no_grad(), _frozen(network), _counter() as counter:
         found = _SiteCounter(counter, sites)
-        with (
-            all_tapped(network, paths, found.site, "sodaprof.count"),
-            all_tapped(network, blocks, found.block, "sodaprof.count"),
-        ):
+        in_sites = all_tapped(network, paths, found.site, "sodaprof.count")
+        with in_sites, all_tapped(network, blocks, found.block, "sodaprof.count"):
             for args, kwargs in calls:
                 found.calls.clear()
                 network(*args, **kwargs)

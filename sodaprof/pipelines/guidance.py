@@ -6,7 +6,7 @@ import torch
 
 from ..errors import UnsupportedModelError
 
-INSTEAD = "or do without whole steps and closed-loop fits (--runtime captured; compile without --fit)"
+INSTEAD = "or do without whole steps and closed-loop fits (--runtime compiled; compile without --fit)"
 NEAR = 1e-4  # relative: the weights that are read off a step must reproduce it
 
 

@@ -72,15 +72,14 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
         try:
             pipe = _read_pipeline(place, getattr(torch, dtype)).to(device)
         except Exception as error:  # the loaders below raise whatever their parts raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             if isinstance(place, str):
                 raise SodaprofError(
                     f"{model}: not in this machine's cache and not fetched from the hub ({reason[:120]}). "
                     "Check the name and the network, or give a local folder."
                 ) from None
-            raise FormatError(
-                f"{place}: not loadable as a diffusers pipeline ({reason[:300]}). Save or fetch it anew."
-            ) from None
+            reason = f"not loadable as a diffusers pipeline ({reason[:300]})"
+            raise FormatError(f"{place}: {reason}. Save or fetch it anew.") from None
         pipe.set_progress_bar_config(disable=True)
         if scheduler is not None:
             set_scheduler(pipe, scheduler)
@@ -132,17 +131,17 @@ def set_scheduler(pipe: Any, name: str) -> None:
     """
     import diffusers
 
+    own = pipe.scheduler
     cls: Any = getattr(diffusers, name, None)
-    own, known = pipe.scheduler, isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
+    known = isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin)
     if not known:
-        raise SodaprofError(
-            f"--scheduler {name}: not a scheduler of diffusers. Give a class, such as DPMSolverMultistepScheduler"
-        )
+        advice = "Give a class, such as DPMSolverMultistepScheduler"
+        raise SodaprofError(f"--scheduler {name}: not a scheduler of diffusers. {advice}")
     discrete = "beta_schedule" in inspect.signature(cls).parameters, "beta_schedule" in own.config
-    kinds = ["a discrete diffusion" if found else "a flow" for found in discrete]
-    if kinds[0] != kinds[1]:
+    given, needed = ("a discrete diffusion" if found else "a flow" for found in discrete)
+    if given != needed:
         raise SodaprofError(
-            f"--scheduler {name} samples {kinds[0]}; the pipeline has {type(own).__name__}, for {kinds[1]}. Give one for that."
+            f"--scheduler {name} samples {given}; the pipeline has {type(own).__name__}, for {needed}. Give one for that."
         )
     pipe.scheduler = cls.from_config(own.config)
 
@@ -155,8 +154,7 @@ def _read_pipeline(place: Path | str, dtype: torch.dtype) -> Any:
         from ..opensora.pipeline import OpenSoraPipeline
         from ..opensora.weights import load_published
 
-        index = place / "model_index.json"
-        if not index.is_file():
+        if not (index := place / "model_index.json").is_file():
             return load_published(place, dtype)
         if read_json(index).get("_class_name") == OpenSoraPipeline.__name__:
             # its text encoder runs in float32 in the published script, whatever the network runs in
@@ -167,15 +165,11 @@ def _read_pipeline(place: Path | str, dtype: torch.dtype) -> Any:
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """Returns the pipeline's denoising networks by component name; UnsupportedModelError if there is none."""
-    found = {
-        name: part
-        for name, part in pipe.components.items()
-        if "transformer" in name and isinstance(part, torch.nn.Module)
-    }
+    networks = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    found = {name: part for name, part in networks.items() if "transformer" in name}
     if not found:
-        parts = ", ".join(n for n, p in pipe.components.items() if isinstance(p, torch.nn.Module))
         raise UnsupportedModelError(
-            f"{type(pipe).__name__} has no transformer (its networks: {parts}). Give one that has."
+            f"{type(pipe).__name__} has no transformer (its networks: {', '.join(networks)}). Give one that has."
         )
     return found
 
@@ -193,21 +187,31 @@ def pictures_of(out: Any) -> np.ndarray:
     return np.asarray(found, dtype=np.float32)
 
 
+def _defaults(pipe: Any) -> dict[str, Any]:
+    """Returns the arguments of the pipeline's call with their defaults."""
+    return {name: parameter.default for name, parameter in inspect.signature(pipe.__call__).parameters.items()}
+
+
 def takes_labels(pipe: Any) -> bool:
     """Whether the pipeline is called with class labels rather than prompts."""
-    return "class_labels" in inspect.signature(pipe.__call__).parameters
+    return "class_labels" in _defaults(pipe)
+
+
+def makes_video(pipe: Any) -> bool:
+    """Whether the pipeline is called with a number of frames."""
+    return bool({"num_frames", "video_length"} & set(_defaults(pipe)))
 
 
 def default_guidance(pipe: Any) -> float | None:
     """The guidance scale that the pipeline uses when none is given."""
-    parameter = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
-    return None if parameter is None or parameter.default is None else float(parameter.default)
+    scale = _defaults(pipe).get("guidance_scale")
+    return None if scale is None else float(scale)
 
 
 def default_steps(pipe: Any) -> int:
     """How many steps the pipeline takes if no number is given; 50 if it has no default."""
-    parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
-    return parameter.default if parameter is not None and isinstance(parameter.default, int) else 50
+    steps = _defaults(pipe).get("num_inference_steps")
+    return steps if isinstance(steps, int) else 50
 
 
 def read_prompts(path: str | Path) -> list[int | str]:
@@ -218,7 +222,7 @@ def read_prompts(path: str | Path) -> list[int | str]:
     shipped = [folder / f"{path}.txt" for folder in PROMPT_FOLDERS]
     path = next((p for p in shipped if p.is_file()), Path(path))
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(
             f"{path}: not readable ({error}). Give a text file with one prompt or label a line."
@@ -248,11 +252,6 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise SodaprofError(f"Found the seed {wrong[0]}; expected 0 to 2^64 - 1. Give another --seed.")
 
 
-def makes_video(pipe: Any) -> bool:
-    """Whether the pipeline is called with a number of frames."""
-    return bool({"num_frames", "video_length"} & set(inspect.signature(pipe.__call__).parameters))
-
-
 def default_prompts(pipe: Any) -> list[int | str]:
     """Returns the shipped entries of the model's name, else the pipeline's own labels if they are few, else those of its kind."""
     own_list = Path(str(pipe.config.get("_name_or_path", ""))).name
@@ -262,14 +261,6 @@ def default_prompts(pipe: Any) -> list[int | str]:
         return read_prompts("text-to-video" if makes_video(pipe) else "text-to-image")
     own: list[int | str] = sorted(set((getattr(pipe, "labels", None) or {}).values()))
     return own if 0 < len(own) <= 100 else read_prompts("imagenet-labels")
-
-
-def _is_below_bins(pipe: Any) -> bool:
-    """Whether the pipeline would round its own picture size up to the smallest of a list."""
-    if "use_resolution_binning" not in inspect.signature(pipe.__call__).parameters:
-        return False
-    size, factor = pipe.transformer.config.get("sample_size"), getattr(pipe, "vae_scale_factor", None)
-    return isinstance(size, int) and isinstance(factor, int) and size * factor < SMALLEST_BIN
 
 
 def call(
@@ -298,13 +289,20 @@ def call(
     if own is not None:
         return own(list(entries), generators)
     check_entries(pipe, entries)
+    known = _defaults(pipe)
     arguments: dict[str, Any] = {"class_labels" if takes_labels(pipe) else "prompt": list(entries)}
     if guidance_scale is not None:
         arguments["guidance_scale"] = float(guidance_scale)
     if size is not None:
-        if "height" not in inspect.signature(pipe.__call__).parameters:
+        if "height" not in known:
             raise SodaprofError(f"{type(pipe).__name__} makes pictures of one size. Leave --height and --width out.")
         arguments |= {"height": size[0], "width": size[1]}
-    if _is_below_bins(pipe):
+    if "use_resolution_binning" in known and _is_below_bins(pipe):
         arguments["use_resolution_binning"] = False
     return pipe(**arguments, generator=generators, num_inference_steps=steps, output_type=output_type)
+
+
+def _is_below_bins(pipe: Any) -> bool:
+    """Whether the pipeline would round its own picture size up to the smallest of a list."""
+    size, factor = pipe.transformer.config.get("sample_size"), getattr(pipe, "vae_scale_factor", None)
+    return isinstance(size, int) and isinstance(factor, int) and size * factor < SMALLEST_BIN

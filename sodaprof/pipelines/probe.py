@@ -6,10 +6,13 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 Forward = Callable[..., Any]
-LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # name -> its view as [B, N, D]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # name -> its view as [B, N, D]
     "": lambda x: x,
     "channels_last": lambda x: x.flatten(1, -2),  # [B, F, H, W, D]
     "channels_first": lambda x: x.flatten(2).transpose(1, 2),  # [B, D, H, W]
@@ -18,11 +21,12 @@ LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {  # name -> its vi
 }
 
 
-def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+def hidden_states(args: Args, kwargs: Kwargs) -> Any:
+    """Returns what a module is called with: its first argument, or the one of this name; None if there is none."""
+    return args[0] if args else kwargs.get("hidden_states")
 
 
-def other_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+def other_states(args: Args, kwargs: Kwargs) -> Tensor | None:
     """Returns the states that an attention takes its keys and values from, None if they are its own."""
     other = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
     return other if torch.is_tensor(other) and other is not hidden_states(args, kwargs) else None
@@ -33,7 +37,7 @@ def main_part(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-def as_tokens(out: torch.Tensor, layout: str) -> torch.Tensor:
+def as_tokens(out: Tensor, layout: str) -> Tensor:
     """Returns the output as [B, N, D], a view if possible."""
     return LAYOUTS[layout](out)
 
@@ -61,16 +65,12 @@ def layout_of(
     return found[0] if len(found) == 1 else None
 
 
-def with_states(
-    args: tuple[Any, ...], kwargs: dict[str, Any], states: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_states(args: Args, kwargs: Kwargs, states: Tensor) -> tuple[Args, Kwargs]:
     """Returns the module's arguments with other hidden states."""
     return ((states, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "hidden_states": states})
 
 
-def with_rows(
-    attends: bool, args: tuple[Any, ...], kwargs: dict[str, Any], index: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_rows(attends: bool, args: Args, kwargs: Kwargs, index: Tensor) -> tuple[Args, Kwargs]:
     """Returns the module's arguments for the tokens `index` [B, k] alone; attention keeps all keys and values."""
     own_keys = attends and other_states(args, kwargs) is None
     x = hidden_states(args, kwargs)
@@ -80,7 +80,7 @@ def with_rows(
     return args, kwargs
 
 
-def kind_of(kind: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> str:
+def kind_of(kind: str, forward: Forward, args: Args, kwargs: Kwargs, out: Any) -> str:
     """Returns the kind of a site: for attention, whether tokens attend to each other, to other states, or to both."""
     if kind != "attn":
         return kind
@@ -90,12 +90,10 @@ def kind_of(kind: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str
     mixes = _mixes(forward, args, kwargs, out)
     if mixes is None:  # cannot be tried: the arguments decide
         return "cross_attn" if others else "attn"
-    if not mixes:
-        return "cross_attn"
-    return "joint_attn" if others else "attn"
+    return "cross_attn" if not mixes else "joint_attn" if others else "attn"
 
 
-def _mixes(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool | None:
+def _mixes(forward: Forward, args: Args, kwargs: Kwargs, out: Any) -> bool | None:
     """Whether the even tokens' output depends on the odd tokens, tried by negating these; None: cannot be tried."""
     x = _tokens_in(args, kwargs, out)
     if x is None or x.is_meta:
@@ -109,7 +107,7 @@ def _mixes(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     return float((again[:, ::2].float() - kept).norm()) > 0.02 * size if size else None
 
 
-def is_prunable(kind: str, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+def is_prunable(kind: str, forward: Forward, args: Args, kwargs: Kwargs, out: Any) -> bool:
     """Whether half of the tokens in give the same rows of the full output: tried, not assumed (on meta: their shape)."""
     x = _tokens_in(args, kwargs, out)
     if x is None:
@@ -121,23 +119,19 @@ def is_prunable(kind: str, forward: Forward, args: tuple[Any, ...], kwargs: dict
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False  # the module cannot take fewer tokens; its site is reused, never pruned
     wanted = out.gather(1, index[..., None].expand(-1, -1, out.shape[2]))
-    return rows.shape == wanted.shape and (out.is_meta or _near(rows, wanted))
+    tolerance = 1e-4 if out.dtype == torch.float32 else 3e-2
+    return rows.shape == wanted.shape and (out.is_meta or torch.allclose(rows, wanted, tolerance, tolerance))
 
 
-def _tokens_in(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> torch.Tensor | None:
+def _tokens_in(args: Args, kwargs: Kwargs, out: Any) -> Tensor | None:
     """Returns the module's hidden states [B, N, D'], None unless they and the output have the same N of at least 2."""
-    x = hidden_states(args, kwargs) if args or "hidden_states" in kwargs else None
+    x = hidden_states(args, kwargs)
     if not torch.is_tensor(out) or not torch.is_tensor(x) or out.ndim != 3 or x.ndim != 3:
         return None
     return x if x.shape[:2] == out.shape[:2] and x.shape[1] > 1 else None
 
 
-def _near(a: torch.Tensor, b: torch.Tensor) -> bool:
-    tolerance = 1e-4 if b.dtype == torch.float32 else 3e-2
-    return torch.allclose(a, b, rtol=tolerance, atol=tolerance)
-
-
-def with_shorter_text(args: tuple[Any, ...], kwargs: dict[str, Any], latents: Any) -> Iterator[tuple[int, Any, Any]]:
+def with_shorter_text(args: Args, kwargs: Kwargs, latents: Any) -> Iterator[tuple[int, Any, Any]]:
     """Yields (L, args, kwargs): the arguments of a network with L // 2 of the L tokens of a text [B, L, D] in them.
 
     Whatever else has the same length is cut, too: masks and positions. The network may refuse that.

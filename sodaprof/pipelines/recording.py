@@ -1,9 +1,9 @@
-"""Records what a pipeline does: hooks on its modules, and the first sampling step of a run."""
+"""Records what a pipeline does: hooks on its modules, the first sampling step of a run, what blocks pass to one another."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +14,13 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
 from ..errors import MismatchError, SodaprofError, UnsupportedModelError
+from ..formats.sites import Transformer
 from .load import OwnCall, call, transformers_of
 from .patch import patched
+from .probe import Args, Forward, Kwargs, hidden_states
 
 Latents = torch.Tensor | list[torch.Tensor]  # of a network call
+Calls = dict[str, list[Any]]  # path of a module -> a value for each of its calls
 
 
 class _Tap(ModelHook):  # type: ignore[misc]
@@ -54,6 +57,24 @@ def all_tapped(module: nn.Module, paths: Iterable[str], function: Callable[..., 
         yield
 
 
+@contextmanager
+def recorded_calls(
+    module: nn.Module, paths: Iterable[str], received: Collection[str] = ()
+) -> Iterator[tuple[Calls, Calls]]:
+    """Yields the outputs of submodules and the hidden states that those of `received` get, filled while the block runs."""
+    outputs: Calls = {path: [] for path in paths}
+    inputs: Calls = {path: [] for path in received}
+
+    def note(path: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
+        if path in received:
+            inputs[path].append(hidden_states(args, kwargs))
+        outputs[path].append(forward(*args, **kwargs))
+        return outputs[path][-1]
+
+    with all_tapped(module, outputs, note, "sodaprof.calls"):
+        yield outputs, inputs
+
+
 @dataclass
 class Step:
     """One recorded sampling step: every call of a network, and what the scheduler was set to.
@@ -61,7 +82,7 @@ class Step:
     For networks that take turns (Wan 2.2), the first step of each.
     """
 
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: list[tuple[str, Args, Kwargs]] = field(default_factory=list)
     timesteps: tuple[float, ...] = ()
     latents: tuple[int, ...] = ()  # shape of the scheduler's sample
     called: dict[str, tuple[int, ...]] = field(default_factory=dict)  # network -> its steps, if networks take turns
@@ -72,7 +93,7 @@ class Step:
         """Calls of one network in a step."""
         return sum(name == self.calls[0][0] for name, *_ in self.calls)
 
-    def call_of(self, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call_of(self, name: str) -> tuple[Args, Kwargs]:
         """Returns the arguments of the first recorded call of a network."""
         return next((args, kwargs) for called, args, kwargs in self.calls if called == name)
 
@@ -91,7 +112,7 @@ class _StepRecorder:
         self.outputs: dict[str, Any] = {}  # the latest of each network
         self.called: dict[str, list[int]] = {}  # network -> the steps that called it
 
-    def call(self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, name: str, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         """Runs and records a network at its first step; at later steps it returns the same output again."""
         steps = self.called.setdefault(name, [])
         if steps[-1:] != [self.done]:
@@ -125,10 +146,7 @@ def record_step(
     if steps < 1:
         raise SodaprofError(f"--steps is {steps}; expected at least 1.")
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
-    if "_sodaprof" in vars(scheduler):
-        raise MismatchError(
-            "The pipeline carries a schedule; a run is recorded without one. Remove it: handle.remove()"
-        )
+    check_no_schedule(pipe)
 
     def start(set_timesteps: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -153,7 +171,15 @@ def record_step(
     return step
 
 
-def latents_of(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Latents:
+def check_no_schedule(pipe: Any) -> None:
+    """Raises MismatchError if a schedule is attached to the pipeline."""
+    if "_sodaprof" in vars(pipe.scheduler):
+        raise MismatchError(
+            "The pipeline carries a schedule; a run is recorded without one. Remove it: handle.remove()"
+        )
+
+
+def latents_of(transformer: nn.Module, args: Args, kwargs: Kwargs) -> Latents:
     """Returns the latents that a transformer is called with, its first argument: a tensor, or a list of one a sample.
 
     Raises UnsupportedModelError if it is something else.
@@ -176,6 +202,28 @@ def is_halved(latents: Latents) -> bool:
     half = len(latents) // 2
     if half == 0 or len(latents) != 2 * half:
         return False
-    if torch.is_tensor(latents):
+    if torch.is_tensor(latents):  # one host sync
         return torch.equal(latents[:half], latents[half:])
     return all(map(torch.equal, latents[:half], latents[half:]))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The blocks of a transformer, each of which passes one tensor to the next."""
+
+    first: str  # path of the first block in execution order
+    last: str
+    size: int  # elements of that tensor in the recorded call, all branches included
+
+
+def stack_of(pipe: Any, name: str, transformer: Transformer, step: Step) -> Stack | None:
+    """Returns the transformer's stack; None unless each block returns one tensor, the last of the shape that enters."""
+    blocks = list(dict.fromkeys(f"{site.stack}.{site.layer}" for site in transformer.sites))
+    args, kwargs = step.call_of(name)
+    module = pipe.components[name]
+    with recorded_calls(module, blocks, blocks[:1]) as (outputs, inputs), torch.no_grad():
+        module(*args, **kwargs)
+    passed = [*inputs[blocks[0]], *(out for block in blocks for out in outputs[block])]
+    if len(passed) != 1 + len(blocks) or not all(map(torch.is_tensor, passed)):
+        return None
+    return Stack(blocks[0], blocks[-1], passed[-1].numel()) if passed[0].shape == passed[-1].shape else None

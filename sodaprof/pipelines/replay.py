@@ -1,13 +1,11 @@
 """A denoising loop that can continue at any step from any latents: what closed-loop fits and searches run on.
 
 One call of the pipeline is recorded: the arguments of its network at each step, the latents before each step and the guided
-outputs that the scheduler received. After that a step needs no pipeline: the network runs on other latents under the
-arguments of its step, and guidance is the weighted sum that was read off the recording.
+outputs that the scheduler received. After that a step needs no pipeline, only the network and the weights of its guidance.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..compiler.fit import StateSpace
 from ..errors import MismatchError, UnsupportedModelError
@@ -25,55 +23,32 @@ from .clock import Clock
 from .guidance import combined, guidance_of
 from .load import OwnCall, call, transformers_of
 from .patch import patched
-from .probe import as_tokens, main_part
-from .recording import all_tapped, latents_of, tapped
+from .probe import Args, Forward, Kwargs, as_tokens, main_part
+from .recording import check_no_schedule, latents_of, recorded_calls, tapped
 from .sampler_steps import own_update
-from .stack import block_calls
 
 COORDINATES = 2048  # of a generation that a site's weights are fitted on
+LATENTS = object()  # in recorded arguments, in place of the latents
 WITHOUT = "Compile without --fit; the schedule is then fitted open loop."
 
 
-@dataclass(frozen=True)
-class NetworkCall:
-    """The arguments of one call of the network, and which of them the latents are."""
-
-    leaves: list[Any]
-    spec: TreeSpec
-    latents: int
-
-
-@dataclass(frozen=True)
 class Recording:
-    """A plain run of some generations, by its steps."""
-
-    calls: list[list[NetworkCall]]  # [T][branches]
-    guidance: list[tuple[list[float], bool]]  # [T], of `guidance_of`
-    states: Tensor  # [T + 1, B, …] float32: latents before each step and after the last
-    outputs: Tensor  # [T, B, …] float32: guided, as the scheduler received them
-    network_rows: int  # rows of the latents in a network call
-    guided_shape: tuple[int, ...]  # of a guided output with as many rows as the scheduler's sample
-
-
-class _Recorder:
-    """Takes the place of a pipeline's network and of its scheduler's step, and records their calls."""
+    """A plain run of some generations, by its steps; takes the place of the network and of the scheduler's step."""
 
     def __init__(self, network: Any, sampler: Sampler, generations: int, on_step: Callable[[], None]) -> None:
         self.network, self.sampler, self.generations, self.on_step = network, sampler, generations, on_step
-        self.calls: list[list[NetworkCall]] = []
-        self.guidance: list[tuple[list[float], bool]] = []
-        self.states: list[Tensor] = []
-        self.outputs: list[Tensor] = []
-        self.network_rows = 0
-        self.guided_shape: tuple[int, ...] = ()
-        self._outs: list[Any] = []  # of the step under way
+        self.calls: list[list[tuple[Args, Kwargs]]] = []  # [T][branches]
+        self.guidance: list[tuple[list[float], bool]] = []  # [T], of `guidance_of`
+        self.states: list[Tensor] = []  # [T + 1] of [B, …] float32: latents before each step and after the last
+        self.outputs: list[Tensor] = []  # [T] of [B, …] float32: guided, as the scheduler received them
+        self.network_rows = 0  # rows of the latents in a network call
+        self.guided_shape: tuple[int, ...] = ()  # of a guided output with as many rows as the scheduler's sample
+        self._outs: list[Tensor] = []  # of the network at the current step
 
-    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(self, forward: Forward, args: Args, kwargs: Kwargs) -> Any:
         """Runs the network and records its arguments."""
         latents = latents_of(self.network, args, kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
-        place = next((i for i, leaf in enumerate(leaves) if leaf is latents), None)
-        if place is None or not torch.is_tensor(latents):
+        if not torch.is_tensor(latents):
             raise UnsupportedModelError(
                 f"{type(self.network).__name__} takes its latents as a list; closed-loop fits take one tensor. {WITHOUT}"
             )
@@ -81,17 +56,18 @@ class _Recorder:
         if not self._outs:
             self.calls.append([])
         self.network_rows = latents.shape[0]
-        leaves[place] = None
-        self.calls[-1].append(NetworkCall(leaves, spec, place))
-        self._outs.append(out)
+        self.calls[-1].append(tree_map(lambda leaf: LATENTS if leaf is latents else leaf, (args, kwargs)))
+        self._outs.append(tree_leaves(out)[0])
         return out
 
-    def advance(self, take_step: Any, output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def advance(
+        self, take_step: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         """Takes the scheduler's step and records its guidance and its latents."""
-        outs = [tree_leaves(out)[0] for out in self._outs]
-        self.guidance.append(guidance_of(output, outs, self.sampler.guidance_form, self.sampler.guidance_scale))
-        self.guided_shape = (sample.shape[0], *output.shape[1:])
-        result = take_step(output, timestep, sample, *args, **kwargs)
+        form, scale = self.sampler.guidance_form, self.sampler.guidance_scale
+        self.guidance.append(guidance_of(model_output, self._outs, form, scale))
+        self.guided_shape = (sample.shape[0], *model_output.shape[1:])
+        result = take_step(model_output, timestep, sample, *args, **kwargs)
         after = result[0] if isinstance(result, tuple) else result.prev_sample
         before = sample[: self.generations].float()
         if not self.states:
@@ -102,57 +78,20 @@ class _Recorder:
                 f"scheduler. {WITHOUT}"
             )
         self.states.append(after[: self.generations].float())
-        self.outputs.append(output[: self.generations].float())
+        self.outputs.append(model_output[: self.generations].float())
         self._outs = []
         self.on_step()
         return result
 
 
-def record_run(
-    pipe: Any,
-    sampler: Sampler,
-    entries: Sequence[int | str],
-    seeds: Sequence[int],
-    on_step: Callable[[], None],
-    own: OwnCall | None,
-) -> Recording:
-    """Returns a plain run of the pipeline; MismatchError if it carries a schedule or runs other timesteps.
-
-    Raises UnsupportedModelError if the pipeline has several transformers, or does more between two steps than guidance and
-    its scheduler's step.
-    """
-    parts = transformers_of(pipe)
-    if len(parts) > 1:
-        raise UnsupportedModelError(
-            f"{type(pipe).__name__} has several transformers ({', '.join(parts)}); closed-loop fits take one. {WITHOUT}"
-        )
-    if "_sodaprof" in vars(pipe.scheduler):
-        raise MismatchError(
-            "The pipeline carries a schedule; a run is recorded without one. Remove it: handle.remove()"
-        )
-    (network,) = parts.values()
-    recorder = _Recorder(network, sampler, len(seeds), on_step)
-    with tapped(network, recorder.call, "sodaprof.replay"), patched(pipe.scheduler, "step", recorder.advance):
-        call(pipe, entries, seeds, sampler.steps, sampler.guidance_scale, output_type="latent", own=own)
-    if tuple(pipe.scheduler.timesteps.tolist()) != sampler.timesteps:
-        raise MismatchError(
-            f"The pipeline runs other timesteps than the profile's {len(sampler.timesteps)}. Profile again."
-        )
-    return Recording(
-        recorder.calls,
-        recorder.guidance,
-        torch.stack(recorder.states),
-        torch.stack(recorder.outputs),
-        recorder.network_rows,
-        recorder.guided_shape,
-    )
-
-
 class Replay:
-    """The denoising loop of some generations at once, by its steps; errors as of `record_run`.
+    """The denoising loop of some generations at once, by its steps.
 
     states [T + 1, B, …]: latents of the plain run before each step and after the last; outputs [T, B, …]: the guided
     outputs that the scheduler received; both float32.
+
+    Raises MismatchError if the pipeline carries a schedule or runs other timesteps, UnsupportedModelError if it has several
+    transformers, or does more between two steps than guidance and its scheduler's step.
     """
 
     def __init__(
@@ -165,10 +104,19 @@ class Replay:
         own: OwnCall | None = None,
     ) -> None:
         self.pipe, self.sampler, self.seeds = pipe, sampler, list(seeds)
-        self.recording = record_run(pipe, sampler, entries, seeds, on_step, own)
-        self.states, self.outputs = self.recording.states, self.recording.outputs
-        (self.module,) = transformers_of(pipe).values()
-        self.dtype: torch.dtype = next(self.module.parameters()).dtype
+        parts = transformers_of(pipe)
+        if len(parts) > 1:
+            raise UnsupportedModelError(
+                f"{type(pipe).__name__} has several transformers ({', '.join(parts)}); closed-loop fits take one. {WITHOUT}"
+            )
+        check_no_schedule(pipe)
+        (self.module,) = parts.values()
+        self.recording = run = Recording(self.module, sampler, len(seeds), on_step)
+        with tapped(self.module, run.call, "sodaprof.replay"), patched(pipe.scheduler, "step", run.advance):
+            call(pipe, entries, seeds, sampler.steps, sampler.guidance_scale, output_type="latent", own=own)
+        if tuple(pipe.scheduler.timesteps.tolist()) != sampler.timesteps:
+            raise MismatchError(f"The pipeline runs other timesteps than the profile's {sampler.steps}. Profile again.")
+        self.states, self.outputs = torch.stack(run.states), torch.stack(run.outputs)
         self.update: OwnUpdate = own_update(pipe.scheduler, pipe.scheduler.timesteps)
         self._stack: dict[tuple[int, str], Tensor] = {}  # step, form -> `through_stack`
         self._sites: dict[int, dict[str, Tensor]] = {}  # step -> `at_sites`
@@ -199,18 +147,18 @@ class Replay:
         the first one received. Costs one step of the plain network; the result is kept. The pipeline must carry no
         schedule. Raises UnsupportedModelError if a block returns more than one tensor.
         """
-        if (step, form) in self._stack:
-            return self._stack[step, form]
-        with block_calls(self.module, {first, last}) as (of_blocks, from_blocks):
-            self._call_network(step, self.states[step])
-        inputs, outputs = of_blocks[first], from_blocks[last]
-        if not all(map(torch.is_tensor, [*inputs, *outputs])):
-            raise UnsupportedModelError(
-                f"Block {last} returns a {type(outputs[0]).__name__}; only stacks whose blocks return one tensor are skipped."
-            )
-        if form == "drift":
-            outputs = [after - before for before, after in zip(inputs, outputs, strict=True)]
-        self._stack[step, form] = self.guided(step, outputs)
+        if (step, form) not in self._stack:
+            with recorded_calls(self.module, {first, last}, [first]) as (found, received):
+                self._call_network(step, self.states[step])
+            inputs, outputs = received[first], found[last]
+            if not all(map(torch.is_tensor, [*inputs, *outputs])):
+                raise UnsupportedModelError(
+                    f"Block {last} returns a {type(outputs[0]).__name__}; only stacks whose blocks return one tensor are "
+                    "skipped."
+                )
+            if form == "drift":
+                outputs = [after - before for before, after in zip(inputs, outputs, strict=True)]
+            self._stack[step, form] = self.guided(step, outputs)
         return self._stack[step, form]
 
     @torch.no_grad()
@@ -220,23 +168,15 @@ class Replay:
         layouts: of the sites' outputs (`Plan.layout`). Costs one step of the plain network; the results are kept. The
         pipeline must carry no schedule.
         """
-        if step in self._sites:
-            return self._sites[step]
-        calls: dict[str, list[Tensor]] = {}
-        order: Counter[str] = Counter()
-
-        def note(path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            out = forward(*args, **kwargs)
-            site = str(SiteKey.parse(path)._replace(call=order[path]))
-            order[path] += 1
-            if site in layouts:
-                calls.setdefault(site, []).append(out)
-            return out
-
-        paths = dict.fromkeys(SiteKey.parse(site).path for site in layouts)
-        with all_tapped(self.module, paths, note, "sodaprof.sites"):
-            self._call_network(step, self.states[step], order.clear)
-        self._sites[step] = {site: self.site_values(outs, layouts[site]) for site, outs in calls.items()}
+        if step not in self._sites:
+            keys = {site: SiteKey.parse(site) for site in layouts}
+            with recorded_calls(self.module, {key.path for key in keys.values()}) as (outputs, _):
+                outs = self._call_network(step, self.states[step])
+            values = {}
+            for site, key in keys.items():
+                of_module = outputs[key.path]
+                values[site] = self.site_values(of_module[key.call :: len(of_module) // len(outs)], layouts[site])
+            self._sites[step] = values
         return self._sites[step]
 
     def site_values(self, calls: Sequence[Any], layout: str) -> Tensor:
@@ -260,17 +200,14 @@ class Replay:
         weights, _ = self.recording.guidance[step]
         return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
 
-    def _call_network(self, step: int, x: Tensor, before: Callable[[], None] = lambda: None) -> list[Tensor]:
-        """Returns the network's outputs for latents x and the arguments of a step; before() is called ahead of each call."""
-        latents = x.to(self.dtype)
+    def _call_network(self, step: int, x: Tensor) -> list[Tensor]:
+        """Returns the network's outputs for latents x and the arguments of a step."""
+        latents = x.to(next(self.module.parameters()).dtype)
         copies = self.recording.network_rows // latents.shape[0]
         latents = torch.cat([latents] * copies) if copies > 1 else latents
         outs = []
         for recorded in self.recording.calls[step]:
-            before()
-            leaves = list(recorded.leaves)
-            leaves[recorded.latents] = latents
-            args, kwargs = tree_unflatten(leaves, recorded.spec)
+            args, kwargs = tree_map(lambda leaf: latents if leaf is LATENTS else leaf, recorded)
             outs.append(tree_leaves(self.module(*args, **kwargs))[0])
         return outs
 
@@ -294,8 +231,7 @@ class ReplaySpace(StateSpace[Tensor]):
         return self.replay.states[step]
 
     def full_output(self, step: int) -> Tensor:
-        of_state, of_output = self.own.data[step]
-        return of_state * self.replay.states[step] + of_output * self.replay.outputs[step]
+        return self.in_basis(step, self.replay.states[step], self.replay.outputs[step])
 
     def output(self, step: int, x: Tensor) -> Tensor:
         self.before(step)

@@ -1,10 +1,7 @@
 """A scheduler's own steps as coefficients, measured on the scheduler: `own_update`; steps by coefficients: `advance`.
 
-A run of the scheduler is simulated in float64 on vectors that are coordinates: the first sample is a unit vector, and each
-step's output is chosen so that the value that the update weighs (the output itself, or the data prediction that the scheduler
-makes of it) is another unit vector. The result of a step then holds its coefficients. Elements whose inputs are zero show the
-noise. A second run on random numbers must equal the same sums: a step that clips, thresholds or mixes elements is refused, not
-approximated.
+A run of the scheduler on unit vectors in float64 shows the coefficients of each step, elements whose inputs are zero its noise.
+A second run on random numbers must equal the same sums: a step that clips, thresholds or mixes elements is refused.
 """
 
 from __future__ import annotations
@@ -36,12 +33,15 @@ PLAIN: dict[str, tuple[Any, ...]] = {  # settings with which a step is a weighte
     "thresholding": (False,),
     "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", None),
 }
-INSTEAD = "or do without fitted updates and whole steps (--runtime captured)"
+Note = Callable[[int], None]  # called with each step, for messages
+INSTEAD = "or do without fitted updates and whole steps (--runtime compiled)"
 SILENT, PROBES = 8, 64  # elements with zero inputs, which return noise alone; elements of the random run
 LOUD = 100.0  # standard deviation of the random run: beyond the values at which a scheduler may clip
 EXACT = 1e-10  # relative: largest residual of a float64 sum
 ROUNDING = 1e-14  # relative to a step's largest coefficient: smaller ones are 0
-COLUMNS = ("sample", "data of sample", "data of output")  # of a table, then one for each V, newest first
+# attributes of a scheduler that its steps change
+BEFORE_FIRST_STEP = {"_step_index": None, "lower_order_nums": 0, "last_sample": None, "is_scale_input_called": True}
+HISTORIES = ("model_outputs", "timestep_list")
 
 
 class _Wide(Tensor):
@@ -112,7 +112,10 @@ def refuse_settings(scheduler: Any) -> None:
 
 
 def table_of(coefficients: Any, data: Any) -> Tensor:
-    """Returns the fp64 table [T, 3 + K] that `advance` reads, from coefficients [T][1 + K] and data [T][2]."""
+    """Returns the fp64 table [T, 3 + K] that `advance` reads, from coefficients [T][1 + K] and data [T][2].
+
+    Its columns: sample; data of the sample, data of the output; one for each V, newest first.
+    """
     rows = torch.tensor(coefficients, dtype=torch.float64)
     return torch.cat((rows[:, :1], torch.tensor(data, dtype=torch.float64), rows[:, 1:]), 1)
 
@@ -155,16 +158,12 @@ def _fresh(scheduler: Any) -> Any:
     for key, value in list(vars(probe).items()):
         if key in ("step", "set_timesteps", "_sodaprof"):
             del vars(probe)[key]
+        elif key in BEFORE_FIRST_STEP:
+            setattr(probe, key, BEFORE_FIRST_STEP[key])
+        elif key in HISTORIES:
+            setattr(probe, key, [None] * len(value))
         elif torch.is_tensor(value):
             setattr(probe, key, value.detach().cpu())
-    state: dict[str, Any] = {
-        "_step_index": None,
-        "lower_order_nums": 0,
-        "last_sample": None,
-        "is_scale_input_called": True,
-    }
-    state |= {key: [None] * len(vars(probe).get(key, ())) for key in ("model_outputs", "timestep_list")}
-    vars(probe).update({key: value for key, value in state.items() if key in vars(probe)})
     return probe
 
 
@@ -183,9 +182,7 @@ def _pair(probe: Any, t: Tensor, like: Tensor) -> tuple[float, float]:
     if basis_of(probe) == "output":
         return 0.0, 1.0
     other = copy.copy(probe)
-    vars(other).update(
-        {key: list(vars(probe)[key]) for key in ("model_outputs", "timestep_list") if key in vars(probe)}
-    )
+    vars(other).update({key: list(vars(probe)[key]) for key in HISTORIES if key in vars(probe)})
     x, v = torch.zeros((2, *like.shape), dtype=torch.float64)
     x[0, 0] = v[0, 1] = 1
     _stepped(other, v, t, x, 0)
@@ -196,10 +193,12 @@ def _pair(probe: Any, t: Tensor, like: Tensor) -> tuple[float, float]:
     return alpha, beta
 
 
-def _simulated(
-    probe: Any, steps: Tensor, note: Callable[[int], None]
-) -> tuple[list[tuple[float, float]], list[float], Tensor]:
-    """Returns the data pairs, the weights of the noise and the states [T + 1, 1 + T], one coordinate an element."""
+def _simulated(probe: Any, steps: Tensor, note: Note) -> tuple[list[tuple[float, float]], list[float], Tensor]:
+    """Returns the data pairs, the weights of the noise and the states [T + 1, 1 + T], one coordinate an element.
+
+    The first sample is a unit vector, and each step's output is chosen so that the value that the update weighs (the output
+    itself, or the data prediction that the scheduler makes of it) is another one.
+    """
     size = 1 + len(steps)
     x = torch.zeros(1, size + SILENT, dtype=torch.float64)
     x[0, 0] = 1
@@ -220,7 +219,7 @@ def _simulated(
     return pairs, weights, torch.stack(states)
 
 
-def _solved(states: Tensor, note: Callable[[int], None]) -> Tensor:
+def _solved(states: Tensor, note: Note) -> Tensor:
     """Returns the coefficients fp64 [T, 1 + K] with the shortest history that gives every state from the one before."""
     for history in range(1, MAX_HISTORY + 1):
         rows = torch.zeros(len(states) - 1, 1 + history, dtype=torch.float64)
@@ -239,7 +238,7 @@ def _solved(states: Tensor, note: Callable[[int], None]) -> Tensor:
     raise ValueError(f"it is no weighted sum of its sample and the last {MAX_HISTORY} outputs")
 
 
-def _check(found: OwnUpdate, probe: Any, steps: Tensor, note: Callable[[int], None]) -> None:
+def _check(found: OwnUpdate, probe: Any, steps: Tensor, note: Note) -> None:
     """Raises ValueError unless a run on large random numbers, with its noise, equals the sums that were found."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBES, generator=generator, dtype=torch.float64) * LOUD

@@ -26,8 +26,7 @@ from ..pipelines.load import (
     default_steps,
     makes_video,
 )
-from ..pipelines.recording import Step
-from ..pipelines.stack import Stack, stack_of
+from ..pipelines.recording import Stack, Step, stack_of
 from .budget import Grid, Shapes, grid_of, passes
 from .gram import GramSums, Track
 

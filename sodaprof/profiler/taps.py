@@ -13,9 +13,8 @@ import torch
 from ..errors import MismatchError
 from ..pipelines.clock import Clock, Moment, TransformerHook
 from ..pipelines.patch import patched
-from ..pipelines.probe import as_tokens, main_part
-from ..pipelines.recording import all_tapped, hooked, tapped
-from ..pipelines.stack import Stack, block_input
+from ..pipelines.probe import as_tokens, hidden_states, main_part
+from ..pipelines.recording import Stack, all_tapped, hooked, tapped
 from .plan import RATES, ProfilePlan
 from .products import Products
 from .reuse_errors import Ring, StaleErrors, pooled
@@ -122,7 +121,7 @@ class Taps:
 
         def enter(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.watch:
-                products.enter(name, block_input(args, kwargs))
+                products.enter(name, hidden_states(args, kwargs))
             return leave(forward, args, kwargs) if stack.first == stack.last else forward(*args, **kwargs)
 
         def leave(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -26,8 +26,8 @@ from ..formats.sites import Model
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.flops import count_flops
 from ..pipelines.load import default_prompts
+from ..pipelines.recording import stack_of
 from ..pipelines.replay import Replay
-from ..pipelines.stack import stack_of
 from ..runtime.checks import check_matches
 from .closed_loop import Fit, sampled_distances, score_db, with_predicted_cost
 from .step_letters import columns_of, varied, with_columns

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +11,6 @@ from torch import nn
 import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.errors import MismatchError, SodaprofError, UnsupportedModelError
-from sodaprof.formats.schedule import Plan, Schedule, TokenRule
 from sodaprof.formats.tables import MEAN
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.probe import LAYOUTS, as_tokens, layout_of
@@ -22,34 +19,30 @@ from sodaprof.profiler.plan import plan_profile
 from sodaprof.runtime.compiled.engine import Compiled
 from tests.tape import Tapes
 from tests.zoo.zoo_check import case_of
-from tests.zoo.zoo_pipelines import PIPELINES, STEPS, guided, ones, text
+from tests.zoo.zoo_pipelines import PIPELINES, STEPS
 
 X = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 20)  # [B, N, D]
 
 
-@pytest.mark.parametrize(
-    ("layout", "held"),
-    [
-        ("", X),
-        ("channels_last", X.reshape(2, 1, 3, 20)),
-        ("channels_first", X.transpose(1, 2).reshape(2, 20, 3, 1)),
-        ("heads", X.reshape(2, 3, 4, 5)),
-        ("tokens_first", X.transpose(0, 1)),
-    ],
-)
-def test_every_layout_is_recognised_and_read(layout, held):
-    assert layout_of(tuple(held.shape), 2, {20}, {(2, 3)}) == layout
-    assert torch.equal(as_tokens(held, layout), X)
+HELD = {  # layout -> X in it
+    "": X,
+    "channels_last": X.reshape(2, 1, 3, 20),
+    "channels_first": X.transpose(1, 2).reshape(2, 20, 3, 1),
+    "heads": X.reshape(2, 3, 4, 5),
+    "tokens_first": X.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_recognised_and_read(layout):
+    assert layout_of(tuple(HELD[layout].shape), 2, {20}, {(2, 3)}) == layout
+    assert torch.equal(as_tokens(HELD[layout], layout), X)
 
 
 def test_tokens_before_the_batch_are_recognised_by_the_attention_of_the_block():
     assert layout_of((22, 2, 20), 2, {20}, {(2, 22)}) == "tokens_first"
     assert layout_of((22, 2, 20), 2, {20}, {(22, 2)}) == ""  # 11 rows a sample, of 2 tokens
     assert layout_of((22, 1, 20), 1, {20}, {(1, 22)}) == ""  # one sample: 22 rows of one token come to the same
-
-
-def test_the_cases_above_are_all_layouts():
-    assert set(LAYOUTS) == {"", "channels_last", "channels_first", "heads", "tokens_first"}
 
 
 @pytest.mark.parametrize(
@@ -61,22 +54,20 @@ def test_ambiguous_layouts_have_no_name(shape):
     assert layout_of(shape, 2, {20}, ()) is None
 
 
-def kinds(name):
-    """{stack.module: kind} of a class of the zoo."""
-    return case_of(name).found.fingerprint["kinds"]
-
-
-def test_the_kind_of_attention_follows_from_what_its_tokens_attend_to():
-    assert kinds("StableAudio3DiTModel")["transformer_blocks.cross_attn"] == "cross_attn"  # text comes as `context`
-    assert kinds("StableAudio3DiTModel")["transformer_blocks.self_attn"] == "attn"
-    assert kinds("PRXTransformer2DModel")["blocks.attention"] == "joint_attn"  # text and image keys, image out
-    assert kinds("NucleusMoEImageTransformer2DModel")["transformer_blocks.attn"] == "joint_attn"
-
-
-def test_mlps_whose_layers_are_children_of_the_block_are_found():
-    assert kinds("PRXTransformer2DModel")["blocks.down_proj"] == "mlp"
-    assert kinds("MiniMaxMusic3Transformer1DModel")["transformer_blocks.ff_out"] == "mlp"
-    assert kinds("FluxTransformer2DModel")["single_transformer_blocks.proj_out"] == "fused"
+@pytest.mark.parametrize(
+    ("name", "module", "kind"),
+    [
+        ("StableAudio3DiTModel", "transformer_blocks.cross_attn", "cross_attn"),  # text comes as `context`
+        ("StableAudio3DiTModel", "transformer_blocks.self_attn", "attn"),
+        ("PRXTransformer2DModel", "blocks.attention", "joint_attn"),  # text and image keys, image out
+        ("NucleusMoEImageTransformer2DModel", "transformer_blocks.attn", "joint_attn"),
+        ("PRXTransformer2DModel", "blocks.down_proj", "mlp"),  # its layers are children of the block, like the next two
+        ("MiniMaxMusic3Transformer1DModel", "transformer_blocks.ff_out", "mlp"),
+        ("FluxTransformer2DModel", "single_transformer_blocks.proj_out", "fused"),
+    ],
+)
+def test_the_kind_of_a_site_follows_from_what_it_computes(name, module, kind):
+    assert case_of(name).found.fingerprint["kinds"][module] == kind
 
 
 def test_layouts_of_the_zoo():
@@ -104,14 +95,9 @@ def test_latents_in_a_list_are_read():
 # ---- pipelines --------------------------------------------------------------------------------------------------------
 
 
-def profiled(name, folder, **settings):
-    case = PIPELINES[name]()
-    return case, sodaprof.profile(
-        case.pipe,
-        folder,
-        call=case.call,
-        **{"steps": STEPS, "samples": 2, "max_interval": 4, "name": "tiny"} | settings,
-    )
+def profiled(case, folder, **settings):
+    given = {"call": case.call, "steps": STEPS, "samples": 2, "max_interval": 4, "name": "tiny"} | settings
+    return sodaprof.profile(case.pipe, folder, **given)
 
 
 def outputs(case, path, entries, seed):
@@ -134,7 +120,8 @@ def outputs(case, path, entries, seed):
     ],
 )
 def test_errors_in_other_layouts_equal_the_direct_definition(tmp_path, name, site, tokens):
-    case, profile = profiled(name, tmp_path / "p", seed=5, batch_size=2)
+    case = PIPELINES[name]()
+    profile = profiled(case, tmp_path / "p", seed=5, batch_size=2)
     keys = [s.key for s in profile.model.transformers["transformer"].sites]
     x = tokens(outputs(case, site, [0, 1], 5))
     for step, age in ((1, 1), (4, 3)):
@@ -169,46 +156,33 @@ def test_the_call_must_run_the_requested_steps():
 
 
 def test_the_call_receives_entries_and_generators(tmp_path):
-    heard = []
+    received = []
     case = PIPELINES["FluxPipeline"]()
 
     def call(entries, generators):
-        heard.append((entries, [g.initial_seed() for g in generators]))
+        received.append((entries, [g.initial_seed() for g in generators]))
         return case.call([7] * len(entries), generators)
 
-    settings = {"steps": STEPS, "samples": 3, "batch_size": 2, "max_interval": 3, "seed": 11, "name": "tiny"}
-    profile = sodaprof.profile(case.pipe, tmp_path / "a", call=call, **settings)
-    assert heard == [([0], [0]), ([0, 1], [11, 12]), ([2], [13])]
+    settings = {"call": call, "samples": 3, "batch_size": 2, "max_interval": 3, "seed": 11}
+    profile = profiled(case, tmp_path / "a", **settings)
+    assert received == [([0], [0]), ([0, 1], [11, 12]), ([2], [13])]
     assert profile.manifest["prompts"] == [0, 1, 2]
     assert profile.sampler.guidance_scale is None
-    heard.clear()
-    profile = sodaprof.profile(case.pipe, tmp_path / "b", call=call, prompts=["a", "b"], guidance_scale=3.5, **settings)
-    assert heard == [(["a"], [0]), (["a", "b"], [11, 12]), (["a"], [13])]
+    received.clear()
+    profile = profiled(case, tmp_path / "b", prompts=["a", "b"], guidance_scale=3.5, **settings)
+    assert received == [(["a"], [0]), (["a", "b"], [11, 12]), (["a"], [13])]
     assert profile.sampler.guidance_scale == 3.5
 
 
-def longer(case, tokens):
-    """The case with prompts of another length."""
-    known = case.arguments
-
-    def arguments(entries):
-        return known(entries) | {
-            "prompt_embeds": text(entries, tokens=tokens),
-            "prompt_embeds_mask": ones(entries, tokens),
-        }
-
-    case.arguments = arguments
-    return case
-
-
 def test_a_schedule_holds_for_text_of_another_length(tmp_path):
-    case, profile = profiled("QwenImagePipeline", tmp_path / "p")
-    found = profile.model.transformers["transformer"]
+    case = PIPELINES["QwenImagePipeline"]()
+    found = profiled(case, tmp_path / "p").model.transformers["transformer"]
     assert found.fingerprint["text"] == ["transformer_blocks.txt_mlp"]
     assert not any(s.prunable for s in found.sites if s.module == "txt_mlp")
-    plain = longer(case, 9).draw()
+    longer = case.with_text(lambda entries: 9)
+    plain = longer.draw()
     with sodaprof.apply(case.pipe, compile_schedule(tmp_path / "p", "1.5x")) as handle:
-        drawn = case.draw()
+        drawn = longer.draw()
         assert handle.report().executed == handle.report().planned
     assert not torch.equal(drawn, plain)
 
@@ -220,51 +194,28 @@ def test_text_in_one_call_of_a_module_and_the_picture_in_the_other():
 
 
 def test_prompts_of_several_lengths_in_one_profile(tmp_path):
-    case = PIPELINES["QwenImagePipeline"]()
-    known = case.arguments
-    case.arguments = lambda entries: longer(SimpleNamespace(arguments=known), 4 + entries[0]).arguments(entries)
-    settings = {"steps": STEPS, "samples": 2, "batch_size": 1, "max_interval": 4, "name": "tiny"}
-    profile = sodaprof.profile(case.pipe, tmp_path / "p", call=case.call, **settings)
+    case = PIPELINES["QwenImagePipeline"]().with_text(lambda entries: 4 + entries[0])
+    profile = profiled(case, tmp_path / "p", batch_size=1)
     assert np.isfinite(profile.caching_error()["transformer"][3, :, 1]).all()
     table = pq.read_table(tmp_path / "p" / "caching.parquet").to_pylist()
     assert {row["module"] for row in table if row["branch"] == MEAN and row["token_cos"] is None} == {"txt_mlp"}
 
 
-def schedule_of(case, rows, k):
-    model, sampler, _ = inspect_pipeline(case.pipe, "tiny", STEPS, own=case.call)
-    found = model.transformers["transformer"]
-    every = {s.key: "C" * STEPS for s in found.sites} | rows
-    plan = Plan(found.class_name, found.fingerprint, every, "." * STEPS, k)
-    return Schedule(
-        {"transformer": plan},
-        sampler,
-        model.shape,
-        {"name": "test", "knobs": {}},
-        token_rule=TokenRule("feature_mean") if k else None,
-    )
-
-
 def test_pruned_text_of_another_length_is_refused():
     case = PIPELINES["FluxPipeline"]()
     site = "single_transformer_blocks.0.proj_out"  # text and image in one sequence
-    schedule = schedule_of(case, {site: "CPCPCP"}, {site: (4, 4, 4)})
-    with sodaprof.apply(case.pipe, schedule):
+    with sodaprof.apply(case.pipe, case.schedule(rows={site: "CPCPCP"}, k={site: (4, 4, 4)})):
         case.draw()
-        known = case.arguments
-        case.arguments = lambda entries: known(entries) | {"prompt_embeds": text(entries, tokens=9)}
         with pytest.raises(MismatchError, match=r"has 25 tokens here, 21 in the schedule: they hold the text"):
-            case.draw()
+            case.with_text(lambda entries: 9).draw()
 
 
 def test_another_resolution_is_refused():
     case = PIPELINES["SanaPipeline"]()
     # only the convolution's sites reuse: those whose tokens are no axis of their output
-    schedule = schedule_of(case, {f"transformer_blocks.{i}.ff": "CRCRCR" for i in range(2)}, {})
-    case.arguments = lambda entries: guided(
-        entries, negative_prompt=None, use_resolution_binning=False, height=192, width=128
-    )
+    schedule = case.schedule(rows={f"transformer_blocks.{i}.ff": "CRCRCR" for i in range(2)})
     with sodaprof.apply(case.pipe, schedule), pytest.raises(MismatchError, match="24 tokens here, 16 in the schedule"):
-        case.draw()
+        case.changed(lambda entries: {"height": 192}).draw()
 
 
 def test_another_resolution_is_refused_if_every_site_holds_text():
@@ -278,7 +229,7 @@ def test_another_resolution_is_refused_if_every_site_holds_text():
 
 def test_latents_in_a_list_are_not_captured_and_the_report_says_so():
     case = PIPELINES["ZImagePipeline"]()
-    schedule = schedule_of(case, {"layers.0.feed_forward": "CRCRCR"}, {})
+    schedule = case.schedule(rows={"layers.0.feed_forward": "CRCRCR"})
     with sodaprof.apply(case.pipe, schedule):
         wanted = case.draw()
     with sodaprof.apply(case.pipe, schedule, runtime=Compiled(graphs=Tapes())) as handle:
@@ -288,9 +239,9 @@ def test_latents_in_a_list_are_not_captured_and_the_report_says_so():
 
 def test_a_pipeline_that_carries_a_schedule_is_not_inspected():
     case = PIPELINES["FluxPipeline"]()
-    with sodaprof.apply(case.pipe, schedule_of(case, {}, {})):
+    with sodaprof.apply(case.pipe, case.schedule()):
         with pytest.raises(MismatchError, match="carries a schedule"):
-            schedule_of(case, {}, {})
+            case.schedule()
         case.draw()
 
 

@@ -7,19 +7,16 @@ import torch
 
 import sodaprof
 from sodaprof.errors import MismatchError
-from sodaprof.formats.schedule import Plan, Schedule
-from sodaprof.pipelines.discover import inspect_pipeline
 from tests.zoo.zoo_pipelines import PIPELINES, STEPS, no_text, pooled
 
 
 def flux_with_true_guidance():
-    case = PIPELINES["FluxPipeline"]()
-    embedded = case.arguments
-    case.arguments = lambda entries: embedded(entries) | {
-        "negative_prompt_embeds": no_text(entries), "negative_pooled_prompt_embeds": pooled(entries) * 0,
-        "true_cfg_scale": 3.0,
-    }  # fmt: skip
-    return case
+    return PIPELINES["FluxPipeline"]().changed(
+        lambda entries: {
+            "negative_prompt_embeds": no_text(entries), "negative_pooled_prompt_embeds": pooled(entries) * 0,
+            "true_cfg_scale": 3.0,
+        }
+    )  # fmt: skip
 
 
 FORMS = {
@@ -32,20 +29,11 @@ def case_of(name):
     return flux_with_true_guidance() if name == "flux_with_true_guidance" else PIPELINES[name]()
 
 
-def schedule_of(case, row=None):
-    model, sampler, _ = inspect_pipeline(case.pipe, "tiny", STEPS, own=case.call)
-    plans = {
-        name: Plan(t.class_name, t.fingerprint, {s.key: row or "C" * STEPS for s in t.sites}, "." * STEPS)
-        for name, t in model.transformers.items()
-    }
-    return Schedule(plans, sampler, model.shape, {"name": "test", "knobs": {}})
-
-
 @pytest.mark.parametrize(("name", "form"), FORMS.items())
 def test_the_form_is_found_and_nothing_changes(name, form):
     case = case_of(name)
     plain = case.draw()
-    schedule = schedule_of(case)
+    schedule = case.schedule()
     assert schedule.sampler.guidance_form == form
     with sodaprof.apply(case.pipe, schedule) as handle:
         assert torch.equal(case.draw(), plain)
@@ -55,22 +43,16 @@ def test_the_form_is_found_and_nothing_changes(name, form):
 @pytest.mark.parametrize("name", [name for name, form in FORMS.items() if form != "none" and name != "DiTPipeline"])
 def test_another_negative_prompt_changes_its_branch_alone(name):
     case = case_of(name)
-    schedule = schedule_of(case, "CRRCRR")
+    schedule = case.schedule("CRRCRR")
+    key = "negative_prompt_embeds"
+    negated = case.changed(lambda entries: {key: case.arguments(entries)[key] + 1})
     seen = []
     hook = next(iter(case.pipe.components["transformer"].children())).register_forward_hook(lambda *_: seen.append(1))
     with sodaprof.apply(case.pipe, schedule) as handle:
-        one = case.draw()
-        before, embedded = len(seen), case.arguments
-
-        def negated(entries):
-            given = embedded(entries)
-            return given | {"negative_prompt_embeds": given["negative_prompt_embeds"] + 1}
-
-        case.arguments = negated
-        other = case.draw()
+        one, before = case.draw(), len(seen)
+        other = negated.draw()
         assert len(seen) == 2 * before
         assert not torch.equal(one, other)
-        case.arguments = embedded
         assert torch.equal(case.draw(), one)  # nothing of the other run is left
         assert handle.report().executed == handle.report().planned
     hook.remove()
@@ -79,15 +61,12 @@ def test_another_negative_prompt_changes_its_branch_alone(name):
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "WanPipeline"])
 def test_guidance_switched_off_is_refused(name):
     case = case_of(name)
-    schedule, embedded = schedule_of(case, "CRRCRR"), case.arguments
-    case.arguments = lambda entries: embedded(entries) | {"guidance_scale": 1.0}
-    with sodaprof.apply(case.pipe, schedule), pytest.raises(MismatchError, match="guidance"):
-        case.draw()
+    with sodaprof.apply(case.pipe, case.schedule("CRRCRR")), pytest.raises(MismatchError, match="guidance"):
+        case.changed(lambda entries: {"guidance_scale": 1.0}).draw()
 
 
 def test_true_guidance_does_not_match_embedded_guidance():
-    case = flux_with_true_guidance()
-    schedule = schedule_of(PIPELINES["FluxPipeline"](), "CRRCRR")
+    case, schedule = flux_with_true_guidance(), PIPELINES["FluxPipeline"]().schedule("CRRCRR")
     with sodaprof.apply(case.pipe, schedule), pytest.raises(MismatchError, match="guidance"):
         case.draw()
 
@@ -95,7 +74,7 @@ def test_true_guidance_does_not_match_embedded_guidance():
 def test_branches_of_true_guidance_keep_their_own_caches():
     case = flux_with_true_guidance()
     network, kept = case.pipe.transformer, []
-    schedule = schedule_of(case, "CRRRRR")
+    schedule = case.schedule("CRRRRR")
     with sodaprof.apply(case.pipe, schedule):
         hook = network.transformer_blocks[0].attn.register_forward_hook(lambda m, a, out: kept.append(out[0].clone()))
         case.draw()

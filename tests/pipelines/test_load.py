@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from diffusers import PixArtTransformer2DModel, UNet2DModel
+from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import progress_bar_states
 
 from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.pipelines import load
@@ -16,18 +18,14 @@ from sodaprof.pipelines.discover import Step as RecordedStep
 from sodaprof.pipelines.discover import find_sites, inspect_pipeline
 from sodaprof.pipelines.flops import count_flops
 from sodaprof.pipelines.load import call, find_model, load_pipeline, read_prompts, transformers_of
-from tests.tiny_pipelines import STEPS, tiny_pipe
+from tests.tiny_pipelines import SITES, STEPS, tiny_pipe
 
 
 def test_sites_of_dit():
     model, sampler, _ = inspect_pipeline(tiny_pipe(), "m", STEPS, 4.0, 0)
     sites = model.transformers["transformer"].sites
-    assert [(s.key, s.kind) for s in sites] == [
-        ("transformer_blocks.0.attn1", "attn"),
-        ("transformer_blocks.0.ff", "mlp"),
-        ("transformer_blocks.1.attn1", "attn"),
-        ("transformer_blocks.1.ff", "mlp"),
-    ]
+    assert [s.key for s in sites] == list(SITES)
+    assert [s.kind for s in sites] == ["attn", "mlp"] * 2
     assert all((s.tokens, s.width, s.prunable) == (16, 16, True) for s in sites)
     assert sampler.guidance_form == "halves"
     assert sampler.timesteps == (875, 750, 625, 500, 375, 250, 125, 0)
@@ -82,21 +80,15 @@ def test_a_model_without_attention_blocks_is_refused():
         transformers_of(type("P", (), {"components": {"unet": unet}})())
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "./missing", "/missing/folder"])
-def test_a_missing_model_is_named(name):
-    with pytest.raises(SodaprofError, match="no such folder and no reference model"):
-        find_model(name)
-
-
-def test_a_folder_without_a_pipeline_is_named(tmp_path):
+def test_a_model_that_cannot_be_found_or_read_is_named(tmp_path, monkeypatch):
+    for name in ("no-such-model", "./missing", "/missing/folder"):
+        with pytest.raises(SodaprofError, match=f"{name}: no such folder and no reference model"):
+            find_model(name)
     with pytest.raises(SodaprofError, match=r"without model_index\.json"):
         find_model(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(SodaprofError, match="not loadable"):
         load_pipeline(str(tmp_path))
-
-
-def test_an_unreachable_hub_is_a_clear_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SodaprofError, match="not in this machine's cache"):
         load_pipeline("nobody/nothing")
@@ -104,30 +96,20 @@ def test_an_unreachable_hub_is_a_clear_error(monkeypatch):
 
 def process_settings():
     """Returns the settings that loading changes for a while."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils.tqdm import progress_bar_states
-
-    return (
-        constants.HF_HUB_ETAG_TIMEOUT,
-        constants.HF_HUB_DOWNLOAD_TIMEOUT,
-        dict(progress_bar_states),
-        diffusers.utils.logging.get_verbosity(),
-        diffusers.utils.logging.is_progress_bar_enabled(),
-        transformers.utils.logging.is_progress_bar_enabled(),
-    )
+    ours, theirs = diffusers.utils.logging, transformers.utils.logging
+    timeouts = constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT
+    bars = ours.is_progress_bar_enabled(), theirs.is_progress_bar_enabled()
+    return timeouts, dict(progress_bar_states), ours.get_verbosity(), *bars
 
 
 @pytest.mark.parametrize("model", ["tiny-dit", "nobody/nothing"])
 def test_loading_leaves_the_settings_of_the_process_as_they_were(model, monkeypatch):
-    from huggingface_hub import constants
-    from huggingface_hub.utils.tqdm import progress_bar_states
-
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 77)
     monkeypatch.setitem(progress_bar_states, "a.group", False)
     logging = diffusers.utils.logging
-    monkeypatch.setattr(logging, "_tqdm_active", True)
-    monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", True)
+    for library in (diffusers, transformers):
+        monkeypatch.setattr(library.utils.logging, "_tqdm_active", True)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_info()
     try:
@@ -138,7 +120,7 @@ def test_loading_leaves_the_settings_of_the_process_as_they_were(model, monkeypa
         assert process_settings() == before
     finally:
         logging.set_verbosity(verbosity)
-    assert seen == [(10, 10, {"_global": False}, logging.ERROR, False, False)]
+    assert seen == [((10, 10), {"_global": False}, logging.ERROR, False, False)]
 
 
 def test_prompt_files_are_read(tmp_path):
@@ -152,14 +134,13 @@ def test_prompt_files_are_read(tmp_path):
         read_prompts(tmp_path / "missing.txt")
 
 
-def test_prompts_of_the_wrong_kind_are_refused():
-    from sodaprof.pipelines.load import call
-
-    with pytest.raises(SodaprofError, match="integer labels"):
-        call(tiny_pipe(), ["a ball"], [0], STEPS)
-
-
-@pytest.mark.parametrize("label", [-1, 1000, 99999])
-def test_unknown_labels_are_refused(label):
-    with pytest.raises(SodaprofError, match=f"Found the label {label}; this model knows 0 to 999"):
-        call(tiny_pipe(), [1, label], [0, 1], STEPS)
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("a ball", "integer labels"),
+        *((n, f"Found the label {n}; this model knows 0 to 999") for n in (-1, 1000, 99999)),
+    ],
+)
+def test_entries_that_the_model_does_not_take_are_refused(entry, says):
+    with pytest.raises(SodaprofError, match=says):
+        call(tiny_pipe(), [1, entry], [0, 1], STEPS)

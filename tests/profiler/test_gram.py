@@ -209,21 +209,13 @@ def test_products_from_samples_are_right_on_average(monkeypatch):
 
 def test_products_of_prompts_of_several_lengths(tmp_path):
     """A site of the text: each prompt's own tokens, so the mean over prompts of 4 and 5 tokens."""
-    from tests.pipelines.test_discover import longer
-
-    def case_of(tokens):
-        case = PIPELINES["QwenImagePipeline"]()
-        return longer(case, tokens)
-
     settings = {"steps": ZOO_STEPS, "samples": 1, "batch_size": 1, "max_interval": 4, "name": "tiny"}
-    several = PIPELINES["QwenImagePipeline"]()
-    calls = {i: case_of(4 + i).arguments for i in range(2)}
-    several.arguments = lambda entries: calls[entries[0]](entries)
+    several = PIPELINES["QwenImagePipeline"]().with_text(lambda entries: 4 + entries[0])
     both = sodaprof.profile(several.pipe, tmp_path / "b", call=several.call, **settings | {"samples": 2})
     site = next(i for i, s in enumerate(both.model.transformers["transformer"].sites) if s.module == "txt_mlp")
     each = []
     for i in range(2):
-        case = case_of(4 + i)
+        case = PIPELINES["QwenImagePipeline"]().with_text(lambda entries, i=i: 4 + i)
         alone = sodaprof.profile(
             case.pipe, tmp_path / str(i), call=case.call, prompts=[i], seed=i, **settings
         ).site_products()

@@ -22,7 +22,7 @@ from torch import Tensor
 import sodaprof
 from sodaprof.compiler import compile_schedule
 from sodaprof.errors import UnsupportedModelError
-from sodaprof.formats.schedule import Plan, Schedule
+from sodaprof.formats.schedule import Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.pipelines.load import transformers_of
 from tests.tiny_pipelines import tiny_pipe
@@ -66,6 +66,31 @@ class Case:
 
     def draw(self, entry: int = 7) -> Tensor:
         return self.call([entry], [torch.Generator().manual_seed(1000 + entry)])
+
+    def changed(self, change: Callable[[Entries], dict[str, Any]]) -> Case:
+        """Returns the case with other arguments for the same pipeline: change(entries), added to its own."""
+        own = self.arguments
+        return Case(self.pipe, lambda entries: own(entries) | change(entries))
+
+    def with_text(self, tokens: Callable[[Entries], int]) -> Case:
+        """Returns the case with prompts of another length."""
+
+        def embedded(entries: Entries) -> dict[str, Any]:
+            found = {"prompt_embeds": text(entries, tokens=tokens(entries))}
+            mask = {"prompt_embeds_mask": ones(entries, tokens(entries))}
+            return found | (mask if "prompt_embeds_mask" in self.arguments(entries) else {})
+
+        return self.changed(embedded)
+
+    def schedule(self, row: str = "C" * STEPS, rows: dict[str, str] | None = None, k: Any = None) -> Schedule:
+        """Returns a schedule of this row for every site; rows: of some sites, k: of their P cells."""
+        model, sampler, _ = inspect_pipeline(self.pipe, "tiny", STEPS, own=self.call)
+        plans = {
+            name: Plan(t.class_name, t.fingerprint, {s.key: row for s in t.sites} | (rows or {}), "." * STEPS, k or {})
+            for name, t in model.transformers.items()
+        }
+        rule = TokenRule("feature_mean") if k else None
+        return Schedule(plans, sampler, model.shape, {"name": "test", "knobs": {}}, token_rule=rule)
 
 
 # ---- pipelines --------------------------------------------------------------------------------------------------------

@@ -89,9 +89,7 @@ class Loop:
     def reset(self) -> None:
         self.branches, self.final, self.first_step = [], None, None
 
-    def take(
-        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+    def take(self, own: Callable[..., Any], scheduler: Any, step: int, *arguments: Any, **options: Any) -> Any:
         """Returns the final latents if the loop has run all steps, else the pipeline's own step (`clock.StepTaker`)."""
         if self.final is not None:
             return self.last()

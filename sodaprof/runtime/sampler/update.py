@@ -121,9 +121,7 @@ class StateUpdate:
     def reset(self) -> None:
         self.ring.newest = []
 
-    def take(
-        self, own: Callable[..., Any], scheduler: Any, step: int, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
+    def take(self, own: Callable[..., Any], scheduler: Any, step: int, *arguments: Any, **options: Any) -> Any:
         """Returns the next latents in the form of the scheduler's step, and increments its index (`clock.StepTaker`)."""
         assert self.own is not None
         output, timestep, sample, *others = arguments
