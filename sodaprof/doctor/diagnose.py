@@ -18,6 +18,7 @@ from ..formats.sites import Transformer
 from ..pipelines.clock import Moment
 from ..pipelines.discover import find_sites, guidance_form
 from ..pipelines.load import default_guidance, default_prompts, transformers_of
+from ..pipelines.patch import owner_of
 from ..pipelines.recording import Step, hooked, record_step
 from ..pipelines.sampler_steps import in_loop
 from ..pipelines.structure import find_modules
@@ -75,9 +76,9 @@ def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None
                 f"{part} is on {elsewhere.pop()}; the doctor examines networks on the CPU, where it simulates a device. "
                 'Type: pipe.to("cpu")'
             )
-    if "_sodaprof" in vars(pipe.scheduler):
+    if owner_of(pipe.scheduler) is not None:
         raise MismatchError(
-            "The pipeline carries a schedule; the doctor examines it without one. Type: handle.remove()"
+            "The pipeline carries a schedule; the doctor examines it without one. Type: sodaprof.remove(pipe)"
         )
     scale = default_guidance(pipe) if guidance_scale is None else guidance_scale
     compiled = any(is_compiled(network) for network in parts.values())

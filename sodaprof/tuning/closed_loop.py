@@ -67,7 +67,7 @@ class Fit:
         actions = network_row(self.schedule)
         stack_targets, site_targets = self._stack_targets(), self._site_targets()
         with attached(self.replay, self.schedule) as handle:
-            stack = handle.stacks[0] if handle and handle.stacks else None
+            stack = handle.executor.stacks[0] if handle and handle.executor.stacks else None
             if stack is not None:
                 stack.cells |= self.stack_cells
                 stack.memory = self.snapshots[-1]
@@ -77,11 +77,11 @@ class Fit:
 
             def fit_forecasts(step: int) -> None:
                 if handle and step in site_targets:
-                    self.site_cells[step] = self._fit_sites(handle.rows, step, site_targets[step])
+                    self.site_cells[step] = self._fit_sites(handle.executor.rows, step, site_targets[step])
                 if stack is not None and actions[step] == "S":
                     self.stack_cells[step] = self._fit_stack(stack, step, stack_targets[step])
 
-            space = ReplaySpace(self.replay, handle.clock if handle else None, fit_forecasts)
+            space = ReplaySpace(self.replay, handle.executor.clock if handle else None, fit_forecasts)
             stepper = Stepper(space, self.history, self.strength)
             for coefficients, at in stepper.fit_update(lambda step: actions[step] != "-", self.ats[-1], len(self.rows)):
                 self.rows.append(coefficients)
@@ -234,7 +234,7 @@ def sampled_distances(replay: Replay, schedule: Schedule, on_step: Callable[[], 
     own, update, actions = replay.update, schedule.update, network_row(schedule)
     history, rows = (update.history, update.coefficients) if update else (own.history, rounded(own.coefficients))
     with attached(replay, schedule) as handle:
-        stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), history)
+        stepper = Stepper(ReplaySpace(replay, handle.executor.clock if handle else None), history)
         at = stepper.start()
         for step in range(replay.steps):
             if actions[step] != "-":

@@ -173,7 +173,7 @@ def memory(settings: Settings) -> dict[str, float]:
 def graphs_of(settings: Settings, handle: Any) -> list[dict[str, Any]]:
     """Returns each graph that a handle captured: what it runs, microseconds of a replay alone, kernels."""
     found = []
-    for capture in handle.engine.captures:
+    for capture in handle.executor.engine.captures:
         made = [("tables", fill.replay, {}) for fill in capture.fills.values()]
         made += [("step", graph.replay, dict(graph.executed)) for graph in capture.graphs.values()]
         for kind, replay, cells in made:
@@ -212,6 +212,6 @@ def captures_of(handle: Any) -> dict[str, Any]:
         "path": report.path,
         "counters": vars(report.counters),
         "executed": report.executed,
-        "capture_s": round(sum(capture.seconds for capture in handle.engine.captures), 3),
-        "graphs_mib": round(sum(capture.bytes for capture in handle.engine.captures) / 2**20, 1),
+        "capture_s": round(sum(capture.seconds for capture in handle.executor.engine.captures), 3),
+        "graphs_mib": round(sum(capture.bytes for capture in handle.executor.engine.captures) / 2**20, 1),
     }

@@ -80,7 +80,7 @@ def test_nothing_is_left_after_a_run_and_two_runs_are_equal(pipe):
     plain = draw(pipe)
     with sodaprof.apply(pipe, skipping(pipe, first=rows)) as handle:
         one = draw(pipe)
-        assert all(not stack.memory for stack in handle.stacks)
+        assert all(not stack.memory for stack in handle.executor.stacks)
         assert (one == draw(pipe)).all()
     assert (draw(pipe) == plain).all()
 
@@ -92,7 +92,7 @@ def test_sources_are_dropped_after_their_last_use(pipe):
         step = pipe.scheduler.step
 
         def look(*args, **kwargs):
-            store = handle.stacks[0].memory[0]
+            store = handle.executor.stacks[0].memory[0]
             alive.append((sorted(store.hidden), sorted(store.drift)))
             return step(*args, **kwargs)
 
@@ -138,7 +138,7 @@ def test_observing_attention_changes_no_bit(pipe):
     rows = {SITES[1]: "CC" + "C" * (STEPS - 3) + "P"}
     schedule = replace(schedule_for(pipe, rows, {SITES[1]: (16,)}), token_rule=rule)
     with sodaprof.apply(pipe, schedule) as handle:
-        for row in handle.rows:
+        for row in handle.executor.rows:
             row.cells = tuple(dataclasses.replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
         assert (draw(pipe) == plain).all()
 

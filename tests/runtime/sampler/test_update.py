@@ -254,8 +254,8 @@ def test_an_aborted_run_harms_nothing():
             sample(pipe, (7, 3), seed=5)
         pipe.scheduler.step = step
         assert np.array_equal(sample(pipe), wanted)
-        assert not handle.update.ring.newest  # nothing is held between pictures
-        assert not handle.turns[0].latest
+        assert not handle.executor.update.ring.newest  # nothing is held between pictures
+        assert not handle.executor.turns[0].latest
     assert np.array_equal(sample(pipe), plain)
 
 
@@ -293,7 +293,7 @@ def test_half_precision_is_summed_in_fp32():
 
         def listen(*args, **kwargs):
             result = step(*args, **kwargs)
-            seen.append((args[2].dtype, result.prev_sample.dtype, {v.dtype for v in handle.update.ring.newest}))
+            seen.append((args[2].dtype, result.prev_sample.dtype, {v.dtype for v in handle.executor.update.ring.newest}))
             return result
 
         pipe.scheduler.step = listen
