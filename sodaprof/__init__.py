@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .measure.evaluate import evaluate
     from .pipelines.load import load_pipeline
     from .profiler.run import profile
-    from .runtime.apply import Handle, Report, apply
+    from .runtime.apply import Handle, Report, apply, remove
     from .runtime.sampler.scheduler import scheduler
 
 _HOME = {  # public name -> the module that defines it; imported on first use, so that `import sodaprof` is quick
@@ -55,6 +55,7 @@ _HOME = {  # public name -> the module that defines it; imported on first use, s
     "load_profile": "formats.profile",
     "load_schedule": "formats.schedule_file",
     "profile": "profiler.run",
+    "remove": "runtime.apply",
     "scheduler": "runtime.sampler.scheduler",
 }
 
@@ -77,6 +78,7 @@ __all__ = [
     "load_profile",
     "load_schedule",
     "profile",
+    "remove",
     "scheduler",
 ]
 

@@ -102,7 +102,7 @@ def with_known_programs(handle: Handle) -> Handle:
     A program is kept by all that it depends on and holds nothing of the handle or its pipeline. What fills the tables is the
     handle's own: which steps may be computed at once without a changed bit is found out by trying on those of this run.
     """
-    for block in handle.engine.blocks if handle.engine else ():
+    for block in handle.executor.engine.blocks if handle.executor.engine else ():
         block.programs = PROGRAMS
     return handle
 

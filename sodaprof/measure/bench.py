@@ -237,7 +237,7 @@ def _row(c: Timings, reference_ms: float) -> dict[str, Any]:
         row["peak_mib"] = round(c.peak_bytes / 2**20, 1)
     if c.handle is None or c.schedule is None:
         return row
-    report, captures = c.handle.report(), c.handle.engine.captures if c.handle.engine else []
+    report, captures = c.handle.report(), c.handle.executor.engine.captures if c.handle.executor.engine else []
     row |= {"programs": report.counters.programs, "path": report.path, "graphs": report.counters.graphs}
     row["graphs_mib"] = round(sum(capture.bytes for capture in captures) / 2**20, 1)
     row["capture_s"] = round(sum(capture.seconds for capture in captures), 3)

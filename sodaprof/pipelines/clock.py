@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -16,7 +18,7 @@ from torch import nn
 from ..errors import MismatchError
 from ..formats.sites import Sampler
 from .patch import patched
-from .recording import Latents, is_halved, latents_of
+from .recording import Latents, has_null_labels, is_halved, latents_of, refuse_copy
 
 
 @dataclass
@@ -27,18 +29,46 @@ class Moment:
     branch: int = 0
     forward: int = 0  # counts transformer calls, so that a site can recognise its first call within one
     tabled: bool = False  # the conditioning tables were made for this call
-    executed: Counter[str] = field(default_factory=Counter)  # cells, not calls: counted on branch 0
+    executed: Counter[str] = field(default_factory=Counter)  # cells, of all guidance branches
     served: Counter[str] = field(default_factory=Counter)  # in the run: blocks from tables, sums, sums by the kernel
     programs: int = 0  # traced
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """A run between `set_timesteps` and its last step."""
 
+    clock: Clock
     step: int = 0
     calls: int = 0  # of transformers since the last scheduler step: one a guidance branch, or one for both halves
     turn_begins: bool = True  # at this step a transformer's turn begins
+    batches: list[int] = field(default_factory=list)  # of each call at the first step of the turn
+    halved: bool = (
+        False  # the first call has the same latents twice: as two branches, or as two generations from one seed
+    )
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the clock runs it: False after its end, after a refusal, and once another run has taken its place."""
+        return self.clock.run is self
+
+
+BOTH = "both branches in one batch"
+# runs that began in this thread or task, the latest last; some may have ended
+_RUNS: ContextVar[tuple[Run, ...]] = ContextVar("sodaprof_runs", default=())
+
+
+def current_run(clocks: Collection[Clock]) -> Run | None:
+    """Returns the latest run of any of these clocks that the calling thread or task has begun and not ended."""
+    for run in reversed(_RUNS.get()):
+        if run.clock.run is run and run.clock in clocks:
+            return run
+    return None
+
+
+def was_replaced(clocks: Collection[Clock]) -> bool:
+    """Whether another thread or task took over the scheduler of a run that the calling one has begun."""
+    return any(run.clock in clocks and run.clock.run not in (None, run) for run in _RUNS.get())
 
 
 class StepTaker(Protocol):
@@ -61,31 +91,44 @@ class LoopTaker(StepTaker, Protocol):
 class Timesteps(torch.Tensor):
     """A scheduler's timesteps, over which iteration ends once the whole-step loop has taken all steps."""
 
-    clock: Clock
+    run: Run
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # otherwise a plain tensor
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for timestep in self.unbind(0):
-            if self.clock.finished():
+            if self.run.is_live and self.run.clock.finished():
                 return
             yield timestep
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
 
 class Clock:
-    """Patches `set_timesteps` and `step` of one scheduler instance while attached.
+    """The run on one scheduler at a time, which is read off the scheduler's `set_timesteps` and `step`.
 
     `set_timesteps` starts a run (whatever happened before, so that an aborted run has no effect) and checks the timesteps;
-    `step` ends a step. The transformer calls between two `step`s are the guidance branches.
+    `step` ends a step. The transformer calls between two `step`s are the guidance branches; every step of a turn has the
+    same. The clock keeps no scheduler alive.
     """
 
     def __init__(self, scheduler: Any, sampler: Sampler, on_start: Callable[[], None], on_end: Callable[[], None]):
-        self.scheduler, self.sampler = scheduler, sampler
+        self._scheduler = weakref.ref(scheduler)
+        self.sampler = sampler
         self.on_start, self.on_end = on_start, on_end
         self.run: Run | None = None  # None outside of runs, and after a refusal
         self.update: StepTaker | None = None
         self.loop: LoopTaker | None = None  # around the update
-        self.replaced_step: Any = None  # a user's own `step` on the instance, which the clock's calls
+        self.branches = 0  # network calls a step in the latest run
         self._patches = ExitStack()
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of the latest run; None once nobody else holds it."""
+        return self._scheduler()
 
     @property
     def step(self) -> int | None:
@@ -93,20 +136,20 @@ class Clock:
         return None if self.run is None else self.run.step
 
     def attach(self) -> None:
-        self.replaced_step = vars(self.scheduler).get("step")
-        self._patches.enter_context(patched(self.scheduler, "set_timesteps", self._start))
-        self._patches.enter_context(patched(self.scheduler, "step", self._advance))
-        self.scheduler._sodaprof = self  # so that a second schedule on the same scheduler is refused
+        """Patches the scheduler, for one pipeline without concurrent runs."""
+        for name, wrapper in (("set_timesteps", self.start), ("step", self.advance)):
+            one = partial(wrapper, self.scheduler)
+            self._patches.enter_context(patched(self.scheduler, name, one, refuse_copy, owner=self))
 
     def detach(self) -> None:
-        if isinstance(vars(self.scheduler).get("timesteps"), Timesteps):
-            self.scheduler.timesteps = self.scheduler.timesteps.as_subclass(torch.Tensor)
-        vars(self.scheduler).pop("_sodaprof", None)
         self._patches.close()
 
     def set_step(self, step: int) -> None:
         """Continues a run at the beginning of any step, for networks that are called without the pipeline."""
-        self.run = Run(step, turn_begins=step == 0)
+        if self.run is None:
+            self._begin()
+        assert self.run is not None
+        self.run.step, self.run.calls, self.run.turn_begins = step, 0, False
 
     def finished(self) -> bool:
         """Whether the whole-step loop has taken all steps; the run then ends, without further iterations of the pipeline."""
@@ -122,38 +165,53 @@ class Clock:
         self.run = None
         raise MismatchError(message)
 
-    def _start(self, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.run = None
+    def start(self, scheduler: Any, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the scheduler's `set_timesteps` and starts a run."""
+        self.run, self._scheduler = None, weakref.ref(scheduler)
         result = set_timesteps(*args, **kwargs)
         self._check_timesteps()
         self.on_start()
-        self.run = Run()
+        self._begin()
         if self.loop is not None:
-            timesteps = self.scheduler.timesteps.detach().as_subclass(Timesteps)
-            timesteps.clock = self
-            self.scheduler.timesteps = timesteps
+            timesteps = scheduler.timesteps.detach().as_subclass(Timesteps)
+            timesteps.run = self.run
+            scheduler.timesteps = timesteps
         return result
 
-    def _advance(
-        self, own_step: Callable[..., Any], model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any
+    def advance(
+        self,
+        scheduler: Any,
+        own_step: Callable[..., Any],
+        model_output: Any,
+        timestep: Any,
+        sample: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
+        """Takes a step of the run, by the scheduler or by what takes its place; the scheduler's own outside of runs."""
         run, arguments = self.run, (model_output, timestep, sample, *args)
         if run is None:
             return own_step(*arguments, **kwargs)
-        self._check_step(run, timestep)
+        self._check_step(run, timestep, len(sample))
         take = own_step
         for taker in (self.update, self.loop):
             if taker is not None:
-                take = partial(taker.take, take, self.scheduler, run.step)
+                take = partial(taker.take, take, scheduler, run.step)
         result = take(*arguments, **kwargs)
-        index = getattr(self.scheduler, "step_index", None)  # of a scheduler that counts its steps
+        index = getattr(scheduler, "step_index", None)  # of a scheduler that counts its steps
         if run.step == 0 and isinstance(index, int) and index != 1:
             self._refuse_start("the first of its timesteps", f"at number {index}")
-        self.run = Run(run.step + 1, turn_begins=False)
-        if self.run.step == self.sampler.steps:
+        run.step, run.calls, run.turn_begins, self.branches = run.step + 1, 0, False, run.calls
+        if run.step == self.sampler.steps:
             self.run = None
             self.on_end()
         return result
+
+    def _begin(self) -> None:
+        """Starts a run, which the calling thread or task is then in."""
+        self.run = Run(self)
+        others = (run for run in _RUNS.get() if run.is_live and run.clock is not self)
+        _RUNS.set((*others, self.run))
 
     def _check_timesteps(self) -> None:
         found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps
@@ -164,8 +222,8 @@ class Clock:
                 f"{_brief(found)}. Call it with {how}, or profile and compile for these timesteps."
             )
 
-    def _check_step(self, run: Run, timestep: Any) -> None:
-        wanted = self.sampler.timesteps[run.step]
+    def _check_step(self, run: Run, timestep: Any, generations: int) -> None:
+        wanted, form = self.sampler.timesteps[run.step], self.sampler.guidance_form
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no host sync for the check
         counts = hasattr(self.scheduler, "step_index")  # on the host, and checked after the step
         if (on_host or (run.step == 0 and not counts)) and float(timestep) != float(wanted):
@@ -175,8 +233,18 @@ class Clock:
                 f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
                 "Run it without what skips steps, or remove() the schedule."
             )
-        if run.turn_begins and (run.calls > 1) != (self.sampler.guidance_form == "passes"):
+        if run.step == 0 and run.halved and run.batches[0] == 2 * generations and form != "halves":
+            self._refuse_guidance(BOTH)
+        if run.turn_begins and (run.calls > 1) != (form == "passes"):
             self._refuse_guidance("passes" if run.calls > 1 else "one network call a step")
+        if run.calls != len(run.batches):
+            self._refuse_change(f"{run.calls} network calls", len(run.batches))
+
+    def _refuse_change(self, found: str, wanted: int | str) -> NoReturn:
+        self.refuse(
+            f"Step {self.step} has {found}, the first one had {wanted}: the guidance changes within the run. Every step must "
+            "call the network alike: call the pipeline without what changes it (guidance cutoff, interval, skipped layers)."
+        )
 
     def _refuse_start(self, wanted: str, found: str) -> NoReturn:
         self.refuse(
@@ -191,8 +259,12 @@ class Clock:
             "guidance."
         )
 
-    def enter(self, hidden: Latents) -> tuple[int, int]:
+    def enter(
+        self, hidden: Latents, turn_begins: Callable[[int], bool], call: tuple[nn.Module, dict[str, Any]]
+    ) -> tuple[int, int]:
         """Returns (step, branch) of the transformer call that begins; MismatchError outside a run.
+
+        turn_begins: whether the transformer's turn begins at a step; call: the transformer and its arguments by keyword.
 
         The first call of a run compares the two halves of the batch: one host sync, before the loop's kernels are queued.
         """
@@ -201,10 +273,23 @@ class Clock:
                 "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). "
                 "Call the pipeline, or remove the schedule: handle.remove()"
             )
-        step, branch = self.run.step, self.run.calls
-        self.run.calls += 1
-        if step == 0 and branch == 0 and is_halved(hidden) != (self.sampler.guidance_form == "halves"):
-            self._refuse_guidance("both branches in one batch" if is_halved(hidden) else "one branch a network call")
+        run = self.run
+        step, branch = run.step, run.calls
+        run.calls += 1
+        if branch == 0 and (turn_begins(step) or not run.batches):
+            run.turn_begins, run.batches = True, []
+        if run.turn_begins:
+            run.batches.append(len(hidden))
+        elif branch >= len(run.batches):
+            self._refuse_change(f"network call {branch + 1}", len(run.batches))
+        elif len(hidden) != run.batches[branch]:
+            self._refuse_change(f"a batch of {len(hidden)}", run.batches[branch])
+        if step == 0 and branch == 0:
+            run.halved = is_halved(hidden)
+            if self.sampler.guidance_form == "halves" and not run.halved:
+                self._refuse_guidance("one branch a network call")
+            if self.sampler.guidance_form != "halves" and run.halved and has_null_labels(*call):
+                self._refuse_guidance(BOTH)
         return step, branch
 
 
@@ -221,7 +306,6 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         self,
         clock: Clock,
         moment: Moment,
-        check: Callable[[], None],
         name: str,
         past: list[int],
         on_turn: Callable[[], None] = lambda: None,
@@ -229,22 +313,21 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
         cells: int = 0,
     ) -> None:
         super().__init__()
-        self.clock, self.moment, self.check = clock, moment, check
+        self.clock, self.moment = clock, moment
         self.name, self.past, self.on_turn = name, past, on_turn
         self.skipped, self.cells = skipped, cells
         self.latest: dict[int, Any] = {}  # branch -> the network's output, kept if the next step is skipped
 
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.check()
-        self.moment.step, self.moment.branch = self.clock.enter(latents_of(module, args, kwargs))
-        past = self.past[self.moment.step]
-        if past < 0:
+        moment = self.moment
+        latents, past = latents_of(module, args, kwargs), self.past
+        moment.step, moment.branch = self.clock.enter(latents, lambda step: past[step] == 0, (module, kwargs))
+        if past[moment.step] < 0:
             self._refuse_turn()
-        if past == 0 and self.moment.branch == 0 and self.clock.run is not None:
-            self.clock.run.turn_begins = True
+        if past[moment.step] == 0 and moment.branch == 0:
             self.on_turn()
-        self.moment.forward += 1
-        self.moment.tabled = False
+        moment.forward += 1
+        moment.tabled = False
         return args, kwargs
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -254,13 +337,7 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
             if step + 1 in self.skipped:
                 self.latest[branch] = out
             return out
-        if branch not in self.latest:
-            self.clock.refuse(
-                f"The pipeline calls {self.name} {branch + 1} times at step {step}, which the schedule skips, and less often "
-                "before: its guidance changes from step to step. remove() the schedule, or call it with one guidance."
-            )
-        if branch == 0:
-            self.moment.executed["-"] += self.cells
+        self.moment.executed["-"] += self.cells
         return self.latest[branch]
 
     def reset(self) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
@@ -16,7 +17,7 @@ from torch import nn
 from ..errors import MismatchError, SodaprofError, UnsupportedModelError
 from ..formats.sites import Transformer
 from .load import OwnCall, call, transformers_of
-from .patch import patched
+from .patch import owner_of, patched
 from .probe import Args, Forward, Kwargs, hidden_states
 
 Latents = torch.Tensor | list[torch.Tensor]  # of a network call
@@ -147,6 +148,8 @@ def record_step(
         raise SodaprofError(f"--steps is {steps}; expected at least 1.")
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
     check_no_schedule(pipe)
+    for name, network in parts.items():
+        refuse_caches(name, network)
 
     def start(set_timesteps: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -160,8 +163,8 @@ def record_step(
     with ExitStack() as patches, suppress(_Recorded):
         for name, module in parts.items():
             patches.enter_context(tapped(module, partial(recorder.call, name), "sodaprof.record"))
-        patches.enter_context(patched(scheduler, "step", recorder.advance))
-        patches.enter_context(patched(scheduler, "set_timesteps", start))
+        patches.enter_context(patched(scheduler, "step", recorder.advance, refuse_copy))
+        patches.enter_context(patched(scheduler, "set_timesteps", start, refuse_copy))
         call(pipe, entries, [0] * len(entries), steps, guidance_scale, own=own)
     step = recorder.step
     if any(len(of_network) < recorder.done for of_network in recorder.called.values()):
@@ -173,10 +176,41 @@ def record_step(
 
 def check_no_schedule(pipe: Any) -> None:
     """Raises MismatchError if a schedule is attached to the pipeline."""
-    if "_sodaprof" in vars(pipe.scheduler):
+    if owner_of(pipe.scheduler) is not None:
         raise MismatchError(
-            "The pipeline carries a schedule; a run is recorded without one. Remove it: handle.remove()"
+            "The pipeline carries a schedule; a run is recorded without one. Remove it: sodaprof.remove(pipe)"
         )
+
+
+CACHE_HOOK = re.compile(r"cache|^fbc_|broadcast")  # in the names of diffusers' hooks
+
+
+def refuse_caches(name: str, transformer: nn.Module) -> None:
+    """Raises MismatchError if another cache is enabled on the transformer: one of diffusers, or cache-dit."""
+    hooks = [hook for m in transformer.modules() for hook in getattr(vars(m).get("_diffusers_hook"), "hooks", ())]
+    if found := next((hook for hook in hooks if CACHE_HOOK.search(hook)), None):
+        config = getattr(transformer, "_cache_config", None)
+        kind = found if config is None else type(config).__name__.removesuffix("Config")
+        raise MismatchError(
+            f"{name} carries another cache, {kind} of diffusers, which would run inside the schedule's cells. Disable it: "
+            f"pipe.{name}.disable_cache()"
+        )
+    forwards = [vars(m).get("forward") for m in transformer.modules()]
+    modules = [getattr(getattr(f, "__func__", f), "__module__", "") or "" for f in forwards]
+    modules += [type(m).__module__ for m in transformer.modules()]
+    if getattr(transformer, "_is_cached", False) or any(module.startswith("cache_dit") for module in modules):
+        raise MismatchError(
+            f"{name} carries another cache, cache-dit, which would run inside the schedule's cells. Disable it: "
+            "cache_dit.disable_cache(pipe)"
+        )
+
+
+def refuse_copy(scheduler: Any, original: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    """Raises UnsupportedModelError: the pipeline makes copies of its scheduler and samples with those."""
+    raise UnsupportedModelError(
+        f"The pipeline samples with copies of its {type(scheduler).__name__} (one for each frame, or for the audio), so one step "
+        "of the scheduler is not one step of the run. This release profiles pipelines that sample with one scheduler."
+    )
 
 
 def latents_of(transformer: nn.Module, args: Args, kwargs: Kwargs) -> Latents:
@@ -195,6 +229,12 @@ def latents_of(transformer: nn.Module, args: Args, kwargs: Kwargs) -> Latents:
         f"{type(transformer).__name__} takes its latents as {type(latents).__name__}; this release runs transformers "
         "whose first argument is one tensor, or a list with a tensor for each sample."
     )
+
+
+def has_null_labels(transformer: Any, kwargs: Kwargs) -> bool:
+    """Whether the second half of a batch is called with the label that means none, as DiT's other branch is."""
+    labels, null = kwargs.get("class_labels"), dict(transformer.config).get("num_embeds_ada_norm")
+    return torch.is_tensor(labels) and null is not None and bool((labels[len(labels) // 2 :] == null).all())
 
 
 def is_halved(latents: Latents) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModelError
 from ..formats.sampler import MAX_HISTORY, Basis, OwnUpdate
+from .patch import replaced
 
 LOOP_SCHEDULERS: dict[str, dict[str, tuple[Any, ...]]] = {  # a captured step can contain them -> settings allowed
     "DDIMScheduler": {},
@@ -102,9 +103,7 @@ def refuse_settings(scheduler: Any) -> None:
                 f" outputs. Set {key}={allowed[0]!r} ({name}.from_config(scheduler.config, {key}={allowed[0]!r}),"
                 f" which may change what is sampled), {INSTEAD}."
             )
-    clock = vars(scheduler).get("_sodaprof")  # it patches the instance's step, whatever that was before
-    own = vars(scheduler).get("step") if clock is None else clock.replaced_step
-    if own is not None:
+    if replaced(scheduler, "step") is not None:
         raise UnsupportedModelError(
             f"{name}: its step was replaced on this instance, so the class's steps do not run. Remove the replacement"
             f" (del scheduler.step), {INSTEAD}."
@@ -156,7 +155,7 @@ def _fresh(scheduler: Any) -> Any:
     """Returns a copy in its state before the first step, on the CPU, without methods set on the instance."""
     probe = copy.copy(scheduler)
     for key, value in list(vars(probe).items()):
-        if key in ("step", "set_timesteps", "_sodaprof"):
+        if key in ("step", "set_timesteps"):
             del vars(probe)[key]
         elif key in BEFORE_FIRST_STEP:
             setattr(probe, key, BEFORE_FIRST_STEP[key])

@@ -84,7 +84,7 @@ class Taps:
         for name, transformer in self.plan.model.transformers.items():
             module = self.pipe.components[name]
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
-            begin = TransformerHook(self.clock, self.moment, lambda: None, name, self.past[name])
+            begin = TransformerHook(self.clock, self.moment, name, self.past[name])
             self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
             if self.of_run and name in self.plan.stacks:
                 self._follow(self.of_run, name, module, self.plan.stacks[name])

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..errors import MismatchError, SodaprofError
 from ..formats.rules import verify
-from ..formats.schedule import Plan, Schedule
+from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
-from ..pipelines.clock import Clock, Moment, TransformerHook
-from .checks import HOOK, check_matches, rows_by_module
-from .compiled.engine import Compiled, Counters, Engine
-from .hooks.registry import Hooks, refuse_group_offload
-from .hooks.resolution import SizeHook
-from .hooks.sites import SiteHook, SiteRow
-from .hooks.stack import BlockHook, StackRow
-from .sampler.update import StateUpdate
+from ..pipelines.clock import Timesteps, current_run, was_replaced
+from ..pipelines.patch import owner_of, patched
+from .checks import check_matches
+from .compiled.engine import Compiled, Counters
+from .executor import Executor
+from .hooks.registry import Hooks
 from .shipped import find_shipped
 
 RUNTIMES = ("hooks", "compiled", "whole-steps")
@@ -57,131 +58,130 @@ class Report:
 
 
 class Handle:
-    """A schedule on a pipeline, a context manager; `remove()` restores the pipeline bit for bit."""
+    """A schedule on a pipeline, a context manager; `remove()` restores the pipeline bit for bit.
+
+    Runs in several threads or tasks may overlap, if each has a pipeline with a copy of the scheduler: each has an executor of
+    its own, with its own caches.
+    """
 
     def __init__(self, pipe: Any, schedule: Schedule, settings: Compiled | None, any_resolution: bool) -> None:
-        self.pipe, self.schedule, self.any_resolution = pipe, schedule, any_resolution
-        self.moment = Moment()
-        self.rows: list[SiteRow] = []
-        self.stacks: list[StackRow] = []
-        self.turns: list[TransformerHook] = []
-        self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
-        self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
-        self.engine: Engine | None = None
-        if settings is not None:
-            first = pipe.components[next(iter(schedule.transformers))]
-            device = torch.device(getattr(pipe, "_execution_device", None) or next(first.parameters()).device)
-            self.engine = Engine(settings, schedule, self.moment, self.update, device)
-        self._hooks = Hooks()
-        self._complete = self._attached = False
-        for name, plan in schedule.transformers.items():
-            self._prepare(name, pipe.components[name], plan)
-        if self.engine is not None:
-            self.clock.loop = self.engine.loop
+        self.pipe, self.schedule = pipe, schedule
+        self._settings, self._any_resolution = settings, any_resolution
+        self._lock = threading.Lock()
+        self._attached = ExitStack()
+        self._hooks: list[Hooks] = []
+        check_matches(pipe, schedule)
+        self.executor = self._new_executor()  # of the latest run
+        self._executors = {self.executor.clock: self.executor}
         self.attach()
 
-    def _prepare(self, name: str, transformer: Any, plan: Plan) -> None:
-        """Adds the hooks of one transformer, innermost first."""
-        modules = rows_by_module(transformer, plan, self.schedule)
-        rows = [row for of_module in modules.values() for row in of_module]
-        self.rows += rows
-        for path, of_module in modules.items():
-            self._hooks.add(transformer.get_submodule(path), SiteHook(of_module, self.moment), HOOK)
-        if self.engine is not None:
-            for module, hook, kind in self.engine.hooks(transformer, plan, rows):
-                self._hooks.add(module, hook, f"{HOOK}.{kind}")
-        if self.any_resolution:
-            self._hooks.add(transformer, SizeHook(rows, plan, self.schedule), f"{HOOK}.size")
-        skipped = [step for step, action in enumerate(plan.stack) if action == "-"]
-        turn = TransformerHook(
-            self.clock, self.moment, self._check_scheduler, name, plan.past(), self._forget, skipped, len(plan.rows)
-        )
-        self.turns.append(turn)
-        self._hooks.add(transformer, turn, HOOK)
-        if "S" in plan.stack:
-            stack = StackRow(plan)
-            self.stacks.append(stack)
-            traced = {block.path: block for block in self.engine.blocks} if self.engine is not None else {}
-            for path in stack.blocks:
-                hook = BlockHook(stack, path, self.moment, traced.get(path))
-                self._hooks.add(transformer.get_submodule(path), hook, HOOK)
+    def _new_executor(self) -> Executor:
+        return Executor(self.pipe, self.schedule, self._settings, self._any_resolution, self._keep_hooks)
 
     def attach(self) -> None:
         """Attaches the schedule again after `remove()`; programs that were traced are kept."""
-        if self._attached:
+        if self._hooks:
             return
         check_matches(self.pipe, self.schedule)  # the pipeline may have changed since
+        scheduler = self.pipe.scheduler
         try:
-            self._hooks.attach()
-            self.clock.attach()
-            self._attached = True
+            for name in self.schedule.transformers:
+                self._hooks.append(Hooks(self.pipe.components[name], partial(self._call, name)))
+                self._hooks[-1].attach([path for part, path in self.executor.hooks if part == name])
+            for method, wrapper in (("set_timesteps", self._start), ("step", self._advance)):
+                one = partial(wrapper, scheduler)
+                self._attached.enter_context(patched(scheduler, method, one, copies=wrapper, owner=self))
         except BaseException:
             self.remove()
             raise
 
-    def _check_scheduler(self) -> None:
-        if self.pipe.scheduler is not self.clock.scheduler:
+    def _keep_hooks(self) -> None:
+        for hooks in self._hooks:
+            hooks.keep()
+
+    def _start(self, scheduler: Any, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Starts a run on the pipeline's scheduler or a copy of it."""
+        with self._lock:
+            self.executor = self._executor_for(scheduler)
+        return self.executor.clock.start(scheduler, set_timesteps, *args, **kwargs)
+
+    def _executor_for(self, scheduler: Any) -> Executor:
+        """Returns the executor whose run on this scheduler ended or was aborted, else one without a run, else a new one."""
+        for clock, executor in self._executors.items():
+            if clock.scheduler is scheduler:
+                return executor
+        for clock, executor in self._executors.items():
+            if clock.run is None or clock.scheduler is None:
+                return executor
+        executor = self._new_executor()
+        self._executors[executor.clock] = executor
+        return executor
+
+    def _advance(self, scheduler: Any, own_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        clock = next((clock for clock in self._executors if clock.scheduler is scheduler), None)
+        if clock is None:
+            return own_step(*args, **kwargs)
+        if scheduler is not self.pipe.scheduler and clock.run is not None and not (clock.run.step or clock.run.calls):
+            clock.run = None  # a copy for another network
+        return clock.advance(scheduler, own_step, *args, **kwargs)
+
+    def _call(self, name: str, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Passes the call of a module to the executor of the run that the calling thread or task is in."""
+        run = current_run(self._executors)
+        if run is None:
+            self._refuse_call()
+        clock = run.clock
+        if not path and clock.scheduler is not self.pipe.scheduler and owner_of(clock.scheduler) is not self:
+            self._refuse_call()
+        return self._executors[clock].call(name, path, original, args, kwargs)
+
+    def _refuse_call(self) -> NoReturn:
+        """Raises MismatchError: the network is called, and no run of its caller is known."""
+        if was_replaced(self._executors):
+            raise MismatchError(
+                "Another call of the pipeline began with this scheduler while this one ran, and took its place. Give each call "
+                "that overlaps others a pipeline with a scheduler of its own: copy.deepcopy(pipe.scheduler)"
+            )
+        if owner_of(self.pipe.scheduler) is not self:
             raise MismatchError(
                 f"The pipeline's scheduler was replaced (now {type(self.pipe.scheduler).__name__}) after the schedule "
                 "was applied. remove() the schedule first, then apply one made for the new scheduler."
             )
-
-    def _forget(self) -> None:
-        """Drops all caches: at the beginning of its turn a transformer computes everything."""
-        parts: list[Any] = [*self.rows, *self.stacks, *self.turns]
-        for part in parts:
-            part.reset()
-
-    def _reset(self) -> None:
-        self._forget()
-        for part in (self.engine, self.update):
-            if part is not None:
-                part.reset()
-
-    def _start(self) -> None:
-        for name in self.schedule.transformers:
-            refuse_group_offload(name, self.pipe.components[name])
-        self._hooks.keep()
-        self._reset()
-        if self.update is not None:
-            self.update.begin(self.pipe.scheduler)
-        self.moment.executed, self.moment.served = Counter(), Counter()
-        self._complete = False
-
-    def _end(self) -> None:
-        differed = self.engine is not None and self.engine.differed()
-        self._reset()
-        self._complete = True
-        if differed:
-            raise MismatchError(
-                "The pipeline called the transformer with other arguments (timesteps, say) than in the run in which the "
-                "conditioning tables were prepared: this generation is wrong. Call it again; such calls now run without tables."
-            )
+        raise MismatchError(
+            "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done), or by a "
+            "pipeline whose scheduler is no copy of the one with the schedule. Call the pipeline; give others "
+            "copy.deepcopy(pipe.scheduler); or remove the schedule: sodaprof.remove(pipe)"
+        )
 
     def report(self) -> Report:
-        """Returns planned and executed actions of the latest run."""
-        predicted = self.schedule.predicted or {}
+        """Returns planned and executed actions of the run that began last."""
+        predicted, executor = self.schedule.predicted or {}, self.executor
+        branches = max(1, executor.clock.branches)
         return Report(
-            planned=dict(self.schedule.counts()),
-            executed=dict(self.moment.executed),
-            complete=self._complete,
+            planned={action: branches * n for action, n in self.schedule.counts().items()},
+            executed=dict(executor.moment.executed),
+            complete=executor.complete,
             speedup=predicted.get("speedup"),
             unit=predicted.get("unit"),
-            path="hooks" if self.engine is None else self.engine.path(),
+            path="hooks" if executor.engine is None else executor.engine.path(),
             guidance_scale=self.schedule.sampler.guidance_scale,
             resized={
-                row.key: (row.profiled_tokens, row.tokens) for row in self.rows if row.tokens != row.profiled_tokens
+                row.key: (row.profiled_tokens, row.tokens) for row in executor.rows if row.tokens != row.profiled_tokens
             },
-            counters=Counters() if self.engine is None else self.engine.counters(),
+            counters=Counters() if executor.engine is None else executor.engine.counters(),
         )
 
     def remove(self) -> None:
         """Detaches the schedule. Safe to call twice, and after an exception inside a run."""
-        if self._attached:
-            self.clock.detach()
-            self._attached = False
-        self._hooks.remove()
-        self._reset()
+        self._attached.close()
+        while self._hooks:
+            self._hooks.pop().remove()
+        scheduler = self.pipe.scheduler
+        if isinstance(vars(scheduler).get("timesteps"), Timesteps):
+            scheduler.timesteps = scheduler.timesteps.as_subclass(torch.Tensor)
+        for executor in self._executors.values():
+            executor.clock.run = None
+            executor.reset()
 
     def __enter__(self) -> Handle:
         self.attach()
@@ -189,6 +189,12 @@ class Handle:
 
     def __exit__(self, *exception: object) -> None:
         self.remove()
+
+
+def remove(pipe: Any) -> None:
+    """Removes the schedule from a pipeline, or from the pipeline that it was copied from; does nothing if there is none."""
+    if (handle := owner_of(pipe.scheduler)) is not None:
+        handle.remove()
 
 
 def apply(

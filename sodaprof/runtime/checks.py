@@ -15,12 +15,12 @@ from ..formats.schedule import Plan, Schedule
 from ..formats.sites import Sampler, SiteKey
 from ..pipelines.discover import config_of, fingerprint
 from ..pipelines.load import transformers_of
+from ..pipelines.patch import owner_of
+from ..pipelines.recording import refuse_caches
 from ..pipelines.structure import find_modules
-from .hooks.registry import refuse_group_offload
+from .hooks.registry import carries_schedule, refuse_group_offload
 from .hooks.sites import SiteRow
 from .sampler.update import check_linear
-
-HOOK = "sodaprof"  # the name of our hooks in diffusers' registries
 
 
 def check_matches(pipe: Any, schedule: Schedule) -> None:
@@ -50,8 +50,8 @@ def _check_scheduler(scheduler: Any, sampler: Sampler) -> None:
                 f"command has it: --scheduler {wanted}"
             )
         raise MismatchError(f"The schedule is for {wanted}, the pipeline has {found}. {do}")
-    if "_sodaprof" in vars(scheduler):
-        raise MismatchError("The scheduler carries a schedule already. Remove it first: handle.remove()")
+    if owner_of(scheduler) is not None:
+        raise MismatchError("The scheduler carries a schedule already. Remove it first: sodaprof.remove(pipe)")
     config = config_of(scheduler)
     if _other(config, sampler.config):
         # DPMSolverSinglestepScheduler changes settings in `set_timesteps`
@@ -118,9 +118,12 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
             f"{name} has the site {missing[0]}, the schedule has no row for it. Compile for this model."
         )
     refuse_group_offload(name, transformer)
-    registry = getattr(transformer, "_diffusers_hook", None)
-    if registry is not None and registry.get_hook(HOOK) is not None:
-        raise MismatchError(f"{name} carries a schedule already. Remove it first: handle.remove()")
+    refuse_caches(name, transformer)
+    if carries_schedule(transformer):
+        raise MismatchError(
+            f"{name} carries a schedule already. Remove it first: sodaprof.remove(pipe). To run another pipeline with the same "
+            "network under that schedule, give it a copy of the scheduler: copy.deepcopy(pipe.scheduler)"
+        )
 
 
 def rows_by_module(transformer: Any, plan: Plan, schedule: Schedule) -> dict[str, list[SiteRow]]:

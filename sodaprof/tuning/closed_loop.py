@@ -58,7 +58,7 @@ class Fit:
         actions = plan_of(self.schedule).stack
         stack_targets, site_targets = self._stack_targets(), self._site_targets()
         with attached(self.replay, self.schedule) as handle:
-            stack = handle.stacks[0] if handle and handle.stacks else None
+            stack = handle.executor.stacks[0] if handle and handle.executor.stacks else None
             if stack is not None:
                 stack.cells |= self.stack_cells
                 stack.memory = self.snapshots[-1]
@@ -68,11 +68,11 @@ class Fit:
 
             def fit_forecasts(step: int) -> None:
                 if handle and step in site_targets:
-                    self.site_cells[step] = self._fit_sites(handle.rows, step, site_targets[step])
+                    self.site_cells[step] = self._fit_sites(handle.executor.rows, step, site_targets[step])
                 if stack is not None and step in stack_targets:
                     self.stack_cells[step] = self._fit_stack(stack, step, stack_targets[step])
 
-            space = ReplaySpace(self.replay, handle.clock if handle else None, fit_forecasts)
+            space = ReplaySpace(self.replay, handle.executor.clock if handle else None, fit_forecasts)
             steps = Stepper(space, self.history).fit_update(lambda t: actions[t] != "-", self.ats[-1], len(self.rows))
             for coefficients, at in steps:
                 self.rows.append(coefficients)
@@ -216,7 +216,7 @@ def sampled_distances(replay: Replay, schedule: Schedule, on_step: Callable[[], 
     """Returns each generation's distance to the full run, dB, sampled under a schedule; the sampler's own steps if no update."""
     update, actions = schedule.update or _own(replay), plan_of(schedule).stack
     with attached(replay, schedule) as handle:
-        stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), update.history)
+        stepper = Stepper(ReplaySpace(replay, handle.executor.clock if handle else None), update.history)
         at = stepper.start()
         for step in range(replay.steps):
             if actions[step] != "-":

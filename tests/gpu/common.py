@@ -161,7 +161,7 @@ def memory(settings: Settings) -> dict[str, float]:
 def graphs_of(settings: Settings, handle: Any) -> list[dict[str, Any]]:
     """Returns each graph that a handle captured: what it runs, microseconds of a replay alone, kernels."""
     made: list[tuple[str, dict[str, int], Callable[[], Any]]] = []
-    for capture in handle.engine.captures:
+    for capture in handle.executor.engine.captures:
         made += [("tables", {}, fill.replay) for fill in capture.fills.values()]
         made += [("step", dict(graph.executed), graph.replay) for graph in capture.graphs.values()]
     return [{"kind": kind, "cells": cells} | alone(settings, replay, "us") for kind, cells, replay in made]
@@ -200,6 +200,6 @@ def captures_of(handle: Any) -> dict[str, Any]:
         "path": report.path,
         "counters": vars(report.counters),
         "executed": report.executed,
-        "capture_s": round(sum(capture.seconds for capture in handle.engine.captures), 3),
-        "graphs_mib": round(sum(capture.bytes for capture in handle.engine.captures) / 2**20, 1),
+        "capture_s": round(sum(capture.seconds for capture in handle.executor.engine.captures), 3),
+        "graphs_mib": round(sum(capture.bytes for capture in handle.executor.engine.captures) / 2**20, 1),
     }

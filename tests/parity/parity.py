@@ -374,7 +374,7 @@ def compile_for(recording: Recording, pipe: Any) -> Schedule:
 def chosen(handle: Any, plan: Plan, step: int) -> dict[str, Tensor]:
     """Returns the tokens [B or 1, k] that each site recomputed at this step, of those that recomputed some."""
     found = {}
-    for row in handle.rows:
+    for row in handle.executor.rows:
         k = plan.k[row.key][plan.cell(row.key, step, "P")] if plan.rows[row.key][step] == "P" else 0
         if k == plan.tokens(row.key):  # all of them are no selection
             found[row.key] = torch.arange(k)[None]

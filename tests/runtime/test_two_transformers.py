@@ -407,8 +407,8 @@ def test_each_transformer_reuses_its_own_outputs(wan, scale, runtime):
             assert torch.equal(draw(wan, scale=scale), wanted)
             assert handle.report().executed == handle.report().planned
         assert torch.equal(draw(wan, "another prompt", scale=scale), other)
-        assert [tables.steps for tables in handle.engine.tables] == [list(HIGH), list(LOW)]
-        captures = handle.engine.captures
+        assert [tables.steps for tables in handle.executor.engine.tables] == [list(HIGH), list(LOW)]
+        captures = handle.executor.engine.captures
         assert len(captures) == (2 if runtime == "graphs" else 0)
         assert all(capture.graphs and capture.replays for capture in captures)
 
@@ -419,8 +419,8 @@ def test_caches_and_tables_are_those_of_the_transformer_whose_turn_it_is(wan):
         kept, ready, served, step = {}, {}, [], wan.scheduler.step
 
         def note(*args, **kwargs):
-            kept[handle.clock.step] = [bool(row.memory) for row in handle.rows]
-            ready[handle.clock.step] = [len(block.ready) for block in handle.engine.blocks]
+            kept[handle.executor.clock.step] = [bool(row.memory) for row in handle.executor.rows]
+            ready[handle.executor.clock.step] = [len(block.ready) for block in handle.executor.engine.blocks]
             counters = handle.report().counters
             served.append(counters.blocks_from_tables + counters.sums)
             return step(*args, **kwargs)

@@ -122,8 +122,8 @@ def reused(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tuple
     any_reuse = draw_schedule(profile.model, profile.sampler, [0], {})
     with attached(replay, any_reuse) as handle:
         assert handle is not None
-        stepper = Stepper(ReplaySpace(replay, handle.clock), own.history)
-        sites = handle.rows
+        stepper = Stepper(ReplaySpace(replay, handle.executor.clock), own.history)
+        sites = handle.executor.rows
 
         def advance(state: Any, step: int, columns: str) -> Any:
             at, kept = state
@@ -148,7 +148,7 @@ def forecast(replay: Replay, profile: Profile, every: list[str]) -> Iterator[tup
     ((name, products),) = profile.site_products().items()
     for columns in every:
         with attached(replay, forecast_schedule(profile, name, products, anchors_of(columns))) as handle:
-            stepper = Stepper(ReplaySpace(replay, handle.clock if handle else None), own.history)
+            stepper = Stepper(ReplaySpace(replay, handle.executor.clock if handle else None), own.history)
             at = stepper.start()
             for step in range(replay.steps):
                 at = stepper.moved(stepper.computed(at, step), step, rows[step])

@@ -123,7 +123,7 @@ def test_shared_beginnings_change_no_distance(profile, replays):
     for columns in every:
         schedule = draw_schedule(profile.model, profile.sampler, anchors_of(columns), {})
         with attached(held_out, schedule) as handle:
-            stepper = Stepper(ReplaySpace(held_out, handle.clock if handle else None), own.history)
+            stepper = Stepper(ReplaySpace(held_out, handle.executor.clock if handle else None), own.history)
             at = stepper.start()
             for step in range(STEPS):
                 at = stepper.moved(stepper.computed(at, step), step, own.coefficients[step])

@@ -242,7 +242,7 @@ def collapses(case: Case) -> str:
                 calls, lambda h=handle: found.update(b.path for b in h.engine.blocks if (1, 0) in b.sums)
             )
             check_report(handle.report())
-            blocks = len(handle.engine.blocks)
+            blocks = len(handle.executor.engine.blocks)
         for step in range(STEPS):
             now, then = outputs[step][0], wanted[step][0]
             holds = same(now, then) if mode == "ordered" else all(map(near, now, then))

@@ -80,8 +80,8 @@ class Engine:
         self.programs: dict[Any, Program] = {}
         self.loop: Loop | None = None
 
-    def hooks(self, transformer: nn.Module, plan: Plan, rows: list[SiteRow]) -> list[tuple[nn.Module, Any, str]]:
-        """Returns (module, hook, name) of a transformer's traced blocks and of its tables, innermost first."""
+    def hooks(self, transformer: nn.Module, plan: Plan, rows: list[SiteRow]) -> list[tuple[str, Any]]:
+        """Returns (path of the module, hook) of a transformer's traced blocks and of its tables, innermost first."""
         by_block: dict[str, list[SiteRow]] = {}
         for row in rows:
             by_block.setdefault(block_of(row.key), []).append(row)
@@ -90,9 +90,9 @@ class Engine:
             for path, of_block in by_block.items()
         ]
         self.blocks += blocks
-        hooks: list[tuple[nn.Module, Any, str]] = [(block.block, block, "traced") for block in blocks]
+        hooks: list[tuple[str, Any]] = [(block.path, block) for block in blocks]
         if self.settings.tables:
-            hooks.append((transformer, self._tables(transformer, plan, blocks), "tables"))
+            hooks.append(("", self._tables(transformer, plan, blocks)))
         return hooks
 
     def _tables(self, transformer: nn.Module, plan: Plan, blocks: list[TracedBlock]) -> ConditioningTables:

@@ -159,7 +159,7 @@ class Loop:
         if self.final is None:
             return False
         if skipped := self.called[step:].count(False):
-            self.moment.executed["-"] += skipped * len(self.capture.rows)
+            self.moment.executed["-"] += skipped * len(self.capture.rows) * len(self.branches)
         return True
 
     def last(self) -> Any:

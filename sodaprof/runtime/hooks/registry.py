@@ -1,10 +1,14 @@
-"""Our diffusers hooks on modules. They stay there if accelerate, which offloads models, replaces a module's `forward`."""
+"""Our hooks on modules: each module's `forward` is replaced, and restored when the schedule is removed."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import ModelHook
 from torch import nn
 
 from ...errors import MismatchError
@@ -12,57 +16,105 @@ from ...errors import MismatchError
 GROUP_OFFLOADING = "group_offloading"  # the name of diffusers' own hooks
 
 
-class Hooks:
-    """Hooks on modules; each wraps those that were added to its module before it."""
+class Forward:
+    """The `forward` of a module that carries hooks: calls run(path, original, args, kwargs) until it is removed.
 
-    def __init__(self) -> None:
-        self.hooks: dict[Any, list[tuple[str, ModelHook]]] = {}  # of each module
-        self.forwards: dict[Any, Any] = {}  # module with registered hooks -> its forward, which calls them
+    What others put around it since then stays when it is removed; it then only passes calls on. Copies of the module, and
+    pickled ones, have the original.
+    """
 
-    def add(self, module: nn.Module, hook: ModelHook, name: str) -> None:
-        """Adds a hook; `attach` registers it."""
-        self.hooks.setdefault(module, []).append((name, hook))
+    def __init__(self, module: nn.Module, path: str, run: Callable[..., Any]) -> None:
+        self.module, self.path, self.run, self.original = module, path, run, module.forward
+        self.replaced = vars(module).get("forward")  # None: the class's
+        self.active = True
+        module.forward = self
 
-    def attach(self) -> None:
-        """Registers all hooks."""
-        for module in self.hooks:
-            self._register(module)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.original(*args, **kwargs)
+        return self.run(self.path, self.original, args, kwargs)
+
+    @property
+    def __wrapped__(self) -> Any:  # for `inspect.signature`
+        return self.original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _same, (self.original,)
 
     def remove(self) -> None:
-        """Removes all hooks; a `forward` that others put around them since then stays."""
+        """Restores the module's own `forward`, unless others have put theirs around this one."""
+        self.active = False
+        held = vars(self.module)
+        if held.get("_old_forward") is self:  # accelerate's is around ours
+            self.module._old_forward = self.original
+        elif held.get("forward") is not self:
+            return
+        elif self.replaced is None:
+            del self.module.forward
+        else:
+            self.module.forward = self.replaced
+
+    def is_lost(self) -> bool:
+        """Whether accelerate restored the `forward` that the module had before, so that this one is not called."""
+        held = vars(self.module)
+        now = held.get("forward")
+        if now is self or held.get("_old_forward") is self:
+            return False
+        accelerated = getattr(getattr(now, "func", None), "__module__", None) == "accelerate.hooks"
+        return now is None or accelerated or getattr(now, "__func__", None) is type(self.module).forward
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+class Hooks:
+    """The replaced `forward`s of a transformer's submodules, by path."""
+
+    def __init__(self, transformer: nn.Module, run: Callable[..., Any]) -> None:
+        """run(path, original, args, kwargs) takes the place of each module's `forward`."""
+        self.transformer, self.run = transformer, run
+        self.forwards: dict[str, Forward] = {}
+
+    def attach(self, paths: list[str]) -> None:
+        """Replaces the `forward`s of the submodules at these paths, `""` being the transformer itself."""
+        for path in paths:
+            self.forwards[path] = Forward(self.transformer.get_submodule(path), path, self.run)
+
+    def remove(self) -> None:
+        """Restores all `forward`s."""
         while self.forwards:
-            module, ours = self.forwards.popitem()
-            outer = vars(module).get("forward")
-            self._unregister(module)
-            if outer is not ours and vars(module).get("_old_forward") is ours:  # accelerate's, around ours
-                module._old_forward, module.forward = module.forward, outer
+            self.forwards.popitem()[1].remove()
 
     def keep(self) -> None:
-        """Registers hooks again that accelerate removed: it restores the `forward` that a module had earlier.
+        """Replaces `forward`s again if accelerate restored older ones, or if an adapter wraps the module at the path now."""
+        for path, forward in list(self.forwards.items()):
+            module = self.transformer.get_submodule(path)
+            if module is not forward.module or forward.is_lost():
+                forward.remove()
+                self.forwards[path] = Forward(module, path, self.run)
 
-        A `forward` that others put around ours stays.
-        """
-        for module, ours in self.forwards.items():
-            replaced = vars(module).get("forward")
-            accelerated = getattr(getattr(replaced, "func", None), "__module__", None) == "accelerate.hooks"
-            plain = replaced is None or getattr(replaced, "__func__", None) is type(module).forward
-            if replaced is ours or not (accelerated or plain) or vars(module).get("_old_forward") is ours:
-                continue
-            self._unregister(module)
-            if replaced is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = replaced
-            self._register(module)
 
-    def _register(self, module: Any) -> None:
-        for name, hook in self.hooks[module]:
-            HookRegistry.check_if_exists_or_initialize(module).register_hook(hook, name)
-            self.forwards[module] = module.forward
+def chain(hooks: list[ModelHook], module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function that calls the hooks of a module around its own `forward`, the first one innermost."""
+    inner = original
+    for hook in hooks:
+        hook.fn_ref = SimpleNamespace(original_forward=inner)
+        inner = partial(_call, hook, inner, module)
+    return inner
 
-    def _unregister(self, module: Any) -> None:
-        for name, _ in reversed(self.hooks[module]):
-            module._diffusers_hook.remove_hook(name, recurse=False)
+
+def _call(hook: ModelHook, inner: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = hook.pre_forward(module, *args, **kwargs)
+    return hook.new_forward(module, *args, **kwargs) if hasattr(hook, "new_forward") else inner(*args, **kwargs)
+
+
+def carries_schedule(transformer: nn.Module) -> bool:
+    """Whether a schedule is attached to the transformer."""
+    return any(isinstance(vars(module).get("forward"), Forward) for module in transformer.modules())
 
 
 def refuse_group_offload(name: str, transformer: nn.Module) -> None:

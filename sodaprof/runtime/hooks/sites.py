@@ -150,8 +150,7 @@ class SiteRow:
         self.selected = result.selected
         if cell.action == "-":
             return
-        if moment.branch == 0:
-            moment.executed[cell.action] += 1
+        moment.executed[cell.action] += 1
         memory = self.memory.setdefault(moment.branch, SiteMemory())
         for source in cell.drops:
             del memory.sources[source]

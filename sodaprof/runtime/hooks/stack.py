@@ -78,7 +78,7 @@ class StackRow:
             return out
         assert memory.entry is not None  # the first block was called before
         if skips:
-            if moment.branch == 0 and self.idle_sites[step]:
+            if self.idle_sites[step]:
                 moment.executed["-"] += self.idle_sites[step]
             out = self._forecast(memory, memory.entry, step)
         else:

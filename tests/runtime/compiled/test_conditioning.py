@@ -60,7 +60,7 @@ def test_the_rest_of_a_reused_block_is_its_gates_and_sums(pipe):
     rows = dict.fromkeys(SITES, "CRR")
     with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=3), runtime="compiled") as handle:
         draw(pipe, steps=3), draw(pipe, steps=3)
-        parts = list(handle.engine.tables[0].filler.parts.values())
+        parts = list(handle.executor.engine.tables[0].filler.parts.values())
     assert parts
     for of_run, of_step, rest, *_ in parts:
         assert sorted(operators(rest)) == ["aten.add.Tensor"] * 2 + ["aten.mul.Tensor"] * 2
@@ -134,8 +134,8 @@ def test_no_values_are_kept_after_a_run(pipe):
     with sodaprof.apply(pipe, short_schedule(pipe), runtime="compiled") as handle:
         for _ in range(2):
             draw(pipe, steps=SHORT)
-            assert not any(block.ready for block in handle.engine.blocks)
-            assert not handle.engine.tables[0].arguments.first
+            assert not any(block.ready for block in handle.executor.engine.blocks)
+            assert not handle.executor.engine.tables[0].arguments.first
 
 
 def test_tables_can_be_switched_off(pipe):
@@ -145,7 +145,7 @@ def test_tables_can_be_switched_off(pipe):
     with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
         draw(pipe, steps=SHORT)
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
-        assert not handle.engine.tables
+        assert not handle.executor.engine.tables
 
 
 def test_random_numbers_are_not_drawn_ahead():
@@ -178,7 +178,7 @@ def test_steps_are_computed_at_once_only_with_the_same_bits(pipe, monkeypatch, e
     monkeypatch.setattr(precompute.Filler, "_batched", batched)
     with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         draw(pipe, steps=SHORT), draw(pipe, steps=SHORT)
-        tried, count = handle.engine.tables[0].filler.at_once, len(batches)
+        tried, count = handle.executor.engine.tables[0].filler.at_once, len(batches)
         assert {whole is not None for whole in tried.values()} == {error == 0}
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
         assert (len(batches) > count) == (error == 0)
@@ -290,7 +290,7 @@ def test_conditioning_outside_of_the_blocks_is_a_program_and_follows_every_chang
     model, sampler, _ = inspect_pipeline(pipe, "", 3, 4.5, prompts[0])
     handle = sodaprof.apply(pipe, all_compute(model, sampler), runtime="compiled")
     made(), made(), made()
-    (program,) = handle.engine.tables[0].block_arguments.programs.values()
+    (program,) = handle.executor.engine.tables[0].block_arguments.programs.values()
     assert program is not None
     assert not any("conv" in o for part in program.parts for o in operators(part))  # nothing reads the embedded latents
     handle.remove()
@@ -327,4 +327,4 @@ def test_arguments_that_cannot_be_traced_are_found_by_calls_at_every_step(monkey
         for steps in (0, 2, 3, 3):
             assert np.array_equal(made(), wanted)
             assert served(handle) == steps * BLOCKS
-        assert set(handle.engine.tables[0].block_arguments.programs.values()) == {None}
+        assert set(handle.executor.engine.tables[0].block_arguments.programs.values()) == {None}

@@ -132,7 +132,7 @@ def test_an_exception_between_replays_and_a_swapped_schedule(pipe):
         step = pipe.scheduler.step
 
         def fails(*args, **kwargs):
-            if handle.moment.step == 2:
+            if handle.executor.moment.step == 2:
                 raise KeyboardInterrupt
             return step(*args, **kwargs)
 

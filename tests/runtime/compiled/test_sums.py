@@ -234,7 +234,7 @@ def test_an_output_replaced_within_a_sum_is_refused():
         detour = draw(pipe, steps=4)  # from the beginning of a run on: each block by itself
         hook.remove()
         assert not np.array_equal(plain, detour)
-        hook = first.register_forward_hook(lambda m, a, out: out + 1 if handle.moment.step > 1 else out)
+        hook = first.register_forward_hook(lambda m, a, out: out + 1 if handle.executor.moment.step > 1 else out)
         with pytest.raises(MismatchError, match=r"runtime=Compiled\(sums=None\)"):
             draw(pipe, steps=4)
         hook.remove()

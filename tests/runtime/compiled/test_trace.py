@@ -51,7 +51,7 @@ def test_every_action_is_bit_identical(make, steps, dtype):
     with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
         first, second = draw(pipe, steps=steps), draw(pipe, steps=steps)
         assert handle.report().executed == handle.report().planned
-        assert handle.engine.programs
+        assert handle.executor.engine.programs
     assert np.array_equal(first, wanted)
     assert np.array_equal(second, wanted)
 
@@ -87,7 +87,7 @@ def test_token_rules_and_skipped_stacks_are_bit_identical(name, steps, actions, 
             pipe.scheduler.set_timesteps(case.steps)
             for t, call in zip(pipe.scheduler.timesteps, calls, strict=True):
                 out = network(**call, return_dict=False)[0]
-                outputs[-1].append((out, [row.selected for row in handle.rows]))
+                outputs[-1].append((out, [row.selected for row in handle.executor.rows]))
                 pipe.scheduler.step(out, t, call["hidden_states"])
             assert handle.report().executed == handle.report().planned
     for (by_hooks, chosen), (traced, chosen_again) in zip(*outputs, strict=True):
@@ -100,7 +100,7 @@ def test_layers_share_programs_without_what_only_a_reused_module_reads():
     rows = {f"transformer_blocks.{i}.{m}": "CRCR" for i in range(6) for m in ("attn1", "ff")}
     with sodaprof.apply(pipe, schedule_for(pipe, rows, steps=FEW), runtime="compiled") as handle:
         few(pipe)
-        programs = list(handle.engine.programs.values())
+        programs = list(handle.executor.engine.programs.values())
     assert len(programs) <= 4  # C and R, each for the first layer, whose input has other strides, and for the others
     full, reuse = max(map(nodes, programs)), min(map(nodes, programs))
     assert reuse < full / 2
@@ -117,10 +117,10 @@ def test_new_weights_count_at_once(pipe):
         wanted = few(other)
     with sodaprof.apply(pipe, schedule, runtime="compiled") as handle:
         few(pipe)
-        known = len(handle.engine.programs)
+        known = len(handle.executor.engine.programs)
         pipe.transformer.load_state_dict(other.transformer.state_dict())
         assert np.array_equal(few(pipe), wanted)
-        assert len(handle.engine.programs) == known
+        assert len(handle.executor.engine.programs) == known
         for name, parameter in list(pipe.transformer.transformer_blocks[0].ff.named_parameters()):
             module = pipe.transformer.transformer_blocks[0].ff.get_submodule(name.rpartition(".")[0])
             setattr(

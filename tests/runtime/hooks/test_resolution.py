@@ -65,7 +65,7 @@ def test_a_scaled_schedule_is_that_of_the_other_size(pipe, runtime):
             assert report.executed == report.planned
             assert set(report.resized.values()) == ({(16, 64)} if size == 16 else set())
         assert "16 tokens re-scaled to 64" in str(report)
-        assert [cell.k for cell in handle.rows[0].cells] == [0, 0, 32, 0, 0, 0]
+        assert [cell.k for cell in handle.executor.rows[0].cells] == [0, 0, 32, 0, 0, 0]
 
 
 def test_it_is_refused_unless_allowed(pipe):
@@ -79,11 +79,11 @@ def test_a_local_bonus_must_fill_the_other_size(pipe):
     rule = TokenRule("feature_mean", bonus=0.5, bonus_grid=8)
     with sodaprof.apply(pipe, schedule_for(pipe, 16, rule=rule), allow_resolution=True) as handle:
         draw(pipe, 16), draw(pipe, 32)
-        assert handle.rows[0].raster == (16, 16)
+        assert handle.executor.rows[0].raster == (16, 16)
         with pytest.raises(MismatchError, match=r"12 x 12 tokens here.*blocks of 8 x 8"):
             draw(pipe, 24)
         draw(pipe, 16)
-        assert handle.rows[0].raster == (8, 8)
+        assert handle.executor.rows[0].raster == (8, 8)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -35,7 +35,7 @@ def test_the_hidden_state_is_forecast_from_earlier_steps(pipe):
     with sodaprof.apply(pipe, schedule) as handle:
         one = draw(pipe)
         assert handle.report().executed == handle.report().planned == {"C": 20, "-": 12}
-        assert all(not stack.memory for stack in handle.stacks)
+        assert all(not stack.memory for stack in handle.executor.stacks)
         (_, h0), (_, h2), (e4, h4), (e5, h5) = seen[0], seen[2], seen[4], seen[5]
         assert torch.equal(seen[3][1], h2 * 1.5 + h0 * -0.5)
         assert torch.equal(h5, e5 + (h4 - e4) * 1.0)
@@ -63,7 +63,7 @@ def test_sources_are_dropped_after_their_last_use(pipe):
         step = pipe.scheduler.step
 
         def note(*args, **kwargs):
-            kept.append({f"{form[0]}{source}" for form, source in handle.stacks[0].memory[0].kept})
+            kept.append({f"{form[0]}{source}" for form, source in handle.executor.stacks[0].memory[0].kept})
             return step(*args, **kwargs)
 
         pipe.scheduler.step = note
@@ -109,6 +109,6 @@ def test_observing_attention_changes_no_bit(pipe):
     rule = TokenRule("attention_received", age_weight=0.25)
     schedule = schedule_for(pipe, {SITES[1]: "C" * (STEPS - 1) + "P"}, {SITES[1]: (16,)}, rule=rule)
     with sodaprof.apply(pipe, schedule) as handle:
-        for row in handle.rows:
+        for row in handle.executor.rows:
             row.cells = tuple(dataclasses.replace(cell, observes=cell.observes or row.attends) for cell in row.cells)
         assert (draw(pipe) == plain).all()

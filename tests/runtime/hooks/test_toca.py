@@ -62,7 +62,7 @@ def test_runs_are_those_of_the_methods(name, tmp_path, make_cost):
             out = network(**call, return_dict=False)[0]
             if wide:
                 out = network.unpatchify(wide.pop(), *out.shape[2:])
-            check_tokens(step, handle.rows, trace.selected[step])
+            check_tokens(step, handle.executor.rows, trace.selected[step])
             assert error(out, trace.outputs[step]) < 1e-12, step
             scheduler.step(out, t, call["hidden_states"])
         assert handle.report().complete
@@ -106,7 +106,9 @@ def test_branches_in_passes_are_those_in_halves(tmp_path, make_cost):
         for step, t in enumerate(scheduler.timesteps):
             for part, half in zip(parts, halves[step], strict=True):
                 out = network(**half).sample
-                check_tokens(step, handle.rows, {key: index[part] for key, index in trace.selected[step].items()})
+                check_tokens(
+                    step, handle.executor.rows, {key: index[part] for key, index in trace.selected[step].items()}
+                )
                 assert error(out, trace.outputs[step][part]) < 1e-12, (step, part)
             scheduler.step(out, t, half["hidden_states"])
         assert handle.report().executed == handle.report().planned
@@ -126,7 +128,7 @@ def test_random_tokens_are_the_same_in_all_samples_and_runs(tmp_path, make_cost)
             scheduler.set_timesteps(case.steps)
             for t, call in zip(scheduler.timesteps, calls, strict=True):
                 out = network(**call).sample
-                runs[-1] += [row.selected.clone() for row in handle.rows if row.selected is not None]
+                runs[-1] += [row.selected.clone() for row in handle.executor.rows if row.selected is not None]
                 scheduler.step(out, t, call["hidden_states"])
     first, second = runs
     assert len(first) > 10

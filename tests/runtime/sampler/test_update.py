@@ -221,8 +221,8 @@ def test_an_interrupted_run_has_no_effect_on_the_next():
         with patched(pipe.scheduler, "step", fail), pytest.raises(KeyboardInterrupt):
             sample(pipe, (7, 3), seed=5)
         assert np.array_equal(sample(pipe), wanted)
-        assert not handle.update.ring.newest  # nothing is kept between pictures
-        assert not handle.turns[0].latest
+        assert not handle.executor.update.ring.newest  # nothing is kept between pictures
+        assert not handle.executor.turns[0].latest
     assert np.array_equal(sample(pipe), plain)
 
 
@@ -273,7 +273,9 @@ def test_half_precision_is_summed_in_fp32():
 
         def note(step, *args, **kwargs):
             result = step(*args, **kwargs)
-            seen.append((args[2].dtype, result.prev_sample.dtype, {v.dtype for v in handle.update.ring.newest}))
+            seen.append(
+                (args[2].dtype, result.prev_sample.dtype, {v.dtype for v in handle.executor.update.ring.newest})
+            )
             return result
 
         with patched(pipe.scheduler, "step", note):
