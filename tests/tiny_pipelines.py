@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.runtime.apply import Handle
-from sodaprof.runtime.compiled.trace import Program
+from sodaprof.runtime.compiled.trace import Programs
 
 STEPS = 8
 SITES = (
@@ -82,7 +80,7 @@ def few(pipe, labels=(1, 2), **given):
     return draw(pipe, labels, FEW, **given)
 
 
-PROGRAMS: dict[Any, Program] = {}
+PROGRAMS: Programs = {}
 
 
 def with_known_programs(handle: Handle) -> Handle:
