@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from msgspec.structs import replace
@@ -11,7 +9,7 @@ from msgspec.structs import replace
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.runtime.apply import Handle
-from sodaprof.runtime.compiled.trace import Program
+from sodaprof.runtime.compiled.trace import Programs
 
 STEPS = 8
 SITES = tuple(f"transformer_blocks.{layer}.{module}" for layer in (0, 1) for module in ("attn1", "ff"))
@@ -93,7 +91,7 @@ def few(pipe, labels=(1, 2), **given):
     return draw(pipe, labels, FEW, **given)
 
 
-PROGRAMS: dict[Any, Program] = {}
+PROGRAMS: Programs = {}
 
 
 def with_known_programs(handle: Handle) -> Handle:
