@@ -83,5 +83,5 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    reduced: Any = object.__reduce_ex__(self, protocol)
-    return reduced[0], (_plain_class(self), *reduced[1][1:]), *reduced[2:]
+    reduced: Any = object.__reduce_ex__(self, 4)
+    return object.__new__, (_plain_class(self), *reduced[1][1:]), *reduced[2:]

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .dependence import BlockCall
 from .identity import same, signature_of, with_tensors
-from .trace import Position, Program, Ready
+from .trace import TRACING, Position, Program, Ready
 
 
 def draws(node: fx.Node) -> bool:
@@ -240,7 +240,8 @@ class Filler:
             def of_step(*tensors: torch.Tensor) -> list[Any]:
                 return list(each(*with_tensors([None] * len(flat), places, tensors)))
 
-            self.batches[key] = make_fx(torch.func.vmap(of_step, in_dims=dims))(*tensors)
+            with TRACING:
+                self.batches[key] = make_fx(torch.func.vmap(of_step, in_dims=dims))(*tensors)
         values = self.batches[key].forward(*tensors)
         return [list(of_one) for of_one in zip(*(v.unbind() for v in values), strict=True)]
 

@@ -6,6 +6,7 @@ copied. A program is a function of tensors only. Parameters are inputs, so block
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from .identity import (
 )
 
 Position = tuple[int, int]  # step and branch
+TRACING = threading.RLock()  # torch traces in one thread at a time
 
 
 class Key(NamedTuple):
@@ -237,7 +239,7 @@ def graph_of(
         filled = with_tensors(leaves, places, flat[len(paths) :])
         return run(lambda args, kwargs: functional_call(bare, parameters, args, kwargs), filled)
 
-    with torch.no_grad():
+    with torch.no_grad(), TRACING:
         trace = make_fx(functionalize(of_tensors), tracing_mode="fake", _allow_non_fake_inputs=True)
         graph = trace(*tensors_now(tensors), *(leaves[i] for i in places))
     graph.graph.eliminate_dead_code()
