@@ -259,7 +259,7 @@ class Clock:
         if run.turn_begins and (run.calls > 1) != (form == "passes"):
             self._refuse_guidance("passes" if run.calls > 1 else "one network call a step")
         if run.calls != len(run.batches):
-            self._refuse_change(f"{run.calls} network calls", len(run.batches))
+            self._refuse_change(f"{run.calls} network call{'s' * (run.calls > 1)}", len(run.batches))
 
     def _refuse_change(self, found: str, wanted: int | str) -> NoReturn:
         self.refuse(
