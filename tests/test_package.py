@@ -79,7 +79,7 @@ def test_public_names():
     assert sodaprof.__all__ == [
         "BudgetError", "FormatError", "Handle", "IllegalScheduleError", "MismatchError", "Profile", "Report", "Schedule",
         "SodaprofError", "UnsupportedModelError", "__version__", "apply", "compile_schedule", "evaluate", "load_pipeline",
-        "load_profile", "load_schedule", "profile", "scheduler",
+        "load_profile", "load_schedule", "profile", "remove", "scheduler",
     ]  # fmt: skip
     for name in sodaprof.__all__:
         assert getattr(sodaprof, name) is not None

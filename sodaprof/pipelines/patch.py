@@ -24,15 +24,20 @@ def patched(
     `deepcopy`) runs copies(copy, original, *args, **kwargs) while the block runs, by default the method of its class, and that
     method afterwards; what is pickled is a plain instance. owner: found by `owner_of` while the block runs.
     """
-    cls, absent, active = type(instance), object(), True
+    cls, absent, active, inside = type(instance), object(), True, False
     own = vars(instance).pop(name, absent)
     method = getattr(cls, name)
 
     @functools.wraps(method)
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
         original = method.__get__(self)
-        if active and self is instance:
-            return wrapper(original if own is absent else own, *args, **kwargs)
+        if active and self is instance and not inside:
+            inside = own is not absent  # what a user set may call the method of the class
+            try:
+                return wrapper(original if own is absent else own, *args, **kwargs)
+            finally:
+                inside = False
         if active and copies is not None:
             return copies(self, original, *args, **kwargs)
         return original(*args, **kwargs)

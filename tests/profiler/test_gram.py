@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sodaprof.pipelines.stack import block_calls
 
 import sodaprof
 from sodaprof.errors import FormatError, SodaprofError, UnsupportedModelError
@@ -19,6 +18,7 @@ from sodaprof.formats.files import write_json
 from sodaprof.formats.profile import load_inspection, load_profile, write_solver
 from sodaprof.formats.tables import TABLES
 from sodaprof.pipelines.patch import patched
+from sodaprof.pipelines.recording import recorded_calls
 from sodaprof.pipelines.sampler_steps import own_update
 from sodaprof.profiler import budget as memory
 from sodaprof.profiler.gram import GramSums, History, Products, Track, chosen
@@ -62,7 +62,7 @@ def watched(pipe, modules, **call):
         steps.append((sample.clone(), model_output.clone(), out[0].clone()))
         return out
 
-    with block_calls(pipe.transformer, modules) as (inputs, outputs), patched(pipe.scheduler, "step", note):
+    with recorded_calls(pipe.transformer, modules, modules) as (outputs, inputs), patched(pipe.scheduler, "step", note):
         pipe(class_labels=LABELS, num_inference_steps=STEPS, generator=generators, output_type="np", **call)
     return inputs, outputs, steps
 
@@ -105,7 +105,7 @@ def test_products_in_other_layouts_and_of_frames_in_the_batch(name, tmp_path):
     settings = {"steps": ZOO_STEPS, "samples": 2, "max_interval": 4, "seed": 5, "batch_size": 2, "name": "tiny"}
     profile = sodaprof.profile(case.pipe, tmp_path / "p", call=case.call, **settings)
     sites = [site.key for site in profile.model.transformers["transformer"].sites]
-    with block_calls(case.pipe.transformer, sites) as (_, found):
+    with recorded_calls(case.pipe.transformer, sites) as (found, _):
         case.call([0, 1], [torch.Generator().manual_seed(5 + i) for i in range(2)])
     for s, (site, calls) in enumerate(found.items()):
         assert len(calls) == ZOO_STEPS, site
@@ -212,7 +212,7 @@ def test_products_are_within_a_turn(tmp_path):
     sites, stacks = profile.site_products(), profile.stack_products()
     for name, own in zip(NAMES, AGAIN, strict=True):
         key = profile.model.transformers[name].sites[0].key
-        with block_calls(pipe.components[name], [key]) as (_, found):
+        with recorded_calls(pipe.components[name], [key]) as (found, _):
             paint(pipe, [3, 4])
         outs = [out.double().flatten() for out in found[key]]
         turn = np.cumsum([i > 0 and t != own[i - 1] + 1 for i, t in enumerate(own)])  # which turn each step is of
