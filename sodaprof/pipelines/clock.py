@@ -231,7 +231,7 @@ class Clock:
         if not run.calls:
             self.refuse(
                 f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
-                "Run it without what skips steps, or remove() the schedule."
+                "Run it without what skips steps, or remove the schedule: sodaprof.remove(pipe)"
             )
         if run.step == 0 and run.halved and run.batches[0] == 2 * generations and form != "halves":
             self._refuse_guidance(BOTH)
@@ -248,8 +248,8 @@ class Clock:
 
     def _refuse_start(self, wanted: str, found: str) -> NoReturn:
         self.refuse(
-            f"Step {self.step} of the schedule is {wanted}, the pipeline is {found}. Run the whole trajectory (no strength "
-            "below 1), or remove() the schedule."
+            f"Step {self.step} is {wanted} in the schedule, the pipeline is {found}: it does not run all timesteps in order. "
+            "Run the whole trajectory (image to image: strength 1), or remove the schedule: sodaprof.remove(pipe)"
         )
 
     def _refuse_guidance(self, found: str) -> NoReturn:
@@ -271,7 +271,7 @@ class Clock:
         if self.run is None:
             self.refuse(
                 "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). "
-                "Call the pipeline, or remove the schedule: handle.remove()"
+                "Call the pipeline, or remove the schedule: sodaprof.remove(pipe)"
             )
         run = self.run
         step, branch = run.step, run.calls
