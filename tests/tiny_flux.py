@@ -48,8 +48,6 @@ def flux_schedule(pipe: Any) -> Schedule:
     network = model.transformers["transformer"]
     rows = {site.key: "C" * STEPS for site in network.sites} | dict(zip(ENDS, ("CRFCPC", "CPRCFC"), strict=True))
     forecasts = {ENDS[0]: (Forecast((0,), (1.1,)),), ENDS[1]: (Forecast((3, 0), (1.5, -0.5)),)}
-    plan = Plan(
-        network.class_name, network.fingerprint, rows, "." * STEPS, {ENDS[0]: (4,), ENDS[1]: (6,)}, forecasts
-    )
+    plan = Plan(network.class_name, network.fingerprint, rows, "." * STEPS, {ENDS[0]: (4,), ENDS[1]: (6,)}, forecasts)
     how = {"name": "test", "knobs": {}}
     return Schedule({"transformer": plan}, sampler, model.shape, how, token_rule=TokenRule("feature_mean"))

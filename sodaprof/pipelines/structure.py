@@ -48,7 +48,9 @@ def find_modules(transformer: nn.Module) -> Modules:
 
 def base_of(module: nn.Module) -> nn.Module:
     """Returns the module inside the adapters that wrap it (peft's LoRA, DoRA, LoHa …), or itself."""
-    while isinstance(inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None), nn.Module):
+    while isinstance(
+        inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None), nn.Module
+    ):
         module = inner
     return module
 

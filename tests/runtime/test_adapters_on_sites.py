@@ -12,7 +12,9 @@ from torch import nn
 import sodaprof
 from tests.tiny_flux import ENDS, draw, flux_pipe, flux_schedule
 
-TARGETS = r"single_transformer_blocks\.\d+\.(proj_out|proj_mlp)"  # a site, and a Linear that is none in spite of its name
+TARGETS = (
+    r"single_transformer_blocks\.\d+\.(proj_out|proj_mlp)"  # a site, and a Linear that is none in spite of its name
+)
 ROUNDING = 1e-5
 
 

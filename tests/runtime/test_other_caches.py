@@ -1,4 +1,4 @@
-"""Another cache on the same transformer: refused before and after `apply`, and whole again afterwards; each advice is followed."""
+"""Another cache on the same transformer: refused before and after `apply`, and whole again afterwards."""
 
 from __future__ import annotations
 
