@@ -62,6 +62,11 @@ class Run:
 
 
 BOTH = "both branches in one batch"
+CALLS = {  # advice for each guidance form
+    "halves": "with guidance on (guidance_scale above 1) and no call of the network besides the one for both branches",
+    "passes": "with guidance on (guidance_scale above 1), one network call a branch",
+    "none": "with guidance off (guidance_scale at most 1, no negative prompt)",
+}
 # runs that began in this thread or task, the latest last; some may have ended
 _RUNS: ContextVar[tuple[Run, ...]] = ContextVar("sodaprof_runs", default=())
 
@@ -252,12 +257,12 @@ class Clock:
         if not run.calls:
             self.refuse(
                 f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
-                "Run it without what skips steps, or remove() the schedule."
+                "Run it without what skips steps, or remove the schedule: sodaprof.remove(pipe)"
             )
         if run.step == 0 and run.halved and run.batches[0] == 2 * generations and form != "halves":
             self._refuse_guidance(BOTH)
         if run.turn_begins and (run.calls > 1) != (form == "passes"):
-            self._refuse_guidance("passes" if run.calls > 1 else "one network call a step")
+            self._refuse_guidance(f"{run.calls} network calls a step")
         if run.calls != len(run.batches):
             self._refuse_change(f"{run.calls} network call{'s' * (run.calls > 1)}", len(run.batches))
 
@@ -269,15 +274,16 @@ class Clock:
 
     def _refuse_start(self, wanted: str, found: str) -> NoReturn:
         self.refuse(
-            f"Step {self.step} of the schedule is {wanted}, the pipeline is {found}. Run the whole trajectory (no strength "
-            "below 1), or remove() the schedule."
+            f"Step {self.step} is {wanted} in the schedule, the pipeline is {found}: it does not run all timesteps in order. "
+            "Run the whole trajectory (image to image: strength 1), or remove the schedule: sodaprof.remove(pipe)"
         )
 
     def _refuse_guidance(self, found: str) -> NoReturn:
+        form, scale = self.sampler.guidance_form, self.sampler.guidance_scale
+        at = "" if scale is None else f" (scale {scale:g})"
         self.refuse(
-            f"The schedule was made for guidance form {self.sampler.guidance_form!r} (scale {self.sampler.guidance_scale}), "
-            f"found {found}. Call the pipeline with guidance on as profiled (guidance_scale above 1), or profile without "
-            "guidance."
+            f"The schedule was made for guidance form {form!r}{at}, found {found}. Call the pipeline {CALLS[form]}, or profile "
+            "it as it is called now."
         )
 
     def enter(
@@ -292,7 +298,7 @@ class Clock:
         if self.run is None:
             self.refuse(
                 "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). "
-                "Call the pipeline, or remove the schedule: handle.remove()"
+                "Call the pipeline, or remove the schedule: sodaprof.remove(pipe)"
             )
         run = self.run
         step, branch = run.step, run.calls

@@ -116,12 +116,30 @@ def find_sites(pipe: Any, name: str, step: Step) -> Transformer:
         return _SiteCall(key, kind_of(*call), tuple(main_part(out).shape), is_prunable(*call))
 
     site_calls = _each_call(module, found, site_call, args, kwargs)
+    _check_calls_alike(name, module, found, step, [s.key.path for s in site_calls])
     batch = len(latents)  # both guidance halves counted
     text = _holding_text(module, found, (args, kwargs), site_calls)
     sites, layouts = _sites_of(name, site_calls, batch, text)
     for site, (_, _, shape, _) in zip(sites, site_calls, strict=True):
         step.folds[name, site.key] = max(1, math.prod(shape) // (site.tokens * site.width * batch))
     return Transformer(type(module).__name__, fingerprint(module, sites, layouts, list(text)), sites)
+
+
+def _check_calls_alike(name: str, module: nn.Module, found: Modules, step: Step, paths: list[str]) -> None:
+    """Raises UnsupportedModelError if a later call of the network in the step runs other sites, or another batch, than the first.
+
+    As skip-layer guidance does: a site that a branch skips has no output there to reuse.
+    """
+    (first, *_), *others = [(latents_of(module, *call), *call) for n, *call in step.calls if n == name]
+    for number, (latents, args, kwargs) in enumerate(others, 2):
+        differs = f"a batch of {len(latents)} instead of {len(first)}" if len(latents) != len(first) else ""
+        if not differs and _each_call(module, found, lambda path, *_: path, args, kwargs) != paths:
+            differs = "other layers"
+        if differs:
+            raise UnsupportedModelError(
+                f"Call {number} of {name} in a step runs {differs} than call 1 (skip-layer guidance, say); this release "
+                "schedules guidance whose calls of the network in a step are alike. Call the pipeline without that guidance."
+            )
 
 
 def _each_call(

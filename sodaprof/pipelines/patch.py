@@ -88,5 +88,6 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    reduced: Any = object.__reduce_ex__(self, 4)
-    return object.__new__, (_plain_class(self), *reduced[1][1:]), *reduced[2:]
+    # as protocol 1 makes an instance: that of later ones requires the class that the instance has now
+    reduced: Any = object.__reduce_ex__(self, 1)
+    return reduced[0], (_plain_class(self), *reduced[1][1:]), *reduced[2:]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
+from torch._dynamo import OptimizedModule
 
 from ..errors import MismatchError, SodaprofError, UnsupportedModelError
 from ..formats.sites import Transformer
@@ -39,9 +40,26 @@ def hooked(module: nn.Module, hook: ModelHook, name: str) -> Iterator[None]:
     registry = HookRegistry.check_if_exists_or_initialize(module)
     registry.register_hook(hook, name)
     try:
-        yield
+        with uncompiled(module):
+            yield
     finally:
         registry.remove_hook(name, recurse=False)
+
+
+@contextmanager
+def uncompiled(module: nn.Module) -> Iterator[None]:
+    """Runs a module and its parts without what `module.compile()` made of them, which hooks have no place in.
+
+    Hooks act by the step and count calls, so that torch.compile would compile them for each step anew, up to its limit.
+    """
+    compiled = [(part, part._compiled_call_impl) for part in module.modules() if part._compiled_call_impl is not None]
+    for part, _ in compiled:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, own in compiled:
+            part._compiled_call_impl = own
 
 
 def tapped(module: nn.Module, function: Callable[..., Any], name: str) -> AbstractContextManager[None]:
@@ -53,6 +71,7 @@ def tapped(module: nn.Module, function: Callable[..., Any], name: str) -> Abstra
 def all_tapped(module: nn.Module, paths: Iterable[str], function: Callable[..., Any], name: str) -> Iterator[None]:
     """Replaces the forwards of submodules by function(path, original_forward, args, kwargs) while the block runs."""
     with ExitStack() as taps:
+        taps.enter_context(uncompiled(module))
         for path in paths:
             taps.enter_context(tapped(module.get_submodule(path), partial(function, path), name))
         yield
@@ -149,6 +168,7 @@ def record_step(
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
     check_no_schedule(pipe)
     for name, network in parts.items():
+        refuse_compiled(name, network)
         refuse_caches(name, network)
 
     def start(set_timesteps: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,18 +202,29 @@ def check_no_schedule(pipe: Any) -> None:
         )
 
 
+def refuse_compiled(name: str, transformer: nn.Module) -> None:
+    """Raises MismatchError if the pipeline has what torch.compile made of the transformer in its place."""
+    if isinstance(transformer, OptimizedModule):
+        raise MismatchError(
+            f"{name} was replaced by torch.compile({name}), which sodaprof cannot put hooks into. Put the network itself back: "
+            f'pipe.{name} = pipe.{name}._orig_mod, then apply(pipe, schedule, runtime="compiled") compiles its blocks.'
+        )
+
+
 CACHE_HOOK = re.compile(r"cache|^fbc_|broadcast")  # in the names of diffusers' hooks
 
 
 def refuse_caches(name: str, transformer: nn.Module) -> None:
     """Raises MismatchError if another cache is enabled on the transformer: one of diffusers, or cache-dit."""
     hooks = [hook for m in transformer.modules() for hook in getattr(vars(m).get("_diffusers_hook"), "hooks", ())]
-    if found := next((hook for hook in hooks if CACHE_HOOK.search(hook)), None):
+    if found := list(dict.fromkeys(filter(CACHE_HOOK.search, hooks))):
         config = getattr(transformer, "_cache_config", None)
-        kind = found if config is None else type(config).__name__.removesuffix("Config")
+        kind, do = type(config).__name__.removesuffix("Config"), f"pipe.{name}.disable_cache()"
+        if config is None:  # put on by a function of diffusers.hooks, which disable_cache() does not know of
+            registry = f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.{name})"
+            kind, do = found[0], "; ".join(f"{registry}.remove_hook({hook!r})" for hook in found)
         raise MismatchError(
-            f"{name} carries another cache, {kind} of diffusers, which would run inside the schedule's cells. Disable it: "
-            f"pipe.{name}.disable_cache()"
+            f"{name} carries another cache, {kind} of diffusers, which would run inside the schedule's cells. Disable it: {do}"
         )
     forwards = [vars(m).get("forward") for m in transformer.modules()]
     modules = [getattr(getattr(f, "__func__", f), "__module__", "") or "" for f in forwards]

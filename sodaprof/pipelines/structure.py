@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_processor import Attention, MochiAttention
@@ -46,6 +46,21 @@ def find_modules(transformer: nn.Module) -> Modules:
     return found
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """Returns the module inside the adapters that wrap it (peft's LoRA, DoRA, LoHa …), or itself."""
+    while isinstance(
+        inner := getattr(module, "base_layer", None) or getattr(module, "original_module", None), nn.Module
+    ):
+        module = inner
+    return module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, which no adapter wraps, maps features to features: nn.Linear, or a quantised one by its structure."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return all(isinstance(size, int) for size in sizes)
+
+
 def _candidates(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, str, nn.Module]]:
     for name, module in block.named_children():
         kind = _kind(name, module)
@@ -60,24 +75,26 @@ def _inline(block: nn.Module) -> list[tuple[str, str, nn.Module]]:
 
     It narrows. "fused": its input is the attention's output next to the MLP's; otherwise it is the MLP's alone.
     """
-    linear = {name: part for name, part in block.named_children() if isinstance(part, nn.Linear)}
+    bases = {name: base_of(part) for name, part in block.named_children()}
+    linear: dict[str, Any] = {name: base for name, base in bases.items() if is_linear(base)}
     ends = {name: part for name, part in linear.items() if part.in_features > part.out_features}
     if len(ends) != 1:
         return []
     ((name, end),) = ends.items()
     inner = {part.out_features for part in linear.values() if part is not end}
     alone = end.in_features in inner or 2 * end.in_features in inner  # as wide as what widens, or half: a gated one
-    return [(name, "mlp" if alone else "fused", end)]
+    return [(name, "mlp" if alone else "fused", block.get_submodule(name))]
 
 
 def _kind(name: str, module: nn.Module) -> str | None:
+    module = base_of(module)
     cls = type(module).__name__
-    weighted = any(isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d) for m in module.modules())
+    weighted = any(is_linear(m) or isinstance(m, nn.Conv1d | nn.Conv2d) for m in module.modules())
     attends = ATTENTION_CLASS.search(cls) and not NO_ATTENTION_CLASS.search(cls) and weighted
     if isinstance(module, ATTENTION) or attends:
         return "attn"
     if isinstance(module, FeedForward):
         return "mlp"
-    if MLP_NAME.match(name) and not isinstance(module, nn.Linear) and "Norm" not in cls and weighted:
+    if MLP_NAME.match(name) and not is_linear(module) and "Norm" not in cls and weighted:
         return "mlp"
     return None

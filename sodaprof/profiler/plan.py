@@ -230,10 +230,10 @@ def _check_settings(steps: int, samples: int, max_interval: int, batch_size: int
 
 def _check_run(pipe: Any, model: Model, sampler: Sampler, step: Step, steps: int) -> None:
     """Raises UnsupportedModelError if the recorded run has steps that this release cannot profile."""
-    if sampler.steps != steps and len({*sampler.timesteps}) < sampler.steps:
+    if sampler.steps != steps:
         raise UnsupportedModelError(
-            f"{sampler.class_name} runs {sampler.steps} timesteps for --steps {steps}, some of them twice; this release needs "
-            "samplers that call the network once a step. Give another: --scheduler DPMSolverMultistepScheduler"
+            f"{sampler.class_name} runs {sampler.steps} timesteps for --steps {steps}; this release needs samplers that "
+            "call the network once a step. Give another: --scheduler DPMSolverMultistepScheduler"
         )
     calls = sum(past >= 0 for t in model.transformers.values() for past in t.past(sampler.steps))
     if step.called and calls != sampler.steps:

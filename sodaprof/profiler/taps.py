@@ -14,7 +14,7 @@ from ..errors import MismatchError
 from ..pipelines.clock import Clock, Moment, TransformerHook
 from ..pipelines.patch import patched
 from ..pipelines.probe import as_tokens, hidden_states, main_part
-from ..pipelines.recording import Stack, all_tapped, hooked, tapped
+from ..pipelines.recording import all_tapped, hooked, tapped
 from .gram import Products
 from .plan import RATES, ProfilePlan
 from .reuse_errors import Ring, StaleErrors, pooled
@@ -78,19 +78,24 @@ class Taps:
         self.stack = ExitStack()
 
     def __enter__(self) -> Taps:
+        with ExitStack() as stack:  # which restores the pipeline if an exception leaves the block
+            self._attach(stack)
+            self.stack = stack.pop_all()
+        return self
+
+    def _attach(self, stack: ExitStack) -> None:
         self.clock.attach()
-        self.stack.callback(self.clock.detach)
-        self.stack.enter_context(patched(self.pipe.scheduler, "step", self._advance))
+        stack.callback(self.clock.detach)
+        stack.enter_context(patched(self.pipe.scheduler, "step", self._advance))
         for name, transformer in self.plan.model.transformers.items():
             module = self.pipe.components[name]
             numbers = {s.key: i for i, (n, s) in enumerate(self.sites) if n == name and i in self.group}
             begin = TransformerHook(self.clock, self.moment, name, self.past[name])
-            self.stack.enter_context(hooked(module, begin, "sodaprof.profile"))
+            stack.enter_context(hooked(module, begin, "sodaprof.profile"))
             if self.of_run and name in self.plan.stacks:
-                self._follow(self.of_run, name, module, self.plan.stacks[name])
+                self._follow(stack, self.of_run, name, module)
             paths = dict.fromkeys(s.path for s in transformer.sites) if numbers else ()
-            self.stack.enter_context(all_tapped(module, paths, partial(self._run, numbers), "sodaprof.profile"))
-        return self
+            stack.enter_context(all_tapped(module, paths, partial(self._run, numbers), "sodaprof.profile"))
 
     def __exit__(self, *exception: object) -> None:
         self.stack.close()
@@ -112,8 +117,9 @@ class Taps:
         self.on_step(step + 1)
         return result
 
-    def _follow(self, products: Products, name: str, module: torch.nn.Module, stack: Stack) -> None:
+    def _follow(self, hooks: ExitStack, products: Products, name: str, module: torch.nn.Module) -> None:
         """Hooks the first block's input and the last one's output."""
+        stack = self.plan.stacks[name]
 
         def enter(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.watch:
@@ -127,7 +133,7 @@ class Taps:
             return out
 
         for path, tap in {stack.last: leave, stack.first: enter}.items():
-            self.stack.enter_context(tapped(module.get_submodule(path), tap, "sodaprof.profile"))
+            hooks.enter_context(tapped(module.get_submodule(path), tap, "sodaprof.profile"))
 
     def _run(
         self,

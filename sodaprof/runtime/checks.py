@@ -16,7 +16,7 @@ from ..formats.sites import Sampler, SiteKey
 from ..pipelines.discover import config_of, fingerprint
 from ..pipelines.load import transformers_of
 from ..pipelines.patch import owner_of
-from ..pipelines.recording import refuse_caches
+from ..pipelines.recording import refuse_caches, refuse_compiled
 from ..pipelines.structure import find_modules
 from .hooks.registry import carries_schedule, refuse_group_offload
 from .hooks.sites import SiteRow
@@ -98,6 +98,7 @@ def _check_boundary(pipe: Any, schedule: Schedule) -> None:
 
 
 def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
+    refuse_compiled(name, transformer)
     if type(transformer).__name__ != plan.class_name:
         raise MismatchError(
             f"{name} is a {type(transformer).__name__}, the schedule is for {plan.class_name}. Compile for this model."

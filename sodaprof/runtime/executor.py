@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.hooks import ModelHook
@@ -33,7 +33,7 @@ class Executor:
         any_resolution: bool,
         on_start: Callable[[], None],
     ) -> None:
-        self.parts = {name: pipe.components[name] for name in schedule.transformers}
+        self.pipe, self.parts = pipe, {name: pipe.components[name] for name in schedule.transformers}
         self.schedule, self.any_resolution, self.on_start = schedule, any_resolution, on_start
         self.moment = Moment()
         self.rows: list[SiteRow] = []
@@ -104,6 +104,8 @@ class Executor:
 
     def _start(self) -> None:
         for name, transformer in self.parts.items():
+            if self.clock.scheduler is self.pipe.scheduler and self.pipe.components[name] is not transformer:
+                self._refuse_replaced(name)
             refuse_group_offload(name, transformer)
             refuse_caches(name, transformer)
         self.on_start()
@@ -112,6 +114,12 @@ class Executor:
             self.update.begin(self.clock.scheduler)
         self.moment.executed, self.moment.served = Counter(), Counter()
         self.complete = False
+
+    def _refuse_replaced(self, name: str) -> NoReturn:
+        raise MismatchError(
+            f"pipe.{name} was replaced (now {type(self.pipe.components[name]).__name__}) after the schedule was applied to "
+            "another network. Type sodaprof.remove(pipe), then apply the schedule again."
+        )
 
     def _end(self) -> None:
         differed = self.engine is not None and self.engine.differed()

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from ...errors import UnsupportedModelError
 from ..hooks.cells import CellInputs
+from ..hooks.registry import Forward
 
 PLAIN = (bool, int, float, str, type(None))
 LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
@@ -103,6 +104,8 @@ def setting_of(value: Any, depth: int = 0) -> Any:
     """Returns what a trace would make a constant from an attribute of a module, to compare with a later one."""
     if isinstance(value, PLAIN):
         return value
+    if isinstance(value, Forward):  # ours: the module's own counts
+        return setting_of(value.original, depth)
     if isinstance(value, tuple | list):
         return tuple(setting_of(v, depth + 1) for v in value)
     if isinstance(value, set | frozenset):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from ...errors import MismatchError
+from ...pipelines.recording import uncompiled
 
 GROUP_OFFLOADING = "group_offloading"  # the name of diffusers' own hooks
 
@@ -78,19 +80,23 @@ class Hooks:
         """run(path, original, args, kwargs) takes the place of each module's `forward`."""
         self.transformer, self.run = transformer, run
         self.forwards: dict[str, Forward] = {}
+        self.compiled = ExitStack()
 
     def attach(self, paths: list[str]) -> None:
         """Replaces the `forward`s of the submodules at these paths, `""` being the transformer itself."""
+        self.compiled.enter_context(uncompiled(self.transformer))
         for path in paths:
             self.forwards[path] = Forward(self.transformer.get_submodule(path), path, self.run)
 
     def remove(self) -> None:
         """Restores all `forward`s."""
+        self.compiled.close()
         while self.forwards:
             self.forwards.popitem()[1].remove()
 
     def keep(self) -> None:
         """Replaces `forward`s again if accelerate restored older ones, or if an adapter wraps the module at the path now."""
+        self.compiled.enter_context(uncompiled(self.transformer))  # what was compiled since
         for path, forward in list(self.forwards.items()):
             module = self.transformer.get_submodule(path)
             if module is not forward.module or forward.is_lost():
@@ -114,7 +120,8 @@ def _call(hook: ModelHook, inner: Callable[..., Any], module: nn.Module, *args: 
 
 def carries_schedule(transformer: nn.Module) -> bool:
     """Whether a schedule is attached to the transformer."""
-    return any(isinstance(vars(module).get("forward"), Forward) for module in transformer.modules())
+    forwards = (vars(module).get("forward") for module in transformer.modules())
+    return any(isinstance(forward, Forward) and forward.active for forward in forwards)
 
 
 def refuse_group_offload(name: str, transformer: nn.Module) -> None:
