@@ -46,11 +46,12 @@ def check_one(reader: Reader, data: st.DataObject, changes: list[str]) -> None:
     """Reads one legal file and one changed file; the last of `changes` says what the file at hand is."""
     value = data.draw(reader.legal)
     reader.write(value)
+    mutation = data.draw(reader.mutations())
     changes.append("a legal file")
     with time_limit():
         reader.check(value, reader.read())
-    mutation = data.draw(reader.mutations())
     changes.append(f"{mutation.kind}: {mutation.detail}")
+    reader.write(value)
     reader.path.write_bytes(mutation.content)
     with time_limit():
         try:

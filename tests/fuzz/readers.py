@@ -6,12 +6,13 @@ import contextlib
 import functools
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
@@ -21,17 +22,16 @@ import sodaprof
 from sodaprof import cli
 from sodaprof.errors import SodaprofError
 from sodaprof.formats.cost import cost_of, load_cost, save_cost
-from sodaprof.formats.profile import load_inspection, load_profile, write_inspection, write_solver
-from sodaprof.formats.sampler import OwnUpdate
+from sodaprof.formats.profile import load_profile, write_inspection
 from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.pipelines.load import load_pipeline, read_prompts
 from sodaprof.profiler.plan import plan_profile
-from sodaprof.profiler.run import run_profile
+from sodaprof.profiler.run import PARTS, run_profile
 from sodaprof.runtime.shipped import find_shipped
 from sodaprof.tuning.refine import refine, state_file
-from tests.conftest import build_cost, build_model, build_schedule
+from tests.conftest import build_cost, build_model
 from tests.fuzz.mutations import Mutation, of_bytes, of_json
-from tests.strategies import digits, legal_schedules, models, samplers
+from tests.strategies import legal_schedules
 from tests.tiny_pipelines import tiny_pipe
 
 SETTINGS = {"steps": 3, "samples": 4, "batch_size": 2, "max_interval": 3}
@@ -57,8 +57,8 @@ def require(condition: Any, message: str) -> None:
 
 def run_command(*arguments: Any) -> int:
     """Runs a command in this process and returns its exit code, 0 or 1; nothing that it prints may control a terminal."""
-    sys.argv, code = ["sodaprof", *map(str, arguments)], 0
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
+    argv, code = mock.patch.object(sys, "argv", ["sodaprof", *map(str, arguments)]), 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out), argv:
         try:
             cli.main()
         except SystemExit as stop:
@@ -74,7 +74,7 @@ def run_command(*arguments: Any) -> int:
 class Reader:
     """One kind of file. `write` makes legal files and keeps in `path` the one that is changed."""
 
-    vague: tuple[str, ...] = ()  # see `of_json`
+    mixed: tuple[str, ...] = ()  # see `of_json`
     sealed = False  # a digest covers every byte
     json = True
 
@@ -85,7 +85,7 @@ class Reader:
     def mutations(self) -> st.SearchStrategy[Mutation]:
         content = self.path.read_bytes()
         changed = of_bytes(content, self.sealed, whole=self.json or self.sealed)
-        return of_json(content, self.vague) | of_json(content, self.vague) | changed if self.json else changed
+        return of_json(content, self.mixed) | of_json(content, self.mixed) | changed if self.json else changed
 
     def write(self, value: Any) -> None:
         raise NotImplementedError
@@ -132,83 +132,30 @@ class CostFile(Reader):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         amounts = st.integers(0, 10**15) | st.floats(0, 1e15)
-        self.legal = st.tuples(amounts, st.sampled_from(["flops", "ms"]), st.integers(1, 2), st.none() | amounts)
-        self.schedule = build_schedule()
-        self.known = build_cost(build_model(2, names=("transformer",)))
+        known = build_cost(build_model(2, names=("transformer",)))
+        outside = st.fixed_dictionaries({"text_encoder": st.none() | amounts, "vae": amounts})
+        loop = st.fixed_dictionaries(dict.fromkeys(known.loop, amounts))
+        self.legal = st.builds(
+            replace, st.just(known), unit=st.sampled_from(["flops", "ms"]), loop=loop, outside=outside
+        )
 
     def write(self, value: Any) -> None:
-        amount, unit, batch, outside = value
-        (table,) = self.known.transformers.values()
-        sites = {key.replace("blocks", "transformer_blocks"): replace(s, map=amount) for key, s in table.sites.items()}
-        tables = {"transformer": replace(table, step=replace(table.step, fixed=amount), sites=sites)}
-        both = {"text_encoder": outside, "vae": None}
-        self.cost = replace(self.known, unit=unit, batch=batch, transformers=tables, outside=both)
-        save_cost(self.cost, self.path, force=True)
+        save_cost(value, self.path, force=True)
 
     def read(self) -> Any:
         return load_cost(self.path)
 
-    def check(self, value: Any, found: Any) -> None:
-        require(found == self.cost, "read as another cost table")
-
     def use(self, found: Any) -> None:
-        save_cost(found, self.folder / "again.json", force=True)
-        require(load_cost(self.folder / "again.json") == found, "another cost table when written and read again")
-        with contextlib.suppress(SodaprofError):
-            figures = (found.schedule(self.schedule), found.speedup(self.schedule))
-            require(all(0 < figure < 1e300 for figure in figures), f"cost and speed-up are {figures}")
-
-
-class InspectionFile(Reader):
-    """model.json, sampler.json or solver.json."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        super().__init__(folder)
-        self.path, steps = folder / f"{name}.json", st.shared(st.integers(1, 6), key="steps")
-        row = st.tuples(digits(9), digits(9))
-        updates = steps.flatmap(
-            lambda n: st.builds(
-                OwnUpdate, st.sampled_from(["output", "data"]), _rows(row, n), _rows(row, n), _rows(digits(9), n)
-            )
-        )
-        reasons = st.text(min_size=1, max_size=9).map(sodaprof.UnsupportedModelError)
-        self.legal = st.tuples(st.integers(1, 2).flatmap(models), steps.flatmap(samplers), updates | reasons)
-
-    def write(self, value: Any) -> None:
-        model, sampler, update = value
-        write_inspection(self.folder, model, sampler)
-        write_solver(self.folder, update)
-
-    def read(self) -> Any:
-        found = load_inspection(self.folder)
-        if self.path.name != "solver.json":
-            return found.model, found.sampler
-        try:
-            return found.own_update()
-        except sodaprof.UnsupportedModelError as reason:
-            return str(reason)
-
-    def check(self, value: Any, found: Any) -> None:
-        model, sampler, update = value
-        wanted = update if isinstance(update, OwnUpdate) else str(update)
-        require(found == (wanted if self.path.name == "solver.json" else (model, sampler)), "read as another value")
-
-    def use(self, found: Any) -> None:
-        if isinstance(found, tuple):
-            write_inspection(self.folder, *found)
-            require(self.read() == found, "another value when written and read again")
-            for transformer in found[0].transformers.values():
-                require(all(f"{transformer.tokens(site.key)}" for site in transformer.sites), "a site without tokens")
-
-
-def _rows(entries: st.SearchStrategy[Any], count: int) -> st.SearchStrategy[tuple[Any, ...]]:
-    return st.lists(entries, min_size=count, max_size=count).map(tuple)
+        self.write(found)
+        require(self.read() == found, "another cost table when written and read again")
+        full = [table.full + found.loop_step(True) for table in found.transformers.values()]
+        require(all(0 < cost < 1e300 for cost in full), f"steps cost {full}")
 
 
 class ProfileFile(Reader):
     """A file of a whole profile folder. The tables must come back unchanged, or be refused by the digest in the manifest."""
 
-    vague = ("prompts", "guidance_scale")
+    mixed = ("prompts", "guidance_scale")
 
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder)
@@ -238,69 +185,45 @@ class ProfileFile(Reader):
         require(found.digest() == self.first, "another digest")
 
     def use(self, found: Any) -> None:
+        write_inspection(self.profile, found.model, found.sampler)
+        require(self.read() == found, "another profile when written and read again")
         run_command(
             "compile", self.profile, "--policy", "fora", "--budget", "1.2x", "-o", self.folder / "s.json", "--force"
-        )
+        )  # fmt: skip
 
 
 class TableValues(ProfileFile):
     """Tables of a profile of version 1, which has no digests: rows that no profile has are refused all the same."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder, "manifest.json")
-        manifest = json.loads(self.path_of("manifest.json").read_text())
-        kept = {key: value for key, value in manifest.items() if key in VERSION_1} | {"version": 1}
-        self.path_of("manifest.json").write_text(json.dumps(kept))
+        super().__init__(folder, "gram.parquet")
+        path = self.original / "manifest.json"
+        manifest = {key: value for key, value in json.loads(path.read_text()).items() if key in VERSION_1}
+        path.write_text(json.dumps(manifest | {"version": 1}))
         self.first = load_profile(self.original).digest()
 
-    def path_of(self, name: str) -> Path:
-        return self.original / name
-
     def mutations(self) -> st.SearchStrategy[Mutation]:
-        return st.sampled_from(["caching", "pruning", "gram"]).flatmap(self._changed)
+        kinds = ["doubled", "one row twice", "one row less", "no rows", "renamed", "NaN", "1e300", "negative", "n = 0"]
+        drawn = st.tuples(
+            st.sampled_from(["caching", "pruning", "gram"]), st.sampled_from(kinds), st.integers(0, 10**6)
+        )
+        return drawn.map(lambda values: self.changed(*values))
 
-    def _changed(self, name: str) -> st.SearchStrategy[Mutation]:
+    def changed(self, name: str, kind: str, number: int) -> Mutation:
         self.path = self.profile / f"{name}.parquet"
-        table = pq.read_table(self.path)
-        numbers = [f.name for f in table.schema if pa.types.is_floating(f.type)]
-        kinds = [
-            "doubled",
-            "repeated",
-            "dropped",
-            "no rows",
-            "NaN",
-            "1e300",
-            "negative",
-            "renamed",
-            "other type",
-            "n = 0",
-        ]
-        cells = st.tuples(st.sampled_from(kinds), st.integers(0, len(table) - 1), st.sampled_from(numbers))
-        return cells.map(lambda cell: self._mutation(table, name, *cell))
-
-    def _mutation(self, table: Any, name: str, kind: str, row: int, column: str) -> Mutation:
-        place = table.column_names.index(column)
-        values = table[column].to_numpy().copy()
-        rows = {
-            "doubled": [*range(len(table))] * 2, "repeated": [*range(len(table)), row], "no rows": [],
-            "dropped": [i for i in range(len(table)) if i != row],
-        }.get(kind)  # fmt: skip
-        if rows is not None:
-            new = table.take(pa.array(rows, pa.int64()))
-        elif kind == "renamed":
-            new = table.rename_columns([c + "_" * (c == column) for c in table.column_names])
-        elif kind == "other type":
-            new = table.set_column(place, column, pa.array([str(v) for v in values]))
-        elif kind == "n = 0":
-            new = table.set_column(table.column_names.index("n"), "n", pa.array(np.zeros(len(table), np.int32)))
-        else:
-            if name == "gram":  # products of two steps may be negative, the squares on the diagonal may not
-                row = int(np.flatnonzero(table["row"].to_numpy() == table["column"].to_numpy())[row % 3])
-            values[row] = {"NaN": np.nan, "1e300": 1e300, "negative": -1.0}[kind]  # 1e300 is infinity in float32
-            new = table.set_column(place, table.schema.field(column), pa.array(values, table.schema.field(column).type))
-        sink = io.BytesIO()
-        pq.write_table(new, sink)
-        return Mutation(sink.getvalue(), True, f"{name}: {kind}", f"row {row}, column {column}")
+        table, value = pq.read_table(self.path), {"caching": "l1_mean", "pruning": "mean", "gram": "product"}[name]
+        rows = table.to_pylist()
+        places = [i for i, row in enumerate(rows) if row.get("row") == row.get("column")]  # squares are not negative
+        place = places[number % len(places)]
+        changed = {"NaN": {value: math.nan}, "1e300": {value: 1e300}, "negative": {value: -1.0}, "n = 0": {"n": 0}}
+        less = [*rows[:place], *rows[place + 1 :]]
+        more = {"doubled": rows * 2, "one row twice": [*rows, rows[place]], "no rows": [], "one row less": less}
+        rows = more.get(kind, [*less, rows[place] | changed.get(kind, {})])
+        new = pa.Table.from_pylist(rows, schema=table.schema)
+        if kind == "renamed":
+            new = new.rename_columns([column.upper() for column in new.column_names])
+        pq.write_table(new, sink := io.BytesIO())
+        return Mutation(sink.getvalue(), True, f"{name}: {kind}", f"row {place}")
 
 
 class PromptFile(Reader):
@@ -354,7 +277,7 @@ class SidecarFile(Reader):
             try:
                 load_schedule(self.path)
             except SodaprofError:
-                raise Wrong(f"a broken file blocks the good one: {error!s:.200}") from None
+                raise Wrong("a file that is refused blocks the good one") from None
 
 
 class Stop(Exception):
@@ -425,12 +348,7 @@ class SearchFile(Reader):
 READERS: dict[str, Any] = {
     "schedule": ScheduleFile,
     "cost": CostFile,
-    **{n: functools.partial(InspectionFile, name=n) for n in ("model", "sampler", "solver")},
-    **{n: functools.partial(ProfileFile, name=n) for n in ("manifest.json", "cost.flops.json")},
-    **{
-        f"{n}.parquet": functools.partial(ProfileFile, name=f"{n}.parquet")
-        for n in ("caching", "pruning", "sites", "gram")
-    },
+    **{n: functools.partial(ProfileFile, name=n) for n in sorted(PARTS - {"cost.flops.json"})},
     "table values": TableValues,
     "prompts": PromptFile,
     "sidecar": SidecarFile,
