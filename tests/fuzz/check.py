@@ -18,7 +18,7 @@ from hypothesis.errors import HypothesisException
 
 import sodaprof
 from sodaprof.errors import SodaprofError
-from tests.fuzz.readers import READERS, Reader, require
+from tests.fuzz.readers import READERS, Reader, Wrong, require
 
 PACKAGE = str(Path(sodaprof.__file__).parent)
 LIMIT = 20  # seconds for one file
@@ -47,11 +47,13 @@ def check_one(reader: Reader, data: st.DataObject, changes: list[str]) -> None:
     value = data.draw(reader.legal)
     reader.write(value)
     mutation = data.draw(reader.mutations())
-    changes.append("a legal file")
-    with time_limit():
-        reader.check(value, reader.read())
+    if value is not None or not reader.checked:  # else it is the same file again
+        changes.append("a legal file")
+        with time_limit():
+            reader.check(value, reader.read())
+        reader.checked = True
+        reader.write(value)
     changes.append(f"{mutation.kind}: {mutation.detail}")
-    reader.write(value)
     reader.path.write_bytes(mutation.content)
     with time_limit():
         try:
@@ -102,5 +104,7 @@ def describe(error: Exception) -> str:
     """Returns the exception, with digits and quoted values left out, and the innermost function of the package."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{PACKAGE}/" in f.filename]
     where = f" in {frames[-1].filename.removeprefix(PACKAGE)}:{frames[-1].name}" if frames else ""
+    if isinstance(error, Wrong):
+        return str(error)
     message = re.sub(r"'[^']*'|\"[^\"]*\"|[^ -~]", "…", re.sub(r"\d+", "N", str(error).split("\n")[0]))
     return f"{type(error).__name__}{where}: {message:.160}"
