@@ -31,7 +31,7 @@ from sodaprof.tuning import refine as _refine  # noqa: F401
 
 NEW_NAMESPACES = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS
 READ_ONLY, REMOUNT, BIND = 1, 32, 4096  # MS_RDONLY, MS_REMOUNT, MS_BIND
-SIZES = (8, 40, 100, 160)  # KiB of a full disk; the profile takes 140 and its state 100
+SIZES = {"profile": (8, 40, 100, 160), "refine": (4, 8, 12, 16)}  # KiB of a disk that is too small, at some moment
 LIMIT = 300  # seconds of a run
 ENDING = 15  # seconds from an interrupt to the end of the run, on a machine that does other work too
 PROFILE = ("profile", "tiny-dit", "--steps", 6, "--samples", 4, "--batch-size", 1, "--max-interval", 3)
@@ -232,7 +232,7 @@ def trial(task: tuple[str, str, int, Path, float]) -> str | None:
     place.folder.mkdir()
     try:
         if kind == "full disk":
-            mounted(full_disk, place, verb, SIZES[number // 2 % len(SIZES)])
+            mounted(full_disk, place, verb, SIZES[verb][number // 2 % 4])
         elif kind == "read-only":
             mounted(read_only, place, verb)
         elif kind == "two at once":

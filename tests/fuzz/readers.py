@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
@@ -88,7 +89,8 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / "file.json"
-        self.legal: st.SearchStrategy[Any] = st.none()
+        self.legal: st.SearchStrategy[Any] = st.none()  # None: one file, which is read as `wanted`
+        self.wanted: Any = None
 
     def mutations(self) -> st.SearchStrategy[Mutation]:
         content = self.path.read_bytes()
@@ -103,8 +105,8 @@ class Reader:
         raise NotImplementedError
 
     def check(self, value: Any, found: Any) -> None:
-        """Raises unless `found`, read from a legal file, is `value`."""
-        require(found == value, "read as another value than was written")
+        """Raises unless `found`, read from a legal file, is what it was made from."""
+        require(found == (self.wanted if value is None else value), "read as another value than was written")
 
     def use(self, found: Any) -> None:
         """Uses what was read from a changed file; raises if it is no valid value."""
@@ -174,7 +176,8 @@ class ProfileFile(Reader):
         self.path = self.profile / name
         self.json = name.endswith(".json")
         self.sealed = not self.json
-        self.first = load_profile(self.original).digest()
+        self.write(None)
+        self.wanted = load_profile(self.profile)
 
     def write(self, value: Any) -> None:
         for file in self.original.iterdir():
@@ -186,9 +189,6 @@ class ProfileFile(Reader):
             getattr(found, method)()
         cost_of(self.profile, "flops")
         return found
-
-    def check(self, value: Any, found: Any) -> None:
-        require(found.digest() == self.first, "another digest")
 
     def use(self, found: Any) -> None:
         write_inspection(self.profile, found.model, found.sampler)
@@ -206,7 +206,8 @@ class TableValues(ProfileFile):
         path = self.original / "manifest.json"
         manifest = {key: value for key, value in json.loads(path.read_text()).items() if key in VERSION_1}
         path.write_text(json.dumps(manifest | {"version": 1}))
-        self.first = load_profile(self.original).digest()
+        self.write(None)
+        self.wanted = load_profile(self.profile)
 
     def mutations(self) -> st.SearchStrategy[Mutation]:
         kinds = ["doubled", "one row twice", "one row less", "no rows", "renamed", "NaN", "1e300", "negative", "n = 0"]
@@ -296,8 +297,6 @@ class StateFile(Reader):
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder)
         self.json = name.endswith(".json")
-        self.work, self.kept = folder / "p.partial", folder / "kept"
-        self.path = self.work / name
         self.plan = plan_profile(pipe(), "tiny", **SETTINGS)
         self.asked = dict(self.plan.request)
         self.wanted = run_profile(pipe(), self.plan, folder / "whole").digest()
@@ -308,20 +307,41 @@ class StateFile(Reader):
 
         with contextlib.suppress(Stop):
             run_profile(pipe(), self.plan, folder / "p", on_progress=stop)
+        (self.path,) = folder.rglob(name)
+        self.work, self.kept = self.path.parent, folder / "kept"
         self.work.rename(self.kept)
 
     def write(self, value: Any) -> None:
-        for left in (self.work, self.folder / "p"):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.rmtree(self.folder / "p", ignore_errors=True)
         shutil.copytree(self.kept, self.work)
+
+    def mutations(self) -> st.SearchStrategy[Mutation]:
+        if self.json:
+            return super().mutations()
+        with np.load(self.path) as saved:
+            arrays = dict(saved)
+        kinds = st.sampled_from(["missing", "unknown", "NaN", "negative", "shape", "text"])
+        return super().mutations() | st.builds(self.changed, st.just(arrays), st.sampled_from(sorted(arrays)), kinds)
+
+    def changed(self, arrays: dict[str, Any], name: str, kind: str) -> Mutation:
+        """Returns the arrays with one changed, whose file is whole."""
+        new = {key: array for key, array in arrays.items() if key != name or kind != "missing"}
+        array = arrays[name]
+        value = {"NaN": array * np.nan, "negative": array * 0 - 7, "shape": array[None], "text": array.astype(str)}.get(
+            kind
+        )
+        np.savez(
+            sink := io.BytesIO(),
+            **new | ({} if value is None else {name: value}),
+            **{"colour": array} if kind == "unknown" else {},
+        )
+        return Mutation(sink.getvalue(), True, f"array: {kind}", name)
 
     def read(self) -> Any:
         self.plan.request.clear()
         self.plan.request.update(self.asked)
         return run_profile(tiny_pipe(1), self.plan, self.folder / "p").digest()
-
-    def check(self, value: Any, found: Any) -> None:
-        require(found == self.wanted, "continues to other tables")
 
     def use(self, found: Any) -> None:
         require(found == self.wanted, "continues to other tables than those of an uninterrupted profile")
@@ -345,9 +365,6 @@ class SearchFile(Reader):
     def read(self) -> Any:
         refine(pipe(), self.schedule, self.output, evaluations=1, samples=4, force=True)
         return self.output.read_bytes()
-
-    def check(self, value: Any, found: Any) -> None:
-        require(found == self.wanted, "continues to another schedule")
 
 
 READERS: dict[str, Any] = {
