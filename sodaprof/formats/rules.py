@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import IllegalScheduleError
 from .schedule import Forecast, Plan, Schedule
-from .sites import SiteKey
+from .sites import SiteKey, check_fingerprint
 
 BASES = ("feature_mean", "attention_received", "cross_attention_entropy", "value_norm", "random")
 MAX_SOURCES = 4
@@ -69,14 +69,11 @@ def rows_have_one_character_a_step(s: Schedule) -> Iterator[str]:
 
 def sites_are_known_to_the_fingerprint(s: Schedule) -> Iterator[str]:
     """The fingerprint gives the tokens of every site, and nothing of a wrong type."""
-    for place, plan, site, _ in _rows(s):
+    for name, plan in s.transformers.items():
         try:
-            known = plan.tokens(site) > 0 and {type(plan.kind(site)), type(plan.layout(site))} <= {str, type(None)}
-            plan.holds_text(site)
-        except (LookupError, ValueError, TypeError, AttributeError):
-            known = False
-        if not known:
-            yield f"site {place} has no tokens in the fingerprint, or another entry of it has a wrong type"
+            check_fingerprint(plan, plan.rows)
+        except ValueError as error:
+            yield f"{name}: {error}"
 
 
 def turns_begin_with_full_steps(s: Schedule) -> Iterator[str]:
