@@ -1,9 +1,8 @@
-"""JSON files: strict reading, checked decoding into records, atomic writing, locks. Every file of sodaprof passes through here."""
+"""JSON files: strict reading, checked decoding into records, atomic writing. Every file passes through here."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -14,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta
 
 from ..errors import FormatError
+from .disk import is_open, lock, opened, read_bytes
 
 MAX_BYTES = 32 << 20  # of a JSON file
 MAX_CONTAINERS = 400_000  # objects and lists in a JSON file
@@ -46,30 +46,6 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def to_json(self) -> dict[str, Any]:
         """Returns the content of the file."""
         return ({"format": self.FORMAT[0], "version": self.FORMAT[1]} if self.FORMAT else {}) | encode(self)
-
-
-@contextmanager
-def opened(path: Path, most: int) -> Iterator[BinaryIO]:
-    """Opens a regular file of at most `most` bytes for reading; ValueError for another kind of file, or a larger one.
-
-    A pipe, a device or a link to one is refused without waiting for it.
-    """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("not a regular file")
-        if found.st_size > most:
-            raise ValueError(f"{found.st_size:,} bytes, larger than the limit of {most:,}")
-        yield file
-
-
-def read_bytes(path: Path, most: int) -> bytes:
-    """Returns the content of a regular file; ValueError as `opened`, also for a file that grows meanwhile."""
-    with opened(path, most) as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"larger than the limit of {most:,} bytes")
-    return content
 
 
 def read_json(path: Path, missing: str = "Check the path.") -> Any:
@@ -147,13 +123,13 @@ def decode(data: Any, kind: type[T], where: str, advice: str = REWRITE) -> T:
     try:
         value = msgspec.convert(data, kind, strict=True)
     except (msgspec.ValidationError, UnicodeError) as error:
-        raise FormatError(f"{where}: {_cut(str(error))}. {advice}") from None
+        raise FormatError(f"{where}: {cut(str(error))}. {advice}") from None
     for place in sorted({*_keys(encode(value))} - {*_keys(data)}):
-        raise FormatError(f"{where}: Object missing required field `{_cut(place)}`. {advice}")
+        raise FormatError(f"{where}: Object missing required field `{cut(place)}`. {advice}")
     return value
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     """Returns a text without the middle of what is longer than 4 · SHOWN characters: names in files have any length."""
     return text if len(text) <= 4 * SHOWN else f"{text[: 2 * SHOWN]} … {text[-2 * SHOWN :]}"
 
@@ -220,7 +196,7 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
         # the suffix decides the format of pictures; no reader takes a file with a dot in front
         temporary = path.with_name(f"{start}{secrets.token_hex(4)}.tmp{'' if path.suffix == '.json' else path.suffix}")
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        if _lock(handle) and _is_open(temporary, handle):
+        if lock(handle) and is_open(temporary, handle):
             break  # else another run has taken it for abandoned before it was locked
         os.close(handle)
     try:
@@ -242,17 +218,8 @@ def _remove_abandoned(folder: Path, start: str) -> None:
     for path in folder.iterdir():
         if pattern.fullmatch(path.name) and path.is_file():
             with suppress(FileNotFoundError), opened(path, WHOLE) as file:  # another run may remove it first
-                if _lock(file.fileno()):
+                if lock(file.fileno()):
                     path.unlink()
-
-
-def _lock(handle: int) -> bool:
-    """Locks an open file unless another run has; returns whether it did. The lock ends with the process, if not before."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _rename_new(temporary: Path, path: Path) -> None:
@@ -271,43 +238,6 @@ def _rename_new(temporary: Path, path: Path) -> None:
         ) from None
 
 
-@contextmanager
-def locked(path: Path, *, folder: bool = False) -> Iterator[None]:
-    """Holds a lock while the block runs: on a folder, made if there is none, or on a file made for the lock alone.
-
-    FormatError if another run holds it; that of a killed run is free. At the end the file is removed, or the folder if it is
-    empty.
-    """
-    while True:
-        if folder:
-            path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_CLOEXEC | (os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_CREAT), 0o666)
-        try:
-            if not _lock(handle):
-                raise FormatError(
-                    f"{path}: another run of sodaprof is writing there. Wait until it ends, or choose another name."
-                )
-            if not _is_open(path, handle):
-                continue  # another run has just ended, which removed or renamed it
-            try:
-                yield
-                return
-            finally:
-                if _is_open(path, handle):
-                    with suppress(OSError if folder else FileNotFoundError):  # a folder that is not empty stays
-                        (path.rmdir if folder else path.unlink)()
-        finally:
-            os.close(handle)
-
-
-def _is_open(path: Path, handle: int) -> bool:
-    """Whether the path is still that of the open file."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(handle))
-    except FileNotFoundError:
-        return False
-
-
 def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
     """Raises FormatError if `path` exists and `force` is not set, or if no file (or folder) can be written there.
 
@@ -319,7 +249,9 @@ def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
         wanted = "folder" if folder else "file"
         raise FormatError(f"{path}: exists and is not a {wanted}; it is not replaced. Choose another name.")
     if folder and path.is_symlink():
-        raise FormatError(f"{path}: is a link; it is not replaced. Choose another name, or the folder that it leads to.")
+        raise FormatError(
+            f"{path}: is a link; it is not replaced. Choose another name, or the folder that it leads to."
+        )
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         found = "a file" if above.is_file() else "no folder"
@@ -352,4 +284,6 @@ def checked(build: Callable[[], Any], where: str) -> Any:
     try:
         return build()
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise FormatError(f"{where}: a value has the wrong type or shape ({_cut(str(error))}). Write the file again.") from None
+        raise FormatError(
+            f"{where}: a value has the wrong type or shape ({cut(str(error))}). Write the file again."
+        ) from None

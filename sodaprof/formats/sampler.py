@@ -30,7 +30,9 @@ class OwnUpdate(Record, frozen=True):
 
     FORMAT = "sodaprof.solver", 1
     basis: Basis
-    coefficients: Annotated[tuple[tuple[Number, ...], ...], Meta(min_length=1, max_length=MAX_STEPS)]  # [T][1 + history]
+    coefficients: Annotated[
+        tuple[tuple[Number, ...], ...], Meta(min_length=1, max_length=MAX_STEPS)
+    ]  # [T][1 + history]
     data: tuple[tuple[Number, Number], ...]  # [T]; (0, 1) under basis `output`
     noise: tuple[Number, ...]  # [T]
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..errors import SodaprofError, UnsupportedModelError
-from ..formats.profile import Manifest, history_of
-from ..formats.sites import Model, Sampler, Site, raster_of
+from ..formats.manifest import MAX_INTERVAL, MAX_SAMPLES, Manifest
+from ..formats.profile import history_of
+from ..formats.sites import MAX_STEPS, Model, Sampler, Site, raster_of
 from ..formats.tables import STACK_FORMS, TABLE_VERSIONS, VERSIONS
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.load import (
@@ -218,14 +219,20 @@ def _plan_passes(pipe: Any, plan: ProfilePlan, memory_bytes: int | None) -> None
 
 def _check_settings(steps: int, samples: int, max_interval: int, batch_size: int, seed: int) -> None:
     """Raises SodaprofError for numbers out of range."""
-    for what, value, least in (("steps", steps, 2), ("samples", samples, 1), ("batch-size", batch_size, 1)):
-        if value < least:
-            raise SodaprofError(f"--{what} is {value}; expected at least {least}.")
-    if not 2 <= max_interval <= min(steps, 100):
-        raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
+    limits = (
+        ("steps", steps, 2, MAX_STEPS),
+        ("samples", samples, 1, MAX_SAMPLES),
+        ("batch-size", batch_size, 1, 2**31 - 1),
+    )
+    for what, value, least, most in limits:
+        if not least <= value <= most:
+            raise SodaprofError(f"--{what} is {value}; expected {least} to {most}.")
+    longest = min(steps, MAX_INTERVAL)
+    if not 2 <= max_interval <= longest:
+        raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {longest} (at most the steps).")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
-    check_seeds(range(seed, seed + samples))
+    check_seeds((seed, seed + samples - 1))
 
 
 def _check_run(pipe: Any, model: Model, sampler: Sampler, step: Step, steps: int) -> None:

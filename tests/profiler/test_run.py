@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sodaprof.pipelines.stack import block_calls
+from sodaprof.pipelines.recording import recorded_calls
 
 import sodaprof
 from sodaprof.errors import FormatError, SodaprofError
@@ -33,7 +33,7 @@ def profiled(tmp_path_factory):
 
 def outputs(pipe, labels, seeds):
     """{site: [T, 2B, N, D]} of a plain run."""
-    with block_calls(pipe.transformer, SITES) as (_, found):
+    with recorded_calls(pipe.transformer, SITES) as (found, _):
         draw(pipe, labels, seed=seeds[0])
     return {site: torch.stack(o).double() for site, o in found.items()}
 
