@@ -311,7 +311,7 @@ def test_a_search_goes_on_after_an_interruption_at_any_moment(pipe, drift, costs
     for number, after in ((1, False), (1, True), (2, True), (5, False)):  # before a file is written, or right after
         output = tmp_path / f"{number}{after}.json"
         with monkeypatch.context() as patch:
-            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule_file"):
+            for module in ("sodaprof.tuning.refine", "sodaprof.formats.schedule"):
                 patch.setattr(f"{module}.write_json", interrupted(number, after))
             with pytest.raises(KeyboardInterrupt):
                 refine(pipe, drift, output, **settings)
