@@ -56,7 +56,8 @@ def run(
         raise SodaprofError("Give --height and --width together, or neither.")
     if schedule is not None:
         load_schedule(schedule)  # a broken file is reported before a model is loaded
-    from ..pipelines.load import call, load_pipeline, makes_video, pictures_of
+    from ..pipelines.finite import finite_pictures
+    from ..pipelines.load import call, load_pipeline, makes_video
     from ..runtime.apply import apply, runtime_settings
     from ..runtime.shipped import find_shipped
 
@@ -76,7 +77,7 @@ def run(
     pixels = None if height is None or width is None else (height, width)
     seeds = [seed + i for i in range(len(entries))]
     with apply(pipe, loaded, runtime=settings, allow_resolution=allow_resolution) as handle:
-        pictures = pictures_of(call(pipe, entries, seeds, loaded.steps, scale, size=pixels))
+        pictures = finite_pictures(pipe, lambda: call(pipe, entries, seeds, loaded.steps, scale, size=pixels))
     _save(pictures, [f"{e} (seed {s})" for e, s in zip(entries, seeds, strict=True)], output, force)
     console.print(str(handle.report()))
     print_wrote(console, output)

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..formats.sampler import OwnUpdate
 from ..formats.sites import Sampler
 from ..formats.tables import COLUMNS, table_digest
 from ..pipelines.device import device_facts, versions
+from ..pipelines.finite import not_finite
 from ..pipelines.flops import count_flops
 from ..pipelines.load import call
 from ..pipelines.sampler_steps import own_update
@@ -190,8 +192,13 @@ def _sample(
             on_progress(before * steps + step * count, len(plan.groups) * samples * steps)
 
         with Taps(pipe, plan, plan.groups[group], group == 0, count, statistics, watch, on_step) as taps:
-            call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
+            sample = partial(
+                call, pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own
+            )
+            sample()
         taps.flush()
+        if not statistics.finite:
+            raise not_finite(pipe, sample)
         if group == 0:
             statistics.samples += count
         statistics.save(state, number)

@@ -61,6 +61,11 @@ class Statistics:
         arrays = {"whole": self.whole, "pruned": self.pruned} | {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
         return arrays | ({"states": self.gram.states, "products": self.gram.products} if self.gram else {})
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum holds NaN or infinity."""
+        return all(np.isfinite(array).all() for array in self._arrays().values())
+
     def save(self, path: Path, batches: int) -> None:
         """Writes the sums, how many batches they are of, all passes counted, and a digest of all, atomically."""
         arrays = {n: np.asarray(a) for n, a in {**self._arrays(), "samples": self.samples, "batches": batches}.items()}
