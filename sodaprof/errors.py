@@ -13,7 +13,7 @@ Each message says what was found, what was expected, and what to type.
 import errno
 from collections.abc import Iterator
 
-LONGEST = 2000  # characters of a message
+LONGEST = 1000  # characters of a message
 # what the allocators of torch, numpy, the C++ library and the operating system say, each in an exception of its own
 NO_MEMORY = (
     "not enough memory", "can't allocate memory", "cannot allocate memory", "unable to allocate", "bad_alloc", "bad allocation",
@@ -26,12 +26,18 @@ def printable(text: str, most: int | None = None, kept: str = "") -> str:
 
     That includes line ends; kept: characters that stay as they are. most: a longer text loses its middle.
     """
-    if most is not None and len(text) > most:
-        tail = most // 3
-        text = f"{text[: most - tail]} […{len(text) - most} characters…] {text[-tail:]}"
+    text = _cut(text, most)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    escaped = (c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+    return _cut("".join(escaped), most)
+
+
+def _cut(text: str, most: int | None) -> str:
+    if most is None or len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end - 5]} […] {text[-end:]}"
 
 
 class SodaprofError(Exception):

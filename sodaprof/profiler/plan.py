@@ -31,6 +31,7 @@ from .budget import Grid, Shapes, grid_of, passes
 from .gram import GramSums, Track
 
 RATES = np.array([0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375])
+MOST_SAMPLES = 1_000_000
 MEMORY_SHARE = 0.6  # of the free memory may go to the rings
 
 
@@ -159,9 +160,10 @@ def plan_profile(
 ) -> ProfilePlan:
     """Returns what `run_profile` measures and takes. Raises SodaprofError for invalid settings.
 
-    steps: by default the pipeline's. max_interval: by default 8, or the steps if these are fewer. samples: generations, by
-    default 100, of video 10 (SODA, 4.1). batch_size: generations at once, at most: fewer if that saves passes. full_tokens: keep every
-    site's error a token, also if there are more than MOST_TOKENS. states_only: only the products of states and guided outputs, no errors of sites.
+    steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). max_interval: by default 8,
+    or the steps if these are fewer. batch_size: generations at once, at most: fewer if that saves passes over the trajectories.
+    full_tokens: keep every site's error a token, also if there are more than MOST_TOKENS. states_only: only the products of
+    states and guided outputs, no errors of sites.
     gram: whether products are measured at all.
     call: called as call(entries, generators) instead of the pipeline, for prompt embeddings and any other arguments of
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
@@ -227,6 +229,8 @@ def _check_settings(steps: int, samples: int, max_interval: int, batch_size: int
         raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
+    if samples > MOST_SAMPLES:
+        raise SodaprofError(f"--samples is {samples}; expected 1 to {MOST_SAMPLES:,}.")
     check_seeds(range(seed, seed + samples))
 
 

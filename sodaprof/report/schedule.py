@@ -19,6 +19,7 @@ LEGEND = {
     "C": "computes", "R": "reuses", "P": "recomputes k tokens", "F": "forecasts", "S": "stack forecast", "-": "no network",
     "_": "another transformer's step",
 }  # fmt: skip
+MOST_ROWS = 1000  # of the picture
 MOST_RECORDS = 20  # of `measured` that are listed
 MOST_LAYERS, MOST_MODULES = 200, 50  # of the table of prune rates
 LONGEST_NAME = 60  # characters of a name
@@ -112,9 +113,11 @@ def _picture(name: str, plan: Plan, width: int) -> Group:
     if len(set(rows.values())) == 1 and len(rows) > 1:
         first = next(iter(rows))
         rows, labels = {first: rows[first]}, {first: f"all {len(rows)} sites"}
+    left_out = len(rows) - MOST_ROWS
+    rows = dict(islice(rows.items(), MOST_ROWS))
     if "S" in plan.stack:
         rows, labels = rows | {"stack": plan.stack}, labels | {"stack": "stack"}
-    margin = max(len(label) for label in [*labels.values(), "not computed"]) + 1
+    margin = max(len(label) for label in [*(labels[site] for site in rows), "not computed"]) + 1
     band, shares, lines = max(10, width - margin), _not_computed(plan), []
     for start in range(0, len(plan.stack), band):
         columns = range(start, min(start + band, len(plan.stack)))
@@ -128,6 +131,8 @@ def _picture(name: str, plan: Plan, width: int) -> Group:
             lines.append(line)
         bars = "".join(BARS[round(shares[t] * (len(BARS) - 1))] for t in columns)
         lines.append(Text(f"{'not computed':<{margin}}{bars}", "dim"))
+    if left_out > 0:
+        lines.append(Text(f"{left_out} more sites are not drawn; see --json", "dim"))
     met = set(plan.stack).union(*plan.rows.values())
     lines.append(Text("  ".join(f"{letter} {meaning}" for letter, meaning in LEGEND.items() if letter in met), "dim"))
     return Group(*lines)
@@ -170,7 +175,8 @@ def _prune_table(plan: Plan) -> Table:
 def _prune_rates(plan: Plan, site: str) -> list[tuple[int, float]]:
     """Returns the step and the prune rate of each P cell."""
     steps = [t for t, action in enumerate(plan.rows[site]) if action == "P"]
-    return [(t, 1 - k / plan.tokens(site)) for t, k in zip(steps, plan.k.get(site, ()), strict=True)]
+    tokens = plan.tokens(site) if steps else 1
+    return [(t, 1 - k / tokens) for t, k in zip(steps, plan.k.get(site, ()), strict=True)]
 
 
 def _not_computed(plan: Plan) -> list[float]:
