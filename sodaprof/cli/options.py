@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,12 +82,12 @@ def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
     """Raises SodaprofError unless all files that these options name can be written, and are different ones."""
     from ..formats.files import refuse_existing
 
-    options: dict[Path, str] = {}
+    options: dict[str, str] = {}
     for option, path in paths.items():
         if path is None:
             continue
         refuse_existing(path, force)
-        if (other := options.setdefault(path.resolve(), option)) != option:
+        if (other := options.setdefault(os.path.realpath(path), option)) != option:
             raise SodaprofError(f"{other} and {option} are both {path}. Give each a file of its own.")
 
 

@@ -31,7 +31,6 @@ from .budget import Grid, Shapes, grid_of, passes
 from .gram import GramSums, Track
 
 RATES = np.array([0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375])
-MOST_SAMPLES = 1_000_000
 MEMORY_SHARE = 0.6  # of the free memory may go to the rings
 
 
@@ -229,8 +228,6 @@ def _check_settings(steps: int, samples: int, max_interval: int, batch_size: int
         raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
-    if samples > MOST_SAMPLES:
-        raise SodaprofError(f"--samples is {samples}; expected 1 to {MOST_SAMPLES:,}.")
     check_seeds(range(seed, seed + samples))
 
 
