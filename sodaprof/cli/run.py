@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SodaprofError
-from .console import make_console, print_next, print_wrote
-from .options import Device, Dtype, Force, Model, NoGraphs, Runtime, Scale, Scheduler
+from .console import make_console, note_written, print_next, print_wrote
+from .options import Device, Dtype, Force, Model, NoGraphs, PixelRange, Runtime, Scale, Scheduler, SeedRange, StepRange
 
 
 def run(
@@ -23,13 +23,19 @@ def run(
     schedule: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="A schedule.  [default: the one in the model's folder]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the schedule to take from the model's folder.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(callback=StepRange, help="Steps of the schedule to take from the model's folder.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; may be repeated.")] = None,
     label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; each further picture adds 1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(callback=SeedRange, help="Seed of the first picture; each further picture adds 1.")
+    ] = 0,
     guidance_scale: Scale = None,
-    height: Annotated[int | None, typer.Option(help="In pixels, with --width.  [default: the pipeline's]")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels, with --height.")] = None,
+    height: Annotated[
+        int | None, typer.Option(callback=PixelRange, help="In pixels, with --width.  [default: the pipeline's]")
+    ] = None,
+    width: Annotated[int | None, typer.Option(callback=PixelRange, help="In pixels, with --height.")] = None,
     allow_resolution: Annotated[
         bool,
         typer.Option("--allow-resolution", help="Allow another size than profiled; pruned tokens are scaled to it."),
@@ -79,6 +85,7 @@ def run(
     with apply(pipe, loaded, runtime=settings, allow_resolution=allow_resolution) as handle:
         pictures = finite_pictures(pipe, lambda: call(pipe, entries, seeds, loaded.steps, scale, size=pixels))
     _save(pictures, [f"{e} (seed {s})" for e, s in zip(entries, seeds, strict=True)], output, force)
+    note_written(output)
     console.print(str(handle.report()))
     print_wrote(console, output)
     print_next(console, f"sodaprof eval {model} {schedule}{'' if scheduler is None else f' --scheduler {scheduler}'}")

@@ -149,7 +149,7 @@ def plan_profile(
     samples: int | None = None,
     prompts: Sequence[int | str] | None = None,
     guidance_scale: float | None = None,
-    max_interval: int = 8,
+    max_interval: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     memory_bytes: int | None = None,
@@ -160,9 +160,10 @@ def plan_profile(
 ) -> ProfilePlan:
     """Returns what `run_profile` measures and takes. Raises SodaprofError for invalid settings.
 
-    steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). batch_size: generations
-    at once, at most: fewer if that saves passes over the trajectories. full_tokens: keep every site's error a token, also if
-    there are more than MOST_TOKENS. states_only: only the products of states and guided outputs, no errors of sites.
+    steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). max_interval: by default 8,
+    or the steps if these are fewer. batch_size: generations at once, at most: fewer if that saves passes over the trajectories.
+    full_tokens: keep every site's error a token, also if there are more than MOST_TOKENS. states_only: only the products of
+    states and guided outputs, no errors of sites.
     gram: whether products are measured at all.
     call: called as call(entries, generators) instead of the pipeline, for prompt embeddings and any other arguments of
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
@@ -173,6 +174,8 @@ def plan_profile(
     if call is None and guidance_scale is None:
         guidance_scale = default_guidance(pipe)
     expected = default_steps(pipe) if steps is None else steps
+    if max_interval is None:
+        max_interval = max(2, min(8, expected))
     _check_settings(expected, samples, max_interval, batch_size, seed)
     if states_only and not gram:
         raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")

@@ -54,7 +54,8 @@ class Report:
         sizes = sorted(set(self.resized.values()))
         tokens = "".join(f", {before} tokens re-scaled to {now}" for before, now in sizes)
         speed = "" if self.speedup is None else f", {self.speedup:.2f}x {self.unit} predicted"
-        return f"executed/planned: {counts}{speed}, profiled at guidance {self.guidance_scale}{tokens}, {self.path}"
+        scale = "without a guidance scale" if self.guidance_scale is None else f"at guidance {self.guidance_scale}"
+        return f"executed/planned: {counts}{speed}, profiled {scale}{tokens}, {self.path}"
 
 
 class Handle:
