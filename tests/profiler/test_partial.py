@@ -75,7 +75,7 @@ def test_an_older_profile_is_replaced_unless_another_has_taken_its_place(pipe, t
 def test_of_two_runs_the_second_is_refused_and_leaves_nothing(pipe, tmp_path):
     def second():
         with pytest.raises(FormatError, match=r"p\.partial: another run of sodaprof is writing there"):
-            run(pipe, tmp_path / "p")
+            run(tiny_pipe(1), tmp_path / "p")
 
     run(pipe, tmp_path / "p", second)
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
