@@ -54,7 +54,8 @@ def test_a_link_that_leads_nowhere_is_replaced_with_force_alone(tmp_path):
         write_text(link, "x")
     assert link.is_symlink()
     write_text(link, "x", force=True)
-    assert link.read_text() == "x" and not (tmp_path / "nowhere").exists()
+    assert link.read_text() == "x"
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -87,7 +88,8 @@ def test_temporary_files_of_killed_runs_go_and_those_of_running_ones_stay(tmp_pa
     with alive.open() as file:
         assert lock(file.fileno())
         write_text(tmp_path / "a.json", "x")
-    assert not dead.exists() and alive.exists() and all(path.exists() for path in others)
+    assert not dead.exists()
+    assert all(path.exists() for path in (alive, *others))
 
 
 @pytest.mark.parametrize("folder", [True, False])

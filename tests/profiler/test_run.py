@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sodaprof.pipelines.recording import recorded_calls
 
 import sodaprof
 from sodaprof.errors import FormatError, SodaprofError
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.tables import COLUMNS
+from sodaprof.pipelines.recording import recorded_calls
 from sodaprof.profiler.plan import plan_profile
 from sodaprof.profiler.run import run_profile
 from tests.tiny_pipelines import SITES, STEPS, TwoPassPipeline, draw, tiny_pipe
