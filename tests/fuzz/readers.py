@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
@@ -9,6 +10,7 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,6 +54,15 @@ METHODS = {  # table -> what reads it
 @functools.cache
 def pipe() -> Any:
     return tiny_pipe(1)
+
+
+@functools.cache
+def whole() -> Path:
+    """Returns a profile that readers copy; it stays until the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="sodaprof-fuzz-")
+    atexit.register(folder.cleanup)
+    run_profile(pipe(), plan_profile(pipe(), "tiny", **SETTINGS), Path(folder.name) / "p")
+    return Path(folder.name) / "p"
 
 
 class Wrong(AssertionError):
@@ -170,7 +181,7 @@ class ProfileFile(Reader):
     def __init__(self, folder: Path, name: str) -> None:
         super().__init__(folder)
         self.original = folder / "original"
-        run_profile(pipe(), plan_profile(pipe(), "tiny", **SETTINGS), self.original)
+        shutil.copytree(whole(), self.original)
         self.profile = folder / "p"
         self.profile.mkdir()
         self.path = self.profile / name
@@ -265,8 +276,7 @@ class SidecarFile(Reader):
         self.path = folder / "model" / "sodaprof" / "a.json"
         self.good = self.path.with_name("b.json")
         self.path.parent.mkdir()
-        run_profile(self.pipe, plan_profile(self.pipe, "tiny", **SETTINGS), folder / "q")
-        self.schedule = sodaprof.compile_schedule(folder / "q", "1.2x", "fora")
+        self.schedule = sodaprof.compile_schedule(whole(), "1.2x", "fora")
         self.schedule.save(self.good)
 
     def write(self, value: Any) -> None:
@@ -299,7 +309,7 @@ class StateFile(Reader):
         self.json = name.endswith(".json")
         self.plan = plan_profile(pipe(), "tiny", **SETTINGS)
         self.asked = dict(self.plan.request)
-        self.wanted = run_profile(pipe(), self.plan, folder / "whole").digest()
+        self.wanted = load_profile(whole()).digest()
 
         def stop(done: int, total: int) -> None:
             if done > SETTINGS["steps"] * SETTINGS["batch_size"]:
@@ -352,8 +362,7 @@ class SearchFile(Reader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        run_profile(pipe(), plan_profile(pipe(), "tiny", **SETTINGS), folder / "q")
-        self.schedule = sodaprof.compile_schedule(folder / "q", "1.2x", "fora")
+        self.schedule = sodaprof.compile_schedule(whole(), "1.2x", "fora")
         self.output = folder / "r.json"
         self.path = state_file(self.output)
         self.read()

@@ -12,4 +12,4 @@ SLOW = {"search", "request.json", "state.npz", "sidecar"}  # those that run a pi
 
 @pytest.mark.parametrize("name", READERS)
 def test_legal_files_are_read_and_changed_ones_refused(tmp_path, name):
-    assert not faults(READERS[name](tmp_path), 4 if name in SLOW else 12, seed=0)
+    assert not faults(READERS[name](tmp_path), 3 if name in SLOW else 10, seed=0)
