@@ -68,7 +68,9 @@ class Statistics:
 
     def save(self, path: Path, batches: int) -> None:
         """Writes the sums, how many batches they are of, all passes counted, and a digest of all, atomically."""
-        arrays = {n: np.asarray(a) for n, a in {**self._arrays(), "samples": self.samples, "batches": batches}.items()}
+        arrays: dict[str, Any] = {
+            n: np.asarray(a) for n, a in {**self._arrays(), "samples": self.samples, "batches": batches}.items()
+        }
         with replacing(path, force=True) as temporary, temporary.open("wb") as file:
             np.savez(file, **arrays, digest=_digest(arrays))
 
