@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 DEMO := build/demo
 
-.PHONY: demo test test-zoo check lines format docs schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
+.PHONY: demo test test-zoo fuzz chaos check lines format docs schedules schedules-pixart schedules-opensora table proxies released bench bench-gpu bench-peers train train-pixart train-opensora clean
 
 # The environment sees the base Python's packages only if that has torch (your own CUDA build, say).
 .venv/bin/python:
@@ -109,6 +109,16 @@ test-zoo: .venv/ready
 	{ sed -n '1,/^<!-- classes -->/p' docs/studies/zoo.md; echo; cat build/zoo.md; echo; \
 	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/studies/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
 	cp build/zoo-page.md docs/studies/zoo.md; exit $$((classes + pipelines))
+
+# Reads legal and changed files of every kind: 10 000 schedules and 2 000 of each other. SEED=1 draws others.
+SEED := 0
+fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed $(SEED)
+
+# Kills, interrupts, fills the disk under and doubles `profile` and `refine`, half an hour at most. KILLS=3 makes few trials.
+KILLS := 100
+chaos: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills $(KILLS)
 
 # Times the loop on this machine: DiT-S/2 with random weights, tiny-dit under budgets in milliseconds. Ten minutes on a CPU.
 BENCH := build/bench

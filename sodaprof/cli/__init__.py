@@ -1,19 +1,26 @@
 """The command line: from inspect and profile over compile and refine to run and eval. Errors become one message and an exit code.
 
-Exit codes: 0 success, 1 an error of sodaprof, 2 wrong usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 an error, 2 wrong usage, 70 a bug of sodaprof, 130 and 143 an interrupt (SIGINT, SIGTERM).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import platform
+import signal
 import sys
-from typing import Annotated
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 
-from ..errors import SodaprofError
+from ..errors import LONGEST, SodaprofError, causes, out_of_memory, printable
 from ..version import __version__
+from . import console
 from .bench import bench
 from .compile import CompileCommand, compile_
 from .doctor import doctor
@@ -43,6 +50,23 @@ COMMANDS = (  # in the order of --help
     ("inspect", inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
     ("doctor", doctor, "sodaprof doctor tiny-dit"),
 )
+BUG = 70  # exit code of an exception that no one expects: EX_SOFTWARE of sysexits.h
+LOWER = {  # verb -> what takes less memory
+    "profile": "Lower --batch-size, or --max-interval; or give --states-only.",
+    "compile": "With --fit give a smaller model; without, a profile of fewer steps or a smaller --max-interval.",
+    "refine": "Lower --samples.",
+    "show": "Free some memory: the schedule is large.",
+    "run": "Give fewer --prompt or --label at once, a smaller --height and --width, or --dtype bfloat16.",
+    "ship": "Free some memory, or close other programs.",
+    "eval": "Lower --batch-size, then --samples.",
+    "bench": "Lower --batch-size, or give --dtype bfloat16.",
+    "inspect": "Give --dtype bfloat16, or a smaller model.",
+    "doctor": "Free some memory, or give a smaller model: doctor runs a step on the CPU.",
+}
+AGAIN = {  # verb -> what follows an interrupt
+    "profile": " Repeat the command, and it continues.",
+    "refine": " Repeat the command, and it continues; the best schedule found so far is in its file.",
+}
 for name, command, example in COMMANDS:
     kind = CompileCommand if command is compile_ else None
     app.command(name, cls=kind, epilog=f"\b\nExample: {example}")(command)  # \b: not wrapped, so that it can be copied
@@ -64,39 +88,87 @@ def root(
 
 
 def main() -> None:
-    """Runs the command line; every error that sodaprof knows ends in one message, without a traceback."""
+    """Runs the command line. Every exception ends in one message and an exit code, without a traceback."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def interrupt(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # ignored: a command in the background of a script
+            signal.signal(number, interrupt)
+    console.written.clear()
     try:
-        code = app(standalone_mode=False)
-        if code == 130:  # what typer returns after Ctrl-C
-            raise KeyboardInterrupt
-    except SodaprofError as error:
-        code = _fail(str(error))
-    except KeyboardInterrupt:
-        code = _fail(
-            "Interrupted. No file was left incomplete. profile and refine continue when the same command is repeated; the best "
-            "schedule that refine has found so far is in its file.",
-            130,
+        with contextlib.redirect_stdout(console.Output(sys.stdout)):
+            code = app(standalone_mode=False)
+            if code == 130:  # what typer returns after an interrupt
+                raise KeyboardInterrupt
+            sys.stdout.flush()
+        code = code if isinstance(code, int) else 0
+    except (Exception, KeyboardInterrupt) as error:
+        message, code = describe(error, received)
+        print(f"sodaprof: {printable(message, LONGEST)}", file=sys.stderr)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    sys.exit(code)
+
+
+def describe(error: BaseException, received: Sequence[int] = ()) -> tuple[str, int]:
+    """Returns the message and the exit code for an exception that ends a command; received: the signals that came."""
+    verb = next((word for word in sys.argv[1:] if word in LOWER), "")
+    stopped = any(isinstance(one, KeyboardInterrupt) for one in causes(error))
+    if stopped:
+        again = AGAIN.get(verb, "")
+        return f"Interrupted. No file was left incomplete.{again}", 128 + (received[-1] if received else signal.SIGINT)
+    if out_of_memory(error):
+        gpu = any("OutOfMemoryError" in type(one).__name__ or "CUDA" in str(one) for one in causes(error))
+        return f"{'The GPU is out' if gpu else 'Out'} of memory. {LOWER.get(verb, 'Free some memory.')}", 1
+    if isinstance(error, SodaprofError):
+        return str(error), 1
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # usage errors of click, or of typer's copy
+        context = getattr(error, "ctx", None)
+        return (
+            f"{error.format_message().rstrip('.')}. See: {context.command_path if context else 'sodaprof'} --help",
+            error.exit_code,
         )
-    except MemoryError:
-        code = _fail("Out of memory. Lower --batch-size.")
-    except OSError as error:
-        reason = "The disk is full" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
-        code = _fail(f"{reason}{f' ({error.filename})' if error.filename else ''}. No file was left incomplete.")
-    except UnicodeEncodeError as error:
+    if isinstance(error, UnicodeEncodeError):
         shown = error.object[error.start]
-        code = _fail(f"The output takes {error.encoding} only, which has no {shown!r}. Set PYTHONIOENCODING=utf-8.")
-    except Exception as error:
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
-            print(f"sodaprof: {error.format_message()} See: sodaprof --help", file=sys.stderr)
-            code = error.exit_code
-        elif type(error).__name__ == "OutOfMemoryError":
-            code = _fail("The GPU is out of memory. Lower --batch-size.")
-        else:
-            raise
-    sys.exit(code if isinstance(code, int) else 0)
+        return f"The output takes {error.encoding} only, which has no {shown!r}. Set PYTHONIOENCODING=utf-8.", 1
+    if isinstance(error, OSError):
+        return _describe_system(error), 1
+    if isinstance(error, ImportError):
+        return f"A library cannot be imported ({error}). Install sodaprof and what it needs again: pip install .", 1
+    return _report(error), BUG
 
 
-def _fail(message: str, code: int = 1) -> int:
-    print(f"sodaprof: {message}", file=sys.stderr)
-    return code
+def _describe_system(error: OSError) -> str:
+    """Returns the message for an error of the operating system."""
+    reason = "The disk is full" if error.errno == errno.ENOSPC else f"{error.strerror or error}"
+    if isinstance(error, console.OutputError):
+        files = f"Complete: {', '.join(console.written)}." if console.written else "No file was written."
+        return f"Standard output cannot be written ({error.strerror or error}). {files}"
+    return f"{reason}{f' ({error.filename})' if error.filename else ''}. No file was left incomplete."
+
+
+def _report(error: BaseException) -> str:
+    """Writes the traceback of an unknown exception to a file, and returns the message that names it."""
+    lines = [
+        f"sodaprof {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        console.command_line(),
+    ]
+    for library in ("torch", "diffusers", "transformers", "numpy"):
+        lines.append(f"{library} {getattr(sys.modules.get(library), '__version__', 'not imported')}")
+    text = "\n".join([*lines, "", *traceback.format_exception(error)])
+    reason = printable(f"{type(error).__name__}: {error}", 300)
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="sodaprof-", suffix=".txt", delete=False, encoding="utf-8",
+                                         errors="backslashreplace") as file:  # fmt: skip
+            file.write(text)
+    except OSError as failed:
+        print(printable(text, kept="\n"), file=sys.stderr)
+        return f"A bug of sodaprof: {reason}. Report it with the traceback above (no file could be written: {failed})."
+    return f"A bug of sodaprof: {reason}. Report it with the traceback in {file.name}"

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SodaprofError
 from . import options
-from .console import command_line, make_console, print_next, print_result, print_wrote, progress
+from .console import command_line, make_console, note_written, print_next, print_result, print_wrote, progress
 
 
 def bench(
@@ -19,7 +19,12 @@ def bench(
         Path | None,
         typer.Option(metavar="FILE", help="Also measure what each action takes: a cost.json to compile with."),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each, in turn, after three warm-up runs.")] = 7,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            callback=options.ranged(1, 100_000), help="Timed runs of each, in turn, after three warm-up runs."
+        ),
+    ] = 7,
     batch_size: options.Batch = 1,
     steps: options.Steps = None,
     prompts: options.Prompts = None,
@@ -59,15 +64,18 @@ def bench(
     if cost is not None:
         with progress(console, "costs") as on_progress:
             table = measure_costs(pipe, **settings, on_progress=on_progress)
-        save_cost(table, cost, force=force)
+            save_cost(table, cost, force=force)
+            note_written(cost)
         print_wrote(console, cost)
     with progress(console, "bench") as on_progress:
         names = [path.stem for path in schedules or []]
         result = benchmark(pipe, loaded, **settings, names=names, on_progress=on_progress)
-    result["command"] = command_line()
+        result["command"] = command_line()
+        if output is not None:
+            write_json(output, result, force=force)
+            note_written(output)
     print_result(console, result, lambda: benchmark_view(result), as_json)
     if output is not None:
-        write_json(output, result, force=force)
         print_wrote(console, output)
     if cost is not None:
         print_next(console, f"sodaprof compile PROFILE --cost {cost} --budget 2.0x -o schedule.json")

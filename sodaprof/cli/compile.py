@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..errors import SodaprofError
-from .console import make_console, print_next, print_wrote, progress, summary
+from .console import make_console, note_written, print_next, print_wrote, progress, summary
 from .options import Cost, Force, MaxCache, check_choice, parse_size
 
 BUDGET = "2.0x"  # if none is given and the policy has no released settings
@@ -31,7 +32,10 @@ def compile_(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="Schedule to write.")],
     budget: Annotated[
         str | None,
-        typer.Option(help="Speed-up of the denoising loop.  [default: 2.0x; toca and duca: their released settings]"),
+        typer.Option(
+            help="Speed-up of the denoising loop, or with --cost FILE its time: 2.0x, 50ms.  [default: 2.0x; toca and duca: "
+            "their released settings]"
+        ),
     ] = None,
     policy: Annotated[
         str | None,
@@ -70,7 +74,7 @@ def compile_(
             console.print(note)
         check_choice("--policy", policy, (*POLICIES, "mix"))
     if budget is not None:
-        parse_budget(budget)  # a wrong one is reported before a model is loaded
+        parse_budget(budget, None if cost == "flops" else math.inf)  # a wrong one is reported before a model is loaded
     knobs = dict(_knob(text) for text in knob or [])
     kept = parse_size(max_cache)
     if update and fit is None:
@@ -94,6 +98,7 @@ def compile_(
     else:
         schedule = _fit(console, fit, asked, update or POLICIES[policy].fits_update)
     schedule.save(output, force=force)
+    note_written(output)
     predicted = schedule.predicted or {}
     error = "" if predicted["error"] is None else f", predicted error {predicted['error']:.4g}"
     console.print(f"{policy}: {predicted['speedup']:.3f}x {predicted['unit']} predicted{error}; {summary(schedule)}")

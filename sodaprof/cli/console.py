@@ -3,29 +3,86 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..errors import printable
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 
-def make_console(stderr: bool = False) -> Console:
-    from rich.console import Console
+SIZES = range(20, 1001)  # columns or lines that are believed
+written: list[str] = []  # files that the command has written, each complete
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+class OutputError(OSError):
+    """Standard output cannot be written."""
+
+
+class Output:
+    """Standard output whose errors are OutputErrors. After the first one nothing more is written, at exit neither."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self._try(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return act(*args)
+        except OSError as error:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+            if isinstance(error, BrokenPipeError):  # the reader, `head` say, has what it wants
+                raise SystemExit(1) from None
+            raise OutputError(error.errno, error.strerror) from error
+
+
+def make_console(stderr: bool = False) -> Console:
+    """Returns a console that takes strings literally and escapes what a terminal would act on."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Plain(Console):
+        def render(self, *args: Any, **kwargs: Any) -> Iterable[Segment]:
+            for text, style, control in super().render(*args, **kwargs):
+                yield Segment(text if control else printable(text, kept="\n"), style, control)
+
+    for name in ("COLUMNS", "LINES"):  # rich believes any number: 0, 10^9
+        given = os.environ.get(name, "")
+        if given and not (given.isdecimal() and len(given) < 5 and int(given) in SIZES):
+            del os.environ[name]
+    return Plain(stderr=stderr, highlight=False, soft_wrap=False, markup=False, emoji=False)
+
+
+def note_written(path: Path | str) -> None:
+    """Notes that a file is complete, for the message if standard output then fails."""
+    if str(path) not in written:
+        written.append(str(path))
 
 
 def print_wrote(console: Console, path: Path | str) -> None:
-    console.print(f"Wrote {path}", soft_wrap=True, markup=False)
+    note_written(path)
+    console.print(f"Wrote {path}", soft_wrap=True)
 
 
 def print_next(console: Console, command: str) -> None:
-    console.print(f"Next: [bold]{command}[/]", soft_wrap=True)
+    from rich.text import Text
+
+    console.print(Text.assemble("Next: ", (command, "bold")), soft_wrap=True)
 
 
 def print_result(console: Console, result: dict[str, Any], view: Callable[[], RenderableType], as_json: bool) -> None:

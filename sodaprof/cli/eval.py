@@ -8,14 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .console import command_line, make_console, print_next, print_result, print_wrote, progress
+from .console import command_line, make_console, note_written, print_next, print_result, print_wrote, progress
 
 
 def eval_(
     model: options.Model,
     schedules: Annotated[list[Path], typer.Argument(metavar="FILE...", help="One schedule or more.")],
-    samples: Annotated[int, typer.Option(help="Held-out seeds.")] = 64,
-    seed: Annotated[int, typer.Option(help="First held-out seed; no calibration seed may be among them.")] = 1_000_000,
+    samples: Annotated[int, typer.Option(callback=options.EvalRange, help="Held-out seeds.")] = 64,
+    seed: Annotated[
+        int,
+        typer.Option(callback=options.SeedRange, help="First held-out seed; no calibration seed may be among them."),
+    ] = 1_000_000,
     prompts: options.Prompts = None,
     guidance_scale: options.Scale = None,
     batch_size: options.Batch = 16,
@@ -66,15 +69,18 @@ def eval_(
             guidance_scale=guidance_scale, names=_names(schedules, loaded), controls=controls, data=real, runtime=runtime,
             graphs=not no_graphs, on_progress=on_progress,
         )  # fmt: skip
-    pictures = result.pop("pictures")
-    result["command"] = command_line()
+        pictures = result.pop("pictures")
+        result["command"] = command_line()
+        if output is not None:
+            write_json(output, result, force=force)
+            note_written(output)
+        if picture is not None:
+            save_side_by_side(pictures, picture, force=force)
+            note_written(picture)
     print_result(console, result, lambda: evaluation_view(result), as_json)
-    if output is not None:
-        write_json(output, result, force=force)
-        print_wrote(console, output)
-    if picture is not None:
-        save_side_by_side(pictures, picture, force=force)
-        print_wrote(console, picture)
+    for path in (output, picture):
+        if path is not None:
+            print_wrote(console, path)
     if record:
         _record(console, result, schedules, loaded)
     if not as_json:

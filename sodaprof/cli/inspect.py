@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import make_console, print_next, print_result, print_wrote
+from .console import make_console, note_written, print_next, print_result, print_wrote
 from .options import Device, Dtype, Force, Json, Model, Scale, Scheduler, Steps
 
 
@@ -41,11 +41,13 @@ def inspect(
     cost = count_flops(pipe, found, step)
     console = make_console(stderr=as_json)
     data = {"model": found.to_json(), "sampler": sampler.to_json(), "cost": cost.to_json()}
-    print_result(console, data, lambda: inspection_view(found, sampler, cost), as_json)
     if output is not None:
         write_inspection(output, found, sampler)
         write_solver(output, solver_of(pipe, sampler))
         save_cost(cost, output / "cost.flops.json", force=True)
+        note_written(f"{output}/")
+    print_result(console, data, lambda: inspection_view(found, sampler, cost), as_json)
+    if output is not None:
         print_wrote(console, f"{output}/")
         print_next(console, f"sodaprof compile {output} --policy fora --budget 2.0x -o fora.json")
     elif not as_json:

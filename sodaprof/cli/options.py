@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import SodaprofError
+
+
+def ranged(least: float, most: float) -> Callable[[typer.CallbackParam, Any], Any]:
+    """Returns the callback of an option whose value, if given, is a number from `least` to `most`."""
+
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not least <= value <= most:
+            wanted = f"at least {least:,}" if value < least else f"{least:,} to {most:,}"
+            raise SodaprofError(f"{max(param.opts, key=len)} is {value}; expected {wanted}.")
+        return value
+
+    return check
+
+
+SampleRange, EvalRange = ranged(1, 1_000_000), ranged(2, 1_000_000)
+BatchRange, StepRange, SeedRange, PixelRange = (
+    ranged(1, 65_536),
+    ranged(1, 10_000),
+    ranged(0, 2**64 - 1),
+    ranged(1, 65_536),
+)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A pipeline folder, a shipped reference model, or a hub id a/b.")
@@ -21,7 +42,12 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16  [default: float32 on a CPU, else bfloat16]")
 ]
 Scale = Annotated[
-    float | None, typer.Option("--guidance-scale", help="Guidance.  [default: the schedule's, or the pipeline's]")
+    float | None,
+    typer.Option(
+        "--guidance-scale",
+        callback=ranged(0, 10_000),
+        help="Guidance.  [default: the schedule's, or the pipeline's]",
+    ),
 ]
 Prompts = Annotated[
     str | None,
@@ -31,7 +57,7 @@ Prompts = Annotated[
 ]
 ResultFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")]
 ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")]
-Batch = Annotated[int, typer.Option(help="Generations sampled at once.")]
+Batch = Annotated[int, typer.Option(callback=BatchRange, help="Generations sampled at once.")]
 Runtime = Annotated[
     str,
     typer.Option(
@@ -45,7 +71,7 @@ Scheduler = Annotated[
     str | None,
     typer.Option(metavar="CLASS", help="A scheduler of diffusers to sample with.  [default: the pipeline's own]"),
 ]
-Steps = Annotated[int | None, typer.Option(help="Sampling steps.  [default: the pipeline's]")]
+Steps = Annotated[int | None, typer.Option(callback=StepRange, help="Sampling steps.  [default: the pipeline's]")]
 Cost = Annotated[str, typer.Option(help="Unit of the budget: flops, or a cost.json of measured milliseconds.")]
 MaxCache = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Limit for the caches of one generation: 2GB, 500MB.")
@@ -56,12 +82,12 @@ def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
     """Raises SodaprofError unless all files that these options name can be written, and are different ones."""
     from ..formats.files import refuse_existing
 
-    options: dict[Path, str] = {}
+    options: dict[str, str] = {}
     for option, path in paths.items():
         if path is None:
             continue
         refuse_existing(path, force)
-        if (other := options.setdefault(path.resolve(), option)) != option:
+        if (other := options.setdefault(os.path.realpath(path), option)) != option:
             raise SodaprofError(f"{other} and {option} are both {path}. Give each a file of its own.")
 
 
@@ -94,7 +120,7 @@ def _parse(text: str, units: dict[str, int], option: str, example: str) -> float
         number = text.strip().upper().removesuffix(unit)
         if text.strip().upper().endswith(unit):
             try:
-                if 0 < float(number) < math.inf:
+                if 0 < float(number) * factor <= 2**63:
                     return float(number) * factor
             except ValueError:
                 break

@@ -7,8 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import duration, make_console, print_next, progress, size
-from .options import Device, Dtype, Force, Model, Prompts, Scale, Scheduler, Steps, check_choice, entries
+from .console import duration, make_console, note_written, print_next, progress, size
+from .options import (
+    BatchRange,
+    Device,
+    Dtype,
+    Force,
+    Model,
+    Prompts,
+    SampleRange,
+    Scale,
+    Scheduler,
+    SeedRange,
+    Steps,
+    check_choice,
+    entries,
+    ranged,
+)
 
 
 def profile(
@@ -16,13 +31,23 @@ def profile(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="DIR", help="Folder to write.")],
     steps: Steps = None,
     samples: Annotated[
-        int | None, typer.Option(help="Generations to average over.  [default: 100; 10 for video]")
+        int | None,
+        typer.Option(callback=SampleRange, help="Generations to average over.  [default: 100; 10 for video]"),
     ] = None,
     prompts: Prompts = None,
     guidance_scale: Scale = None,
-    max_interval: Annotated[int, typer.Option(help="Longest cache interval; ages 1 to this minus 1 are measured.")] = 8,
+    max_interval: Annotated[
+        int | None,
+        typer.Option(
+            callback=ranged(2, 100),
+            help="Longest cache interval; ages 1 to this minus 1 are measured.  [default: 8, at most the steps]",
+        ),
+    ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Most generations sampled at once; fewer are taken if that saves passes.")
+        int,
+        typer.Option(
+            callback=BatchRange, help="Most generations sampled at once; fewer are taken if that saves passes."
+        ),
     ] = 16,
     tokens: Annotated[str, typer.Option(help="Errors per token: pooled (to at most 1024 a site) or full.")] = "pooled",
     states_only: Annotated[
@@ -34,7 +59,7 @@ def profile(
     no_gram: Annotated[
         bool, typer.Option("--no-gram", help="Measure no products, only the errors that policy soda reads.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the first generation.")] = 0,
+    seed: Annotated[int, typer.Option(callback=SeedRange, help="Seed of the first generation.")] = 0,
     scheduler: Scheduler = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -64,6 +89,7 @@ def profile(
     )
     with progress(console, "profile") as on_progress:
         found = run_profile(pipe, plan, output, force=force, on_progress=on_progress)
+        note_written(f"{output}/")
     _print_end(console, found, output, no_gram)
 
 

@@ -7,8 +7,23 @@ from typing import Annotated
 
 import typer
 
-from .console import make_console, print_next, print_wrote, progress, summary
-from .options import Cost, Device, Dtype, Force, MaxCache, Model, Prompts, Scheduler, entries, parse_size, parse_span
+from .console import make_console, note_written, print_next, print_wrote, progress, summary
+from .options import (
+    Cost,
+    Device,
+    Dtype,
+    Force,
+    MaxCache,
+    Model,
+    Prompts,
+    SampleRange,
+    Scheduler,
+    SeedRange,
+    entries,
+    parse_size,
+    parse_span,
+    ranged,
+)
 
 
 def refine_(
@@ -19,12 +34,19 @@ def refine_(
     ],
     time: Annotated[str | None, typer.Option(metavar="SPAN", help="Stop after this time: 90s, 5m, 1h.")] = None,
     evaluations: Annotated[
-        int | None, typer.Option(help="Stop after this many candidates; the result is then reproducible.")
+        int | None,
+        typer.Option(
+            callback=ranged(1, 10**9), help="Stop after this many candidates; the result is then reproducible."
+        ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(help="Calibration generations: three quarters for the search, the rest for validation.")
+        int,
+        typer.Option(
+            callback=SampleRange,
+            help="Calibration generations: three quarters for the search, the rest for validation.",
+        ),
     ] = 24,
-    seed: Annotated[int, typer.Option(help="Seed of the sequence of candidates.")] = 0,
+    seed: Annotated[int, typer.Option(callback=SeedRange, help="Seed of the sequence of candidates.")] = 0,
     prompts: Prompts = None,
     cost: Cost = "flops",
     max_cache: MaxCache = None,
@@ -57,6 +79,7 @@ def refine_(
             seed=seed, force=force, prompts=entries(prompts),
             cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
         )  # fmt: skip
+        note_written(output)
     console.print(
         f"{scores['search']:.2f} dB on the search generations, {scores['validation']:.2f} dB on the validation generations "
         "(signal to error of the last latents; mean of the mean and of the worst tenth). Best found at candidate "

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import SodaprofError
-from .console import make_console, print_next, print_wrote
-from .options import Device, Dtype, Force, Model, NoGraphs, Runtime, Scale, Scheduler
+from .console import make_console, note_written, print_next, print_wrote
+from .options import Device, Dtype, Force, Model, NoGraphs, PixelRange, Runtime, Scale, Scheduler, SeedRange, StepRange
 
 
 def run(
@@ -23,13 +23,19 @@ def run(
     schedule: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="A schedule.  [default: the one in the model's folder]")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the schedule to take from the model's folder.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(callback=StepRange, help="Steps of the schedule to take from the model's folder.")
+    ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; may be repeated.")] = None,
     label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture; each further picture adds 1.")] = 0,
+    seed: Annotated[
+        int, typer.Option(callback=SeedRange, help="Seed of the first picture; each further picture adds 1.")
+    ] = 0,
     guidance_scale: Scale = None,
-    height: Annotated[int | None, typer.Option(help="In pixels, with --width.  [default: the pipeline's]")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels, with --height.")] = None,
+    height: Annotated[
+        int | None, typer.Option(callback=PixelRange, help="In pixels, with --width.  [default: the pipeline's]")
+    ] = None,
+    width: Annotated[int | None, typer.Option(callback=PixelRange, help="In pixels, with --height.")] = None,
     allow_resolution: Annotated[
         bool,
         typer.Option("--allow-resolution", help="Allow another size than profiled; pruned tokens are scaled to it."),
@@ -56,7 +62,8 @@ def run(
         raise SodaprofError("Give --height and --width together, or neither.")
     if schedule is not None:
         load_schedule(schedule)  # a broken file is reported before a model is loaded
-    from ..pipelines.load import call, load_pipeline, makes_video, pictures_of
+    from ..pipelines.finite import finite_pictures
+    from ..pipelines.load import call, load_pipeline, makes_video
     from ..runtime.apply import apply, runtime_settings
     from ..runtime.shipped import find_shipped
 
@@ -76,8 +83,9 @@ def run(
     pixels = None if height is None or width is None else (height, width)
     seeds = [seed + i for i in range(len(entries))]
     with apply(pipe, loaded, runtime=settings, allow_resolution=allow_resolution) as handle:
-        pictures = pictures_of(call(pipe, entries, seeds, loaded.steps, scale, size=pixels))
+        pictures = finite_pictures(pipe, lambda: call(pipe, entries, seeds, loaded.steps, scale, size=pixels))
     _save(pictures, [f"{e} (seed {s})" for e, s in zip(entries, seeds, strict=True)], output, force)
+    note_written(output)
     console.print(str(handle.report()))
     print_wrote(console, output)
     print_next(console, f"sodaprof eval {model} {schedule}{'' if scheduler is None else f' --scheduler {scheduler}'}")

@@ -14,14 +14,14 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from ..errors import BudgetError, FormatError, UnsupportedModelError
+from ..errors import BudgetError, FormatError, UnsupportedModelError, printable
 from ..formats.cost import cost_of, load_cost
 from ..formats.profile import Inspection, Profile, load_inspection, load_profile
 from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from .knobs import read_knobs, values_of
 from .policies import POLICIES, Policy, current_name
-from .problem import Problem, cache_bytes
+from .problem import Problem, cache_bytes, within
 
 LOG = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ def compile_schedule(
 ) -> Schedule:
     """Returns the schedule that `policy` compiles from the profile in `folder` for a speed-up of the denoising loop.
 
-    budget: "2.0x" or 2.0; by default 2.0x, for policies with released settings what these give. policy: by default
-    `default_policy`, whose reason is logged if it is not `solver`.
+    budget: "2.0x" or 2.0, or with a cost table in ms "50ms", the time of the loop at the table's batch; by default 2.0x, for
+    policies with released settings what these give. policy: by default `default_policy`, whose reason is logged if it is not
+    `solver`.
     cost: "flops" for the folder's own count, or the path of a cost.json. knobs: texts or values by name. max_cache: bytes that
     the caches of one generation may take; policies that keep several outputs are tried with fewer, unless a knob says how many.
     updated: with an update that is to be fitted closed loop, which budget and bytes leave room for; until then it is the
@@ -48,17 +49,19 @@ def compile_schedule(
     source = _source(folder)
     name = _policy(policy, source)
     chosen = POLICIES[name]
-    ratio = 0.0 if budget is None and chosen.released else parse_budget(2.0 if budget is None else budget)
     table, flops = cost_of(source.folder, cost), source.folder / "cost.flops.json"
     problem = Problem(
         source.model,
         source.sampler,
         table,
-        ratio,
+        0.0,
         source if isinstance(source, Profile) else None,
         load_cost(flops) if table.unit == "ms" and flops.exists() else None,
         source.own_update() if updated else None,
     )
+    if budget is not None or not chosen.released:
+        full_ms = problem.full_cost if table.unit == "ms" else None
+        problem = dataclasses.replace(problem, budget=parse_budget(2.0 if budget is None else budget, full_ms))
     settings: Any = read_knobs(name, chosen.knobs, knobs or {})
     for schedule in _ever_smaller(problem, chosen, settings, knobs or {}):
         kept = cache_bytes(schedule, problem.model)
@@ -139,12 +142,33 @@ def _ever_smaller(problem: Problem, policy: Policy, knobs: Any, given: Mapping[s
         knobs = dataclasses.replace(knobs, **{depth[0]: getattr(knobs, depth[0]) - 1})
 
 
-def parse_budget(text: str | float) -> float:
-    """Returns the speed-up that `2.0x` (or `2.0`) asks for; BudgetError unless it is a finite number of at least 1."""
+def parse_budget(text: str | float, full_ms: float | None = None) -> float:
+    """Returns the speed-up that a budget asks for: `2.0x`, `2` or 2.0, or `50ms`, the time of the loop.
+
+    full_ms: what the loop takes with every step full; None if costs are no times. Raises BudgetError for other text, a speed-up
+    outside of 1 to 1,000,000, a time without full_ms, or one above it.
+    """
+    written = str(text).strip().lower()
+    unit = "ms" if written.endswith("ms") else "x"
     try:
-        value = float(str(text).strip().removesuffix("x").removesuffix("X"))
+        value = float(written.removesuffix(unit))
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or value < 1:
-        raise BudgetError(f"The budget is {str(text)!r}; expected a speed-up of at least 1, as in --budget 2.0x")
-    return value
+    if not (0 < value < math.inf if unit == "ms" else 1 <= value <= 1_000_000):
+        raise BudgetError(
+            f"The budget is {printable(str(text), 60)!r}; expected a speed-up of at least 1 (at most 1,000,000), as in --budget "
+            "2.0x, or with a cost table in ms the time of the loop, as in --budget 50ms"
+        )
+    if unit == "x":
+        return value
+    if full_ms is None:
+        raise BudgetError(
+            f"The budget is {text}, and the cost table counts FLOPs, which say nothing about time. Measure: sodaprof bench MODEL "
+            "--cost cost.json, and add --cost cost.json here; or ask for a speed-up, as in --budget 2.0x"
+        )
+    if not within(value, full_ms):
+        raise BudgetError(
+            f"The budget is {text}, and the loop takes {full_ms:.4g} ms with every step full. Ask for less, as in --budget "
+            f"{full_ms / 2:.4g}ms"
+        )
+    return max(1.0, full_ms / value)

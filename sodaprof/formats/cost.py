@@ -9,11 +9,12 @@ import numpy as np
 from msgspec import Meta
 
 from ..errors import MismatchError
-from .files import Record, decode, read_json, write_json
+from .files import MOST, WHOLE, PositiveInt, Record, decode, read_json, write_json
 from .rules import MAPPED, observed_steps
 from .schedule import Plan, Schedule
 
-Amount = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0)]
+Amount = Annotated[int, Meta(ge=0, le=WHOLE)] | Annotated[float, Meta(ge=0, le=MOST)]
+Tokens = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 BySources = Annotated[tuple[Amount, ...], Meta(min_length=4, max_length=4)]  # K = 1…4
 
 
@@ -23,7 +24,7 @@ class SiteCost(Record, frozen=True):
     C: Amount
     R: Amount
     F: BySources
-    P: Annotated[tuple[tuple[int, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending; linear between them
+    P: Annotated[tuple[tuple[Tokens, Amount], ...], Meta(min_length=1)]  # (k, cost), k ascending; linear between them
     map: Amount = 0.0  # of the attention weights that a token rule reads; k rows cost k / N of it
 
     def __post_init__(self) -> None:
@@ -67,8 +68,8 @@ class CostModel(Record, frozen=True):
     unit: Literal["flops", "ms"]
     device: str
     dtype: str
-    batch: int
-    tokens: int
+    batch: PositiveInt
+    tokens: PositiveInt
     transformers: dict[str, TransformerCost]
     loop: Annotated[dict[Literal["scheduler", "update", "guidance"], Amount], Meta(min_length=3)]  # paid at each step
     outside: Annotated[dict[Literal["text_encoder", "vae"], Amount | None], Meta(min_length=2)]  # null: not counted

@@ -1,26 +1,40 @@
-"""JSON files: strict reading, checked decoding into records, atomic writing. Every file of sodaprof passes through here."""
+"""JSON files: strict reading, checked decoding into records, atomic writing. Every file passes through here."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import math
 import os
-import tempfile
+import re
+import secrets
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from ..errors import FormatError
+from .disk import is_open, lock, opened, read_bytes
 
-MAX_BYTES = 64 << 20  # of a JSON file
+MAX_BYTES = 32 << 20  # of a JSON file
+MAX_CONTAINERS = 400_000  # objects and lists in a JSON file
 MAX_DEPTH = 64  # objects and lists inside each other
+MAX_NUMBER = 1e60  # of any number in a JSON file; fields have narrower ranges
+SHOWN = 80  # characters of a value that a message shows
 REWRITE = "Write the file again with sodaprof."
 UPGRADE = "Upgrade sodaprof: run `pip install -U .` in a newer checkout."
-Number = int | float  # 1 stays 1 and 1.0 stays 1.0 when a file is written again
+WHOLE = 2**63 - 1  # the largest whole number of a field
+# a coefficient, weight, timestep or scale; 1 stays 1 and 1.0 stays 1.0 when a file is written again
+Number = Annotated[int, Meta(ge=-(10**9), le=10**9)] | Annotated[float, Meta(ge=-1e9, le=1e9)]
+MOST = 1e30  # the largest FLOPs, or milliseconds, of a loop
+# what is computed from costs and errors
+Figure = Annotated[int, Meta(ge=-WHOLE, le=WHOLE)] | Annotated[float, Meta(ge=-MOST, le=MOST)]
+PositiveInt = Annotated[int, Meta(gt=0, le=2**31 - 1)]
 T = TypeVar("T")
 
 
@@ -37,31 +51,36 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def read_json(path: Path, missing: str = "Check the path.") -> Any:
     """Returns the JSON value in `path`; `missing` is what the message advises if there is no such file.
 
-    Raises FormatError for a missing, broken, very large or deeply nested file, a key that occurs twice in an object, NaN,
-    infinity, or a number that overflows a float.
+    Raises FormatError for a missing, broken, very large or deeply nested file, one that is no regular file, a key that
+    occurs twice in an object, NaN, infinity, or a number beyond MAX_NUMBER.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"larger than {MAX_BYTES >> 20} MiB")
-        value = json.loads(
-            path.read_text(encoding="utf-8"),
-            parse_constant=_finite,
-            parse_float=_finite,
-            parse_int=_whole,
-            object_pairs_hook=_object,
-        )
-        _check_depth(value)
+        return json_of(read_bytes(path, MAX_BYTES))
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file. {missing}") from None
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not readable as JSON ({error}). Write the file again, or fetch it anew.") from None
+
+
+def json_of(content: bytes) -> Any:
+    """Returns the JSON value in the bytes of a file; ValueError (or RecursionError) for what `read_json` refuses."""
+    if content.count(b"{") + content.count(b"[") > MAX_CONTAINERS:
+        raise ValueError(f"more than {MAX_CONTAINERS:,} objects and lists")
+    value = json.loads(
+        content.decode("utf-8"),
+        parse_constant=_finite,
+        parse_float=_finite,
+        parse_int=_whole,
+        object_pairs_hook=_object,
+    )
+    _check_depth(value)
     return value
 
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
+    if not abs(value) <= MAX_NUMBER:  # NaN too
+        raise ValueError(f"{text:.{SHOWN}} is not a finite number of at most {MAX_NUMBER:g} in size")
     return value
 
 
@@ -73,9 +92,15 @@ def _whole(text: str) -> int:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice in an object")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shown(twice)} occurs twice in an object")
     return found
+
+
+def shown(value: Any) -> str:
+    """Returns a value of a file for a message: as Python writes it, cut to SHOWN characters."""
+    text = repr(value[:SHOWN] if isinstance(value, str | list) else value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _check_depth(value: Any) -> None:
@@ -98,10 +123,15 @@ def decode(data: Any, kind: type[T], where: str, advice: str = REWRITE) -> T:
     try:
         value = msgspec.convert(data, kind, strict=True)
     except (msgspec.ValidationError, UnicodeError) as error:
-        raise FormatError(f"{where}: {error}. {advice}") from None
+        raise FormatError(f"{where}: {cut(str(error))}. {advice}") from None
     for place in sorted({*_keys(encode(value))} - {*_keys(data)}):
-        raise FormatError(f"{where}: Object missing required field `{place}`. {advice}")
+        raise FormatError(f"{where}: Object missing required field `{cut(place)}`. {advice}")
     return value
+
+
+def cut(text: str) -> str:
+    """Returns a text without the middle of what is longer than 4 · SHOWN characters: names in files have any length."""
+    return text if len(text) <= 4 * SHOWN else f"{text[: 2 * SHOWN]} … {text[-2 * SHOWN :]}"
 
 
 def encode(value: Any) -> Any:
@@ -155,31 +185,77 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary path in the same folder and renames it to `path` when the block succeeds.
 
     On any failure (a full disk, Ctrl-C) the temporary file goes and `path` is untouched. An existing `path` is only
-    replaced with `force`.
+    replaced with `force`, and keeps its mode; else not even one that appears meanwhile. Temporary files are locked by their
+    run, so that those of killed runs are known, and removed here. FormatError as `refuse_existing`.
     """
     refuse_existing(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    start = f".{os.fsencode(path.name)[:100].decode(errors='ignore')}."
+    _remove_abandoned(path.parent, start)
+    while True:
+        # the suffix decides the format of pictures; no reader takes a file with a dot in front
+        temporary = path.with_name(f"{start}{secrets.token_hex(4)}.tmp{'' if path.suffix == '.json' else path.suffix}")
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        if lock(handle) and is_open(temporary, handle):
+            break  # else another run has taken it for abandoned before it was locked
+        os.close(handle)
     try:
         yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
+        if force:
+            with suppress(FileNotFoundError):
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.replace(temporary, path)
+        else:
+            _rename_new(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path, start: str) -> None:
+    """Removes the temporary files in a folder whose names begin so and which no running process has locked."""
+    pattern = re.compile(re.escape(start) + r"[0-9a-f]{8}\.tmp(\.\w+)?")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_file():
+            with suppress(FileNotFoundError), opened(path, WHOLE) as file:  # another run may remove it first
+                if lock(file.fileno()):
+                    path.unlink()
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    """Renames a file to a path at which there is none; FormatError if one has appeared."""
+    try:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))  # a file system without hard links
+            os.replace(temporary, path)
+    except FileExistsError:
+        raise FormatError(
+            f"{path}: appeared while it was written, and is left as it is. Choose another name, or add --force to replace it."
+        ) from None
 
 
 def refuse_existing(path: Path, force: bool, *, folder: bool = False) -> None:
-    """Raises FormatError if `path` exists and `force` is not set, or if no file (or folder) can be written there."""
-    if path.exists() and not force:
+    """Raises FormatError if `path` exists and `force` is not set, or if no file (or folder) can be written there.
+
+    A link that leads nowhere exists; with `force` it is replaced itself.
+    """
+    if os.path.lexists(path) and not force:
         raise FormatError(f"{path}: exists already. Choose another name, or add --force to replace it.")
     if path.exists() and not (path.is_dir() if folder else path.is_file()):
         wanted = "folder" if folder else "file"
         raise FormatError(f"{path}: exists and is not a {wanted}; it is not replaced. Choose another name.")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if folder and path.is_symlink():
+        raise FormatError(
+            f"{path}: is a link; it is not replaced. Choose another name, or the folder that it leads to."
+        )
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
-        raise FormatError(f"{path}: {above} is a file; expected a folder to write into. Choose another place.")
+        found = "a file" if above.is_file() else "no folder"
+        raise FormatError(f"{path}: {above} is {found}; expected a folder to write into. Choose another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise FormatError(f"{path}: the folder {above} may not be written. Choose another, or change its permissions.")
 
@@ -195,10 +271,10 @@ def header(data: Any, known: tuple[str, int], where: str) -> dict[str, Any]:
     name, version = known
     if not isinstance(data, dict) or data.get("format") != name:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise FormatError(f"{where}: found format {found!r}, expected {name!r}. Check the path.")
+        raise FormatError(f"{where}: found format {shown(found)}, expected {name!r}. Check the path.")
     if type(data.get("version")) is not int or not 1 <= data["version"] <= version:
         raise FormatError(
-            f"{where}: found version {data.get('version')!r} of {name}, this release reads up to {version}. {UPGRADE}"
+            f"{where}: found version {shown(data.get('version'))} of {name}, this release reads up to {version}. {UPGRADE}"
         )
     return {key: value for key, value in data.items() if key not in ("format", "version")}
 
@@ -208,4 +284,6 @@ def checked(build: Callable[[], Any], where: str) -> Any:
     try:
         return build()
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise FormatError(f"{where}: a value has the wrong type or shape ({error}). Write the file again.") from None
+        raise FormatError(
+            f"{where}: a value has the wrong type or shape ({cut(str(error))}). Write the file again."
+        ) from None

@@ -8,38 +8,36 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from msgspec import Meta
 
 from ..errors import FormatError, UnsupportedModelError
-from .files import UPGRADE, Number, Record, decode, digest, read_json, write_json
+from .files import Record, cut, decode, digest, read_json, shown, write_json
+from .manifest import read_manifest
 from .sampler import OwnUpdate
-from .sites import Model, Sampler, SiteKey, Transformer, model_from_json
-from .tables import CELL, COLUMNS, GRAM, MEAN, STACK_FORMS, TABLES, VERSIONS, Columns, profile_again, read_table
+from .sites import Model, Sampler, Transformer, model_from_json
+from .tables import (
+    CELL,
+    COLUMNS,
+    GRAM,
+    MEAN,
+    METRICS,
+    PLACE,
+    STACK_FORMS,
+    Columns,
+    encoded,
+    profile_again,
+    read_table,
+    table_digest,
+)  # fmt: skip
 
+MAX_BRANCHES = 8  # of guidance
+ROUNDING = 1e-4  # how far rounding may move an error below 0, or a product above its bound, relative to it
+LARGEST = 1e30  # of an error; 1 − cosine ends at 2, the others have no bound
+LARGEST_PRODUCT = 1e60
 FORECAST_SOURCES = 4  # at most
 MAKE = "Make the profile: sodaprof profile MODEL -o DIR"
-
-
-class Manifest(Record, frozen=True):
-    """The content of manifest.json: what was asked for, where it ran, and how long it took."""
-
-    FORMAT = "sodaprof.profile", 1
-    tables: dict[str, int]  # name -> version
-    model: str
-    sampler: str
-    prompts: Annotated[tuple[int | str, ...], Meta(min_length=1)]
-    seed: Annotated[int, Meta(ge=0)]
-    samples: Annotated[int, Meta(ge=1)]
-    max_interval: Annotated[int, Meta(ge=2)]
-    batch_size: int
-    guidance_scale: Number | None
-    dtype: str
-    device: str
-    versions: dict[str, Any]
-    measured: dict[str, Any]
 
 
 class Refused(Record, frozen=True):
@@ -89,12 +87,15 @@ class Profile(Inspection):
         return history_of(self.sampler.steps, self.manifest["max_interval"])
 
     def digest(self) -> str:
-        """Returns the SHA-256 of the request, the tables and the sampler's own update; duration and device do not enter."""
-        kept = {k: v for k, v in self.manifest.items() if k not in ("measured", "versions", "device")}
-        names = {t: f"{t}.parquet" for t in self.manifest["tables"] if t in COLUMNS}
-        if (self.folder / "solver.json").exists():
-            names["solver"] = "solver.json"
-        files = {name: hashlib.sha256((self.folder / file).read_bytes()).hexdigest() for name, file in names.items()}
+        """Returns the SHA-256 of the request, the tables and the sampler's own update; duration and device do not enter.
+
+        The version of the manifest does not enter either: a profile has the same digest in both.
+        """
+        left_out = ("measured", "versions", "device", "digests")
+        kept = {k: v for k, v in self.manifest.items() if k not in left_out} | {"version": 1}
+        files = {table: table_digest(self.folder, table) for table in self.manifest["tables"] if table in COLUMNS}
+        if (path := self.folder / "solver.json").exists():
+            files["solver"] = hashlib.sha256(path.read_bytes()).hexdigest()
         return digest({"manifest": kept, "tables": files})
 
     def reference(self) -> dict[str, Any]:
@@ -103,40 +104,53 @@ class Profile(Inspection):
 
     def caching_error(self, metric: str = "cos", branch: int = MEAN) -> dict[str, np.ndarray]:
         """Returns per transformer the error of reuse [T, S, ages + 1], branch mean or of a branch; NaN before the turn."""
-        table = self._read("caching", [*CELL, f"{metric}_mean"])
-        errors = self._stale_errors(table, f"{metric}_mean", np.zeros(len(table["step"]), dtype=int), branch)
+        errors = self._stale_errors("caching", f"{metric}_mean", branch)[0]
         return {name: array[..., 0] for name, array in errors.items()}
 
     def pruning_error(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Returns per transformer E_p [T, S, ages + 1, rates] (1 − cosine, branch mean), and the prune rates [rates]."""
-        table = self._read("pruning", [*CELL, "prune_rate", "mean"])
-        rates, rate = np.unique(table["prune_rate"], return_inverse=True)
-        return self._stale_errors(table, "mean", rate, MEAN), rates
+        return self._stale_errors("pruning", "mean", MEAN)
 
-    def _stale_errors(self, table: Columns, value: str, rate: np.ndarray, branch: int) -> dict[str, np.ndarray]:
-        """Returns per transformer a column as [T, S, ages + 1, rates]; rate: the index of each row's prune rate."""
-        dense = {}
-        for name, transformer in self.model.transformers.items():
-            rows = np.flatnonzero((table["branch"] == branch) & (table["transformer"] == name))
-            shape = (self.sampler.steps, len(transformer.sites), self.max_age + 1, rate.max(initial=0) + 1)
-            index = table["step"][rows], self._site_numbers(table, rows, transformer), table["age"][rows], rate[rows]
-            if any(((i < 0) | (i >= n)).any() for i, n in zip(index, shape, strict=True)):
-                raise self._broken("a table has steps or ages outside the profile")
-            array = np.full(shape, np.nan)
-            array[index] = table[value][rows]
+    def _stale_errors(self, table: str, value: str, branch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Returns per transformer a column of a table of cells as [T, S, ages + 1, rates], and the rates; caching has one, 0."""
+        values = [f"{metric}_mean" for metric in METRICS] if table == "caching" else ["mean", "prune_rate"]
+        rows = self._read(table, [*CELL, *values, "n"])
+        kept = values if table == "caching" else ["mean"]
+        if any((rows[v] < -ROUNDING).any() for v in kept) or any((rows[v] > LARGEST).any() for v in kept):
+            raise self._broken(f"{table}.parquet has an error below 0 or above {LARGEST:g}")
+        rates, rate = np.unique(rows.get("prune_rate", np.zeros(len(rows["n"]))), return_inverse=True)
+        if table == "pruning" and not ((rates > 0) & (rates < 1)).all():
+            raise self._broken("pruning.parquet has a prune rate outside 0 … 1")
+        branches = int(rows["branch"].max(initial=0)) + 1
+        expected = {"none": [1], "halves": [2], "passes": range(1, MAX_BRANCHES + 1)}[self.sampler.guidance.form]
+        if branches not in expected:
+            raise self._broken(
+                f"{table}.parquet has {branches} branches for guidance of form {self.sampler.guidance_form}"
+            )
+        dense, site = {}, self._site_numbers(rows)
+        for number, (name, transformer) in enumerate(self.model.transformers.items()):
             past = np.array(transformer.past(self.sampler.steps))
-            for age in range(1, self.max_age + 1):
-                if np.isnan(array[past >= age, :, age]).any():
-                    raise self._broken(f"rows are missing at age {age}")
-            dense[name] = array
-        return dense
+            ages = np.arange(self.max_age + 1)
+            wanted = np.zeros((branches + 1, len(past), len(transformer.sites), len(ages), len(rates)), dtype=bool)
+            wanted |= ((ages > 0) & (ages <= past[:, None]))[None, :, None, :, None]
+            of_it = np.flatnonzero(site[0] == number)
+            index = rows["branch"][of_it] + 1, rows["step"][of_it], site[1][of_it], rows["age"][of_it], rate[of_it]
+            if any(((i < 0) | (i >= n)).any() for i, n in zip(index, wanted.shape, strict=True)):
+                raise self._broken(f"{table}.parquet has branches, steps or ages outside the profile")
+            found = np.bincount(np.ravel_multi_index(index, wanted.shape), minlength=wanted.size)
+            if not np.array_equal(found.reshape(wanted.shape), wanted):
+                raise self._broken(f"{table}.parquet lacks rows of {name}, or has some twice")
+            array = np.full(wanted.shape, np.nan)
+            array[index] = rows[value][of_it]
+            dense[name] = array[branch + 1]
+        return dense, rates
 
     def state_products(self) -> np.ndarray:
         """Returns the inner products [2T + 1, 2T + 1] of the latents x_0 … x_T, then of the guided outputs v_0 … v_(T−1).
 
         Summed over the elements of a generation's latents, mean over the generations; as the scheduler's step receives them.
         """
-        table = self._read("gram", list(GRAM))
+        table = self._products()
         return self._square(table, table["kind"] == "state", np.arange(2 * self.sampler.steps + 1))
 
     def response(self) -> np.ndarray | None:
@@ -145,15 +159,19 @@ class Profile(Inspection):
         Interpolated between the steps at which it was measured, constant before the first and after the last. None if the
         profile has not measured it: fewer than 16 samples, or a pipeline that cannot be replayed.
         """
-        table, steps = self._read("gram", list(GRAM)), self.sampler.steps
+        table, steps = self._products(), self.sampler.steps
         rows = {kind: np.flatnonzero(table["kind"] == kind) for kind in ("away", "response")}
         if not all(map(len, rows.values())):
             return None
         away, moved = (
             dict(zip(table["row"][r].tolist(), table["product"][r].tolist(), strict=True)) for r in rows.values()
         )
-        if away.keys() != moved.keys() or not away.keys() <= set(range(steps)):
-            raise self._broken("rows of kind away or response are missing")
+        if (
+            away.keys() != moved.keys()
+            or not away.keys() <= set(range(steps))
+            or sum(map(len, rows.values())) != 2 * len(away)
+        ):
+            raise self._broken("gram.parquet lacks rows of kind away or response, or has some twice")
         known = sorted(step for step, energy in away.items() if energy > 0)  # at step 0 there is no error yet
         if not known:
             return np.zeros(steps)
@@ -166,10 +184,11 @@ class Profile(Inspection):
         than `history` apart or not of one turn.
         """
         table, found = self._products_of_outputs(), {}
-        for name, transformer in self.model.transformers.items():
-            rows = np.flatnonzero((table["kind"] == "site") & (table["transformer"] == name))
-            site, past = self._site_numbers(table, rows, transformer), self._past(transformer)
-            found[name] = np.stack([self._square(table, rows[site == i], past) for i in range(len(transformer.sites))])
+        rows = np.flatnonzero(table["kind"] == "site")
+        of, site = self._site_numbers({column: values[rows] for column, values in table.items()})
+        for number, (name, transformer) in enumerate(self.model.transformers.items()):
+            past, sites = self._past(transformer), range(len(transformer.sites))
+            found[name] = np.stack([self._square(table, rows[(of == number) & (site == i)], past) for i in sites])
         return found
 
     def stack_products(self) -> dict[str, dict[str, np.ndarray]]:
@@ -186,14 +205,27 @@ class Profile(Inspection):
                 found[name] = {form: self._square(table, kept, past) for form, kept in rows.items()}
         return found
 
-    def _products_of_outputs(self) -> Columns:
+    def _products(self) -> Columns:
+        """Returns gram.parquet; FormatError for a row of an unknown kind or transformer, or a square below 0."""
         table = self._read("gram", list(GRAM))
+        if others := {*table["kind"]} - {"state", "site", "away", "response", *STACK_FORMS}:
+            raise self._broken(f"gram.parquet has rows of the unknown kind {shown(min(others))}")
+        if others := {*table["transformer"]} - {"", *self.model.transformers}:
+            raise self._broken(f"gram.parquet names the transformer {shown(min(others))}, model.json does not")
+        squares = (table["row"] == table["column"]) & (table["kind"] != "response")
+        if (table["product"][squares] < 0).any() or (np.abs(table["product"]) > LARGEST_PRODUCT).any():
+            raise self._broken(f"gram.parquet has a square below 0, or a product above {LARGEST_PRODUCT:g}")
+        if (table["coordinates"] < 1).any():
+            raise self._broken("gram.parquet has products of no coordinates")
+        return table
+
+    def _products_of_outputs(self) -> Columns:
         if "caching" not in self.manifest["tables"]:
             raise FormatError(
                 f"{self.folder}/gram.parquet: holds products of states alone: made with --states-only. Profile again without "
                 f"it: sodaprof profile MODEL -o {self.folder} --force"
             )
-        return table
+        return self._products()
 
     def _past(self, transformer: Transformer) -> np.ndarray:
         """Returns how many earlier steps have a product with each step, −1 if the transformer is not called."""
@@ -206,21 +238,34 @@ class Profile(Inspection):
         age = np.arange(size)[:, None] - np.arange(size)  # of (row, column)
         wanted = (age >= 0) & (age <= past[:, None])
         if not (((row >= 0) & (row < size) & (column >= 0) & (column < size)).all() and wanted[row, column].all()):
-            raise self._broken("has products of steps that are not in the profile")
+            raise self._broken("gram.parquet has products of steps that are not in the profile")
         array = np.full((size, size), np.nan)
         array[row, column] = array[column, row] = table["product"][rows]
         if len(row) != wanted.sum() or np.isnan(array[wanted]).any():
-            raise self._broken("products are missing, or occur twice")
+            raise self._broken("gram.parquet lacks products, or has some twice")
+        length = np.sqrt(array.diagonal())
+        if (np.abs(array) > (1 + ROUNDING) * np.outer(length, length) + np.finfo(np.float32).tiny).any():
+            raise self._broken("gram.parquet has a product larger than those of either tensor with itself")
         return array
 
-    def _site_numbers(self, table: Columns, rows: np.ndarray, transformer: Transformer) -> np.ndarray:
-        """Returns the index of the site, among those of the transformer, of each of these rows."""
-        order: dict[tuple[Any, ...], int] = {site.place: i for i, site in enumerate(transformer.sites)}
-        places = zip(*(table[column][rows] for column in SiteKey._fields), strict=True)
+    def _site_numbers(self, rows: Columns) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the number of each row's transformer, and of the site among those of the transformer."""
+        code = np.zeros(len(rows["layer"]), dtype=np.int64)
+        for column in PLACE:
+            values, index = encoded(rows[column])
+            code = code * len(values) + index
+        _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+        order = {
+            (name, *site.place): (number, i)
+            for number, (name, transformer) in enumerate(self.model.transformers.items())
+            for i, site in enumerate(transformer.sites)
+        }
+        places = zip(*(rows[column][first].tolist() for column in PLACE), strict=True)
         try:
-            return np.array([order[place] for place in places], dtype=int)
+            found = np.array([order[place] for place in places], dtype=int).reshape(-1, 2)
         except KeyError as error:
-            raise self._broken(f"a table names the site {error}, model.json does not") from None
+            raise self._broken(f"a table names the site {cut(str(error))}, model.json does not") from None
+        return found[inverse, 0], found[inverse, 1]
 
     def _broken(self, what: str) -> FormatError:
         return FormatError(f"{self.folder}: {what}. {profile_again(self.folder)}")
@@ -234,7 +279,22 @@ class Profile(Inspection):
                 f"{self.folder}: holds no {table}.parquet, only {has}: made with {left_out}, or by an older release. Profile "
                 f"again without {left_out}: sodaprof profile MODEL -o {self.folder} --force"
             )
-        return read_table(self.folder, table, columns)
+        rows = read_table(self.folder, table, columns)
+        if (rows["n"] != self.manifest["samples"]).any():
+            raise self._broken(f"{table}.parquet has rows of another number of generations than manifest.json")
+        return rows
+
+    def check_sites(self) -> None:
+        """Raises FormatError unless sites.parquet says of each site what model.json does."""
+        columns = ("kind", "tokens", "width", "prunable")
+        rows = read_table(self.folder, "sites", [*PLACE, *columns])
+        number, site = self._site_numbers(rows)
+        sites = [list(transformer.sites) for transformer in self.model.transformers.values()]
+        wanted = [[getattr(one, c) for c in columns] for of_one in sites for one in of_one]
+        found = np.lexsort((site, number))
+        same = [list(row) for row in zip(*(rows[c][found].tolist() for c in columns), strict=True)] == wanted
+        if not same or len({*zip(number.tolist(), site.tolist(), strict=True)}) != len(wanted):
+            raise self._broken("sites.parquet and model.json differ")
 
 
 def load_inspection(folder: str | Path) -> Inspection:
@@ -252,20 +312,15 @@ def load_profile(folder: str | Path) -> Profile:
     """Returns the profile in `folder`. Raises FormatError if a part is missing, broken, or newer than this release."""
     inspection = load_inspection(folder)
     path = inspection.folder / "manifest.json"
-    data = read_json(path, MAKE)
-    again = profile_again(folder)
-    tables = decode(data, Manifest, str(path), again).tables
-    gram = {"gram"} & set(tables)
-    for table in [*gram] if gram and not set(tables) & set(TABLES) else [*TABLES, *gram]:
-        if not (inspection.folder / f"{table}.parquet").is_file():
-            raise FormatError(f"{folder}/{table}.parquet: no such file, which manifest.json names. {again}")
-        version, newest = tables.get(table), VERSIONS[table]
-        if version is None or not 1 <= version <= newest:
-            advice = again if version is None or version < 1 else UPGRADE
-            raise FormatError(
-                f"{path}: table {table} has version {version}, this release reads 1 to {newest}. {advice}"
-            )
-    return Profile(inspection.folder, inspection.model, inspection.sampler, data)
+    manifest, data = read_manifest(inspection.folder, MAKE)
+    if manifest.max_interval > inspection.sampler.steps:
+        raise FormatError(
+            f"{path}: max_interval {manifest.max_interval} is above the number of steps. {profile_again(folder)}"
+        )
+    profile = Profile(inspection.folder, inspection.model, inspection.sampler, data)
+    if "sites" in manifest.tables:
+        profile.check_sites()
+    return profile
 
 
 def history_of(steps: int, max_interval: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import IllegalScheduleError
 from .schedule import Forecast, Plan, Schedule
-from .sites import SiteKey
+from .sites import SiteKey, check_fingerprint
 
 BASES = ("feature_mean", "attention_received", "cross_attention_entropy", "value_norm", "random")
 MAX_SOURCES = 4
@@ -69,14 +69,11 @@ def rows_have_one_character_a_step(s: Schedule) -> Iterator[str]:
 
 def sites_are_known_to_the_fingerprint(s: Schedule) -> Iterator[str]:
     """The fingerprint gives the tokens of every site, and nothing of a wrong type."""
-    for place, plan, site, _ in _rows(s):
+    for name, plan in s.transformers.items():
         try:
-            known = plan.tokens(site) > 0 and {type(plan.kind(site)), type(plan.layout(site))} <= {str, type(None)}
-            plan.holds_text(site)
-        except (LookupError, ValueError, TypeError, AttributeError):
-            known = False
-        if not known:
-            yield f"site {place} has no tokens in the fingerprint, or another entry of it has a wrong type"
+            check_fingerprint(plan, plan.rows)
+        except ValueError as error:
+            yield f"{name}: {error}"
 
 
 def turns_begin_with_full_steps(s: Schedule) -> Iterator[str]:
@@ -151,9 +148,11 @@ def rules_have_what_they_observe(s: Schedule) -> Iterator[str]:
     if rule.share_halves and s.sampler.guidance_form != "halves":
         yield f"a token rule that shares halves, with guidance of form {s.sampler.guidance_form!r}"
     kind = OBSERVED.get(rule.base)
-    for place, plan, site, row in _rows(s) if kind else ():
-        if "P" in row and source_of(plan, site, rule.base) is None:
-            yield f"token rule {rule.base!r} for {place}, in whose block the fingerprint has no {kind} site"
+    for name, plan in s.transformers.items() if kind else ():
+        sources = _sources(plan, rule.base)
+        for site, row in plan.rows.items():
+            if "P" in row and SiteKey.parse(site).block not in sources:
+                yield f"token rule {rule.base!r} for {name}/{site}, in whose block the fingerprint has no {kind} site"
 
 
 def forecasts_have_sources(s: Schedule) -> Iterator[str]:
@@ -233,9 +232,16 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
 
 def source_of(plan: Plan, site: str, base: str) -> str | None:
     """Returns the site whose attention `base` reads for `site`, one of the same block; None if the block has none."""
-    block = SiteKey.parse(site).block
-    same = (key for key in plan.rows if SiteKey.parse(key).block == block and plan.kind(key) == OBSERVED[base])
-    return next(same, None)
+    return _sources(plan, base).get(SiteKey.parse(site).block)
+
+
+def _sources(plan: Plan, base: str) -> dict[str, str]:
+    """Returns by block the first site whose attention `base` reads."""
+    found: dict[str, str] = {}
+    for key in plan.rows:
+        if plan.kind(key) == OBSERVED[base]:
+            found.setdefault(SiteKey.parse(key).block, key)
+    return found
 
 
 def chooses(plan: Plan, site: str, step: int) -> bool:
@@ -248,16 +254,18 @@ def observed_steps(plan: Plan, base: str) -> dict[str, frozenset[int]]:
     if base not in OBSERVED:
         return {}
     readers: dict[str, list[str]] = {}
+    sources = _sources(plan, base)
     for site, row in plan.rows.items():
-        source = source_of(plan, site, base) if "P" in row else None
+        source = sources.get(SiteKey.parse(site).block) if "P" in row else None
         if source is not None:
             readers.setdefault(source, []).append(site)
-    return {source: _observed(plan, source, sites) for source, sites in readers.items()}
+    order = {site: number for number, site in enumerate(plan.rows)}
+    return {source: _observed(plan, source, sites, order) for source, sites in readers.items()}
 
 
-def _observed(plan: Plan, source: str, readers: list[str]) -> frozenset[int]:
-    row, order, steps = plan.rows[source], list(plan.rows), set()
-    later = {site for site in readers if order.index(site) > order.index(source)}  # they run after it in the same step
+def _observed(plan: Plan, source: str, readers: list[str], order: dict[str, int]) -> frozenset[int]:
+    row, steps = plan.rows[source], set()
+    later = {site for site in readers if order[site] > order[source]}  # they run after it in the same step
     wanted = False  # whether a later cell reads the statistic as it is after this step, before a C replaces all of it
     for step in reversed(range(len(row))):
         reading = {site for site in readers if chooses(plan, site, step)}

@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Meta
 
 from .files import Number, Record
+from .sites import MAX_STEPS
 
 Basis = Literal["output", "data"]
 MAX_HISTORY = 4  # outputs that an update may weigh
@@ -29,7 +30,9 @@ class OwnUpdate(Record, frozen=True):
 
     FORMAT = "sodaprof.solver", 1
     basis: Basis
-    coefficients: Annotated[tuple[tuple[Number, ...], ...], Meta(min_length=1)]  # [T][1 + history]
+    coefficients: Annotated[
+        tuple[tuple[Number, ...], ...], Meta(min_length=1, max_length=MAX_STEPS)
+    ]  # [T][1 + history]
     data: tuple[tuple[Number, Number], ...]  # [T]; (0, 1) under basis `output`
     noise: tuple[Number, ...]  # [T]
 
@@ -39,6 +42,9 @@ class OwnUpdate(Record, frozen=True):
         widths = {len(row) for row in self.coefficients}
         if len(widths) != 1 or not 2 <= min(widths) <= 1 + MAX_HISTORY:
             raise ValueError(f"each step needs the same number of coefficients, 2 to {1 + MAX_HISTORY}")
+
+        if not all(map(any, self.data)):
+            raise ValueError("a pair of `data` is zero twice")
 
     @property
     def history(self) -> int:

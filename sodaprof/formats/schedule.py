@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import field
+from msgspec import Meta, field
 
-from .files import Number, Record, digest, write_json
+from .files import WHOLE, Number, PositiveInt, Record, digest, write_json
 from .sites import Sampler, Structure, turn_ages
 
 
@@ -79,16 +79,16 @@ class TokenRule(Record, frozen=True):
     age_weight: Number = 0.0
     age_period: Number = 1.0
     bonus: Number = 0.0
-    bonus_grid: int = 1
+    bonus_grid: PositiveInt = 1
     share_halves: bool = False
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0, le=WHOLE)] = 0
 
 
 class Update(Record, frozen=True):
     """x <- c0 · x + Σ c_j · V_j in place of the scheduler's own step; coefficients [T][1 + history]."""
 
     basis: str
-    history: int
+    history: Annotated[int, Meta(ge=1, le=4)]
     coefficients: tuple[tuple[Number, ...], ...]
     fitted: dict[str, Any]
 

@@ -10,16 +10,16 @@ from msgspec import Meta, field
 from msgspec.structs import replace
 
 from ..errors import FormatError
-from .files import REWRITE, Number, Record, decode, encode, header, read_json
+from .files import REWRITE, WHOLE, Figure, Number, PositiveInt, Record, decode, encode, header, read_json
 from .rules import verify
 from .schedule import Forecast, Plan, Schedule
-from .sites import Shape
+from .sites import Index, Shape, check_seed
 
 FORMAT = "sodaprof.schedule", 1
 KEYS = (
     "transformers", "update", "token_rule", "sampler", "shape", "profile", "policy", "predicted", "measured", "made_by",
 )  # fmt: skip
-Sources = tuple[int, ...]
+Sources = tuple[Index, ...]
 Weights = tuple[Number, ...]
 
 
@@ -46,7 +46,7 @@ class PlanFile(Record, frozen=True):
     fingerprint: dict[str, Any]
     rows: dict[str, str]
     stack: StackFile
-    k: dict[str, tuple[int, ...]]
+    k: dict[str, tuple[Annotated[int, Meta(ge=0, le=2**31 - 1)], ...]]
     forecasts: ForecastsFile
 
 
@@ -62,17 +62,20 @@ class ProfileReference(Record, frozen=True):
 
     digest: str
     seed: Annotated[int, Meta(ge=0)]
-    samples: Annotated[int, Meta(gt=0)]
+    samples: PositiveInt
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
 
 class Predicted(Record, frozen=True):
     """What the compiler predicted; `error` is null for a policy without an error model."""
 
     unit: str
-    speedup: Number
-    cost: Number
-    error: Number | None
-    cache_bytes: int
+    speedup: Figure
+    cost: Figure
+    error: Figure | None
+    cache_bytes: Annotated[int, Meta(ge=0, le=WHOLE)]
 
 
 PARTS: dict[str, Any] = {  # keys whose value is an object of known keys, and a plain dict in memory

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 from msgspec import Meta, field
 
-from .files import Number, Record, decode
+from .files import Number, PositiveInt, Record, checked, decode, shown
 
 KINDS = ("attn", "joint_attn", "cross_attn", "mlp", "fused")  # canonical, in the order in which blocks run them
+MAX_STEPS = 10_000
 AGAIN = "Profile again, or run `sodaprof inspect` again."
 GuidanceForm = Literal["halves", "passes", "none"]  # both branches in one batch; one call each; one branch
-PositiveInt = Annotated[int, Meta(gt=0)]
+Index = Annotated[int, Meta(ge=0, le=2**15 - 1)]  # of a layer or a step; the tables hold it in 16 bits
 
 
 class SiteKey(NamedTuple):
@@ -53,13 +56,13 @@ class Site(Record, frozen=True):
     """One row of a schedule. `tokens` and `width` are N and D of the module's output [B, N, D]."""
 
     stack: str  # attribute of the transformer that holds the blocks, e.g. "transformer_blocks"
-    layer: int
+    layer: Index
     module: str  # path inside the block, e.g. "attn1"
     kind: str  # one of KINDS
-    tokens: int
-    width: int
+    tokens: PositiveInt
+    width: PositiveInt
     prunable: bool  # k rows in give the same k rows of the full output
-    call: int = 0  # which call of the module within one forward pass
+    call: Annotated[int, Meta(ge=0, le=127)] = 0  # which call of the module within one forward pass
 
     @property
     def place(self) -> SiteKey:
@@ -104,6 +107,29 @@ class Structure(Record, frozen=True):
         return f"{key.stack}.{key.name}" in self.fingerprint.get("text", ())
 
 
+class Fingerprint(msgspec.Struct):
+    """The entries of a fingerprint that this package reads; others are compared with the model's alone."""
+
+    tokens: dict[str, PositiveInt]
+    kinds: dict[str, str] = {}
+    layouts: dict[str, str] = {}
+    text: list[str] = []
+    patch: PositiveInt | Annotated[list[PositiveInt], Meta(min_length=1, max_length=3)] = 1
+
+
+def check_fingerprint(structure: Structure, sites: Iterable[str]) -> None:
+    """Raises ValueError unless the entries of the fingerprint have their types, and it gives the tokens of all these sites."""
+    try:
+        msgspec.convert(structure.fingerprint, Fingerprint)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"an entry of the fingerprint is wrong: {error}") from None
+    for site in sites:
+        try:
+            structure.tokens(site)
+        except (KeyError, ValueError):
+            raise ValueError(f"the site {shown(site)} has no tokens in the fingerprint") from None
+
+
 def _module(site: str) -> str:
     """Returns the name that fingerprints have for the site's module in any layer."""
     key = SiteKey.parse(site)
@@ -114,7 +140,7 @@ class Transformer(Structure, frozen=True, omit_defaults=True):
     """One transformer of a model: class, fingerprint, and sites in execution order."""
 
     sites: Annotated[tuple[Site, ...], Meta(min_length=1)]
-    called: Annotated[tuple[int, ...], Meta(min_length=1)] = ()  # the steps at which the pipeline calls it; () is all
+    called: Annotated[tuple[Index, ...], Meta(min_length=1)] = ()  # the steps at which the pipeline calls it; () is all
 
     def __post_init__(self) -> None:
         if list(self.called) != sorted({*self.called}) or min(self.called, default=0) < 0:
@@ -140,7 +166,7 @@ def turn_ages(calls: Iterable[bool]) -> list[int]:
 class Shape(Record, frozen=True):
     """The shape that a model was inspected with."""
 
-    latent: Annotated[list[PositiveInt], Meta(min_length=1)]  # [C, H, W] or [C, T, H, W]
+    latent: Annotated[list[PositiveInt], Meta(min_length=1, max_length=8)]  # [C, H, W] or [C, T, H, W]
     tokens: PositiveInt
     batch_profiled: PositiveInt
     dtype: str
@@ -159,6 +185,9 @@ def model_from_json(data: Any, where: str) -> Model:
     """Returns the model written by `Model.to_json`; FormatError for anything else."""
     model = decode(data, Model, where, AGAIN)
     decode(model.shape, Shape, f"{where}: shape", AGAIN)
+    for name, transformer in model.transformers.items():
+        check = partial(check_fingerprint, transformer, [site.key for site in transformer.sites])
+        checked(check, f"{where}: transformers: {shown(name)}")
     return model
 
 
@@ -174,7 +203,7 @@ class Sampler(Record, frozen=True):
 
     class_name: str = field(name="class")
     config: dict[str, Any]
-    timesteps: Annotated[tuple[Number, ...], Meta(min_length=1)]
+    timesteps: Annotated[tuple[Number, ...], Meta(min_length=1, max_length=MAX_STEPS)]
     guidance: Guidance
 
     @property
@@ -188,6 +217,12 @@ class Sampler(Record, frozen=True):
     @property
     def guidance_scale(self) -> Number | None:
         return self.guidance.scale
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that generators do not take."""
+    if seed >= 2**64:
+        raise ValueError("`seed` is above 2^64 - 1")
 
 
 def raster_of(latent: Sequence[int], patch: int | Sequence[int], tokens: int) -> tuple[int, int, int] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import FormatError
+from .disk import opened
 from .files import replacing
 from .sites import SiteKey
 
@@ -16,6 +18,8 @@ STACK_FORMS = ("output", "drift")  # what the last block returns; that minus wha
 METRICS = ("cos", "l1", "l2")  # 1 − cosine, relative L1, relative L2
 MEAN = -1  # the value of `branch` on rows that average over the branches
 RANKING = "feature_mean"
+MAX_TABLE = 4 << 30  # bytes of a table
+MAX_ROWS = 1 << 26  # of a table
 PLACE = {"transformer": "string", **dict(zip(SiteKey._fields, ("string", "int16", "string", "int8"), strict=True))}
 CELL = PLACE | {"step": "int16", "age": "int8", "branch": "int8"}
 TABLES: dict[str, dict[str, str]] = {  # table -> column -> Arrow type
@@ -56,17 +60,22 @@ def read_table(folder: Path, table: str, columns: list[str]) -> Columns:
 
     path = folder / f"{table}.parquet"
     try:
-        found, types = pq.read_schema(path), schema(table)
-        before = [column for column in COLUMNS[table] if column not in ADDED.get(table, ())]
-        if found.names not in (list(COLUMNS[table]), before):
-            odd = sorted(set(found.names) ^ set(COLUMNS[table])) or ["their order"]
-            raise broken(f"columns differ from those of this release: {', '.join(odd)}")
-        if odd := [c for c in columns if found.field(c).type != types.field(c).type]:
-            raise broken(f"column {odd[0]} has another type than in this release")
-        data = pq.read_table(path, columns=columns)
+        with opened(path, MAX_TABLE) as file:
+            metadata = pq.read_metadata(file)
+            if metadata.num_rows > MAX_ROWS:
+                raise broken(f"{metadata.num_rows:,} rows, more than the limit of {MAX_ROWS:,}")
+            found, types = metadata.schema.to_arrow_schema(), schema(table)
+            before = [column for column in COLUMNS[table] if column not in ADDED.get(table, ())]
+            if found.names not in (list(COLUMNS[table]), before):
+                odd = sorted(set(found.names) ^ set(COLUMNS[table])) or ["their order"]
+                raise broken(f"columns differ from those of this release: {', '.join(odd)}")
+            if odd := [c for c in columns if found.field(c).type != types.field(c).type]:
+                raise broken(f"column {odd[0]} has another type than in this release")
+            file.seek(0)
+            data = pq.read_table(file, columns=columns)
     except FileNotFoundError:
         raise broken("no such file") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise broken(f"not readable as Parquet ({error})") from None
     arrays = {c: data[c].to_numpy() for c in columns}
     for column, values in arrays.items():
@@ -75,6 +84,27 @@ def read_table(folder: Path, table: str, columns: list[str]) -> Columns:
         if data[column].null_count:
             raise broken(f"column {column} has empty cells")
     return arrays
+
+
+def encoded(values: np.ndarray) -> tuple[list[Any], np.ndarray]:
+    """Returns the distinct values of a column, and the index of each row's value among them."""
+    import pyarrow as pa
+
+    column = pa.array(values).dictionary_encode()
+    return column.dictionary.to_pylist(), column.indices.to_numpy()
+
+
+def table_digest(folder: Path, table: str) -> str:
+    """Returns the SHA-256 of the file of a table, in hex; FormatError if it is no regular file of at most MAX_TABLE bytes."""
+    path = folder / f"{table}.parquet"
+    try:
+        with opened(path, MAX_TABLE) as file:
+            digest = hashlib.sha256()
+            while part := file.read(1 << 20):
+                digest.update(part)
+            return digest.hexdigest()
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path}: not readable ({error}). {profile_again(folder)}") from None
 
 
 def write_table(folder: Path, table: str, columns: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..errors import SodaprofError
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model
+from ..pipelines.finite import not_finite
 from ..pipelines.load import call, pictures_of, takes_labels
 from ..pipelines.patch import patched
 from ..runtime.apply import Handle, apply, runtime_settings
@@ -127,11 +129,14 @@ class Comparison:
         return self._handles[contender]
 
     def _sample_batch(self, steps: int, entries: list[int | str], seeds: list[int]) -> Samples:
+        sample = partial(call, self.pipe, entries, seeds, steps, self.guidance_scale, output_type="np")
         with _decoded_latents(self.pipe) as decoded:
             began = time.perf_counter()
-            out = call(self.pipe, entries, seeds, steps, self.guidance_scale, output_type="np")
+            out = sample()
             seconds = (decoded[0][1] if decoded else time.perf_counter()) - began
         pictures, features, hits = pictures_of(out), None, None
+        if not np.isfinite(pictures).all():
+            raise not_finite(self.pipe, sample)
         if self.classifier is not None:
             found = features_of(self.classifier, pictures)
             features = found.double().numpy()

@@ -25,6 +25,7 @@ from .data import check_enough
 
 SEED = 1_000_000  # the first evaluation seed: far from the calibration seeds, which start at 0
 CALIBRATION = 8  # seeds of the profile on which the controls' spacings are chosen
+MOST_SAMPLES = 1_000_000
 SHOWN = 8  # pictures kept of every contender
 REFERENCES = ("fora", "soda")  # policies that every other row is compared with, seed by seed
 
@@ -59,6 +60,9 @@ def evaluate(
     Raises MismatchError if evaluation seeds are calibration seeds of a schedule, or schedules or data differ in sampler or
     size, SodaprofError for settings that cannot be evaluated.
     """
+    if not 2 <= samples <= MOST_SAMPLES:
+        wanted = "at least 2" if samples < 2 else f"2 to {MOST_SAMPLES:,}"
+        raise SodaprofError(f"--samples is {samples}; expected {wanted}.")
     seeds = range(seed, seed + samples)
     _check_request(pipe, schedules, seeds)
     runtime_settings(runtime, graphs)
@@ -122,8 +126,6 @@ def _sample(
 
 def _check_request(pipe: Any, schedules: Sequence[Schedule], seeds: range) -> None:
     """Raises SodaprofError unless these schedules can be compared on these seeds of this pipeline."""
-    if len(seeds) < 2:
-        raise SodaprofError(f"--samples is {len(seeds)}; expected at least 2.")
     check_seeds(seeds)
     if not schedules:
         raise SodaprofError("No schedule to evaluate. Type: sodaprof eval MODEL schedule.json")

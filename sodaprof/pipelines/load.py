@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import FormatError, SodaprofError, UnsupportedModelError
+from ..errors import FormatError, SodaprofError, UnsupportedModelError, out_of_memory
 from ..formats.files import read_json
 
 REFERENCE = Path(__file__).parents[1] / "reference"
 # in an installed package, and in the repository
 PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
 HUB_TIMEOUT_S = 10
+LABEL_DIGITS = 18  # of a label: it is a 64-bit integer
 SMALLEST_BIN = 256  # pixels a side of the smallest square to which diffusers' pipelines round picture sizes
 # a user's call of the pipeline, with prompt embeddings for example: entries, a generator for each -> the pipeline's output
 OwnCall = Callable[[list[int | str], list[torch.Generator]], Any]
@@ -72,6 +73,8 @@ def load_pipeline(model: str, dtype: str | None = None, device: str | None = Non
         try:
             pipe = _read_pipeline(place, getattr(torch, dtype)).to(device)
         except Exception as error:  # the loaders below raise whatever their parts raise
+            if out_of_memory(error):
+                raise
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             if isinstance(place, str):
                 raise SodaprofError(
@@ -222,7 +225,7 @@ def read_prompts(path: str | Path) -> list[int | str]:
     shipped = [folder / f"{path}.txt" for folder in PROMPT_FOLDERS]
     path = next((p for p in shipped if p.is_file()), Path(path))
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise FormatError(
             f"{path}: not readable ({error}). Give a text file with one prompt or label a line."
@@ -230,6 +233,11 @@ def read_prompts(path: str | Path) -> list[int | str]:
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise FormatError(f"{path}: no prompts. Write one prompt (or one integer label) a line.")
+    if long := [e for e in entries if e.removeprefix("-").isdecimal() and len(e) > LABEL_DIGITS]:
+        raise FormatError(
+            f"{path}: {long[0][:20]}… is a number of {len(long[0])} digits; labels have at most {LABEL_DIGITS}. Shorten it, or add "
+            "a letter to make it a prompt."
+        )
     return [int(e) if e.removeprefix("-").isdecimal() else e for e in entries]
 
 
@@ -248,7 +256,8 @@ def check_entries(pipe: Any, entries: Sequence[int | str]) -> None:
 
 def check_seeds(seeds: Sequence[int]) -> None:
     """Raises SodaprofError for seeds that torch's generators refuse."""
-    if wrong := [seed for seed in (min(seeds), max(seeds)) if not 0 <= seed < 2**64]:
+    ends = (seeds[0], seeds[-1]) if isinstance(seeds, range) else (min(seeds), max(seeds))
+    if wrong := [seed for seed in ends if not 0 <= seed < 2**64]:
         raise SodaprofError(f"Found the seed {wrong[0]}; expected 0 to 2^64 - 1. Give another --seed.")
 
 

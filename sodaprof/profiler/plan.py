@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from ..errors import SodaprofError, UnsupportedModelError
-from ..formats.profile import Manifest, history_of
-from ..formats.sites import Model, Sampler, Site, raster_of
+from ..formats.manifest import MAX_INTERVAL, MAX_SAMPLES, Manifest
+from ..formats.profile import history_of
+from ..formats.sites import MAX_STEPS, Model, Sampler, Site, raster_of
 from ..formats.tables import STACK_FORMS, TABLE_VERSIONS, VERSIONS
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.load import (
@@ -148,7 +149,7 @@ def plan_profile(
     samples: int | None = None,
     prompts: Sequence[int | str] | None = None,
     guidance_scale: float | None = None,
-    max_interval: int = 8,
+    max_interval: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
     memory_bytes: int | None = None,
@@ -159,9 +160,10 @@ def plan_profile(
 ) -> ProfilePlan:
     """Returns what `run_profile` measures and takes. Raises SodaprofError for invalid settings.
 
-    steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). batch_size: generations
-    at once, at most: fewer if that saves passes over the trajectories. full_tokens: keep every site's error a token, also if
-    there are more than MOST_TOKENS. states_only: only the products of states and guided outputs, no errors of sites.
+    steps: by default the pipeline's. samples: generations, by default 100, of video 10 (SODA, 4.1). max_interval: by default 8,
+    or the steps if these are fewer. batch_size: generations at once, at most: fewer if that saves passes over the trajectories.
+    full_tokens: keep every site's error a token, also if there are more than MOST_TOKENS. states_only: only the products of
+    states and guided outputs, no errors of sites.
     gram: whether products are measured at all.
     call: called as call(entries, generators) instead of the pipeline, for prompt embeddings and any other arguments of
     your own; entries are some of `prompts`, by default numbers from 0 on, one a sample. It must run `steps` steps;
@@ -172,6 +174,8 @@ def plan_profile(
     if call is None and guidance_scale is None:
         guidance_scale = default_guidance(pipe)
     expected = default_steps(pipe) if steps is None else steps
+    if max_interval is None:
+        max_interval = max(2, min(8, expected))
     _check_settings(expected, samples, max_interval, batch_size, seed)
     if states_only and not gram:
         raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
@@ -218,14 +222,20 @@ def _plan_passes(pipe: Any, plan: ProfilePlan, memory_bytes: int | None) -> None
 
 def _check_settings(steps: int, samples: int, max_interval: int, batch_size: int, seed: int) -> None:
     """Raises SodaprofError for numbers out of range."""
-    for what, value, least in (("steps", steps, 2), ("samples", samples, 1), ("batch-size", batch_size, 1)):
-        if value < least:
-            raise SodaprofError(f"--{what} is {value}; expected at least {least}.")
-    if not 2 <= max_interval <= min(steps, 100):
-        raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {min(steps, 100)} (at most the steps).")
+    limits = (
+        ("steps", steps, 2, MAX_STEPS),
+        ("samples", samples, 1, MAX_SAMPLES),
+        ("batch-size", batch_size, 1, 2**31 - 1),
+    )
+    for what, value, least, most in limits:
+        if not least <= value <= most:
+            raise SodaprofError(f"--{what} is {value}; expected {least} to {most}.")
+    longest = min(steps, MAX_INTERVAL)
+    if not 2 <= max_interval <= longest:
+        raise SodaprofError(f"--max-interval is {max_interval}; expected 2 to {longest} (at most the steps).")
     if seed < 0:
         raise SodaprofError(f"--seed is {seed}; expected at least 0.")
-    check_seeds(range(seed, seed + samples))
+    check_seeds((seed, seed + samples - 1))
 
 
 def _check_run(pipe: Any, model: Model, sampler: Sampler, step: Step, steps: int) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 
 from ..errors import FormatError, UnsupportedModelError
 from ..formats.cost import save_cost
-from ..formats.files import digest, read_json, refuse_existing, write_json
+from ..formats.disk import locked
+from ..formats.files import PositiveInt, Record, decode, digest, read_json, refuse_existing, write_json
 from ..formats.profile import Profile, load_profile, write_inspection, write_solver
 from ..formats.sampler import OwnUpdate
 from ..formats.sites import Sampler
-from ..formats.tables import COLUMNS
+from ..formats.tables import COLUMNS, table_digest
 from ..pipelines.device import device_facts, versions
+from ..pipelines.finite import not_finite
 from ..pipelines.flops import count_flops
 from ..pipelines.load import call
 from ..pipelines.sampler_steps import own_update
@@ -29,7 +32,7 @@ from .statistics import Statistics
 from .taps import Stopwatch, Taps
 
 FIRST = {"model.json", "sampler.json", "solver.json", "cost.flops.json"}  # written before anything is sampled
-STATE_VERSION = 2  # of state.npz
+STATE_VERSION = 3  # of state.npz
 PARTS = FIRST | {"manifest.json"} | {f"{table}.parquet" for table in COLUMNS}
 
 
@@ -56,13 +59,82 @@ def run_profile(
     ends with the same tables, bit for bit. on_progress receives (steps done, steps in all).
     """
     folder = Path(folder)
+    _replaced(folder, force)  # ahead of the lock, which makes a folder
+    work = folder.with_name(folder.name + ".partial")
+    with locked(work, folder=True):
+        _restore_replaced(folder)
+        found = _replaced(folder, force)
+        if not _is_complete(work, plan):
+            _open_partial(work, pipe, plan, force)
+            _fill(pipe, plan, work, on_progress)
+        _publish(work, folder, found)
+    return load_profile(folder)
+
+
+def _replaced(folder: Path, force: bool) -> os.stat_result | None:
+    """Returns what identifies the older profile that is to be replaced, None if there is none.
+
+    Raises FormatError if it may not be replaced, or holds what is no part of a profile.
+    """
     refuse_existing(folder, force, folder=True)
-    if folder.exists() and (others := sorted({path.name for path in folder.iterdir()} - PARTS)):
+    if not folder.exists():
+        return None
+    if others := sorted({path.name for path in folder.iterdir()} - PARTS):
         raise FormatError(
             f"{folder}: holds {others[0]}, which is no part of a profile and would be lost. Move it away, or choose another name."
         )
-    work = folder.with_name(folder.name + ".partial")
-    _open_partial(work, pipe, plan, force)
+    return folder.stat()
+
+
+def _publish(work: Path, folder: Path, found: os.stat_result | None) -> None:
+    """Renames the complete `work` to `folder`, in place of the older profile `found`.
+
+    FormatError if anything else is there by now: it is left as it is.
+    """
+    if not os.path.lexists(folder):
+        os.rename(work, folder)
+        return
+    if found is None or not os.path.samestat(found, folder.stat()) or {p.name for p in folder.iterdir()} - PARTS:
+        raise FormatError(
+            f"{folder}: has appeared or changed while the profile was made, and is left as it is. Move it away, then repeat "
+            f"the same command, which takes the complete profile from {work}."
+        )
+    aside = _aside(folder)
+    os.rename(folder, aside)
+    os.rename(work, folder)
+    shutil.rmtree(aside)
+
+
+def _aside(folder: Path) -> Path:
+    """Returns where an older profile is while the new one takes its place."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _restore_replaced(folder: Path) -> None:
+    """Completes what a run left that was killed between the renames: the older profile goes, or comes back."""
+    aside = _aside(folder)
+    if aside.exists() and folder.exists():
+        shutil.rmtree(aside)
+    elif aside.exists():
+        os.rename(aside, folder)
+
+
+def _is_complete(work: Path, plan: ProfilePlan) -> bool:
+    """Whether the working folder holds the whole profile of this plan, which only had to be renamed."""
+    if (work / "request.json").exists() or not (work / "manifest.json").exists():
+        return False
+    left_out = ("batch_size", "device", "versions", "measured", "digests")
+    wanted = {key: value for key, value in plan.request.items() if key not in left_out}
+    try:
+        profile = load_profile(work)
+    except FormatError:
+        return False  # `_open_partial` refuses it
+    same = {key: value for key, value in profile.manifest.items() if key not in left_out} == wanted
+    return same and (profile.model, profile.sampler) == (plan.model, plan.sampler)
+
+
+def _fill(pipe: Any, plan: ProfilePlan, work: Path, on_progress: Callable[[int, int], None]) -> None:
+    """Samples the plan's generations, and writes tables and manifest to the working folder."""
     sites, grids = (plan.sites, plan.grids) if plan.measures else ([], [])
     statistics = Statistics(sites, plan.steps, plan.ages, plan.branches, RATES, grids, plan.varying, plan.gram())
     watch = Stopwatch(pipe)
@@ -87,14 +159,11 @@ def run_profile(
         "passes": len(plan.groups),
         "hardware": device_facts(device),
     }
-    manifest = plan.request | {"device": device, "versions": versions(), "measured": measured}
+    digests = {table: table_digest(work, table) for table in plan.request["tables"]}
+    manifest = plan.request | {"device": device, "versions": versions(), "measured": measured, "digests": digests}
     write_json(work / "manifest.json", manifest, force=True)
     (work / "state.npz").unlink(missing_ok=True)
     (work / "request.json").unlink()
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(work, folder)
-    return load_profile(folder)
 
 
 def _sample(
@@ -108,7 +177,13 @@ def _sample(
     """Samples all batches in a pass for each group of sites, continuing from the saved `state`; saves it after each batch."""
     steps, request, samples = plan.steps, plan.request, plan.request["samples"]
     batches = list(product(range(len(plan.groups)), range(0, samples, request["batch_size"])))
-    done = statistics.restore(state) if state.exists() else 0
+    try:
+        done = statistics.restore(state) if state.exists() else 0
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            f"{state}: the sums of an interrupted profile are damaged ({error}). Delete the file, and repeat the command: it "
+            "begins anew."
+        ) from None
     for number, (group, start) in enumerate(batches[done:], start=done + 1):
         count = min(request["batch_size"], samples - start)
         entries, seeds = plan.generations(start, count)
@@ -117,8 +192,13 @@ def _sample(
             on_progress(before * steps + step * count, len(plan.groups) * samples * steps)
 
         with Taps(pipe, plan, plan.groups[group], group == 0, count, statistics, watch, on_step) as taps:
-            call(pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own)
+            sample = partial(
+                call, pipe, entries, seeds, steps, request["guidance_scale"], output_type="np", own=plan.own
+            )
+            sample()
         taps.flush()
+        if not statistics.finite:
+            raise not_finite(pipe, sample)
         if group == 0:
             statistics.samples += count
         statistics.save(state, number)
@@ -132,28 +212,43 @@ def solver_of(pipe: Any, sampler: Sampler) -> OwnUpdate | UnsupportedModelError:
         return error
 
 
+class Request(Record, frozen=True):
+    """The content of request.json: what an interrupted profile had begun with."""
+
+    digest: str  # of the request, the model, the sampler and the fields below
+    groups: list[list[int]]
+    batch_size: PositiveInt
+
+
 def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> None:
-    """Creates the working folder, or continues in an existing one of the same request, with its batch size and groups."""
+    """Fills the empty working folder, or continues in one of the same request, with its batch size and groups."""
     asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # which follows from the memory
     parts = {"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json(), "state": STATE_VERSION}
-    mark = digest(parts)
+    known = {path.name for path in work.iterdir() if not path.name.startswith(".")}
+    if others := sorted(known - PARTS - {"request.json", "state.npz"}):
+        raise FormatError(
+            f"{work}: holds {others[0]}, which is no part of a profile. Move it away, or choose another name."
+        )
     for leftover in work.glob(".*"):  # files that a killed run had not finished
         leftover.unlink()
-    if (work / "request.json").exists():
-        found = read_json(work / "request.json")
-        if isinstance(found, dict) and found.get("digest") == mark:
+    if "request.json" in known:
+        try:
+            found = decode(read_json(work / "request.json"), Request, str(work))
+        except FormatError:
+            found = None  # damaged: as one of other settings
+        if found and found.digest == digest(parts | {"groups": found.groups, "batch_size": found.batch_size}):
             # as at first, even if the free memory has changed
-            plan.request["batch_size"], plan.groups = found["batch_size"], found["groups"]
+            plan.request["batch_size"], plan.groups = found.batch_size, found.groups
             return
-    if work.exists() and not force and not {path.name for path in work.iterdir()} <= FIRST:
+    if not force and not known <= FIRST:
         raise FormatError(
-            f"{work}: an interrupted profile with other settings is there. Repeat its settings to continue it, or add --force "
-            "to start anew."
+            f"{work}: an interrupted profile with other settings is there, or a damaged one. Repeat its settings to continue it, "
+            "or add --force to start anew."
         )
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    for name in known:
+        (work / name).unlink()
     write_inspection(work, plan.model, plan.sampler)
     write_solver(work, solver_of(pipe, plan.sampler))
     save_cost(count_flops(pipe, plan.model, plan.step), work / "cost.flops.json", force=True)
-    write_json(work / "request.json", {"digest": mark, "groups": plan.groups, "batch_size": plan.request["batch_size"]})
+    begun = {"groups": plan.groups, "batch_size": plan.request["batch_size"]}
+    write_json(work / "request.json", {"digest": digest(parts | begun)} | begun)

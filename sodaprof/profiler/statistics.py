@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import struct
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..formats.disk import read_bytes
 from ..formats.files import replacing
 from ..formats.sites import Model, Site
 from ..formats.tables import MEAN, METRICS, PLACE, RANKING, write_table
@@ -55,18 +61,36 @@ class Statistics:
         arrays = {"whole": self.whole, "pruned": self.pruned} | {f"tokens_{i}": t for i, t in enumerate(self.tokens)}
         return arrays | ({"states": self.gram.states, "products": self.gram.products} if self.gram else {})
 
+    @property
+    def finite(self) -> bool:
+        """Whether no sum holds NaN or infinity."""
+        return all(np.isfinite(array).all() for array in self._arrays().values())
+
     def save(self, path: Path, batches: int) -> None:
-        """Writes the sums and how many batches they are of, all passes counted, atomically."""
+        """Writes the sums, how many batches they are of, all passes counted, and a digest of all, atomically."""
+        arrays: dict[str, Any] = {
+            n: np.asarray(a) for n, a in {**self._arrays(), "samples": self.samples, "batches": batches}.items()
+        }
         with replacing(path, force=True) as temporary, temporary.open("wb") as file:
-            np.savez(file, **self._arrays(), samples=self.samples, batches=batches)
+            np.savez(file, **arrays, digest=_digest(arrays))
 
     def restore(self, path: Path) -> int:
-        """Reads the file of `save` and returns the number of batches."""
-        with np.load(path, allow_pickle=False) as saved:
-            for name, array in self._arrays().items():
-                array[...] = saved[name]
-            self.samples = int(saved["samples"])
-            return int(saved["batches"])
+        """Reads the file of `save` and returns the number of batches; ValueError for any other file."""
+        arrays = self._arrays()
+        content = read_bytes(path, sum(array.nbytes + 1024 for array in arrays.values()) + 65536)
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as saved:
+                found = {name: saved[name] for name in saved.files}
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, LookupError, struct.error) as error:
+            raise ValueError(str(error) or "it ends early") from None
+        if not np.array_equal(found.pop("digest", None), _digest(found)):
+            raise ValueError("its content is not that of its digest")
+        if any(found[name].shape != array.shape for name, array in arrays.items()):
+            raise ValueError("the sums are of another profile")
+        for name, array in arrays.items():
+            array[...] = found[name]
+        self.samples = int(found["samples"])
+        return int(found["batches"])
 
     def write_tables(self, folder: Path, model: Model) -> None:
         """Writes sites.parquet, caching.parquet and pruning.parquet."""
@@ -112,3 +136,12 @@ class Statistics:
         """Returns the columns that name the sites of these numbers."""
         places = np.array([(name, *s.place) for name, s in self.sites], dtype=object)
         return dict(zip(PLACE, places[site].T, strict=True))
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Returns the SHA-256 of arrays with their names, types and shapes, as 32 bytes."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        total.update(np.ascontiguousarray(arrays[name]).tobytes())
+    return np.frombuffer(total.digest(), dtype=np.uint8)

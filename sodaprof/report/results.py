@@ -14,6 +14,7 @@ from rich.text import Text
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler, SiteKey
+from . import guidance_text
 
 PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 VERDICTS = {"captures": "green", "captures in part": "yellow", "falls back": "red"}
@@ -30,7 +31,7 @@ def _table(columns: Sequence[str], title: str | None = None, wrap_name: bool = F
 
 def evaluation_view(result: dict[str, Any]) -> RenderableType:
     """Returns the table of an evaluation and its notes."""
-    title = f"{result['samples']} held-out seeds from {result['seed']}, guidance {result['guidance_scale']}"
+    title = f"{result['samples']} held-out seeds from {result['seed']}, {guidance_text(result['guidance_scale'])}"
     classes = ("class",) if "accuracy" in result["full"] else ()
     table = _table(
         ("", "FLOPs", "wall", "PSNR dB [95 %]", "worst", "flip", "SSIM", "L2", *classes), title, wrap_name=True
@@ -40,10 +41,10 @@ def evaluation_view(result: dict[str, Any]) -> RenderableType:
     for row in result["rows"]:
         q = row["psnr_db"]
         table.add_row(
-            f"{row['name']}\n[dim]{row['detail']}[/]",
+            Text.assemble(f"{row['name']}\n", (row["detail"], "dim")),
             f"{row['flops_speedup']:.2f}x",
             f"{row['wall_speedup']:.2f}x",
-            f"{q['mean']:.1f} \\[{q['low']:.1f} {q['high']:.1f}]",
+            f"{q['mean']:.1f} [{q['low']:.1f} {q['high']:.1f}]",
             f"{q['worst_decile']:.1f}",
             f"{row['flipped']:.0%}",
             f"{row['ssim']:.3f}",
@@ -136,7 +137,7 @@ def inspection_view(model: Model, sampler: Sampler, cost: CostModel) -> Renderab
         table.add_row("outside the sites", "", "", "", "", f"{table_cost.step.fixed / table_cost.full:.1%}", "")
         parts.append(table)
         parts.append(Text(f"{table_cost.full / 1e9:.4g} GFLOP a step and generation, both guidance branches included"))
-    guidance = f"guidance {sampler.guidance_scale} in {sampler.guidance_form}"
+    guidance = guidance_text(sampler.guidance_scale, sampler.guidance_form)
     parts.append(Text(f"{sampler.steps} steps of {sampler.class_name}, {guidance}, latents {model.shape['latent']}"))
     return Group(*parts)
 

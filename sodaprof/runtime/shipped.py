@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from ..errors import MismatchError, SodaprofError
-from ..formats.files import replacing
+from ..formats.files import refuse_existing
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
 from ..pipelines.load import find_model, load_pipeline
@@ -26,10 +27,11 @@ def ship(schedule: str | Path, model: str | Path, *, force: bool = False) -> Pat
         raise SodaprofError(
             f"{model} is a hub id. Ship to a local folder of the model, then upload its folder {FOLDER}/."
         )
-    check_matches(load_pipeline(str(model), device="cpu"), load_schedule(schedule))
     copied = folder / FOLDER / Path(schedule).with_suffix(".json").name
-    with replacing(copied, force=force) as temporary:
-        temporary.write_bytes(Path(schedule).read_bytes())
+    refuse_existing(copied, force)  # ahead of loading the model
+    loaded = load_schedule(schedule)
+    check_matches(load_pipeline(str(model), device="cpu"), loaded)
+    loaded.save(copied, force=force)
     return copied
 
 
@@ -44,15 +46,21 @@ def find_shipped(pipe: Any, steps: int | None = None) -> Path:
             "This pipeline was not loaded from a folder or the hub, so no schedule is shipped with it. Give a schedule: "
             "sodaprof.apply(pipe, 'schedule.json')"
         )
-    files = sorted(_folder_of(where).glob("*.json"))
+    files = sorted(path for path in _folder_of(where).glob("*.json") if not path.name.startswith("."))
     if not files:
         raise SodaprofError(
             f"{where} ships no schedules ({FOLDER}/*.json). Name a file, or put one there: "
             f"sodaprof ship schedule.json {where}"
         )
-    schedules = {path: load_schedule(path) for path in files}
-    reasons = {path: _mismatch(pipe, schedule, steps) for path, schedule in schedules.items()}
-    matching = [path for path, reason in reasons.items() if reason is None]
+    schedules, reasons = {}, {}
+    for path in files:
+        try:
+            schedules[path] = load_schedule(path)
+        except SodaprofError as error:  # one broken or newer file does not hide the others
+            reasons[path] = str(error)
+    broken = [*reasons]
+    reasons |= {path: reason for path, schedule in schedules.items() if (reason := _mismatch(pipe, schedule, steps))}
+    matching = [path for path in files if path not in reasons]
     if not matching:
         listed = "\n".join(f"  {path.name}: {reason}" for path, reason in reasons.items())
         raise MismatchError(f"No schedule shipped with {where} matches:\n{listed}")
@@ -61,6 +69,8 @@ def find_shipped(pipe: Any, steps: int | None = None) -> Path:
         raise SodaprofError(
             f"{where} ships {len(matching)} schedules that match. Name one, or give the number of steps:\n{listed}"
         )
+    for path in broken:
+        warnings.warn(f"A schedule next to the weights is left out. {reasons[path]}", stacklevel=2)
     return matching[0]
 
 

@@ -10,17 +10,20 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from msgspec.structs import replace
 
 from ..compiler.problem import cache_bytes, within
 from ..errors import BudgetError, FormatError, MismatchError
 from ..formats.cost import CostModel
-from ..formats.files import digest, read_json, refuse_existing, write_json
+from ..formats.disk import locked
+from ..formats.files import WHOLE, Number, Record, decode, digest, encode, read_json, refuse_existing, write_json
 from ..formats.schedule import Schedule
 from ..formats.sites import Model
 from ..pipelines.discover import inspect_pipeline
@@ -32,26 +35,38 @@ from ..runtime.checks import check_matches
 from .closed_loop import Fit, sampled_distances, score_db, with_predicted_cost
 from .step_letters import columns_of, varied, with_columns
 
-FORMAT, VERSION = "sodaprof.refine", 2
 PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
 RESAMPLINGS = 1000
 LEAST = 4  # calibration generations
 PATIENCE = 6  # improvements in a row that the validation generations do not confirm, then the search ends
 
 
-@dataclass
-class Progress:
+Count = Annotated[int, Meta(ge=0, le=WHOLE)]
+Half = Annotated[int, Meta(ge=0, lt=2**32)]  # 32 bits of the random generator
+
+
+class Progress(msgspec.Struct, forbid_unknown_fields=True):
     """How far a search is: what its file holds. Columns are one letter a step, as in `step_letters`."""
 
-    evaluations: int
+    evaluations: Count
     columns: str  # of the incumbent
-    score: float  # of the incumbent on the search generations, dB
+    score: Number  # of the incumbent on the search generations, dB
     best: str
-    best_score: float  # on the validation generations, dB
-    best_at: int  # number of evaluations after which it was found
-    misses: int  # improvements since then that the validation generations did not confirm
+    best_score: Number  # on the validation generations, dB
+    best_at: Count  # number of evaluations after which it was found
+    misses: Count  # improvements since then that the validation generations did not confirm
     tried: list[str]
-    generator: Sequence[Any]  # state of the random generator
+    # state of the random generator: its version, 624 halves and a position, no Gaussian kept
+    generator: tuple[Literal[3], Annotated[tuple[Half, ...], Meta(min_length=625, max_length=625)], None]
+
+
+class SearchFile(Record, frozen=True):
+    """The content of FILE.search."""
+
+    FORMAT = "sodaprof.refine", 3
+    request: str  # digest of all settings
+    digest: str  # of the search
+    search: Progress
 
 
 @dataclass(frozen=True)
@@ -114,8 +129,11 @@ class Search:
         self.fits = CandidateFits(searched, problem.schedule)
         self.generator = random.Random(knobs["refine_seed"])
 
-    def open(self, progress: Progress | None) -> None:
-        """Begins with the schedule, or continues from `progress`, and writes the best schedule so far."""
+    def open(self, progress: Progress | None, force: bool) -> None:
+        """Begins with the schedule, or continues from `progress`, and writes the best schedule so far.
+
+        force: whether an older file at the output may be replaced at the beginning.
+        """
         if progress is None:
             columns = columns_of(self.problem.schedule)
             best, self.distances = self.fits.evaluate(columns)
@@ -124,11 +142,14 @@ class Search:
             self.save()  # ahead of `output`, which is written again if the search is interrupted in between
         else:
             self.progress = progress
-            version, state, gauss = progress.generator
-            self.generator.setstate((version, tuple(state), gauss))
+            self.generator.setstate(progress.generator)
             _, self.distances = self.fits.evaluate(progress.columns)
             best, _ = self.fits.evaluate(progress.best)
-        self.best = self._write(best)
+        try:
+            self.best = self._write(best, force)
+        except FormatError:  # a file that has appeared at the output stays
+            state_file(self.output).unlink()
+            raise
         self.known = set(self.progress.tried)
 
     def step(self) -> bool:
@@ -156,20 +177,20 @@ class Search:
         return True
 
     def save(self) -> None:
-        data = {"format": FORMAT, "version": VERSION, "request": self.request, "search": asdict(self.progress)}
-        write_json(state_file(self.output), data, force=True)
+        state = SearchFile(self.request, digest(encode(self.progress)), self.progress)
+        write_json(state_file(self.output), state.to_json(), force=True)
 
     def _validation_score(self, fitted: Schedule) -> float:
         return score_db(sampled_distances(self.validated, fitted))
 
-    def _write(self, best: Schedule) -> Schedule:
+    def _write(self, best: Schedule, force: bool = True) -> Schedule:
         """Returns the schedule that it writes to the output: `best` with its cost and where it comes from."""
         own = self.problem.schedule.policy
         knobs = own["knobs"] | {"refined": self.progress.best_at} | self.knobs
         best = with_predicted_cost(replace(best, policy=own | {"knobs": knobs}), self.problem.cost)
         kept = {"cache_bytes": cache_bytes(best, self.problem.model)}
         best = replace(best, predicted=(best.predicted or {}) | kept)
-        best.save(self.output, force=True)
+        best.save(self.output, force=force)
         return best
 
 
@@ -201,6 +222,8 @@ def refine(
     check_search(schedule, seconds, evaluations, samples)
     check_matches(pipe, schedule)
     output = Path(output)
+    if not state_file(output).exists():
+        refuse_existing(output, force)
     entries = default_prompts(pipe) if prompts is None else list(prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
     samples = min(samples, profile["samples"])
@@ -209,24 +232,28 @@ def refine(
         "schedule": schedule.digest(), "samples": samples, "seed": seed, "prompts": list(map(str, entries)),
         "cost": digest(problem.cost.to_json()), "max_cache": max_cache,
     })  # fmt: skip
-    progress = _read_progress(state_file(output), request)
-    if progress is None:
-        refuse_existing(output, force)
-    began = time.monotonic()
     first = samples - max(1, samples // 4)  # of the validation generations
-    replays = [
-        Replay(pipe, schedule.sampler, [entries[i % len(entries)] for i in part], [profile["seed"] + i for i in part])
-        for part in (range(first), range(first, samples))
-    ]
-    search = Search(problem, output, request, {"refine_seed": seed, "refine_samples": samples}, replays)
-    search.open(progress)
-    while True:
-        now = search.progress
-        on_progress(now.evaluations, now.score, now.best_score)
-        out_of_time = seconds is not None and time.monotonic() - began >= seconds
-        enough = evaluations is not None and now.evaluations >= evaluations
-        if out_of_time or enough or not search.step():
-            return search.best
+    parts = range(first), range(first, samples)
+    with locked(output.with_name(f".{output.name}.lock")):
+        progress = _read_progress(state_file(output), request)
+        if progress is None:
+            refuse_existing(output, force)
+        began = time.monotonic()
+        replays = [
+            Replay(
+                pipe, schedule.sampler, [entries[i % len(entries)] for i in part], [profile["seed"] + i for i in part]
+            )
+            for part in parts
+        ]
+        search = Search(problem, output, request, {"refine_seed": seed, "refine_samples": samples}, replays)
+        search.open(progress, force or progress is not None)
+        while True:
+            now = search.progress
+            on_progress(now.evaluations, now.score, now.best_score)
+            out_of_time = seconds is not None and time.monotonic() - began >= seconds
+            enough = evaluations is not None and now.evaluations >= evaluations
+            if out_of_time or enough or not search.step():
+                return search.best
 
 
 def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: float) -> Problem:
@@ -282,12 +309,15 @@ def _read_progress(path: Path, request: str) -> Progress | None:
     """Returns the progress in a file; None if there is no file, MismatchError if it is of another request."""
     if not path.exists():
         return None
-    data = read_json(path)
-    if not isinstance(data, dict) or data.get("format") != FORMAT or data.get("version") != VERSION:
-        raise FormatError(f"{path}: not the state of a search of this release. Delete it to search anew.")
-    if data.get("request") != request:
+    anew = "Delete it to search anew, with --force if the output is there."
+    try:
+        state = decode(read_json(path), SearchFile, str(path), "")
+        if state.digest != digest(encode(state.search)):
+            raise FormatError("its content is not that of its digest")
+    except FormatError as error:
+        raise FormatError(f"{path}: no state of a search that this release continues ({error}). {anew}") from None
+    if state.request != request:
         raise MismatchError(
-            f"{path}: holds a search from another schedule or with other settings. Repeat its settings to continue it, or "
-            "delete it to search anew."
+            f"{path}: holds a search from another schedule or with other settings. Repeat its settings to continue it. {anew}"
         )
-    return Progress(**data["search"])
+    return state.search

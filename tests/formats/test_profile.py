@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +17,11 @@ from sodaprof.formats.files import decode
 from sodaprof.formats.profile import load_profile
 from sodaprof.formats.sampler import OwnUpdate
 from sodaprof.formats.sites import Sampler, Site, SiteKey, Transformer, model_from_json
+from sodaprof.formats.tables import table_digest
+from sodaprof.profiler.plan import plan_profile
+from sodaprof.profiler.run import run_profile
 from tests.strategies import broken, models, profiles, samplers
+from tests.tiny_pipelines import tiny_pipe
 
 
 @settings(max_examples=10)
@@ -102,3 +109,93 @@ def test_what_a_fingerprint_says_of_a_site():
     assert (found.kind("b.0.ff#1"), found.kind("b.0.attn")) == ("mlp", None)
     assert (found.layout("b.0.ff"), found.layout("b.0.attn")) == ("rows", "")
     assert [found.holds_text(key) for key in ("b.0.ff", "b.0.ff#1")] == [False, True]
+
+
+# ---- tables that no profile has -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A profile with every table, as version 1 of the manifest has it: without digests."""
+    folder, pipe = tmp_path_factory.mktemp("made") / "p", tiny_pipe(1)
+    digest = run_profile(pipe, plan_profile(pipe, "tiny", steps=3, samples=2, max_interval=3), folder).digest()
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    assert data.pop("digests").keys() == data["tables"].keys()
+    assert data["version"] == 2
+    path.write_text(json.dumps(data | {"version": 1}))
+    assert load_profile(folder).digest() == digest
+    return folder
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "p")
+
+
+def test_a_changed_table_is_refused_by_its_digest(folder):
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    digests = {table: table_digest(folder, table) for table in data["tables"]}
+    path.write_text(json.dumps(data | {"version": 2, "digests": digests}))
+    load_profile(folder)
+    for table in digests:
+        content = (folder / f"{table}.parquet").read_bytes()
+        (folder / f"{table}.parquet").write_bytes(content[:9] + bytes([content[9] ^ 4]) + content[10:])
+        with pytest.raises(
+            FormatError, match=rf"{table}\.parquet: not the table that manifest\.json has the digest of"
+        ):
+            load_profile(folder)
+        (folder / f"{table}.parquet").write_bytes(content)
+    for wrong in ({k: v for k, v in digests.items() if k != "gram"}, digests | {"colour": "0"}):
+        path.write_text(json.dumps(data | {"version": 2, "digests": wrong}))
+        with pytest.raises(FormatError, match="has the digest of"):
+            load_profile(folder)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "change", "found"),
+    [
+        ("caching", "n", 0, "another number of generations"),
+        ("caching", "l1_mean", -1.0, "an error below 0"),
+        ("caching", "branch", 5, "branches"),
+        ("caching", "age", 2, "lacks rows|outside"),
+        ("pruning", "prune_rate", 1.0, "prune rate outside"),
+        ("pruning", "mean", 1e35, "an error below 0 or above"),
+        ("gram", "product", 1e300, "a product above"),
+        ("gram", "product", -1.0, "a square below 0"),
+        ("gram", "kind", "colour", "unknown kind 'colour'"),
+        ("gram", "transformer", "vae", "names the transformer 'vae'"),
+        ("sites", "width", 3, "sites.parquet and model.json differ"),
+        *(
+            (table, None, rows, "lack|differ")
+            for table in ("caching", "pruning", "gram", "sites")
+            for rows in (0, 1, 2)
+        ),
+    ],
+)
+def test_rows_that_no_profile_has_are_refused(folder, table, column, change, found):
+    path = folder / f"{table}.parquet"
+    data = pq.read_table(path)
+    rows = data.to_pylist()
+    if column is None:  # one row less, one twice, all twice
+        rows = [rows[1:], [*rows, rows[0]], rows * 2][change]
+    else:
+        rows[0][column] = change
+    pq.write_table(pa.Table.from_pylist(rows, schema=data.schema), path)
+    with pytest.raises(FormatError, match=found):
+        read_all(folder)
+
+
+def read_all(folder):
+    profile = load_profile(folder)
+    return profile.caching_error(), profile.pruning_error(), profile.state_products(), profile.site_products()
+
+
+def test_a_product_larger_than_those_of_its_tensors_with_themselves_is_refused(folder):
+    data = pq.read_table(folder / "gram.parquet")
+    rows = data.to_pylist()
+    next(row for row in rows if row["row"] != row["column"])["product"] = 1e9
+    pq.write_table(pa.Table.from_pylist(rows, schema=data.schema), folder / "gram.parquet")
+    with pytest.raises(FormatError, match="larger than those of either tensor"):
+        load_profile(folder).state_products()
