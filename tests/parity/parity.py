@@ -274,7 +274,9 @@ class OpenSoraRecording(Recording):
         for place, types in self.meta["types"].items():  # "(step, branch, layer)": {module: type}
             step, branch, layer = (part.strip() for part in place.strip("()").split(","))
             for module, word in types.items():
-                if module == ALL_AGGRESSIVE:  # of DuCa: whether the layer skips every module; their own types say the same
+                if (
+                    module == ALL_AGGRESSIVE
+                ):  # of DuCa: whether the layer skips every module; their own types say the same
                     if not isinstance(word, bool):
                         raise ValueError(f"{place}: {module} is {word!r}, expected true or false")
                     continue
