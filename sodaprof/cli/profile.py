@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from .console import duration, make_console, print_next, progress, size
-from .options import Device, Dtype, Force, Model, Prompts, Scale, Scheduler, Steps, check_choice, entries
+from .options import (
+    Device,
+    Dtype,
+    Force,
+    Labels,
+    Model,
+    Prompts,
+    Scale,
+    Scheduler,
+    Steps,
+    check_choice,
+    entries,
+    say_entries,
+)
 
 
 def profile(
@@ -19,6 +32,7 @@ def profile(
         int | None, typer.Option(help="Generations to average over.  [default: 100; 10 for video]")
     ] = None,
     prompts: Prompts = None,
+    labels: Labels = None,
     guidance_scale: Scale = None,
     max_interval: Annotated[int, typer.Option(help="Longest cache interval; ages 1 to this minus 1 are measured.")] = 8,
     batch_size: Annotated[
@@ -49,10 +63,10 @@ def profile(
     from ..profiler.plan import plan_profile
     from ..profiler.run import run_profile
 
-    console, given = make_console(), entries(prompts)
+    console, given = make_console(), entries(prompts, labels)
     pipe = load_pipeline(model, dtype, device, scheduler)
     plan = plan_profile(
-        pipe, model, steps=steps, samples=samples, prompts=given, guidance_scale=guidance_scale,
+        pipe, model, steps=steps, samples=samples, prompts=say_entries(console, pipe, given), guidance_scale=guidance_scale,
         max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
         states_only=states_only, gram=not no_gram,
     )  # fmt: skip
