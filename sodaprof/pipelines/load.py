@@ -19,7 +19,6 @@ REFERENCE = Path(__file__).parents[1] / "reference"
 # in an installed package, and in the repository
 PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
 HUB_TIMEOUT_S = 10
-GIVE = "others: --prompts FILE, or --labels 0-9 for labels; in Python prompts=[...]."
 SMALLEST_BIN = 256  # pixels a side of the smallest square to which diffusers' pipelines round picture sizes
 # a user's call of the pipeline, with prompt embeddings for example: entries, a generator for each -> the pipeline's output
 OwnCall = Callable[[list[int | str], list[torch.Generator]], Any]
@@ -241,18 +240,21 @@ def label_names(pipe: Any) -> dict[str, int]:
     return {str(name): int(label) for label, name in (getattr(pipe, "config", {}).get("id2label") or {}).items()}
 
 
-def check_entries(pipe: Any, entries: Sequence[int | str], give: str = GIVE) -> list[int | str]:
+def check_entries(pipe: Any, entries: Sequence[int | str], give: str | None = None) -> list[int | str]:
     """Returns the entries as the pipeline takes them: prompts, or labels, also for the names of labels.
 
-    Raises SodaprofError, which ends with `Give` and `give`, unless it takes all of them and knows the labels.
+    Raises SodaprofError, which advises `give`, unless it takes all of them and knows the labels.
     """
     if not takes_labels(pipe):
         if wrong := [e for e in entries if not isinstance(e, str)]:
-            raise SodaprofError(f"{type(pipe).__name__} takes text prompts; found {wrong[0]!r}. Give {give}")
+            raise SodaprofError(
+                f"{type(pipe).__name__} takes text prompts; found {wrong[0]!r}. Give {give or 'others: --prompts FILE'}"
+            )
         return list(entries)
     names = label_names(pipe)
     found = [names.get(e.strip(), e) if isinstance(e, str) else e for e in entries]
     if unnamed := [e for e in found if isinstance(e, str)]:
+        give = give or "others: --labels 0-9, or --prompts FILE"
         known = f"which is none of its names ({_few([*names])})" if names else "and it has no names for them"
         raise SodaprofError(
             f"{type(pipe).__name__} takes integer labels; found {unnamed[0][:80]!r}, {known}. Give {give}"
