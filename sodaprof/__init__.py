@@ -42,10 +42,12 @@ _HOME = {  # public name -> the module that defines it; imported on first use, s
     "FormatError": "errors",
     "Handle": "runtime.apply",
     "IllegalScheduleError": "errors",
+    "JumpScheduler": "runtime.sampler.scheduler",  # the class of `scheduler`, as saved pipelines name it
     "MismatchError": "errors",
     "Profile": "formats.profile",
     "Report": "runtime.apply",
     "Schedule": "formats.schedule",
+    "SchedulerMixin": "runtime.sampler.scheduler",  # diffusers looks here for it, to know how JumpScheduler is loaded
     "SodaprofError": "errors",
     "UnsupportedModelError": "errors",
     "apply": "runtime.apply",

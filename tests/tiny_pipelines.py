@@ -27,7 +27,9 @@ def tiny_pipe(layers: int = 2, seed: int = 0, cls: type = DiTPipeline) -> DiTPip
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=layers, sample_size=8,
         patch_size=2, num_embeds_ada_norm=1000,
     ).eval()  # fmt: skip
-    pipe = cls(transformer, tiny_vae(), DDIMScheduler(clip_sample=False), {i: f"class {i}" for i in range(10)})
+    names = {str(label): f"class {label}" for label in range(10)}
+    pipe = cls(transformer, tiny_vae(), DDIMScheduler(clip_sample=False), names)
+    pipe.register_to_config(id2label=names)  # which the pipeline itself does not save
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -28,6 +28,7 @@ def bench(
     batch_size: options.Batch = 1,
     steps: options.Steps = None,
     prompts: options.Prompts = None,
+    labels: options.Labels = None,
     guidance_scale: options.Scale = None,
     scheduler: options.Scheduler = None,
     dtype: options.Dtype = None,
@@ -51,12 +52,12 @@ def bench(
     from ..pipelines.load import default_steps, load_pipeline
     from ..report.results import benchmark_view
 
-    console = make_console(stderr=as_json)
+    console, given = make_console(stderr=as_json), options.entries(prompts, labels)
     pipe = load_pipeline(model, dtype, device, scheduler)
     settings: dict[str, Any] = {
         "steps": loaded[0].steps if loaded else default_steps(pipe) if steps is None else steps,
         "guidance_scale": loaded[0].sampler.guidance_scale if loaded and guidance_scale is None else guidance_scale,
-        "prompts": options.entries(prompts),
+        "prompts": given and options.say_entries(console, pipe, given),
         "batch_size": batch_size,
         "rounds": rounds,
         "graphs": not no_graphs,

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from ..errors import SodaprofError
 from .console import make_console, note_written, print_next, print_wrote, progress, summary
-from .options import Cost, Force, MaxCache, check_choice, parse_size
+from .options import Cost, Force, MaxCache, check_choice, parse_size, say_entries
 
 BUDGET = "2.0x"  # if none is given and the policy has no released settings
 
@@ -170,11 +170,13 @@ def _mix(console: Any, model: str, asked: dict[str, Any]) -> Any:
 
 def _load(console: Any, model: str, folder: Path) -> Any:
     """Returns the pipeline to fit on, with the sampler that the profile was made with."""
-    from ..formats.profile import load_inspection
+    from ..formats.profile import load_profile
     from ..pipelines.load import load_pipeline
     from ..runtime.sampler.scheduler import scheduler_of
 
-    sampler, pipe = load_inspection(folder).sampler, load_pipeline(model)
+    profile = load_profile(folder)
+    sampler, pipe = profile.sampler, load_pipeline(model)
+    say_entries(console, pipe, (profile.manifest["prompts"], "the profile"))
     own = type(pipe.scheduler).__name__
     if own != sampler.class_name:
         console.print(f"Sampled by {sampler.class_name}, as the profile was, instead of {own}")

@@ -20,6 +20,7 @@ def eval_(
         typer.Option(callback=options.SeedRange, help="First held-out seed; no calibration seed may be among them."),
     ] = 1_000_000,
     prompts: options.Prompts = None,
+    labels: options.Labels = None,
     guidance_scale: options.Scale = None,
     batch_size: options.Batch = 16,
     scheduler: options.Scheduler = None,
@@ -61,11 +62,12 @@ def eval_(
     if data is not None:
         check_enough(samples)
         real = pictures_in(data)
-    console = make_console(stderr=as_json)
+    console, given = make_console(stderr=as_json), options.entries(prompts, labels)
     pipe = load_pipeline(model, dtype, device, scheduler)
+    found = options.say_entries(console, pipe, given)
     with progress(console, "eval") as on_progress:
         result = evaluate(
-            pipe, loaded, samples=samples, seed=seed, prompts=options.entries(prompts), batch_size=batch_size,
+            pipe, loaded, samples=samples, seed=seed, prompts=found, batch_size=batch_size,
             guidance_scale=guidance_scale, names=_names(schedules, loaded), controls=controls, data=real, runtime=runtime,
             graphs=not no_graphs, on_progress=on_progress,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,10 @@ Prompts = Annotated[
         metavar="FILE", help="One prompt or label a line, or a shipped list: text-to-image.  [default: by model]"
     ),
 ]
+Labels = Annotated[
+    str | None,
+    typer.Option(metavar="LIST", help="Class labels, for a model that takes them: 0-9, 0,3,5-7, or names that it has."),
+]
 ResultFile = Annotated[Path | None, typer.Option("-o", "--output", help="Write the result as JSON.")]
 ScheduleFile = Annotated[Path, typer.Argument(metavar="FILE", help="A schedule.")]
 Batch = Annotated[int, typer.Option(callback=BatchRange, help="Generations sampled at once.")]
@@ -91,11 +96,43 @@ def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
             raise SodaprofError(f"{other} and {option} are both {path}. Give each a file of its own.")
 
 
-def entries(prompts: str | None) -> list[int | str] | None:
-    """Returns the entries of a prompt file; None if none is given."""
+def entries(prompts: str | None, labels: str | None = None) -> tuple[list[int | str], str] | None:
+    """Returns the entries of a prompt file or of --labels, and where they are from; None if neither is given."""
     from ..pipelines.load import read_prompts
 
-    return None if prompts is None else read_prompts(prompts)
+    if prompts is not None and labels is not None:
+        raise SodaprofError("--prompts and --labels both say what to sample. Give one of them.")
+    if labels is not None:
+        return parse_labels(labels), f"--labels {labels}"
+    return None if prompts is None else (read_prompts(prompts), prompts)
+
+
+def say_entries(console: Any, pipe: Any, given: tuple[list[int | str], str] | None) -> list[int | str]:
+    """Prints which prompts or labels are taken, how many and from where, and returns them; by default the model's."""
+    from ..pipelines.load import check_entries, default_entries, takes_labels
+
+    found, source = given or default_entries(pipe)
+    found = check_entries(pipe, found)
+    kind = "labels" if takes_labels(pipe) else "prompts"
+    shown = [str(entry)[:40] for entry in (found if len(found) <= 12 else found[:3])]
+    console.print(
+        f"{len(found)} {kind} from {source}: {', '.join(shown)}{'' if len(found) <= 12 else ' …'}",
+        soft_wrap=True,
+        markup=False,
+    )
+    return found
+
+
+def parse_labels(text: str) -> list[int | str]:
+    """Returns the labels of a list such as 0-9 or 0,3,5-7; other parts are names. SodaprofError for a broken range."""
+    found: list[int | str] = []
+    for part in map(str.strip, text.split(",")):
+        ends = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part, re.ASCII)
+        first, last = (0, 0) if ends is None else (int(ends[1]), int(ends[2] or ends[1]))
+        if not part or first > last:
+            raise SodaprofError(f"--labels is {text[:80]!r}; expected labels and ranges, as in --labels 0-9 or 0,3,5-7")
+        found += [part] if ends is None else range(first, last + 1)
+    return found
 
 
 def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from .options import (
     Device,
     Dtype,
     Force,
+    Labels,
     Model,
     Prompts,
     SampleRange,
@@ -23,6 +24,7 @@ from .options import (
     check_choice,
     entries,
     ranged,
+    say_entries,
 )
 
 
@@ -35,6 +37,7 @@ def profile(
         typer.Option(callback=SampleRange, help="Generations to average over.  [default: 100; 10 for video]"),
     ] = None,
     prompts: Prompts = None,
+    labels: Labels = None,
     guidance_scale: Scale = None,
     max_interval: Annotated[
         int | None,
@@ -74,10 +77,10 @@ def profile(
     from ..profiler.plan import plan_profile
     from ..profiler.run import run_profile
 
-    console, given = make_console(), entries(prompts)
+    console, given = make_console(), entries(prompts, labels)
     pipe = load_pipeline(model, dtype, device, scheduler)
     plan = plan_profile(
-        pipe, model, steps=steps, samples=samples, prompts=given, guidance_scale=guidance_scale,
+        pipe, model, steps=steps, samples=samples, prompts=say_entries(console, pipe, given), guidance_scale=guidance_scale,
         max_interval=max_interval, batch_size=batch_size, seed=seed, full_tokens=tokens == "full",
         states_only=states_only, gram=not no_gram,
     )  # fmt: skip

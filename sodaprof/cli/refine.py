@@ -13,6 +13,7 @@ from .options import (
     Device,
     Dtype,
     Force,
+    Labels,
     MaxCache,
     Model,
     Prompts,
@@ -23,6 +24,7 @@ from .options import (
     parse_size,
     parse_span,
     ranged,
+    say_entries,
 )
 
 
@@ -48,6 +50,7 @@ def refine_(
     ] = 24,
     seed: Annotated[int, typer.Option(callback=SeedRange, help="Seed of the sequence of candidates.")] = 0,
     prompts: Prompts = None,
+    labels: Labels = None,
     cost: Cost = "flops",
     max_cache: MaxCache = None,
     scheduler: Scheduler = None,
@@ -59,7 +62,7 @@ def refine_(
     from ..formats.cost import load_cost
     from ..formats.schedule_file import load_schedule
 
-    console = make_console()
+    console, given = make_console(), entries(prompts, labels)
     first = load_schedule(source)
     seconds, most = parse_span(time), parse_size(max_cache)
     from ..pipelines.load import load_pipeline
@@ -67,6 +70,7 @@ def refine_(
 
     check_search(first, seconds, evaluations, samples)  # ahead of the model
     pipe = load_pipeline(model, dtype, device, scheduler)
+    found = say_entries(console, pipe, given)
     with progress(console, "refine") as on_progress:
 
         def show_scores(done: int, search: float, validation: float) -> None:
@@ -76,7 +80,7 @@ def refine_(
         scores: dict[str, float] = {}
         best = refine(
             pipe, first, output, seconds=seconds, evaluations=evaluations, samples=samples,
-            seed=seed, force=force, prompts=entries(prompts),
+            seed=seed, force=force, prompts=found,
             cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
         )  # fmt: skip
         note_written(output)

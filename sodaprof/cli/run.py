@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,9 @@ def run(
         int | None, typer.Option(callback=StepRange, help="Steps of the schedule to take from the model's folder.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text prompt; may be repeated.")] = None,
-    label: Annotated[list[int] | None, typer.Option(help="Class label; may be repeated.")] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Class label, or its name if the model has names; may be repeated.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(callback=SeedRange, help="Seed of the first picture; each further picture adds 1.")
     ] = 0,
@@ -55,8 +58,7 @@ def run(
     refuse_existing(output, force)
     if output.suffix != ".mp4":
         check_picture(output)
-    entries: list[int | str] = [*(prompt or []), *(label or [])]
-    if not entries:
+    if not (prompt or label):
         raise SodaprofError("Nothing to sample. Give --label N or --prompt TEXT, once or more.")
     if (height is None) != (width is None):
         raise SodaprofError("Give --height and --width together, or neither.")
@@ -70,6 +72,7 @@ def run(
     settings = runtime_settings(runtime, not no_graphs) or runtime
     console = make_console()
     pipe = load_pipeline(model, dtype, device, scheduler)
+    entries = _entries(pipe, prompt or [], label or [])
     schedule = schedule or find_shipped(pipe, steps)
     loaded = load_schedule(schedule)
     if steps not in (None, loaded.steps):
@@ -89,6 +92,20 @@ def run(
     console.print(str(handle.report()))
     print_wrote(console, output)
     print_next(console, f"sodaprof eval {model} {schedule}{'' if scheduler is None else f' --scheduler {scheduler}'}")
+
+
+def _entries(pipe: Any, prompts: list[str], labels: list[str]) -> list[int | str]:
+    """Returns what to sample; SodaprofError if the pipeline takes the other kind, or does not know a label."""
+    from ..pipelines.load import check_entries, takes_labels
+
+    of_labels = takes_labels(pipe)
+    if prompts if of_labels else labels:
+        takes, give = ("labels", "--label N") if of_labels else ("text prompts", "--prompt TEXT")
+        raise SodaprofError(
+            f"{type(pipe).__name__} takes {takes}. Give {give} in place of --{'prompt' if of_labels else 'label'}"
+        )
+    numbers = [int(text) if re.fullmatch(r"-?\d{1,9}", text, re.ASCII) else text for text in labels]
+    return check_entries(pipe, numbers if of_labels else prompts, "--label N")
 
 
 def _save(pictures: Any, names: list[str], output: Path, force: bool) -> None:

@@ -19,7 +19,7 @@ from ..formats.schedule import Plan
 from ..formats.sites import Transformer
 from ..pipelines.clock import Moment
 from ..pipelines.discover import find_sites, guidance_form
-from ..pipelines.load import default_guidance, default_prompts, transformers_of
+from ..pipelines.load import any_entries, default_guidance, transformers_of
 from ..pipelines.recording import Step, hooked, record_step
 from ..pipelines.sampler_steps import in_loop
 from ..pipelines.structure import find_modules
@@ -57,7 +57,7 @@ def diagnose(pipe: Any, name: str, steps: int = 50, guidance_scale: float | None
         timesteps_asked(pipe.scheduler) as asked,
         torch.no_grad(),
     ):
-        step = record_step(pipe, [default_prompts(pipe)[0]], steps, scale)
+        step = record_step(pipe, any_entries(pipe)[:1], steps, scale)
         findings = scheduler_findings(pipe.scheduler, asked)
         about, verdict = {}, {}
         for part, network in parts.items():

@@ -21,7 +21,7 @@ from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler
 from ..pipelines.device import device_facts, launches_of, versions
 from ..pipelines.discover import inspect_pipeline
-from ..pipelines.load import call, default_prompts, transformers_of
+from ..pipelines.load import any_entries, call, transformers_of
 from ..pipelines.patch import patched
 from ..runtime.apply import Handle, apply
 from ..runtime.compiled.engine import Compiled
@@ -60,7 +60,7 @@ def work_of(
     for option, value in (("--rounds", rounds), ("--batch-size", batch_size)):
         if value < 1:
             raise SodaprofError(f"{option} is {value}; expected at least 1.")
-    pool = default_prompts(pipe) if prompts is None else list(prompts)
+    pool = any_entries(pipe) if prompts is None else list(prompts)
     return Work(pipe, [pool[i % len(pool)] for i in range(batch_size)], steps, scale)
 
 

@@ -68,8 +68,7 @@ def evaluate(
     runtime_settings(runtime, graphs)
     sampler = schedules[0].sampler
     scale = sampler.guidance_scale if guidance_scale is None else guidance_scale
-    entries = default_prompts(pipe) if prompts is None else list(prompts)
-    check_entries(pipe, entries)
+    entries = check_entries(pipe, default_prompts(pipe) if prompts is None else prompts)
     classifier = load_classifier(Path(str(pipe.config.get("_name_or_path", ""))))
     real = None if data is None else _features_of_data(classifier, data, samples)
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, scale, entries[0])

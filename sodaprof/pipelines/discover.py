@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..formats.sites import Guidance, GuidanceForm, Model, Sampler, Site, SiteKey, Transformer
-from .load import OwnCall, default_prompts
+from .load import OwnCall, any_entries
 from .probe import Args, Forward, Kwargs, as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
 from .recording import Step, all_tapped, is_halved, latents_of, record_step
 from .structure import Modules, find_modules
@@ -41,7 +41,7 @@ def inspect_pipeline(
     Raises UnsupportedModelError for a model without attention blocks, or with outputs of an unknown layout.
     """
     if entry is None:
-        entry = default_prompts(pipe)[0] if own is None else 0
+        entry = any_entries(pipe)[0] if own is None else 0
     with torch.no_grad():
         step = record_step(pipe, [entry], steps, guidance_scale, own)
         names = dict.fromkeys(name for name, *_ in step.calls)

@@ -241,17 +241,42 @@ def read_prompts(path: str | Path) -> list[int | str]:
     return [int(e) if e.removeprefix("-").isdecimal() else e for e in entries]
 
 
-def check_entries(pipe: Any, entries: Sequence[int | str]) -> None:
-    """Raises SodaprofError unless the pipeline takes all of these entries: prompts, or labels that it knows."""
-    labels = takes_labels(pipe)
-    if wrong := [e for e in entries if isinstance(e, int) != labels]:
-        want = "integer labels" if labels else "text prompts"
+def label_names(pipe: Any) -> dict[str, int]:
+    """Returns the label of each name that the pipeline gives to its classes; {} if it gives none."""
+    if names := getattr(pipe, "labels", None):
+        return {str(name): int(label) for name, label in dict(names).items()}
+    return {str(name): int(label) for label, name in (getattr(pipe, "config", {}).get("id2label") or {}).items()}
+
+
+def check_entries(pipe: Any, entries: Sequence[int | str], give: str | None = None) -> list[int | str]:
+    """Returns the entries as the pipeline takes them: prompts, or labels, also for the names of labels.
+
+    Raises SodaprofError, which advises `give`, unless it takes all of them and knows the labels.
+    """
+    if not takes_labels(pipe):
+        if wrong := [e for e in entries if not isinstance(e, str)]:
+            raise SodaprofError(
+                f"{type(pipe).__name__} takes text prompts; found {wrong[0]!r}. Give {give or 'others: --prompts FILE'}"
+            )
+        return list(entries)
+    names = label_names(pipe)
+    found = [names.get(e.strip(), e) if isinstance(e, str) else e for e in entries]
+    if unnamed := [e for e in found if isinstance(e, str)]:
+        give = give or "others: --labels 0-9, or --prompts FILE"
+        known = f"which is none of its names ({_few([*names])})" if names else "and it has no names for them"
         raise SodaprofError(
-            f"{type(pipe).__name__} takes {want}; found {wrong[0]!r}. Use --prompts FILE to give others."
+            f"{type(pipe).__name__} takes integer labels; found {unnamed[0][:80]!r}, {known}. Give {give}"
         )
-    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0) if labels else 0
-    if unknown := [e for e in entries if classes and not 0 <= int(e) < classes]:
-        raise SodaprofError(f"Found the label {unknown[0]}; this model knows 0 to {classes - 1}. Give one of these.")
+    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0)
+    labels = sorted(set(names.values())) or list(range(classes))
+    if unknown := [e for e in found if labels and e not in labels]:
+        known = f"{labels[0]} to {labels[-1]}" if labels[-1] - labels[0] == len(labels) - 1 else _few(labels)
+        raise SodaprofError(f"Found the label {unknown[0]}; this model knows {known}. Give one of these.")
+    return found
+
+
+def _few(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values if len(values) <= 12 else [*values[:5], "…", values[-1]]))
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
@@ -261,15 +286,38 @@ def check_seeds(seeds: Sequence[int]) -> None:
         raise SodaprofError(f"Found the seed {wrong[0]}; expected 0 to 2^64 - 1. Give another --seed.")
 
 
-def default_prompts(pipe: Any) -> list[int | str]:
-    """Returns the shipped entries of the model's name, else the pipeline's own labels if they are few, else those of its kind."""
+def default_entries(pipe: Any) -> tuple[list[int | str], str]:
+    """Returns the entries that a model is profiled and evaluated on if none are given, and where they are from.
+
+    These are the shipped ones of the model's name, else the labels that it names (100 of them if they are more), else the
+    shipped prompts of its kind. SodaprofError for a model of labels without names: which of them it was trained on is unknown.
+    """
     own_list = Path(str(pipe.config.get("_name_or_path", ""))).name
     if any((folder / f"{own_list}.txt").is_file() for folder in PROMPT_FOLDERS):
-        return read_prompts(own_list)
+        return read_prompts(own_list), f"the shipped list {own_list}"
     if not takes_labels(pipe):
-        return read_prompts("text-to-video" if makes_video(pipe) else "text-to-image")
-    own: list[int | str] = sorted(set((getattr(pipe, "labels", None) or {}).values()))
-    return own if 0 < len(own) <= 100 else read_prompts("imagenet-labels")
+        name = "text-to-video" if makes_video(pipe) else "text-to-image"
+        return read_prompts(name), f"the shipped list {name}"
+    names = label_names(pipe)
+    if not names:
+        raise SodaprofError(
+            f"{type(pipe).__name__} takes labels and does not say which it was trained on (no id2label, no labels). Say so: "
+            "--labels 0-9, or --prompts FILE with a label a line; in Python prompts=range(10)."
+        )
+    if names.get("golden retriever") == 207:
+        return read_prompts("imagenet-labels"), "the shipped list imagenet-labels"
+    own = sorted(set(names.values()))
+    return list(own[:: math.ceil(len(own) / 100)]), "the names that the model has for its labels"
+
+
+def default_prompts(pipe: Any) -> list[int | str]:
+    """Returns the entries of `default_entries`."""
+    return default_entries(pipe)[0]
+
+
+def any_entries(pipe: Any) -> list[int | str]:
+    """Returns entries that the pipeline takes, for what is the same for all of them: `default_prompts`, or label 0."""
+    return [0] if takes_labels(pipe) and not label_names(pipe) else default_prompts(pipe)
 
 
 def call(
@@ -297,9 +345,9 @@ def call(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     if own is not None:
         return own(list(entries), generators)
-    check_entries(pipe, entries)
+    entries = check_entries(pipe, entries)
     known = _defaults(pipe)
-    arguments: dict[str, Any] = {"class_labels" if takes_labels(pipe) else "prompt": list(entries)}
+    arguments: dict[str, Any] = {"class_labels" if takes_labels(pipe) else "prompt": entries}
     if guidance_scale is not None:
         arguments["guidance_scale"] = float(guidance_scale)
     if size is not None:

@@ -185,7 +185,7 @@ def plan_profile(
         prompts = default_prompts(pipe) if call is None else range(samples)
     prompts = list(prompts)
     if call is None:
-        check_entries(pipe, prompts)
+        prompts = check_entries(pipe, prompts)
     model, sampler, step = inspect_pipeline(pipe, name, expected, guidance_scale, prompts[0], call)
     if call is not None and steps is not None and sampler.steps != steps:
         raise SodaprofError(f"The call runs {sampler.steps} timesteps, steps is {steps}. Give steps={sampler.steps}.")

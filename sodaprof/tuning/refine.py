@@ -28,7 +28,7 @@ from ..formats.schedule import Schedule
 from ..formats.sites import Model
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.flops import count_flops
-from ..pipelines.load import default_prompts
+from ..pipelines.load import check_entries, default_prompts
 from ..pipelines.recording import stack_of
 from ..pipelines.replay import Replay
 from ..runtime.checks import check_matches
@@ -224,7 +224,7 @@ def refine(
     output = Path(output)
     if not state_file(output).exists():
         refuse_existing(output, force)
-    entries = default_prompts(pipe) if prompts is None else list(prompts)
+    entries = check_entries(pipe, default_prompts(pipe) if prompts is None else prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
     samples = min(samples, profile["samples"])
     problem = _problem(pipe, schedule, entries[0], cost, math.inf if max_cache is None else max_cache)

@@ -13,6 +13,7 @@ import pytest
 from sodaprof import cli
 from sodaprof.profiler import run
 from tests.conftest import build_relay
+from tests.tiny_pipelines import tiny_pipe
 
 SMALL = ("--steps", 8, "--samples", 2, "--max-interval", 3)
 
@@ -99,6 +100,9 @@ def test_steps_that_nothing_can_take(command, model, command_line, steps):
     [
         (("--seed", -1), "p.png", "--seed is -1; expected at least 0"),
         (("--label", -1), "p.png", "Found the label -1; this model knows 0 to "),
+        (("--label", 99), "p.png", "Found the label 99; this model knows 0 to 9"),
+        (("--label", "comet"), "p.png", "found 'comet', which is none of its names (class 0, class 1, "),
+        (("--prompt", "a red ball"), "p.png", "DiTPipeline takes labels. Give --label N in place of --prompt"),
         ((), "p.foo", "p.foo: pictures are written as .png, .jpg or .webp. Type: "),
         ((), "p", "pictures are written as .png"),
         ((), "p.mp4", "an mp4 holds one clip"),
@@ -123,6 +127,35 @@ def test_prompt_files(refused, model, schedule, tmp_path, content, said):
     prompts.write_bytes(content)
     assert said in refused("profile", model, *SMALL, "--prompts", prompts, output=output)
     assert said in refused("eval", model, schedule, "--samples", 2, "--prompts", prompts, output=output)
+
+
+@pytest.fixture(scope="module")
+def nameless(tmp_path_factory):
+    """The folder of a pipeline that has no names for its labels."""
+    pipe, folder = tiny_pipe(), tmp_path_factory.mktemp("models") / "nameless"
+    pipe.register_to_config(id2label=None)
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_labels_without_names_must_be_given(refused, command, nameless, schedule, tmp_path):
+    advice = "--labels 0-9, or --prompts FILE"
+    assert advice in refused("profile", nameless, *SMALL, output=tmp_path / "p")
+    assert advice in refused("eval", nameless, schedule, "--samples", 2, output=tmp_path / "e.json")
+    assert advice in refused("refine", nameless, schedule, "--evaluations", 1, output=tmp_path / "s.json")
+    code, out, err = command("profile", nameless, *SMALL, "--labels", "0-3,7", "-o", tmp_path / "p")
+    assert (code, "5 labels from --labels 0-3,7: 0, 1, 2, 3, 7" in out) == (0, True), err
+
+
+@pytest.mark.parametrize("labels", ["3-1", "1,,2", ""])
+def test_broken_lists_of_labels(refused, nameless, tmp_path, labels):
+    said = refused("profile", nameless, *SMALL, "--labels", labels, output=tmp_path / "p")
+    assert "expected labels and ranges, as in --labels 0-9" in said
+
+
+def test_prompts_and_labels_exclude_each_other(refused, model, tmp_path):
+    options = (*SMALL, "--labels", "1", "--prompts", "tiny-dit")
+    assert "Give one of them" in refused("profile", model, *options, output=tmp_path / "p")
 
 
 def test_two_results_do_not_go_to_one_file(command, model, schedule, tmp_path):

@@ -12,13 +12,23 @@ from diffusers import PixArtTransformer2DModel, UNet2DModel
 from huggingface_hub import constants
 from huggingface_hub.utils.tqdm import progress_bar_states
 
+import sodaprof
 from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.pipelines import load
 from sodaprof.pipelines.discover import Step as RecordedStep
 from sodaprof.pipelines.discover import find_sites, inspect_pipeline
 from sodaprof.pipelines.flops import count_flops
-from sodaprof.pipelines.load import call, find_model, load_pipeline, read_prompts, transformers_of
-from tests.tiny_pipelines import SITES, STEPS, tiny_pipe
+from sodaprof.pipelines.load import (
+    call,
+    check_entries,
+    default_entries,
+    find_model,
+    load_pipeline,
+    read_prompts,
+    transformers_of,
+)
+from sodaprof.tuning.refine import refine
+from tests.tiny_pipelines import SITES, STEPS, schedule_for, tiny_pipe
 
 
 def test_sites_of_dit():
@@ -138,9 +148,46 @@ def test_prompt_files_are_read(tmp_path):
     ("entry", "says"),
     [
         ("a ball", "integer labels"),
-        *((n, f"Found the label {n}; this model knows 0 to 999") for n in (-1, 1000, 99999)),
+        *((n, f"Found the label {n}; this model knows 0 to 9") for n in (-1, 1000, 99999)),
     ],
 )
 def test_entries_that_the_model_does_not_take_are_refused(entry, says):
     with pytest.raises(SodaprofError, match=says):
         call(tiny_pipe(), [1, entry], [0, 1], STEPS)
+
+
+def test_names_of_labels_are_taken_where_the_model_has_them():
+    pipe = tiny_pipe()
+    assert check_entries(pipe, ["class 3", 1, " class 0 "]) == [3, 1, 0]
+    assert default_entries(pipe) == ([*range(10)], "the names that the model has for its labels")
+    pipe.labels = None
+    assert check_entries(pipe, ["class 3"]) == [3]  # of the config
+
+
+def test_the_default_labels_are_among_those_of_the_model():
+    pipe = tiny_pipe()
+    pipe.labels = {f"class {i}": 2 * i for i in range(150)}
+    entries, _ = default_entries(pipe)
+    assert len(entries) == 75
+    assert check_entries(pipe, entries) == entries
+    with pytest.raises(SodaprofError, match=r"knows 0, 2, 4, 6, 8, …, 298"):
+        check_entries(pipe, [1])
+    pipe.labels = {f"class {i}": i for i in range(1000)} | {"golden retriever": 207}
+    assert default_entries(pipe) == (read_prompts("imagenet-labels"), "the shipped list imagenet-labels")
+
+
+def test_a_model_of_labels_without_names_is_asked_about(tmp_path):
+    pipe = tiny_pipe()
+    pipe.labels, schedule = None, schedule_for(pipe)
+    pipe.register_to_config(id2label=None)
+    for refused in (
+        lambda: sodaprof.profile(pipe, tmp_path / "p", steps=STEPS, samples=2),
+        lambda: sodaprof.evaluate(pipe, [schedule], samples=2),
+        lambda: refine(pipe, schedule, tmp_path / "s.json", evaluations=1),
+    ):
+        with pytest.raises(SodaprofError, match=r"--labels 0-9, or --prompts FILE .* prompts=range\(10\)"):
+            refused()
+    sodaprof.profile(pipe, tmp_path / "p", steps=STEPS, samples=2, max_interval=4, prompts=range(10))
+    inspect_pipeline(pipe, "tiny", STEPS)  # any label does
+    with pytest.raises(SodaprofError, match="found 'star', and it has no names for them"):
+        check_entries(pipe, ["star"])

@@ -6,21 +6,23 @@ composed into one, with the noise of every step between, so the pictures are tho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
-from ...errors import MismatchError, SodaprofError, UnsupportedModelError
+from ...errors import FormatError, MismatchError, SodaprofError, UnsupportedModelError
 from ...formats.rules import verify
 from ...formats.schedule import Schedule
-from ...formats.schedule_file import load_schedule
+from ...formats.schedule_file import load_schedule, schedule_from_json, schedule_to_json
 from ...formats.sites import Sampler
 from ...opensora.scheduler import RectifiedFlowScheduler
 from ...pipelines.sampler_steps import own_update
@@ -28,14 +30,22 @@ from .update import Ring, called_steps, check_linear, drawn, jumps, next_dtype
 
 # these scale no input, draw no noise and weigh the outputs themselves
 UNSCALED = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler")
+# what a pipeline may read of the sampler itself, on all of its steps
+OF_SAMPLER = ("add_noise", "scale_noise", "get_velocity", "betas", "alphas", "alphas_cumprod")
+WHOLE = "Run the whole trajectory: strength=1, and nothing that leaves steps out."
+ROUNDED = 2e-3  # of sigmas: some pipelines pass whole timesteps of 1000, others begin at 0.999
 
 
-def scheduler(schedule: Schedule | str | Path) -> JumpScheduler:
+def scheduler(schedule: Schedule | str | Path, *, allow_resolution: bool = False) -> JumpScheduler:
     """Returns a diffusers scheduler that runs a schedule (or the file of one) of whole steps and fitted updates.
 
     Type `pipe.scheduler = sodaprof.scheduler(schedule)` and call the pipeline with as many steps as the schedule calls the
-    network at. Its `config` is that of the sampler which the schedule was made for. Raises UnsupportedModelError for a
-    schedule that reuses, forecasts or prunes, for one without an update, and if the sampler's steps are not linear.
+    network at. `pipe.save_pretrained` writes the schedule, too. Its `config` is that of the sampler which the schedule was
+    made for: `SamplerClass.from_config` makes that sampler of it. allow_resolution: run at other sizes of the latents than
+    profiled, too.
+
+    Raises UnsupportedModelError for a schedule that reuses, forecasts or prunes, for one without an update, and if the
+    sampler's steps are not linear.
     """
     if isinstance(schedule, Schedule):
         verify(schedule)
@@ -51,28 +61,35 @@ def scheduler(schedule: Schedule | str | Path) -> JumpScheduler:
         raise UnsupportedModelError(
             "The schedule has no update, so it is the sampler itself. Compile one with --policy solver."
         )
-    return JumpScheduler(schedule)
+    return JumpScheduler(schedule, allow_resolution)
 
 
 class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """The steps of a schedule that call the network, and the jumps from each to the next."""
+    """The steps of a schedule that call the network, and the jumps from each to the next; `scheduler` makes it.
 
+    The config is the sampler's, and under a private key, which other schedulers pass over, the content of schedule.json.
+    """
+
+    __module__ = "sodaprof"  # as model_index.json names it
     config_name = "scheduler_config.json"
     order = 1
     begin_index = 0
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, allow_resolution: bool = False) -> None:
         sampler, update = schedule.sampler, schedule.update
         assert update is not None
-        self._internal_dict = FrozenDict(_config(sampler))
+        kept = {"_class_name": type(self).__name__, "_schedule": schedule_to_json(schedule)}
+        self.register_to_config(**_config(sampler), **kept, _allow_resolution=allow_resolution)
         self.sampler = sampler
+        self._latent = None if allow_resolution else schedule.shape["latent"]
         data, noise = [(0.0, 1.0)] * sampler.steps, [0.0] * sampler.steps
         scales, sigmas, self.init_noise_sigma = [1.0] * sampler.steps, list[float](), 1.0
-        own = scheduler_of(sampler)
+        own = self._own = scheduler_of(sampler)
         check_linear(own, update.basis)
         if sampler.class_name == "FlowMatchEulerDiscreteScheduler":
             last = 1.0 if own.config.invert_sigmas else 0.0
             sigmas = [*(t / own.config.num_train_timesteps for t in sampler.timesteps), last]
+            own.timesteps, own.sigmas = torch.tensor(sampler.timesteps), torch.tensor(sigmas)
         if sampler.class_name not in UNSCALED:
             _set_timesteps(own, sampler)
             found = own_update(own, own.timesteps)
@@ -82,6 +99,8 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 if "_step_index" in vars(own):
                     own._step_index = step
                 scales[step] = float(own.scale_model_input(torch.ones((), dtype=torch.float64), t))
+            if "_step_index" in vars(own):
+                own._step_index = None
             if "sigmas" in vars(own):
                 sigmas = own.sigmas.tolist()
         self._jumps = jumps(update.coefficients, noise, called_steps(schedule))
@@ -95,12 +114,53 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.num_inference_steps: int | None = None
         self.step_index: int | None = None
 
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Returns the scheduler whose config this is; FormatError if it holds no schedule.
+
+        MismatchError for a setting of the sampler that is not the schedule's.
+        """
+        if not isinstance(config, Mapping) or "_schedule" not in config:
+            raise FormatError(
+                "The config holds no schedule, so no JumpScheduler can be made of it. Type: sodaprof.scheduler(schedule)"
+            )
+        found = scheduler(
+            schedule_from_json(config["_schedule"], f"{cls.config_name}: _schedule"),
+            allow_resolution=config.get("_allow_resolution") is True,
+        )
+        own = config if config.get("_class_name") == cls.__name__ else {}  # other samplers set some to values of theirs
+        for key, value in {**own, **kwargs}.items():
+            if key[0] != "_" and key in found.config and _plain(value) != _plain(found.config[key]):
+                raise MismatchError(
+                    f"The schedule was made for {key}={found.config[key]!r}, found {value!r}. Leave {key} as it is, or profile "
+                    "and compile anew."
+                )
+        others = {*config} - {*found.config, "_use_default_values"}  # settings of other samplers, which diffusers keeps
+        found.register_to_config(**{key: config[key] for key in sorted(others)})
+        return (found, kwargs) if return_unused_kwargs else found
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The classes that can be made of the config: those of the sampler."""
+        return list(self._own.compatibles)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in OF_SAMPLER and "_own" in vars(self):
+            return getattr(self._own, name)
+        return super().__getattr__(name)
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """Returns the index of a timestep, of two equal ones the second; MismatchError if there is none."""
+        known = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if not len(found := (known == timestep).nonzero()):
+            raise MismatchError(f"The schedule does not call the network at timestep {float(timestep):g}. {WHOLE}")
+        return int(found[:2][-1])
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Raises MismatchError for another index than 0: the whole trajectory runs."""
         if begin_index:
             raise MismatchError(
-                f"The pipeline begins at step {begin_index}; a fitted schedule runs from its first step. Call it without "
-                "strength below 1 or latents to begin from."
+                f"The pipeline begins at step {begin_index}; a fitted schedule runs from its first step. {WHOLE}"
             )
 
     def set_timesteps(
@@ -114,7 +174,11 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         width: float | None = None,
         num_frames: int | None = None,
     ) -> None:
-        """Begins a run: `timesteps` are the schedule's, whatever is given; MismatchError for another number of steps."""
+        """Begins a run: `timesteps` become the schedule's. MismatchError for another number of steps, and for own sigmas.
+
+        timesteps and sigmas are accepted if they are those that pipelines pass for this number of steps when their caller
+        gives none, and then have no effect; nor have mu and the size, of which pipelines compute the shift.
+        """
         given = next((len(values) for values in (timesteps, sigmas) if values is not None), num_inference_steps)
         count = len(self._known)
         if given != count:
@@ -122,8 +186,29 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"The schedule calls the network at {count} of its {self.sampler.steps} steps, the pipeline asks for {given}. "
                 f"Call it with num_inference_steps={count}."
             )
+        for name, values, unit in (("timesteps", timesteps, self._trained), ("sigmas", sigmas, 1.0)):
+            if values is not None and not self._is_default(np.asarray(values, dtype=float) / unit):
+                raise MismatchError(
+                    f"The pipeline is called with {name} of its own ({_brief(values)}); the schedule has fixed timesteps. Call "
+                    f"it without {name}, or profile and compile for these and run them with sodaprof.apply(pipe, schedule)."
+                )
         self.num_inference_steps, self.step_index, self._ring.newest = count, None, []
         self.timesteps = torch.tensor(self._known, device=device)
+
+    @property
+    def _trained(self) -> float:
+        return float(self.config.get("num_train_timesteps", 1))
+
+    def _is_default(self, sigmas: np.ndarray) -> bool:
+        """Whether pipelines of diffusers pass these sigmas if their caller gives none, or they are the schedule's."""
+        from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+        count, last = len(sigmas), 1 / self._trained
+        known = [np.linspace(1, 1 / count, count), np.linspace(1, last, count), np.linspace(1, last, count + 1)[:-1]]
+        known.append(np.array(self._known) / self._trained)
+        if count > 1:
+            known.append(np.array(linear_quadratic_schedule(count, 0.025)))
+        return any(np.abs(sigmas - wanted).max() <= ROUNDED for wanted in known)
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """Returns the latents as the network takes them at the next step."""
@@ -149,8 +234,13 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"
         if on_host and float(timestep) != float(self._known[step]):
             raise MismatchError(
-                f"Step {step} is at timestep {self._known[step]:g}, the pipeline is at {float(timestep):g}. Run the whole "
-                "trajectory: no strength below 1, nothing that leaves steps out."
+                f"Step {step} is at timestep {self._known[step]:g}, the pipeline is at {float(timestep):g}. {WHOLE}"
+            )
+        if self._latent is not None and math.prod(sample.shape[1:]) != math.prod(self._latent):
+            raise MismatchError(
+                f"The latents are {list(sample.shape[1:])} here, {self._latent} in the schedule: another resolution than "
+                "profiled. Call the pipeline with the profiled size, profile this one, or allow other sizes: "
+                "sodaprof.scheduler(schedule, allow_resolution=True)"
             )
         if eta or model_output.shape != sample.shape:
             raise UnsupportedModelError(
@@ -164,15 +254,29 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.step_index = step + 1
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Raises UnsupportedModelError: the file of a fitted schedule is the schedule."""
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes the config, with the schedule, for `from_pretrained`."""
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    def save_config(self, *args: Any, **kwargs: Any) -> None:
+        """Raises UnsupportedModelError: the file holds more than settings, so no other class loads what it does."""
         raise UnsupportedModelError(
-            "A fitted schedule is kept in its own file, not in a pipeline's folder. Put the sampler back before saving: "
-            "pipe.scheduler = SamplerClass.from_config(pipe.scheduler.config); or ship the schedule: sodaprof ship"
+            "save_config writes the settings of a sampler; this scheduler also holds a schedule. Type: "
+            "scheduler.save_pretrained(folder), or pipe.save_pretrained(folder)"
         )
 
     def __len__(self) -> int:
         return int(self.config.get("num_train_timesteps", self.sampler.steps))
+
+
+def _plain(value: Any) -> Any:
+    """Returns a setting as JSON holds it: a tuple as a list."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _brief(values: Sequence[float]) -> str:
+    shown = [f"{float(v):g}" for v in values]
+    return ", ".join(shown if len(shown) < 5 else [*shown[:3], "…", shown[-1]])
 
 
 def _config(sampler: Sampler) -> dict[str, Any]:

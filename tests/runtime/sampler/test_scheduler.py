@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, SchedulerMixin
+from diffusers import DDIMScheduler, DEISMultistepScheduler, DiffusionPipeline, DiTPipeline, SchedulerMixin
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 from msgspec.structs import replace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sodaprof
-from sodaprof.errors import MismatchError, SodaprofError, UnsupportedModelError
+from sodaprof.errors import FormatError, MismatchError, SodaprofError, UnsupportedModelError
+from sodaprof.formats.files import read_json
 from sodaprof.formats.schedule import Plan, Schedule
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.discover import config_of, inspect_pipeline
@@ -155,15 +161,21 @@ def test_a_step_does_not_wait_for_the_device():
     assert x.shape == v.shape
 
 
-def test_timesteps_are_those_of_the_schedule_whatever_is_given():
+def test_defaults_of_pipelines_are_accepted_and_own_sigmas_are_refused():
     pipe = pipe_of(TwoPassPipeline, "flow")
     schedule = updated(pipe, RESTING)
     scheduler = sodaprof.scheduler(schedule)
     wanted = [t for t, action in zip(schedule.sampler.timesteps, RESTING, strict=True) if action == "."]
     for given in (
         {"num_inference_steps": CALLED, "device": "cpu", "mu": 1.15},
-        {"sigmas": np.linspace(1, 0.1, CALLED), "mu": 0.3},
-        {"timesteps": list(range(CALLED, 0, -1))},
+        {"sigmas": np.linspace(1, 1 / CALLED, CALLED), "mu": 0.3},  # FLUX and many others
+        {"sigmas": torch.linspace(1, 0, CALLED + 1)[:-1].tolist()},
+        {
+            "timesteps": np.linspace(1000, 1, CALLED).astype(int),
+            "sigmas": np.linspace(1000, 1, CALLED) / 1000,
+        },  # CogView4
+        {"sigmas": linear_quadratic_schedule(CALLED, 0.025)},  # Mochi
+        {"timesteps": wanted},
         {"num_inference_steps": CALLED, "height": 480, "width": 640, "num_frames": 51},
     ):
         scheduler.set_timesteps(**given)
@@ -175,8 +187,89 @@ def test_timesteps_are_those_of_the_schedule_whatever_is_given():
     for given in ({"num_inference_steps": STEPS}, {"sigmas": [1.0, 0.5]}, {"timesteps": [3, 2, 1]}, {}):
         with pytest.raises(MismatchError, match=f"Call it with num_inference_steps={CALLED}"):
             scheduler.set_timesteps(**given)
-    with pytest.raises(MismatchError, match="begins at step 2"):
+    with pytest.raises(MismatchError, match=r"begins at step 2.*strength=1"):
         scheduler.set_begin_index(2)
+    for given in ({"sigmas": np.linspace(1, 0.1, CALLED)}, {"timesteps": list(range(CALLED, 0, -1))}):
+        with pytest.raises(MismatchError, match=f"Call it without {next(iter(given))}"):
+            scheduler.set_timesteps(**given)
+
+
+def test_another_size_is_refused_unless_allowed():
+    schedule = updated(pipe_of(), RESTING)
+    x = torch.zeros(1, 4, 8, 4)
+    for scheduler, refused in (
+        (sodaprof.scheduler(schedule), True),
+        (sodaprof.scheduler(schedule, allow_resolution=True), False),
+    ):
+        for copied in (scheduler, sodaprof.JumpScheduler.from_config(scheduler.config)):
+            copied.set_timesteps(CALLED)
+            expected = pytest.raises(MismatchError, match=r"\[4, 8, 4\].*allow_resolution=True")
+            with expected if refused else nullcontext():
+                copied.step(x, copied.timesteps[0], x)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm", "unipc", "euler", "flow", "rectified"])
+def test_saved_copied_and_pickled_schedulers_make_the_same_latents(sampler, tmp_path):
+    pipe = pipe_of(TwoPassPipeline if sampler in ("flow", "euler") else DiTPipeline, sampler)
+    own, schedule = pipe.scheduler, updated(pipe, RESTING, stir=0.1)
+    scheduler = pipe.scheduler = sodaprof.scheduler(schedule)
+    wanted = sample(pipe, steps=CALLED)
+    if type(pipe) is DiTPipeline:
+        pipe.save_pretrained(tmp_path / "pipe")
+        assert read_json(tmp_path / "pipe/model_index.json")["scheduler"] == ["sodaprof", "JumpScheduler"]
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "pipe")
+        loaded.set_progress_bar_config(disable=True)
+        assert apart(sample(loaded, steps=CALLED), wanted) < 1e-6
+    scheduler.save_pretrained(tmp_path / "alone")
+    for other in (
+        type(scheduler).from_pretrained(tmp_path / "alone"),
+        type(scheduler).from_config(scheduler.config),
+        copy.deepcopy(scheduler),
+        pickle.loads(pickle.dumps(scheduler)),
+    ):
+        assert type(other) is sodaprof.JumpScheduler
+        assert dict(other.config) == dict(scheduler.config)
+        pipe.scheduler = other
+        assert np.array_equal(sample(pipe, steps=CALLED), wanted)
+    assert config_of(type(own).from_pretrained(tmp_path / "alone")) == config_of(own)  # the way back
+    assert set(scheduler.compatibles) == set(own.compatibles)
+
+
+def test_a_sampler_made_of_the_config_gives_the_scheduler_again():
+    scheduler = sodaprof.scheduler(updated(pipe_of(DiTPipeline, "dpm"), RESTING))
+    other = DEISMultistepScheduler.from_config(scheduler.config)
+    assert other.config.solver_type != scheduler.config.solver_type
+    again = sodaprof.JumpScheduler.from_config(other.config)
+    assert {key: again.config[key] for key in scheduler.config} == dict(scheduler.config)
+    with pytest.raises(MismatchError, match="solver_order=2, found 3"):
+        sodaprof.JumpScheduler.from_config(scheduler.config, solver_order=3)
+    with pytest.raises(FormatError, match=r"sodaprof\.scheduler"):
+        sodaprof.JumpScheduler.from_config(DDIMScheduler().config)
+    with pytest.raises(FormatError, match="_schedule: "):
+        sodaprof.JumpScheduler.from_config(
+            {**scheduler.config, "_schedule": {"format": "sodaprof.schedule", "version": 1}}
+        )
+    with pytest.raises(UnsupportedModelError, match=r"scheduler\.save_pretrained"):
+        scheduler.save_config("folder")
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm", "unipc", "euler", "flow", "rectified"])
+def test_noise_is_added_as_the_sampler_adds_it(sampler):
+    pipe = pipe_of(TwoPassPipeline, sampler)
+    scheduler, own = sodaprof.scheduler(updated(pipe, RESTING)), pipe.scheduler
+    own.set_timesteps(STEPS)
+    method = "scale_noise" if sampler == "flow" else "add_noise"
+    assert hasattr(scheduler, "add_noise") == hasattr(own, "add_noise")
+    assert hasattr(scheduler, "scale_noise") == hasattr(own, "scale_noise")
+    x, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    for index, t in enumerate(scheduler.timesteps):
+        arguments = (x, t.repeat(2), noise) if sampler == "flow" else (x, noise, t.repeat(2))
+        assert torch.equal(getattr(scheduler, method)(*arguments), getattr(own, method)(*arguments))
+        assert scheduler.index_for_timestep(t) == index
+    with pytest.raises(MismatchError, match="strength=1"):
+        scheduler.index_for_timestep(-1)
+    with pytest.raises(AttributeError, match="'JumpScheduler' object has no attribute 'nothing'"):
+        _ = scheduler.nothing
 
 
 def test_steps_in_another_order_are_refused():
@@ -195,8 +288,6 @@ def test_steps_in_another_order_are_refused():
         scheduler.step(x, t, x)
     with pytest.raises(SodaprofError, match="no step to take"):
         scheduler.step(x, t, x)
-    with pytest.raises(UnsupportedModelError, match="sodaprof ship"):
-        scheduler.save_pretrained("folder")
 
 
 def test_what_a_plain_scheduler_cannot_run_is_refused(tmp_path):
