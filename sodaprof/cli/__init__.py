@@ -157,7 +157,7 @@ def _describe_system(error: OSError) -> str:
 def _report(error: BaseException) -> str:
     """Writes the traceback of an unknown exception to a file, and returns the message that names it."""
     lines = [
-        f"sodaprof {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"sodaprof {__version__}, Python {platform.python_version()}, {sys.platform}",
         console.command_line(),
     ]
     for library in ("torch", "diffusers", "transformers", "numpy"):

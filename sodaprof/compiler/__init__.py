@@ -156,8 +156,8 @@ def parse_budget(text: str | float, full_ms: float | None = None) -> float:
         value = math.nan
     if not (0 < value < math.inf if unit == "ms" else 1 <= value <= 1_000_000):
         raise BudgetError(
-            f"The budget is {printable(str(text), 60)!r}; expected a speed-up of at least 1 (at most 1,000,000), as in --budget "
-            "2.0x, or with a cost table in ms the time of the loop, as in --budget 50ms"
+            f"The budget is {printable(str(text), 60)!r}; expected a speed-up of at least 1, as in --budget 2.0x (and at "
+            "most 1,000,000), or with a cost table in ms the time of the loop, as in --budget 50ms"
         )
     if unit == "x":
         return value

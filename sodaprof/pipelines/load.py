@@ -235,8 +235,8 @@ def read_prompts(path: str | Path) -> list[int | str]:
         raise FormatError(f"{path}: no prompts. Write one prompt (or one integer label) a line.")
     if long := [e for e in entries if e.removeprefix("-").isdecimal() and len(e) > LABEL_DIGITS]:
         raise FormatError(
-            f"{path}: {long[0][:20]}… is a number of {len(long[0])} digits; labels have at most {LABEL_DIGITS}. Shorten it, or add "
-            "a letter to make it a prompt."
+            f"{path}: {long[0][:20]}… is a number of {len(long[0])} digits; labels have at most {LABEL_DIGITS}. Shorten it, or "
+            "add a letter to make it a prompt."
         )
     return [int(e) if e.removeprefix("-").isdecimal() else e for e in entries]
 

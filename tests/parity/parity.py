@@ -210,6 +210,9 @@ class STDiT3(Network):
         return hidden_states
 
 
+ALL_AGGRESSIVE = "all_aggressive"
+
+
 class OpenSoraRecording(Recording):
     modules: ClassVar = {"attn": "attn", "cross-attn": "cross_attn", "mlp": "mlp"}
     base, ratio, output = "cross_attention_entropy", "opensora", "blocks_out"
@@ -271,6 +274,12 @@ class OpenSoraRecording(Recording):
         for place, types in self.meta["types"].items():  # "(step, branch, layer)": {module: type}
             step, branch, layer = (part.strip() for part in place.strip("()").split(","))
             for module, word in types.items():
+                if (
+                    module == ALL_AGGRESSIVE
+                ):  # of DuCa: whether the layer skips every module; their own types say the same
+                    if not isinstance(word, bool):
+                        raise ValueError(f"{place}: {module} is {word!r}, expected true or false")
+                    continue
                 found[int(step), self.site(branch, layer, module)] = word[0].upper()  # of full, ToCa, aggressive
         return found
 

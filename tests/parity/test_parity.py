@@ -116,6 +116,16 @@ def test_calls_may_be_left_out_before_a_step_that_computes_everything(tmp_path):
         check(short(DIT, tmp_path / "first.safetensors", without(0)))
 
 
+def test_types_of_opensora_duca_hold_a_flag_of_the_layer(tmp_path):
+    def flagged(value):
+        return lambda _, meta: [types.update(all_aggressive=value) for types in meta["types"].values()]
+
+    found = check(short(OPENSORA, tmp_path / "flag.safetensors", flagged(False)))
+    assert (found.types, found.agrees) == (30 * 4 * 2 * 3, True)
+    with pytest.raises(FormatError, match="all_aggressive is 'aggressive', expected true or false"):
+        check(short(OPENSORA, tmp_path / "text.safetensors", flagged("aggressive")))
+
+
 def test_period_of_opensora_is_that_of_ages_alone(tmp_path):
     """The published code has its periods as constants: another N leaves step types as they are, and tokens differ."""
     found = check(short(OPENSORA, tmp_path / "n.safetensors", lambda _, meta: meta["args"].update(fresh_threshold=300)))
