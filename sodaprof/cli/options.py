@@ -98,7 +98,7 @@ def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
 
 def entries(prompts: str | None, labels: str | None = None) -> tuple[list[int | str], str] | None:
     """Returns the entries of a prompt file or of --labels, and where they are from; None if neither is given."""
-    from ..pipelines.load import read_prompts
+    from ..pipelines.entries import read_prompts
 
     if prompts is not None and labels is not None:
         raise SodaprofError("--prompts and --labels both say what to sample. Give one of them.")
@@ -109,7 +109,7 @@ def entries(prompts: str | None, labels: str | None = None) -> tuple[list[int | 
 
 def say_entries(console: Any, pipe: Any, given: tuple[list[int | str], str] | None) -> list[int | str]:
     """Prints which prompts or labels are taken, how many and from where, and returns them; by default the model's."""
-    from ..pipelines.load import check_entries, default_entries, takes_labels
+    from ..pipelines.entries import check_entries, default_entries, takes_labels
 
     found, source = given or default_entries(pipe)
     found = check_entries(pipe, found)

@@ -64,8 +64,9 @@ def run(
         raise SodaprofError("Give --height and --width together, or neither.")
     if schedule is not None:
         load_schedule(schedule)  # a broken file is reported before a model is loaded
+    from ..pipelines.entries import makes_video
     from ..pipelines.finite import finite_pictures
-    from ..pipelines.load import call, load_pipeline, makes_video
+    from ..pipelines.load import call, load_pipeline
     from ..runtime.apply import apply, runtime_settings
     from ..runtime.shipped import find_shipped
 
@@ -96,7 +97,7 @@ def run(
 
 def _entries(pipe: Any, prompts: list[str], labels: list[str]) -> list[int | str]:
     """Returns what to sample; SodaprofError if the pipeline takes the other kind, or does not know a label."""
-    from ..pipelines.load import check_entries, takes_labels
+    from ..pipelines.entries import check_entries, takes_labels
 
     of_labels = takes_labels(pipe)
     if prompts if of_labels else labels:

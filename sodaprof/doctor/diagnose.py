@@ -19,7 +19,8 @@ from ..formats.schedule import Plan
 from ..formats.sites import Transformer
 from ..pipelines.clock import Moment
 from ..pipelines.discover import find_sites, guidance_form
-from ..pipelines.load import any_entries, default_guidance, transformers_of
+from ..pipelines.entries import any_entries
+from ..pipelines.load import default_guidance, transformers_of
 from ..pipelines.recording import Step, hooked, record_step
 from ..pipelines.sampler_steps import in_loop
 from ..pipelines.structure import find_modules

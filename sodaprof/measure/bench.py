@@ -21,7 +21,8 @@ from ..formats.schedule import Schedule
 from ..formats.sites import Model, Sampler
 from ..pipelines.device import device_facts, launches_of, versions
 from ..pipelines.discover import inspect_pipeline
-from ..pipelines.load import any_entries, call, transformers_of
+from ..pipelines.entries import any_entries
+from ..pipelines.load import call, transformers_of
 from ..pipelines.patch import patched
 from ..runtime.apply import Handle, apply
 from ..runtime.compiled.engine import Compiled

@@ -17,8 +17,9 @@ from ..errors import SodaprofError
 from ..formats.cost import CostModel
 from ..formats.schedule import Schedule
 from ..formats.sites import Model
+from ..pipelines.entries import takes_labels
 from ..pipelines.finite import not_finite
-from ..pipelines.load import call, pictures_of, takes_labels
+from ..pipelines.load import call, pictures_of
 from ..pipelines.patch import patched
 from ..runtime.apply import Handle, apply, runtime_settings
 from .classifier import Classifier

@@ -14,8 +14,9 @@ from ..errors import MismatchError, SodaprofError
 from ..formats.schedule import Schedule
 from ..pipelines.device import versions
 from ..pipelines.discover import inspect_pipeline
+from ..pipelines.entries import check_entries, default_prompts
 from ..pipelines.flops import count_flops
-from ..pipelines.load import check_entries, check_seeds, default_prompts
+from ..pipelines.load import check_seeds
 from ..runtime.apply import runtime_settings
 from ..runtime.checks import check_matches
 from . import metrics

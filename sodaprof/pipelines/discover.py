@@ -13,7 +13,8 @@ from torch import nn
 
 from ..errors import UnsupportedModelError
 from ..formats.sites import Guidance, GuidanceForm, Model, Sampler, Site, SiteKey, Transformer
-from .load import OwnCall, any_entries
+from .entries import any_entries
+from .load import OwnCall
 from .probe import Args, Forward, Kwargs, as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
 from .recording import Step, all_tapped, is_halved, latents_of, record_step
 from .structure import Modules, find_modules
@@ -130,7 +131,8 @@ def _check_calls_alike(name: str, module: nn.Module, found: Modules, step: Step,
 
     As skip-layer guidance does: a site that a branch skips has no output there to reuse.
     """
-    (first, *_), *others = [(latents_of(module, *call), *call) for n, *call in step.calls if n == name]
+    calls = [(latents_of(module, args, kwargs), args, kwargs) for n, args, kwargs in step.calls if n == name]
+    (first, *_), *others = calls
     for number, (latents, args, kwargs) in enumerate(others, 2):
         differs = f"a batch of {len(latents)} instead of {len(first)}" if len(latents) != len(first) else ""
         if not differs and _each_call(module, found, lambda path, *_: path, args, kwargs) != paths:

@@ -18,15 +18,8 @@ from ..formats.profile import history_of
 from ..formats.sites import MAX_STEPS, Model, Sampler, Site, raster_of
 from ..formats.tables import STACK_FORMS, TABLE_VERSIONS, VERSIONS
 from ..pipelines.discover import inspect_pipeline
-from ..pipelines.load import (
-    OwnCall,
-    check_entries,
-    check_seeds,
-    default_guidance,
-    default_prompts,
-    default_steps,
-    makes_video,
-)
+from ..pipelines.entries import check_entries, default_prompts, makes_video
+from ..pipelines.load import OwnCall, check_seeds, default_guidance, default_steps
 from ..pipelines.recording import Stack, Step, stack_of
 from .budget import Grid, Shapes, grid_of, passes
 from .gram import GramSums, Track

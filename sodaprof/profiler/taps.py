@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ..errors import MismatchError
-from ..pipelines.clock import Clock, Moment, TransformerHook
+from ..pipelines.clock import Clock, Moment
 from ..pipelines.patch import patched
 from ..pipelines.probe import as_tokens, hidden_states, main_part
 from ..pipelines.recording import all_tapped, hooked, tapped
+from ..pipelines.transformer_hook import TransformerHook
 from .gram import Products
 from .plan import RATES, ProfilePlan
 from .reuse_errors import Ring, StaleErrors, pooled

@@ -11,8 +11,9 @@ from diffusers.hooks import ModelHook
 
 from ..errors import MismatchError
 from ..formats.schedule import Plan, Schedule
-from ..pipelines.clock import Clock, Moment, TransformerHook
+from ..pipelines.clock import Clock, Moment
 from ..pipelines.recording import refuse_caches
+from ..pipelines.transformer_hook import TransformerHook
 from .checks import rows_by_module
 from .compiled.engine import Compiled, Engine
 from .hooks.registry import chain, refuse_group_offload

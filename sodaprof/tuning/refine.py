@@ -27,8 +27,8 @@ from ..formats.files import WHOLE, Number, Record, decode, digest, encode, read_
 from ..formats.schedule import Schedule
 from ..formats.sites import Model
 from ..pipelines.discover import inspect_pipeline
+from ..pipelines.entries import check_entries, default_prompts
 from ..pipelines.flops import count_flops
-from ..pipelines.load import check_entries, default_prompts
 from ..pipelines.recording import stack_of
 from ..pipelines.replay import Replay
 from ..runtime.checks import check_matches

@@ -17,7 +17,7 @@ from sodaprof import cli
 from sodaprof.errors import LONGEST, FormatError, SodaprofError, out_of_memory, printable
 from sodaprof.formats.cost import load_cost, save_cost
 from sodaprof.formats.schedule_file import load_schedule
-from sodaprof.pipelines.load import read_prompts
+from sodaprof.pipelines.entries import read_prompts
 
 HUGE = 99999999999999999999
 

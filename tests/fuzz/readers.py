@@ -27,7 +27,8 @@ from sodaprof.errors import SodaprofError
 from sodaprof.formats.cost import cost_of, load_cost, save_cost
 from sodaprof.formats.profile import load_profile, write_inspection
 from sodaprof.formats.schedule_file import load_schedule
-from sodaprof.pipelines.load import load_pipeline, read_prompts
+from sodaprof.pipelines.entries import read_prompts
+from sodaprof.pipelines.load import load_pipeline
 from sodaprof.profiler.plan import plan_profile
 from sodaprof.profiler.run import PARTS, run_profile
 from sodaprof.runtime.shipped import find_shipped

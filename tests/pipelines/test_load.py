@@ -17,16 +17,9 @@ from sodaprof.errors import SodaprofError, UnsupportedModelError
 from sodaprof.pipelines import load
 from sodaprof.pipelines.discover import Step as RecordedStep
 from sodaprof.pipelines.discover import find_sites, inspect_pipeline
+from sodaprof.pipelines.entries import check_entries, default_entries, read_prompts
 from sodaprof.pipelines.flops import count_flops
-from sodaprof.pipelines.load import (
-    call,
-    check_entries,
-    default_entries,
-    find_model,
-    load_pipeline,
-    read_prompts,
-    transformers_of,
-)
+from sodaprof.pipelines.load import call, find_model, load_pipeline, transformers_of
 from sodaprof.tuning.refine import refine
 from tests.tiny_pipelines import SITES, STEPS, schedule_for, tiny_pipe
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from sodaprof.errors import FormatError, SodaprofError
-from sodaprof.pipelines.load import read_prompts
+from sodaprof.pipelines.entries import read_prompts
 from tests.reference import drawings, scenes
 
 

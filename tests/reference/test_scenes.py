@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sodaprof.measure.classifier import Classifier, load_classifier
-from sodaprof.pipelines.load import read_prompts
+from sodaprof.pipelines.entries import read_prompts
 from tests.reference import scenes
 
 

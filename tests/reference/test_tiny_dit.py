@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import sodaprof
 from sodaprof.measure.classifier import load_classifier
-from sodaprof.pipelines.load import REFERENCE, call, load_pipeline, pictures_of, read_prompts, reference_models
+from sodaprof.pipelines.entries import read_prompts
+from sodaprof.pipelines.load import REFERENCE, call, load_pipeline, pictures_of, reference_models
 from tests.reference.drawings import CLASSES, draw
 
 MODEL = REFERENCE / "tiny-dit"

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import sodaprof
-from sodaprof.pipelines.load import REFERENCE, call, default_prompts, default_steps, load_pipeline, pictures_of
+from sodaprof.pipelines.entries import default_prompts
+from sodaprof.pipelines.load import REFERENCE, call, default_steps, load_pipeline, pictures_of
 from tests.reference import motions
 from tests.reference.train_tiny_opensora import shares
 

@@ -23,7 +23,8 @@ from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, Update
 from sodaprof.pipelines.device import device_facts, versions
 from sodaprof.pipelines.discover import inspect_pipeline
-from sodaprof.pipelines.load import call, default_guidance, default_prompts, load_pipeline
+from sodaprof.pipelines.entries import default_prompts
+from sodaprof.pipelines.load import call, default_guidance, load_pipeline
 from sodaprof.pipelines.patch import patched
 from sodaprof.pipelines.sampler_steps import own_update
 

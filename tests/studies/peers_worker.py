@@ -24,8 +24,9 @@ from sodaprof.measure.evaluate import SEED
 from sodaprof.measure.metrics import mean_interval, psnr_db, worst_decile
 from sodaprof.pipelines.device import versions
 from sodaprof.pipelines.discover import inspect_pipeline
+from sodaprof.pipelines.entries import default_prompts
 from sodaprof.pipelines.flops import count_flops
-from sodaprof.pipelines.load import call, default_guidance, default_prompts, pictures_of
+from sodaprof.pipelines.load import call, default_guidance, pictures_of
 from tests.studies.peers_contenders import CONTENDERS, LEAST, MOST, Contender, Job, On
 from tests.studies.peers_models import HOSTS
 
