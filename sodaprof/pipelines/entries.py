@@ -56,16 +56,12 @@ def read_prompts(path: str | Path) -> list[int | str]:
 
 def label_names(pipe: Any) -> dict[str, int]:
     """Returns the label of each name that the pipeline gives to its classes; {} if it gives none."""
-    if names := getattr(pipe, "labels", None):
-        return {str(name): int(label) for name, label in dict(names).items()}
-    return {str(name): int(label) for label, name in (getattr(pipe, "config", {}).get("id2label") or {}).items()}
+    named = getattr(pipe, "labels", None) or {n: label for label, n in (pipe.config.get("id2label") or {}).items()}
+    return {str(name): int(label) for name, label in named.items()}
 
 
 def check_entries(pipe: Any, entries: Sequence[int | str], give: str | None = None) -> list[int | str]:
-    """Returns the entries as the pipeline takes them: prompts, or labels, also for the names of labels.
-
-    Raises SodaprofError, which advises `give`, unless it takes all of them and knows the labels.
-    """
+    """Returns prompts as they are, labels for labels and their names; SodaprofError, which advises `give`, for others."""
     if not takes_labels(pipe):
         if wrong := [e for e in entries if not isinstance(e, str)]:
             raise SodaprofError(
@@ -80,8 +76,7 @@ def check_entries(pipe: Any, entries: Sequence[int | str], give: str | None = No
         raise SodaprofError(
             f"{type(pipe).__name__} takes integer labels; found {unnamed[0][:80]!r}, {known}. Give {give}"
         )
-    classes = int(pipe.transformer.config.get("num_embeds_ada_norm") or 0)
-    labels = sorted(set(names.values())) or list(range(classes))
+    labels = sorted(set(names.values())) or list(range(int(pipe.transformer.config.get("num_embeds_ada_norm") or 0)))
     if unknown := [e for e in found if labels and e not in labels]:
         known = f"{labels[0]} to {labels[-1]}" if labels[-1] - labels[0] == len(labels) - 1 else _few(labels)
         raise SodaprofError(f"Found the label {unknown[0]}; this model knows {known}. Give one of these.")
@@ -95,21 +90,20 @@ def _few(values: Sequence[Any]) -> str:
 def default_entries(pipe: Any) -> tuple[list[int | str], str]:
     """Returns the entries that a model is profiled and evaluated on if none are given, and where they are from.
 
-    These are the shipped ones of the model's name, else the labels that it names (100 of them if they are more), else the
-    shipped prompts of its kind. SodaprofError for a model of labels without names: which of them it was trained on is unknown.
+    SodaprofError for a model of labels without names: which of them it was trained on is unknown.
     """
+    names = label_names(pipe) if takes_labels(pipe) else {}
+    if takes_labels(pipe) and not names:
+        raise SodaprofError(
+            f"{type(pipe).__name__} takes labels and does not say which it was trained on (no id2label, no labels). Say so: "
+            "--labels 0-9, or --prompts FILE with a label a line; in Python prompts=range(10)."
+        )
     own_list = Path(str(pipe.config.get("_name_or_path", ""))).name
     if any((folder / f"{own_list}.txt").is_file() for folder in PROMPT_FOLDERS):
         return read_prompts(own_list), f"the shipped list {own_list}"
     if not takes_labels(pipe):
         name = "text-to-video" if makes_video(pipe) else "text-to-image"
         return read_prompts(name), f"the shipped list {name}"
-    names = label_names(pipe)
-    if not names:
-        raise SodaprofError(
-            f"{type(pipe).__name__} takes labels and does not say which it was trained on (no id2label, no labels). Say so: "
-            "--labels 0-9, or --prompts FILE with a label a line; in Python prompts=range(10)."
-        )
     if names.get("golden retriever") == 207:
         return read_prompts("imagenet-labels"), "the shipped list imagenet-labels"
     own = sorted(set(names.values()))
