@@ -21,8 +21,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import hooks
-from msgspec.structs import replace
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from msgspec.structs import replace
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
@@ -30,11 +30,10 @@ from torch import Tensor
 import sodaprof
 from sodaprof.errors import SodaprofError
 from sodaprof.formats.schedule import Forecast, Schedule
-from sodaprof.pipelines.load import transformers_of
 from tests.tiny_pipelines import with_known_programs
 from tests.updated import apart, with_update
 from tests.zoo.zoo_check import expect, said
-from tests.zoo.zoo_pipelines import PIPELINES, STEPS, Case, no_text, ones, pooled, text
+from tests.zoo.zoo_pipelines import PIPELINES, STEPS, Case, no_text, pooled
 
 RUNTIMES = ("hooks", "compiled", "scheduler")
 NAMES = (
@@ -423,7 +422,7 @@ def outcome(host: Host, result: Tensor | BaseException, wanted: Tensor, of: str)
 
 @guest("interleaved runs")
 def interleaved(host: Host) -> list[str]:
-    """Two threads with a copied scheduler each, a run in another's callback: as alone. With one scheduler: the same or refused."""
+    """Two threads with a copied scheduler each, a run in another's callback: as alone. One scheduler: the same or refused."""
     found: list[str] = []
     with host.under(host.reusing):
         alone = {entry: host.draw(entry) for entry in (7, 8)}
@@ -508,7 +507,9 @@ def callbacks(host: Host) -> list[str]:
     reads = host.on_step(lambda pipe, step, latents: seen.append(latents.clone()))
     with host.under(host.reusing):
         found = [host.is_right(host.alone, "a callback that reads", lambda: host.draw(**reads))]
-        expect(len(seen) == host.steps and torch.equal(seen[-1].flatten(), host.alone.flatten()), "other latents are seen")
+        expect(
+            len(seen) == host.steps and torch.equal(seen[-1].flatten(), host.alone.flatten()), "other latents are seen"
+        )
     changes = host.on_step(lambda pipe, step, latents: latents * 1.1 if step == 2 else None)
     found.append(host.as_plain(lambda: changes, "a callback that changes the latents"))
     return host.is_back(found)
