@@ -24,7 +24,7 @@ from sodaprof.formats.schedule import TokenRule
 from sodaprof.pipelines.recording import record_step
 from sodaprof.runtime.compiled.engine import Compiled
 from tests.refusals import REFUSALS
-from tests.tiny_pipelines import STEPS, TwoPassPipeline, draw, schedule_for, tiny_pipe
+from tests.tiny_pipelines import STEPS, TwoPassPipeline, clone, draw, schedule_for, tiny_pipe
 from tests.updated import CALLED, RESTING, pipe_of, with_update
 from tests.zoo.zoo_pipelines import PIPELINES
 
@@ -81,13 +81,6 @@ def test_advice_is_followed_for_each_row_that_says_so():
 
 
 # ---- pipelines ----------------------------------------------------------------------------------------------------------
-
-
-def clone(pipe: Any) -> Any:
-    """Returns a pipeline with the same parts and a copy of the scheduler."""
-    made = type(pipe)(**dict(pipe.components) | {"scheduler": copy.deepcopy(pipe.scheduler)})
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def step_of(pipe: Any) -> tuple[Any, Any]:

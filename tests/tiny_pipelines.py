@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.runtime.apply import Handle
 from sodaprof.runtime.compiled.trace import Program
+from sodaprof.runtime.executor import Executor
 
 STEPS = 8
 SITES = tuple(f"transformer_blocks.{layer}.{module}" for layer in (0, 1) for module in ("attn1", "ff"))
@@ -32,6 +34,13 @@ def tiny_pipe(layers: int = 2, seed: int = 0, cls: type = DiTPipeline) -> DiTPip
     pipe = cls(transformer, tiny_vae(), DDIMScheduler(clip_sample=False), {i: f"class {i}" for i in range(10)})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def clone(pipe: Any) -> Any:
+    """Returns a pipeline with the same parts and a copy of the scheduler."""
+    made = type(pipe)(**dict(pipe.components) | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def draw(pipe, labels=(1, 2), steps=STEPS, seed=0, guidance_scale=4.0):
@@ -102,9 +111,14 @@ def with_known_programs(handle: Handle) -> Handle:
     A program is kept by all that it depends on and holds nothing of the handle or its pipeline. What fills the tables is the
     handle's own: which steps may be computed at once without a changed bit is found out by trying on those of this run.
     """
-    for block in handle.executor.engine.blocks if handle.executor.engine else ():
-        block.programs = PROGRAMS
+    knowing_programs(handle.executor)
     return handle
+
+
+def knowing_programs(executor: Executor) -> Executor:
+    for block in executor.engine.blocks if executor.engine else ():
+        block.programs = PROGRAMS
+    return executor
 
 
 SHORT = 3

@@ -30,7 +30,7 @@ from torch import Tensor
 import sodaprof
 from sodaprof.errors import SodaprofError
 from sodaprof.formats.schedule import Forecast, Schedule
-from tests.tiny_pipelines import with_known_programs
+from tests.tiny_pipelines import clone, with_known_programs
 from tests.updated import apart, with_update
 from tests.zoo.zoo_check import expect, said
 from tests.zoo.zoo_pipelines import PIPELINES, STEPS, Case, no_text, pooled
@@ -140,12 +140,9 @@ class Host:
 
     def clone(self) -> Any:
         """Returns a pipeline with the same network and a copy of the scheduler, as a server makes one for each request."""
-        parts = dict(self.pipe.components)
-        made = type(self.pipe)(**parts | {"scheduler": copy.deepcopy(parts["scheduler"])})
-        made.set_progress_bar_config(disable=True)
-        return made
+        return clone(self.pipe)
 
-    def on_step(self, function: Callable[[Any, int, Tensor], Tensor | None]) -> dict[str, Any]:
+    def on_step(self, function: Callable[..., Tensor | None]) -> dict[str, Any]:
         """Returns the arguments of a call that calls function(pipe, step, latents) after each step, for latents in place."""
         if "callback_on_step_end" not in inspect.signature(type(self.pipe).__call__).parameters:
 
@@ -362,7 +359,7 @@ def deep_copies(host: Host) -> list[str]:
     with host.under(host.reusing):
         whole, network, clone = copy.deepcopy(host.pipe), copy.deepcopy(host.network), host.clone()
         pickled = pickle.loads(pickle.dumps(host.network))
-        wanted, steps = (host.alone, host.steps) if of_scheduler else (host.plain, STEPS)
+        wanted = host.alone if of_scheduler else host.plain
         found = [host.is_right(wanted, "a deep copy of the pipeline", lambda: host.draw(pipe=whole))]
         for copied in (network, pickled):
             apart_ = type(host.pipe)(**dict(whole.components) | {"transformer": copied})
@@ -373,14 +370,16 @@ def deep_copies(host: Host) -> list[str]:
         sodaprof.remove(whole)
         found.append(host.is_right(host.alone, "the original, after remove() of its copy"))
     if not of_scheduler:
-        expect(steps == STEPS, "")
         for pipe in (whole, clone):
             found.append(host.is_right(host.plain, "a copy after remove()", lambda p=pipe: host.draw(pipe=p)))
     return host.is_back(found)
 
 
-def at_once(host: Host, calls: list[tuple[Any, int]]) -> list[Tensor | BaseException]:
-    """Draws for each (pipeline, entry) in a thread of its own, a step of each in turn, and returns what came of each."""
+def in_turn(calls: list[Callable[[Callable[..., None]], Tensor]]) -> list[Tensor | BaseException]:
+    """Runs calls in a thread each, of which each goes on when the others have called what it is given, or are over.
+
+    Returns what each returned or raised.
+    """
     results: list[Any] = [None] * len(calls)
     turn, over = [0], [False] * len(calls)
     changed = threading.Condition()
@@ -393,22 +392,29 @@ def at_once(host: Host, calls: list[tuple[Any, int]]) -> list[Tensor | BaseExcep
             changed.notify_all()
             assert changed.wait_for(lambda: over[number] or turn[0] == number, 60), "the other thread hangs"
 
-    def request(number: int, pipe: Any, entry: int) -> None:
+    def request(number: int) -> None:
         with changed:
             changed.wait_for(lambda: turn[0] == number, 60)
         try:
-            results[number] = host.draw(entry, pipe, **host.on_step(lambda *_: passes(number)))
+            results[number] = calls[number](lambda *_: passes(number))
         except BaseException as error:
             results[number] = error
         over[number] = True
         passes(number)
 
-    threads = [threading.Thread(target=request, args=(i, *call), daemon=True) for i, call in enumerate(calls)]
+    threads = [threading.Thread(target=request, args=(number,), daemon=True) for number in range(len(calls))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
     return results
+
+
+def at_once(host: Host, calls: list[tuple[Any, int]]) -> list[Tensor | BaseException]:
+    """Draws for each (pipeline, entry) in a thread of its own, a step of each in turn."""
+    return in_turn(
+        [lambda passes, pipe=pipe, entry=entry: host.draw(entry, pipe, **host.on_step(passes)) for pipe, entry in calls]
+    )
 
 
 def outcome(host: Host, result: Tensor | BaseException, wanted: Tensor, of: str) -> str:
@@ -515,6 +521,16 @@ def callbacks(host: Host) -> list[str]:
     return host.is_back(found)
 
 
+def interrupted(draws: Callable[..., Tensor], thread: bool) -> Any:
+    """Returns what the call raised or returned, in a thread of its own or here."""
+    if thread:
+        return in_turn([draws])[0]
+    try:
+        return draws()
+    except BaseException as error:
+        return error
+
+
 @guest("interrupt")
 def interrupt(host: Host) -> list[str]:
     """`pipe._interrupt`, an exception, one in a thread: what follows is right, the interrupted picture is the plain one's."""
@@ -536,32 +552,14 @@ def interrupt(host: Host) -> list[str]:
                 host.draw(pipe=pipe, **host.on_step(stops))
                 found.append(host.is_right(host.alone, "after an interrupted run"))
             for thread in (False, True):
-                (result,) = at_once_raising(host, pipe, raises, thread)
-                expect(isinstance(result, Interrupted), f"the interrupt became {result!r}")
+                draws = lambda passes=None, pipe=pipe: host.draw(pipe=pipe, **host.on_step(raises))  # noqa: E731
+                expect(
+                    isinstance(result := interrupted(draws, thread), Interrupted), f"the interrupt became {result!r}"
+                )
                 expect(handle is None or not handle.report().complete, "the report says complete")
                 found.append(host.is_right(host.alone, "after an exception"))
                 found.append(host.is_right(host.alone, "on that pipeline", lambda p=pipe: host.draw(pipe=p)))
     return host.is_back(found)
-
-
-def at_once_raising(host: Host, pipe: Any, function: Any, thread: bool) -> list[BaseException | None]:
-    """Draws with a callback that raises, in a thread or here, and returns the exception."""
-    raised: list[BaseException | None] = []
-
-    def request() -> None:
-        try:
-            host.draw(pipe=pipe, **host.on_step(function))
-            raised.append(None)
-        except BaseException as error:
-            raised.append(error)
-
-    if thread:
-        worker = threading.Thread(target=request)
-        worker.start()
-        worker.join()
-    else:
-        request()
-    return raised
 
 
 # ---- the table --------------------------------------------------------------------------------------------------------
