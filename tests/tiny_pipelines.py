@@ -12,8 +12,7 @@ from msgspec.structs import replace
 from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
 from sodaprof.pipelines.discover import inspect_pipeline
 from sodaprof.runtime.apply import Handle
-from sodaprof.runtime.compiled.trace import Program
-from sodaprof.runtime.executor import Executor
+from sodaprof.runtime.compiled.trace import Programs
 
 STEPS = 8
 SITES = tuple(f"transformer_blocks.{layer}.{module}" for layer in (0, 1) for module in ("attn1", "ff"))
@@ -102,7 +101,7 @@ def few(pipe, labels=(1, 2), **given):
     return draw(pipe, labels, FEW, **given)
 
 
-PROGRAMS: dict[Any, Program] = {}
+PROGRAMS: Programs = {}
 
 
 def with_known_programs(handle: Handle) -> Handle:
@@ -111,14 +110,9 @@ def with_known_programs(handle: Handle) -> Handle:
     A program is kept by all that it depends on and holds nothing of the handle or its pipeline. What fills the tables is the
     handle's own: which steps may be computed at once without a changed bit is found out by trying on those of this run.
     """
-    knowing_programs(handle.executor)
-    return handle
-
-
-def knowing_programs(executor: Executor) -> Executor:
-    for block in executor.engine.blocks if executor.engine else ():
+    for block in handle.executor.engine.blocks if handle.executor.engine else ():
         block.programs = PROGRAMS
-    return executor
+    return handle
 
 
 SHORT = 3

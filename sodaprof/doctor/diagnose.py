@@ -23,7 +23,7 @@ from ..pipelines.load import default_guidance, default_prompts, transformers_of
 from ..pipelines.recording import Step, hooked, record_step
 from ..pipelines.sampler_steps import in_loop
 from ..pipelines.structure import find_modules
-from ..runtime.compiled.trace import Program, TracedBlock
+from ..runtime.compiled.trace import Programs, TracedBlock
 from ..runtime.hooks.sites import SiteHook, SiteRow
 from ..runtime.hooks.stack import block_of
 from .findings import TEXTS, Finding, built_findings, finding, is_compiled, scheduler_findings, timesteps_asked
@@ -108,7 +108,7 @@ def refusals(network: nn.Module, found: Transformer, inputs: dict[str, Call]) ->
     """Returns for each block that cannot be traced the reason, by path; inputs: what each block is called with."""
     plan = Plan(found.class_name, found.fingerprint, {site.key: "C" for site in found.sites}, ".")
     known, moment = find_modules(network), Moment()
-    programs: dict[Any, Program] = {}
+    programs: Programs = {}
     refused = {}
     for block, (args, kwargs) in inputs.items():
         rows: dict[str, list[SiteRow]] = defaultdict(list)

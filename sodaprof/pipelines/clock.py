@@ -38,7 +38,7 @@ class Moment:
 class Run:
     """A run between `set_timesteps` and its last step."""
 
-    clock: Clock
+    _clock: weakref.ref[Clock]  # what a thread remembers of its runs keeps no network alive
     step: int = 0
     calls: int = 0  # of transformers since the last scheduler step: one a guidance branch, or one for both halves
     turn_begins: bool = True  # at this step a transformer's turn begins
@@ -47,10 +47,18 @@ class Run:
         False  # the first call has the same latents twice: as two branches, or as two generations from one seed
     )
 
+    ended: bool = False
+
+    @property
+    def clock(self) -> Clock | None:
+        """The clock of the run; None once its schedule is gone."""
+        return self._clock()
+
     @property
     def is_live(self) -> bool:
         """Whether the clock runs it: False after its end, after a refusal, and once another run has taken its place."""
-        return self.clock.run is self
+        clock = self._clock()
+        return clock is not None and clock.run is self
 
 
 BOTH = "both branches in one batch"
@@ -58,17 +66,19 @@ BOTH = "both branches in one batch"
 _RUNS: ContextVar[tuple[Run, ...]] = ContextVar("sodaprof_runs", default=())
 
 
-def current_run(clocks: Collection[Clock]) -> Run | None:
-    """Returns the latest run of any of these clocks that the calling thread or task has begun and not ended."""
+def current_clock(clocks: Collection[Clock]) -> Clock | None:
+    """Returns the clock, one of these, of the latest run that the calling thread or task has begun and not ended."""
     for run in reversed(_RUNS.get()):
-        if run.clock.run is run and run.clock in clocks:
-            return run
+        clock = run.clock
+        if clock is not None and clock.run is run and clock in clocks:
+            return clock
     return None
 
 
 def was_replaced(clocks: Collection[Clock]) -> bool:
     """Whether another thread or task took over the scheduler of a run that the calling one has begun."""
-    return any(run.clock in clocks and run.clock.run not in (None, run) for run in _RUNS.get())
+    begun = [(run, run.clock) for run in _RUNS.get() if not run.ended]
+    return any(clock in clocks and clock.run is not run for run, clock in begun if clock is not None)
 
 
 class StepTaker(Protocol):
@@ -96,7 +106,8 @@ class Timesteps(torch.Tensor):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for timestep in self.unbind(0):
-            if self.run.is_live and self.run.clock.finished():
+            clock = self.run.clock
+            if clock is not None and clock.run is self.run and clock.finished():
                 return
             yield timestep
 
@@ -156,21 +167,27 @@ class Clock:
         run = self.run
         if self.loop is None or run is None or run.calls or not self.loop.finished(run.step):
             return False
-        self.run = None
+        self.run, run.ended = None, True
         self.on_end()
         return True
 
     def refuse(self, message: str) -> NoReturn:
         """Ends the run, so that the pipeline can be called again, and raises MismatchError."""
+        if self.run is not None:
+            self.run.ended = True
         self.run = None
         raise MismatchError(message)
 
     def start(self, scheduler: Any, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the scheduler's `set_timesteps` and starts a run."""
-        self.run, self._scheduler = None, weakref.ref(scheduler)
-        result = set_timesteps(*args, **kwargs)
-        self._check_timesteps()
-        self.on_start()
+        self.claim(scheduler)
+        try:
+            result = set_timesteps(*args, **kwargs)
+            self._check_timesteps()
+            self.on_start()
+        except BaseException:
+            self.run = None
+            raise
         self._begin()
         if self.loop is not None:
             timesteps = scheduler.timesteps.detach().as_subclass(Timesteps)
@@ -203,13 +220,17 @@ class Clock:
             self._refuse_start("the first of its timesteps", f"at number {index}")
         run.step, run.calls, run.turn_begins, self.branches = run.step + 1, 0, False, run.calls
         if run.step == self.sampler.steps:
-            self.run = None
+            self.run, run.ended = None, True
             self.on_end()
         return result
 
+    def claim(self, scheduler: Any) -> None:
+        """Takes the clock for a run on this scheduler that is about to start."""
+        self.run, self._scheduler = Run(weakref.ref(self)), weakref.ref(scheduler)
+
     def _begin(self) -> None:
         """Starts a run, which the calling thread or task is then in."""
-        self.run = Run(self)
+        self.run = Run(weakref.ref(self))
         others = (run for run in _RUNS.get() if run.is_live and run.clock is not self)
         _RUNS.set((*others, self.run))
 
@@ -238,7 +259,7 @@ class Clock:
         if run.turn_begins and (run.calls > 1) != (form == "passes"):
             self._refuse_guidance("passes" if run.calls > 1 else "one network call a step")
         if run.calls != len(run.batches):
-            self._refuse_change(f"{run.calls} network calls", len(run.batches))
+            self._refuse_change(f"{run.calls} network call{'s' * (run.calls > 1)}", len(run.batches))
 
     def _refuse_change(self, found: str, wanted: int | str) -> NoReturn:
         self.refuse(

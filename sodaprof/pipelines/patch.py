@@ -83,9 +83,5 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
-    reduced: Any = object.__reduce_ex__(self, protocol)
-    return _new, (_plain_class(self), *reduced[1][1:]), *reduced[2:]
-
-
-def _new(cls: type, *args: Any) -> Any:
-    return cls.__new__(cls, *args)  # not copyreg's __newobj__, which takes the instance's own class alone
+    reduced: Any = object.__reduce_ex__(self, 4)
+    return object.__new__, (_plain_class(self), *reduced[1][1:]), *reduced[2:]

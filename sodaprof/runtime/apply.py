@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..errors import MismatchError, SodaprofError
 from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
-from ..pipelines.clock import Timesteps, current_run, was_replaced
+from ..pipelines.clock import Timesteps, current_clock, was_replaced
 from ..pipelines.patch import owner_of, patched
 from .checks import check_matches
 from .compiled.engine import Compiled, Counters
@@ -67,7 +67,7 @@ class Handle:
     def __init__(self, pipe: Any, schedule: Schedule, settings: Compiled | None, any_resolution: bool) -> None:
         self.pipe, self.schedule = pipe, schedule
         self._settings, self._any_resolution = settings, any_resolution
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.RLock()
         self._attached = ExitStack()
         self._hooks: list[Hooks] = []
         check_matches(pipe, schedule)
@@ -103,6 +103,7 @@ class Handle:
         """Starts a run on the pipeline's scheduler or a copy of it."""
         with self._lock:
             self.executor = self._executor_for(scheduler)
+            self.executor.clock.claim(scheduler)
         return self.executor.clock.start(scheduler, set_timesteps, *args, **kwargs)
 
     def _executor_for(self, scheduler: Any) -> Executor:
@@ -127,13 +128,12 @@ class Handle:
 
     def _call(self, name: str, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Passes the call of a module to the executor of the run that the calling thread or task is in."""
-        run = current_run(self._executors)
-        if run is None:
+        clock = current_clock(self._executors)
+        if clock is None or (not path and owner_of(self.pipe.scheduler) is not self):
             self._refuse_call()
-        clock = run.clock
-        if not path and clock.scheduler is not self.pipe.scheduler and owner_of(clock.scheduler) is not self:
-            self._refuse_call()
-        return self._executors[clock].call(name, path, original, args, kwargs)
+        # tracing replaces the parameters of a block for a while, so compiled runs take turns at calling the network
+        with self._compiling if not path and self._settings is not None else nullcontext():
+            return self._executors[clock].call(name, path, original, args, kwargs)
 
     def _refuse_call(self) -> NoReturn:
         """Raises MismatchError: the network is called, and no run of its caller is known."""

@@ -22,12 +22,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {
-    "correct": 110.0,
-    "dit": 210.0,
-    "profiling": 70.0,
-    "pixart": 90.0,
-}  # the most important first; seconds, at most
+# seconds, at most; the most important part first
+PARTS = {"correct": 110.0, "dit": 210.0, "profiling": 70.0, "pixart": 90.0}
 SECONDS = 480.0
 PATIENCE = 4.0  # a rehearsal may take so many times as long: its CPU may be busy with other work
 
@@ -37,9 +33,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that the base Python lacks")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument(
-        "--rehearsal", action="store_true", help="tiny networks in place of the real ones, no network access"
-    )
+    parser.add_argument("--rehearsal", action="store_true", help="tiny networks, without network access")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts together, outside of a rehearsal")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     given = parser.parse_args()

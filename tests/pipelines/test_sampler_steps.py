@@ -22,6 +22,7 @@ from sodaprof.formats.files import decode
 from sodaprof.formats.sampler import OwnUpdate
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler as RECTIFIED
 from sodaprof.pipelines.clock import Clock
+from sodaprof.pipelines.patch import owner_of
 from sodaprof.pipelines.sampler_steps import advance, own_update, table_of
 from tests.conftest import build_sampler
 
@@ -228,7 +229,7 @@ def test_a_scheduler_in_use_is_probed_as_before_its_first_step():
     assert own_update(scheduler, scheduler.timesteps[8:]) == late != fresh
     assert (scheduler.step_index, held) == (3, [id(m) for m in scheduler.model_outputs])
     assert clock.step is None
-    assert "step" in vars(scheduler)
+    assert owner_of(scheduler) is clock
 
 
 def test_global_randomness_is_left_alone():

@@ -189,7 +189,7 @@ def test_a_second_schedule_starts_without_caches_of_the_first(pipe):
 
 
 def test_a_second_schedule_on_the_same_pipeline_is_refused(pipe):
-    with sodaprof.apply(pipe, schedule_for(pipe)), pytest.raises(MismatchError, match=r"handle\.remove\(\)"):
+    with sodaprof.apply(pipe, schedule_for(pipe)), pytest.raises(MismatchError, match=r"sodaprof\.remove\(pipe\)"):
         sodaprof.apply(pipe, schedule_for(tiny_pipe()))
 
 
@@ -272,7 +272,7 @@ def test_two_pass_guidance_keeps_the_branches_apart():
     seen = outputs_of(pipe, SITES[1])
     with sodaprof.apply(pipe, schedule) as handle:
         draw(pipe)
-        assert handle.report().executed == {"C": 31, "R": 1}
+        assert handle.report().executed == {"C": 62, "R": 2}  # on both branches
     cond, uncond, cond_reused, uncond_reused = (out for _, out in seen[:4])
     assert not torch.equal(cond, uncond)
     assert torch.equal(cond_reused, cond)

@@ -14,17 +14,16 @@ import torch
 
 import sodaprof
 from sodaprof.errors import MismatchError
-from sodaprof.runtime.apply import Handle
 from sodaprof.runtime.executor import Executor
 from tests.tiny_pipelines import (
     SHORT,
     clone,
     draw,
-    knowing_programs,
     mixed_schedule,
     schedule_for,
     short_schedule,
     tiny_pipe,
+    with_known_programs,
 )
 from tests.updated import with_update
 from tests.zoo.zoo_guests import CALLED, Host, Interrupted, at_once, check, in_turn
@@ -68,13 +67,11 @@ def test_two_threads_with_copied_schedulers(host, fitted):
 
 
 @pytest.mark.parametrize("make", [short_schedule, fitted_schedule])
-def test_two_threads_with_copied_schedulers_under_compiled(monkeypatch, make):
+def test_two_threads_with_copied_schedulers_under_compiled(make):
     pipe = tiny_pipe(layers=1)
     schedule = make(pipe)
     with sodaprof.apply(pipe, schedule):
         wanted = [draw(pipe, steps=schedule.steps, seed=seed) for seed in (0, 1)]
-    made = Handle._new_executor
-    monkeypatch.setattr(Handle, "_new_executor", lambda self: knowing_programs(made(self)))
     current = threading.local()
     pipe.transformer.register_forward_pre_hook(lambda *_: getattr(current, "passes", lambda: None)())
 
@@ -82,7 +79,7 @@ def test_two_threads_with_copied_schedulers_under_compiled(monkeypatch, make):
         current.passes = passes
         return torch.as_tensor(draw(pipe, steps=schedule.steps, seed=seed))
 
-    with sodaprof.apply(pipe, schedule, runtime="compiled"):
+    with with_known_programs(sodaprof.apply(pipe, schedule, runtime="compiled")):
         for _ in range(3):  # traced, with tables made, with tables
             calls = [partial(drawn, pipe=clone(pipe), seed=seed) for seed in (0, 1)]
             assert all(np.array_equal(*pair) for pair in zip(in_turn(calls), wanted, strict=True))

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from .buffers import expanded_copy
+from .dependence import Changes
 from .identity import same, signature_of
 
 LARGEST = 65_536  # elements of an argument that changes from step to step: a larger one is no conditioning
-
-Changes = dict[int, dict[int, Any]]  # step, from the second on -> argument -> value
 
 
 class RunArguments:
     """The arguments of a transformer's calls by signature: recorded in one run, compared in later ones.
 
-    steps: those at which the pipeline calls the transformer.
+    steps: those at which the pipeline calls the transformer. Arguments on a device are compared there, in a flag that is read
+    after the run.
     """
 
     def __init__(self, steps: Sequence[int]) -> None:
@@ -26,15 +26,19 @@ class RunArguments:
         self.recorded: dict[Any, dict[int, list[Any]]] = {}  # signature -> step -> arguments
         self.changes: dict[Any, Changes | None] = {}  # signature -> what changes; None: it is no conditioning
         self.first: dict[int, tuple[Any, list[Any]]] = {}  # branch -> signature and arguments at the run's first step
-        self.comparison = Comparison()
+        self.different: torch.Tensor | None = None  # bool [], on the device
 
     def is_recorded(self, signature: Any) -> bool:
         """Returns whether a run has shown the arguments of all steps."""
         return len(self.recorded.get(signature, ())) == len(self.steps)
 
     def record(self, signature: Any, step: int, leaves: list[Any], latents: int) -> None:
-        """Keeps the arguments of a step except the latents."""
-        kept = [None if i == latents else _copy(leaf) for i, leaf in enumerate(leaves)]
+        """Keeps copies of the arguments of a step except the latents; of a large tensor the tensor itself."""
+        kept = [
+            expanded_copy(leaf) if torch.is_tensor(leaf) and leaf.numel() <= LARGEST and i != latents else leaf
+            for i, leaf in enumerate(leaves)
+        ]
+        kept[latents] = None
         self.recorded.setdefault(signature, {})[step] = kept
 
     def changes_of(self, signature: Any) -> Changes | None:
@@ -59,33 +63,9 @@ class RunArguments:
         if known != signature or changes is None:
             return False
         changed = changes[step]
-        return all(
-            i == latents or self.comparison.same(leaf, changed.get(i, first[i])) for i, leaf in enumerate(leaves)
-        )
+        return all(i == latents or self.is_same(leaf, changed.get(i, first[i])) for i, leaf in enumerate(leaves))
 
-    def reset(self) -> None:
-        """Ends a run."""
-        self.first.clear()
-        self.comparison.reset()
-
-    def differed(self) -> bool:
-        """Returns whether arguments on a device were others than recorded in the run that ends.
-
-        Calls with these signatures have no conditioning tables from then on.
-        """
-        if not self.comparison.differed():
-            return False
-        self.changes.update({signature: None for signature, _ in self.first.values()})
-        return True
-
-
-class Comparison:
-    """Compares the arguments of a run with expected ones: on the host at once, on a device in a flag read after the run."""
-
-    def __init__(self) -> None:
-        self.different: torch.Tensor | None = None  # bool [], on the device
-
-    def same(self, leaf: Any, expected: Any) -> bool:
+    def is_same(self, leaf: Any, expected: Any) -> bool:
         """Returns whether they are equal; True for tensors on a device, for which `differed` gives the result of the run."""
         if leaf is expected or not torch.is_tensor(leaf) or on_host(leaf):
             return same(leaf, expected)
@@ -95,18 +75,21 @@ class Comparison:
         self.different = found if self.different is None else self.different.logical_or_(found)
         return True
 
-    def differed(self) -> bool:
-        """Returns whether an argument on a device was not as expected; waits for the device if one was compared."""
-        return self.different is not None and bool(self.different)
-
     def reset(self) -> None:
+        """Ends a run."""
+        self.first.clear()
         self.different = None
+
+    def differed(self) -> bool:
+        """Returns whether arguments on a device were others than recorded in the run that ends; waits for the device.
+
+        Calls with these signatures have no conditioning tables from then on.
+        """
+        if self.different is None or not bool(self.different):
+            return False
+        self.changes.update({signature: None for signature, _ in self.first.values()})
+        return True
 
 
 def on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
-
-
-def _copy(leaf: Any) -> Any:
-    """Returns a copy of an argument, to compare with later ones; a large tensor itself."""
-    return expanded_copy(leaf) if torch.is_tensor(leaf) and leaf.numel() <= LARGEST else leaf

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
@@ -22,7 +22,8 @@ ELEMENT_BYTES = 8  # of a table's element
 ALIGNMENT = 64  # elements: each value starts at a multiple of it, as new memory is aligned
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True)
+class TableValue:
     """The place of a value in the row of its step, and the layout of the value."""
 
     offset: int
@@ -36,18 +37,6 @@ class Slot(NamedTuple):
         """Returns the value that lies here in a row of a table."""
         part = row[self.offset : self.offset + self.length].view(self.dtype)
         return part.as_strided(self.shape, self.stride).expand(self.expanded)
-
-
-@dataclass(frozen=True, eq=False)
-class TableValue:
-    """A value of one step in a table."""
-
-    slot: Slot
-    tensor: torch.Tensor  # the slot in the row of its step
-
-    def read(self, row: torch.Tensor | None) -> torch.Tensor:
-        """Returns the value in this row; None: in the row of its step."""
-        return self.tensor if row is None else self.slot.read(row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,38 +54,38 @@ class Packed:
         copy_all(self.written, [compact(leaves[i]) for i in self.numbers])
 
 
-def pack(found: Any, steps_of: Any, steps: int) -> Packed:
-    """Returns copies of all tensors in `found`, one copy of each.
+def pack(of_run: Any, of_steps: Sequence[Any]) -> Packed:
+    """Returns copies of all tensors in (of_run, of_steps), one copy of each.
 
-    steps_of: the same structure with the step of each leaf, None for a leaf that holds for all steps.
+    of_steps: the values of each step; a tensor that is in `of_run`, or among those of several steps, holds for the run.
     """
-    leaves, spec = tree_flatten(found)
-    copies, used, numbers = dict[tuple[int | None, int], Any](), [0] * steps, list[int]()
-    pairs = zip(leaves, tree_leaves(steps_of), strict=True)
-    tensors = [(i, step) for i, (leaf, step) in enumerate(pairs) if torch.is_tensor(leaf)]
-    for i, step in tensors:
-        leaf = leaves[i]
-        if (step, id(leaf)) in copies:
-            continue
-        numbers.append(i)
+    leaves, spec = tree_flatten((of_run, of_steps))
+    steps: list[int | None] = [None] * len(tree_leaves(of_run))
+    for number, values in enumerate(of_steps):
+        steps += [number] * len(tree_leaves(values))
+    step_of, numbers = dict[int, int | None](), dict[int, int]()  # by id of the tensor
+    for i, (leaf, step) in enumerate(zip(leaves, steps, strict=True)):
+        if torch.is_tensor(leaf):
+            step_of[id(leaf)] = step if step_of.get(id(leaf), step) == step else None
+            numbers.setdefault(id(leaf), i)
+    copies, used = dict[int, Any](), [0] * len(of_steps)
+    for key, i in numbers.items():
+        step, leaf, part = step_of[key], leaves[i], compact(leaves[i])
         if step is None:
-            copies[step, id(leaf)] = expanded_copy(leaf)
+            copies[key] = expanded_copy(leaf)
             continue
-        part = compact(leaf)
         span = 1 + sum((n - 1) * stride for n, stride in zip(part.shape, part.stride(), strict=True))
         length = -(-span * leaf.element_size() // ELEMENT_BYTES)
-        copies[step, id(leaf)] = Slot(used[step], length, leaf.dtype, part.shape, part.stride(), leaf.shape)
+        copies[key] = TableValue(used[step], length, leaf.dtype, part.shape, part.stride(), leaf.shape)
         used[step] += -(-length // ALIGNMENT) * ALIGNMENT
-    table = torch.zeros(steps, max(used), dtype=torch.int64, device=leaves[tensors[0][0]].device)
-    for (step, number), copy in copies.items():
-        if step is not None:
-            copies[step, number] = TableValue(copy, copy.read(table[step]))
-    result = list(leaves)
-    for i, step in tensors:
-        result[i] = copies[step, id(leaves[i])]
-    written = [value.tensor if isinstance(value := result[i], TableValue) else value for i in numbers]
-    packed = Packed(tree_unflatten(result, spec), table, numbers, [compact(tensor) for tensor in written])
-    packed.write(found)
+    table = torch.zeros(len(of_steps), max(used), dtype=torch.int64, device=leaves[next(iter(numbers.values()))].device)
+    written = [
+        compact(copy.read(table[step_of[key]]) if isinstance(copy, TableValue) else copy)
+        for key, copy in copies.items()
+    ]
+    result = tree_unflatten([copies.get(id(leaf), leaf) for leaf in leaves], spec)
+    packed = Packed(result, table, list(numbers.values()), written)
+    packed.write((of_run, of_steps))
     return packed
 
 

@@ -10,10 +10,8 @@ serve that step, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.hooks import ModelHook
@@ -23,25 +21,28 @@ from torch.utils._pytree import tree_flatten
 from ...pipelines.clock import Moment
 from ...pipelines.recording import latents_of
 from .arguments import RunArguments
-from .dependence import BlockCall, DependenceProbe, Stubs, TransformerCall, with_recorded_blocks
+from .dependence import BlockCall, DependenceProbe, Stubs, TransformerCall, recorded_calls
 from .graphs import Graphs
 from .identity import signature_of
 from .loop import Branch, Loop
 from .outside import BlockArguments
-from .precompute import Filled, Filler
-from .sums import Sums
-from .trace import Position, Ready, TracedBlock
+from .precompute import Filler
+from .sums import Member, Sums
+from .trace import Position, Ready, TracedBlock, settings_now
 
 
-class Phase(Enum):
-    """What is done with a call of the transformer."""
+@dataclass
+class BlockTables:
+    """What one block takes from the tables at the steps of a run on a branch."""
 
-    RECORD = auto()  # no run has shown the arguments of every step yet: record them
-    PLAIN = auto()  # the arguments are no conditioning, or differ from run to run: run without tables
-    PROBE = auto()  # first step of the second run: find what depends on what, fill the tables of the other steps
-    FILL = auto()  # first step of a later run: fill the tables, then serve
-    SERVE = auto()  # a later step: serve from the tables
-    WHOLE_STEPS = auto()  # a later step that the whole-step loop runs
+    ready: dict[Position, Ready]
+    sums: dict[Position, Member]
+    rows: dict[Position, torch.Tensor]  # of the table in which the values of `ready` and `sums` have their places
+
+    def give_to(self, block: TracedBlock) -> None:
+        block.ready |= self.ready
+        block.sums |= self.sums
+        block.table_rows |= self.rows
 
 
 @dataclass
@@ -49,45 +50,8 @@ class Variant:
     """What is known of calls with one signature and one set of hooks on the blocks."""
 
     number: int
-    blocks: list[BlockCall] = field(default_factory=list)  # with stubs for tensors; empty until they are probed
-    ready: list[dict[Position, Ready]] = field(default_factory=list)  # of each block: values that a graph fills
-    sums: list[dict[Position, Any]] = field(default_factory=list)  # of each block, made of such values
-
-    def keep(self, blocks: list[TracedBlock], positions: list[Position]) -> None:
-        """Keeps what the blocks hold at these steps, for later runs in which a graph fills the same values."""
-        self.ready = [{p: block.ready[p] for p in positions if p in block.ready} for block in blocks]
-        self.sums = [{p: block.sums[p] for p in positions if p in block.sums} for block in blocks]
-
-    def restore(self, blocks: list[TracedBlock]) -> None:
-        """Gives the blocks what was kept."""
-        for block, ready, sums in zip(blocks, self.ready, self.sums, strict=True):
-            block.ready.update(ready)
-            block.sums.update(sums)
-            for one in sums.values():
-                one.position = 0  # the run before may have ended inside the sum
-
-
-class BlockValues(NamedTuple):
-    """What is computed ahead for one block, as a tree of tensors."""
-
-    early: list[Any]  # arguments that do not depend on the latents, None for the others
-    changed: dict[int, dict[int, Any]]  # step -> argument -> value
-    filled: list[Filled]
-
-    @staticmethod
-    def of(call: BlockCall, filled: list[Filled]) -> BlockValues:
-        early = [None if i in call.late else leaf for i, leaf in enumerate(call.leaves)]
-        return BlockValues(early, call.changed, filled)
-
-    def steps_of(self) -> BlockValues:
-        """Returns the same structure with the step of each tensor, None for one that holds for the run."""
-        changed = {step: dict.fromkeys(values, step) for step, values in self.changed.items()}
-        return BlockValues([None] * len(self.early), changed, [filled.steps_of() for filled in self.filled])
-
-    def call(self, other: BlockCall) -> BlockCall:
-        """Returns the other call of the block with these values in place of its own."""
-        leaves = [leaf if i in other.late else self.early[i] for i, leaf in enumerate(other.leaves)]
-        return replace(other, leaves=leaves, changed=self.changed)
+    blocks: list[BlockCall] = field(default_factory=list)  # without arguments; empty until they are probed
+    tables: list[BlockTables] = field(default_factory=list)  # of each block, if a graph fills their values
 
 
 class ConditioningTables(ModelHook):  # type: ignore[misc]
@@ -98,12 +62,13 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
 
     def __init__(
         self,
+        transformer: nn.Module,
         moment: Moment,
         blocks: list[TracedBlock],
         steps: list[int],
         sums: Sums | None,
         capture: Graphs | None,
-        near: bool = False,
+        near: bool,
     ) -> None:
         super().__init__()
         self.moment, self.blocks, self.steps = moment, blocks, steps
@@ -111,7 +76,7 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
         self.loop: Loop | None = None  # runs the steps after the first
         self.arguments = RunArguments(steps)
         self.filler, self.stubs = Filler(near), Stubs()
-        self.block_arguments = BlockArguments(blocks, steps, self.filler, self.stubs)
+        self.block_arguments = BlockArguments(transformer, blocks, steps, self.filler, self.stubs)
         self.variants: dict[Any, Variant] = {}  # by signature and the blocks' hooks
         self.current: dict[int, Variant] = {}  # of the run that runs now, by branch
 
@@ -124,63 +89,47 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
             return forward(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         number = next(i for i, leaf in enumerate(leaves) if leaf is latents)
-        call = TransformerCall(module, forward, leaves, spec, number)
+        call = TransformerCall(leaves=leaves, forward=forward, spec=spec, latents=number)
         signatures = tuple(signature_of(leaf) for leaf in leaves)
-        settings = self.moment.branch, torch.is_autocast_enabled(), torch.get_default_dtype()
         if self.capture is not None and self.moment.step == self.steps[0] and not self.moment.branch:
             self.capture.begin((spec, signatures))
-        return self._run(call, (spec, signatures, *settings))
-
-    def phase(self, call: TransformerCall, signature: Any) -> Phase:
-        """Returns what is to be done with this call; call it once for each call."""
-        if not self.arguments.is_recorded(signature):
-            return Phase.RECORD
-        if self.moment.step != self.steps[0]:
-            whole_steps = self.loop is not None and self.loop.takes_over(call.leaves[call.latents])
-            return Phase.WHOLE_STEPS if whole_steps else Phase.SERVE
-        if self.arguments.changes_of(signature) is None:
-            return Phase.PLAIN
-        return Phase.FILL if self._variant(signature).blocks else Phase.PROBE
+        return self._run(call, (spec, signatures, self.moment.branch, *settings_now()))
 
     def _run(self, call: TransformerCall, signature: Any) -> Any:
-        """Returns the output of the transformer, in the way of the phase."""
-        match self.phase(call, signature):
-            case Phase.RECORD:
-                self.arguments.record(signature, self.moment.step, call.leaves, call.latents)
-                return self._plain(call)
-            case Phase.PLAIN:
-                return self._plain(call)
-            case Phase.WHOLE_STEPS:
-                assert self.loop is not None
-                return self.loop.run()
-            case Phase.SERVE:
-                return self._serve(call, signature)
-            case _:
-                return self._begin(call, signature)
+        """Returns the output of the transformer: from tables if there are any for this call."""
+        step = self.moment.step
+        if not self.arguments.is_recorded(signature):  # no run has shown the arguments of every step yet
+            self.arguments.record(signature, step, call.leaves, call.latents)
+            return self._without_tables(call)
+        if step == self.steps[0]:
+            changes = self.arguments.changes_of(signature)
+            if changes is None:  # the arguments are no conditioning, or differ from run to run
+                return self._without_tables(call)
+            return self._first_step(replace(call, changed=changes), signature)
+        if self.loop is not None and self.loop.takes_over(call.leaves[call.latents]):
+            return self.loop.run()
+        self.moment.tabled = self.arguments.is_expected(signature, call.leaves, call.latents, step, self.moment.branch)
+        if not self.moment.tabled:
+            return self._without_tables(call)
+        return self._from_tables(call, self.current[self.moment.branch])
 
-    def _plain(self, call: TransformerCall) -> Any:
-        """Runs the blocks without tables and graphs."""
+    def _without_tables(self, call: TransformerCall) -> Any:
+        """Returns the output of blocks that run without tables and graphs."""
         if self.capture is not None:
             self.capture.sync_stores([self.moment.step])
-        return call.output({})
-
-    def _serve(self, call: TransformerCall, signature: Any) -> Any:
-        """Runs a later step from the tables, if its arguments are those that the tables were filled for."""
-        step, branch = self.moment.step, self.moment.branch
-        self.moment.tabled = self.arguments.is_expected(signature, call.leaves, call.latents, step, branch)
-        return self._from_tables(call, self.current[branch]) if self.moment.tabled else self._plain(call)
+        return call.output(call.leaves)
 
     def _from_tables(self, call: TransformerCall, variant: Variant) -> Any:
         if self.capture is None:
-            return call.output({})
-        return self.capture.run(call.forward, call.leaves, call.spec, variant.number)
+            return call.output(call.leaves)
+        return self.capture.run(call, variant.number)
 
-    def _begin(self, call: TransformerCall, signature: Any) -> Any:
-        """Runs the first step of a run: probes if this variant is new, else fills the tables and serves from them."""
-        branch, variant = self.moment.branch, self._variant(signature)
-        changes = self.arguments.changes_of(signature)
-        assert changes is not None
-        call = replace(call, changed=changes)
+    def _first_step(self, call: TransformerCall, signature: Any) -> Any:
+        """Returns the output at the first step of a run: probes if this variant is new, else fills the tables and uses them."""
+        branch = self.moment.branch
+        # hooks of others on the blocks may change what a block is given
+        hooks = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)
+        variant = self.variants.setdefault((signature, hooks), Variant(len(self.variants)))
         self.current[branch] = variant
         if variant.blocks:
             with torch.no_grad():
@@ -191,8 +140,7 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
             out = self._probe(call, variant, branch)
         self.arguments.begin(branch, signature, call.leaves)
         if self.loop is not None:
-            branch_call = Branch(call.forward, call.leaves, call.spec, call.latents, changes, variant.number, out)
-            self.loop.branches.append(branch_call)
+            self.loop.branches.append(Branch(call, variant.number, out))
         return out
 
     def reset(self) -> None:
@@ -200,83 +148,79 @@ class ConditioningTables(ModelHook):  # type: ignore[misc]
         self.arguments.reset()
         self.current.clear()
 
-    def differed(self) -> bool:
-        """Returns whether arguments on a device were not those of the tables in the run that ends; then they get none again."""
-        return self.arguments.differed()
-
-    def _variant(self, signature: Any) -> Variant:
-        # hooks of others on the blocks may change what a block is given
-        hooks = tuple((*b.block._forward_hooks, *b.block._forward_pre_hooks) for b in self.blocks)
-        return self.variants.setdefault((signature, hooks), Variant(len(self.variants)))
-
     def _probe(self, call: TransformerCall, variant: Variant, branch: int) -> Any:
         """Returns the transformer's output at the first step; finds the blocks' dependence and fills the other steps."""
-        calls, out = with_recorded_blocks(self.blocks, lambda: call.output({}))
+        calls, out = recorded_calls(self.blocks, lambda: call.output(call.leaves))
         with torch.no_grad():
             DependenceProbe(call, calls, out).run()
-            steps = self.steps[1:]
-            self._install(calls, [self.filler.fill(c, steps, branch) for c in calls], steps, branch)
-            variant.blocks = [self.stubs.of_call(c) for c in calls]
-            self.block_arguments.prepare(call, variant.number, variant.blocks)
+            later = self.steps[1:]
+            self._give(calls, [self.filler.fill(c, later, branch) for c in calls])
+            variant.blocks = [
+                replace(
+                    c,
+                    leaves=[],
+                    out=self.stubs.of_output(c.out),
+                    changed={step: dict.fromkeys(values) for step, values in c.changed.items()},
+                )
+                for c in calls
+            ]
+            self.block_arguments.at_steps(call, variant.number, variant.blocks)
         return out
 
     def _fill(self, call: TransformerCall, variant: Variant, branch: int) -> None:
         """Fills the tables of all steps without running a block: by a graph if there is one, else by a new one if possible."""
-        if self.capture is not None and self.capture.refill(variant.number, branch, call.leaves):
-            variant.restore(self.blocks)
+        capture = self.capture
+        if capture is not None and capture.refill(variant.number, branch, call.leaves):
+            for block, tables in zip(self.blocks, variant.tables, strict=True):
+                tables.give_to(block)
             return
-        arguments_of = self.block_arguments.prepare(call, variant.number, variant.blocks)
-
-        def compute(leaves: list[Any]) -> tuple[list[BlockCall], list[list[Filled]]]:
-            calls = self._block_calls(arguments_of(replace(call, leaves=leaves)), variant)
-            return calls, [self.filler.fill(c, self.steps, branch) for c in calls]
-
-        calls, filled = compute(call.leaves)
-        in_places = self._in_fixed_places(call, variant, branch, (calls, filled), compute)
-        if in_places is None:
-            self._install(calls, filled, self.steps, branch)
+        calls, ready = self._computed(call, variant, branch)
+        if capture is None or any(len(of_block) < len(self.steps) for of_block in ready):
+            self._give(calls, ready)
             return
-        calls = [values.call(c) for values, c in zip(in_places, calls, strict=True)]
-        self._install(calls, [values.filled for values in in_places], self.steps, branch)
-        variant.keep(self.blocks, [(step, branch) for step in self.steps])
 
-    def _in_fixed_places(
-        self,
-        call: TransformerCall,
-        variant: Variant,
-        branch: int,
-        found: tuple[list[BlockCall], list[list[Filled]]],
-        compute: Callable[[list[Any]], tuple[list[BlockCall], list[list[Filled]]]],
-    ) -> list[BlockValues] | None:
-        """Returns the values in places that a graph fills in later runs; None without graphs."""
-        values = [BlockValues.of(c, filled) for c, filled in zip(*found, strict=True)]
-        complete = all(sum(len(filled.steps) for filled in one.filled) == len(self.steps) for one in values)
-        if self.capture is None or not complete:
-            return None
+        def body(leaves: list[Any]) -> tuple[list[Any], list[Any]]:
+            return _values(*self._computed(replace(call, leaves=leaves), variant, branch), capture.steps)
 
-        def body(leaves: list[Any]) -> list[BlockValues]:
-            return [BlockValues.of(c, filled) for c, filled in zip(*compute(leaves), strict=True)]
+        packed = capture.fill(variant.number, branch, call.leaves, body, _values(calls, ready, capture.steps))
+        if packed is None:
+            self._give(calls, ready)
+            return
+        of_run, of_steps = packed.result  # in their places; the cached sums take their gates from there
+        for number, (one, held) in enumerate(zip(calls, of_run, strict=True)):
+            one.leaves = [leaf if place is None else place for leaf, place in zip(one.leaves, held, strict=True)]
+            one.changed = {step: of_steps[step][number][0] for step in self.steps}
+            ready[number] = {p: r._replace(values=of_steps[p[0]][number][1]) for p, r in ready[number].items()}
+        variant.tables = self._give(calls, ready, packed.table)
 
-        steps_of = [one.steps_of() for one in values]
-        packed: list[BlockValues] | None = self.capture.fill(
-            variant.number, branch, call.leaves, body, values, steps_of
-        )
-        return packed
-
-    def _block_calls(self, at_steps: list[list[list[Any]]], variant: Variant) -> list[BlockCall]:
-        """Returns how every block is called, from the arguments of every block at each step."""
-        calls = []
+    def _computed(
+        self, call: TransformerCall, variant: Variant, branch: int
+    ) -> tuple[list[BlockCall], list[dict[Position, Ready]]]:
+        """Returns how every block is called in this run, and its values at each step."""
+        at_steps, calls = self.block_arguments.at_steps(call, variant.number, variant.blocks), []
         for number, known in enumerate(variant.blocks):
-            of_block = [arguments[number] for arguments in at_steps]
-            pairs = zip(self.steps, of_block, strict=True)
-            changed = {step: {i: leaves[i] for i in known.changing} for step, leaves in pairs}
-            calls.append(replace(known, leaves=of_block[0], changed=changed))
-        return calls
+            of_block = dict(zip(self.steps, (arguments[number] for arguments in at_steps), strict=True))
+            changed = {step: {i: leaves[i] for i in known.changing} for step, leaves in of_block.items()}
+            calls.append(replace(known, leaves=of_block[self.steps[0]], changed=changed))
+        return calls, [self.filler.fill(one, self.steps, branch) for one in calls]
 
-    def _install(self, calls: list[BlockCall], filled: list[list[Filled]], steps: list[int], branch: int) -> None:
-        """Gives the blocks their values and their cached sums."""
-        for call, of_block in zip(calls, filled, strict=True):
-            for values in of_block:
-                values.install(call.block, branch)
-        if self.sums is not None:
-            self.sums.join(calls, steps, branch)
+    def _give(
+        self, calls: list[BlockCall], ready: list[dict[Position, Ready]], table: torch.Tensor | None = None
+    ) -> list[BlockTables]:
+        """Gives the blocks their values and their cached sums; table: in which values have their places."""
+        sums = self.sums.members(calls, ready) if self.sums is not None else [{} for _ in calls]
+        found = []
+        for call, of_block, members in zip(calls, ready, sums, strict=True):
+            rows = {} if table is None else {position: table[position[0]] for position in of_block}
+            found.append(BlockTables(of_block, members, rows))
+            found[-1].give_to(call.block)
+        return found
+
+
+def _values(calls: list[BlockCall], ready: list[dict[Position, Ready]], steps: int) -> tuple[list[Any], list[Any]]:
+    """Returns the values of every block that hold for the run, and those of each step."""
+    of_steps: list[list[Any]] = [[] for _ in range(steps)]
+    for call, of_block in zip(calls, ready, strict=True):
+        for (step, _), found in of_block.items():
+            of_steps[step].append((call.changed[step], found.values))
+    return [call.of_run() for call in calls], of_steps

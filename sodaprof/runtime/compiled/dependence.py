@@ -8,30 +8,26 @@ argument that stays equal holds for the whole run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .identity import same, signature_of
-from .trace import RecordedCall, TracedBlock
+from .trace import TracedBlock
 
+Changes = dict[int, dict[int, Any]]  # step -> argument -> value
 Arguments = list[list[Any]]  # of every block: the leaves of its call
 
 
-@dataclass(frozen=True, eq=False)
-class TransformerCall:
-    """A call of the transformer, and which arguments change at later steps of the run."""
+@dataclass(kw_only=True)
+class Call:
+    """A call of a module at the first step of a run, and which of its arguments change from step to step."""
 
-    module: nn.Module
-    forward: Callable[..., Any]
     leaves: list[Any]
-    spec: TreeSpec
-    latents: int  # number of the latents among the leaves
-    changed: dict[int, dict[int, Any]] = field(default_factory=dict)  # step, from the second on -> argument -> value
+    changed: Changes = field(default_factory=dict)
 
     @property
     def changing(self) -> set[int]:
@@ -39,39 +35,43 @@ class TransformerCall:
         return {i for values in self.changed.values() for i in values}
 
     def at(self, step: int) -> list[Any]:
-        """Returns the arguments at a step; the latents are those of the first."""
+        """Returns the arguments at a step; those that depend on the latents are those of the first."""
         changed = self.changed.get(step, {})
         return [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
 
-    def output(self, changed: dict[int, Any]) -> Any:
-        """Returns the output of the transformer with some arguments changed."""
-        args, kwargs = tree_unflatten([changed.get(i, leaf) for i, leaf in enumerate(self.leaves)], self.spec)
+
+@dataclass(kw_only=True)
+class TransformerCall(Call):
+    """A call of the transformer."""
+
+    forward: Callable[..., Any]
+    spec: TreeSpec
+    latents: int  # number of the latents among the leaves
+
+    def output(self, leaves: Sequence[Any]) -> Any:
+        """Returns the output of the transformer for these arguments."""
+        args, kwargs = tree_unflatten(leaves, self.spec)
         return self.forward(*args, **kwargs)
 
 
-@dataclass
-class BlockCall:
-    """How one block is called in a run."""
+@dataclass(kw_only=True)
+class BlockCall(Call):
+    """A call of a block."""
 
     block: TracedBlock
-    leaves: list[Any]  # its arguments at the first step
-    out: Any  # its output at the first step, or the stub of it
+    out: Any = None  # its output, or the stub of it
     late: set[int] = field(default_factory=set)  # arguments that depend on the latents
-    handed_on: bool = False  # the next block takes its output, and nothing else does
-    changed: dict[int, dict[int, Any]] = field(default_factory=dict)  # step -> argument -> value, if it changes
+    feeds_next: bool = False  # the next block takes its output, and nothing else does
 
-    @property
-    def changing(self) -> set[int]:
-        """Arguments that change from step to step."""
-        return {i for values in self.changed.values() for i in values}
+    def of_run(self) -> list[Any]:
+        """Returns the arguments that hold for the run, None for the others."""
+        others = self.late | self.changing
+        return [None if i in others else leaf for i, leaf in enumerate(self.leaves)]
 
     def inputs(self, step: int, places: Sequence[int]) -> list[Any]:
-        """Returns these arguments at a step, None for a number beyond the arguments.
-
-        Arguments that depend on the latents are those of the first step.
-        """
-        changed = self.changed.get(step, {})
-        return [changed.get(i, self.leaves[i]) if i < len(self.leaves) else None for i in places]
+        """Returns these arguments at a step, None for a number beyond the arguments."""
+        leaves = self.at(step)
+        return [leaves[i] if i < len(leaves) else None for i in places]
 
 
 class Stubs:
@@ -95,86 +95,77 @@ class Stubs:
         leaves, spec = tree_flatten(out)
         return tree_unflatten([self.like(leaf, i) for i, leaf in enumerate(leaves)], spec)
 
-    def of_call(self, call: BlockCall) -> BlockCall:
-        """Returns what is known of a call without its tensors: no arguments, and stubs for the output and what changes."""
-        changed = {s: {i: self.like(leaf) for i, leaf in values.items()} for s, values in call.changed.items()}
-        return replace(call, leaves=[], out=self.of_output(call.out), changed=changed)
 
-
-def with_stubbed_blocks(
-    blocks: Sequence[TracedBlock], outputs: Sequence[Any], call: Callable[[], Any]
-) -> tuple[Arguments, Any]:
-    """Returns the arguments of every block in call() while the blocks return `outputs`, and the result of call()."""
+def recorded_calls(
+    blocks: Sequence[TracedBlock], call: Callable[[], Any], stubs: Sequence[Any] | None = None
+) -> tuple[list[BlockCall], Any]:
+    """Returns how every block is called in call(), and its result; stubs: what the blocks return instead of running."""
+    calls = [BlockCall(block=block, leaves=[]) for block in blocks]
     try:
-        for block, output in zip(blocks, outputs, strict=True):
-            block.stub = (output,)
-        out = call()
-        return [block.recorded_inputs for block in blocks], out
+        for i, (block, recorded) in enumerate(zip(blocks, calls, strict=True)):
+            block.recorded, block.stub = recorded, None if stubs is None else (stubs[i],)
+        return calls, call()
     finally:
         for block in blocks:
-            block.stub, block.recorded_inputs = None, []
+            block.recorded = block.stub = None
 
 
-def with_recorded_blocks(blocks: Sequence[TracedBlock], call: Callable[[], Any]) -> tuple[list[BlockCall], Any]:
-    """Returns how every block is called in call(), which runs them, and the result of call()."""
-    for block in blocks:
-        block.recorded = RecordedCall([])
-    try:
-        out = call()
-        return [BlockCall(b, b.recorded.leaves, b.recorded.out) for b in blocks if b.recorded is not None], out
-    finally:
-        for block in blocks:
-            block.recorded = None
+def stubbed_arguments(blocks: Sequence[TracedBlock], call: Callable[[], Any], stubs: Sequence[Any]) -> Arguments:
+    """Returns the arguments of every block in call() while the blocks return the stubs."""
+    return [recorded.leaves for recorded in recorded_calls(blocks, call, stubs)[0]]
 
 
 class DependenceProbe:
-    """Finds what the blocks' arguments depend on; fills in `late`, `handed_on` and `changed` of the calls."""
+    """Finds what the blocks' arguments depend on; fills in `late`, `feeds_next` and `changed` of the calls."""
 
     def __init__(self, call: TransformerCall, calls: list[BlockCall], out: Any) -> None:
         self.call, self.calls, self.out = call, calls, out
-        self.blocks, self.outputs = [c.block for c in calls], [c.out for c in calls]
+        self.outputs = [c.out for c in calls]
         self.noise = torch.Generator().manual_seed(0)
 
     def run(self) -> None:
         """Calls the transformer with stubbed blocks: with other latents, with other outputs, then with each step's arguments."""
-        call, latents = self.call, self.call.latents
-        others = self._arguments(
-            {latents: self._perturbed(call.leaves[latents])}, [tree_map(self._perturbed, out) for out in self.outputs]
-        )
-        for block, other in zip(self.calls, others, strict=False):
-            block.late = {i for i, (a, b) in enumerate(zip(block.leaves, other, strict=True)) if not same(a, b)}
+        call = self.call
+        others = list(call.leaves)
+        others[call.latents] = self._perturbed(others[call.latents])
+        found = self._arguments(others, [tree_map(self._perturbed, out) for out in self.outputs])
+        for block, other in zip(self.calls, found, strict=False):
+            block.late = _unequal(block.leaves, other)
         self._follow_outputs()
-        for step, values in call.changed.items():
-            for block, other in zip(self.calls, self._arguments(values, self.outputs), strict=False):
-                pairs = enumerate(zip(block.leaves, other, strict=True))
-                block.changed[step] = {i: b for i, (a, b) in pairs if i not in block.late and not same(a, b)}
+        for step in call.changed:
+            for block, other in zip(self.calls, self._arguments(call.at(step), self.outputs), strict=False):
+                block.changed[step] = {i: other[i] for i in _unequal(block.leaves, other) - block.late}
 
     def _perturbed(self, leaf: Any) -> Any:
         if not torch.is_tensor(leaf) or not leaf.is_floating_point():
             return leaf
         return leaf + torch.randn(leaf.shape, generator=self.noise).to(leaf)
 
-    def _arguments(self, changed: dict[int, Any], outputs: Sequence[Any]) -> Arguments:
+    def _arguments(self, leaves: list[Any], outputs: Sequence[Any]) -> Arguments:
         """Returns the arguments of every block while the blocks return `outputs`; last the transformer's own output."""
-        arguments, out = with_stubbed_blocks(self.blocks, outputs, lambda: self.call.output(changed))
-        return [*arguments, tree_flatten(out)[0]]
+        calls, out = recorded_calls([c.block for c in self.calls], lambda: self.call.output(leaves), outputs)
+        return [*(c.leaves for c in calls), tree_flatten(out)[0]]
 
     def _follow_outputs(self) -> None:
         """Finds the blocks whose output goes to the next block only, neither to a later block nor to the transformer."""
-        taken = []
+        taken = list[set[int]]()
         for before, after in pairwise(self.calls):
             own = {id(leaf) for leaf in tree_flatten(before.out)[0] if torch.is_tensor(leaf)}
             taken.append({i for i, leaf in enumerate(after.leaves) if id(leaf) in own})
-        handed_on = [bool(places) and places >= after.late for places, after in zip(taken, self.calls[1:], strict=True)]
-        handed_on.append(False)
+        feeds = [bool(places) and places >= after.late for places, after in zip(taken, self.calls[1:], strict=True)]
+        feeds.append(False)
         outputs = [
-            tree_map(self._perturbed, out) if handed else out
-            for out, handed in zip(self.outputs, handed_on, strict=True)
+            tree_map(self._perturbed, c.out) if feed else c.out for c, feed in zip(self.calls, feeds, strict=True)
         ]
-        before_change = [call.leaves for call in self.calls] + [tree_flatten(self.out)[0]]
-        expected = [set(), *taken, set()]
-        for places, was, now in zip(expected, before_change, self._arguments({}, outputs), strict=True):
-            if any(i not in places and not same(a, b) for i, (a, b) in enumerate(zip(was, now, strict=True))):
-                return
-        for call, handed in zip(self.calls, handed_on, strict=True):
-            call.handed_on = handed
+        expected = [*(c.leaves for c in self.calls), tree_flatten(self.out)[0]]
+        found = self._arguments(self.call.leaves, outputs)
+        allowed = [set(), *taken, set()]
+        if any(_unequal(*pair) - places for places, *pair in zip(allowed, expected, found, strict=True)):
+            return
+        for call, feed in zip(self.calls, feeds, strict=True):
+            call.feeds_next = feed
+
+
+def _unequal(one: Sequence[Any], other: Sequence[Any]) -> set[int]:
+    """Returns the numbers of the arguments in which two calls differ."""
+    return {i for i, (a, b) in enumerate(zip(one, other, strict=True)) if not same(a, b)}

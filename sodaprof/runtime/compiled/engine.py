@@ -18,7 +18,7 @@ from .conditioning import ConditioningTables
 from .graphs import CudaGraphs, Graphs, Recorder
 from .loop import Loop
 from .sums import Sums
-from .trace import Program, TracedBlock
+from .trace import Programs, TracedBlock
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Engine:
         self.blocks: list[TracedBlock] = []
         self.tables: list[ConditioningTables] = []
         self.captures: list[Graphs] = []
-        self.programs: dict[Any, Program] = {}
+        self.programs: Programs = {}
         self.loop: Loop | None = None
 
     def hooks(self, transformer: nn.Module, plan: Plan, rows: list[SiteRow]) -> list[tuple[str, Any]]:
@@ -103,7 +103,8 @@ class Engine:
                 capture.refused = "the schedule skips the stack, whose forecasts are kept outside of graphs"
             self.captures.append(capture)
         called = [step for step, action in enumerate(plan.stack) if action in ".S"]
-        tables = ConditioningTables(self.moment, blocks, called, self.sums, capture, self.settings.tables == "near")
+        near = self.settings.tables == "near"
+        tables = ConditioningTables(transformer, self.moment, blocks, called, self.sums, capture, near)
         self.tables.append(tables)
         if self.settings.whole_steps and capture is not None:
             steps = called_steps(self.schedule)
@@ -121,7 +122,7 @@ class Engine:
 
     def differed(self) -> bool:
         """Returns whether arguments on a device were not those of the tables in the run that ends; all tables are asked."""
-        found = [tables.differed() for tables in self.tables]
+        found = [tables.arguments.differed() for tables in self.tables]
         return any(found)
 
     def counters(self) -> Counters:

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from ...pipelines.clock import Moment
 from .buffers import Arenas, Packed, RowBuffers, TableValue, compact, copy_all, expanded_copy, pack
-from .identity import frozen_of
+from .dependence import TransformerCall
+from .identity import build_of, stored_tensors, tensor_places, tensors_now, with_tensors
 from .trace import Position, TracedBlock
 
 
@@ -62,6 +63,17 @@ class CudaGraphs:
 
     def forget(self) -> None:
         self.pool = self.stream = None
+
+
+@dataclass
+class StepsCall:
+    """Calls of the transformer at some steps and branches as one function; all else that it reads or writes stays in place."""
+
+    variant: Any  # all that `body` depends on except tensors
+    positions: list[Position]
+    arguments: list[torch.Tensor]
+    body: Callable[[list[torch.Tensor]], Any]  # takes the arguments
+    counter: torch.Tensor  # int64 [1], the step
 
 
 @dataclass
@@ -108,6 +120,7 @@ class Graphs:
         self.refused: str | None = None  # why steps run without graphs
         self.rows = [row for block in blocks for row in block.rows]
         self.buffers: dict[Any, list[RowBuffers]] = {}  # of each row, by signature of the calls
+        self.row_buffers: list[RowBuffers] = []  # those of the run that runs now
         if any(row.rule is not None and row.rule.base == "random" for row in self.rows):
             self.refused = "random token scores are drawn on the host"
 
@@ -116,14 +129,17 @@ class Graphs:
         if signature not in self.buffers:
             arenas = Arenas(self.rows)
             self.buffers[signature] = [RowBuffers(arenas, row) for row in self.rows]
-        for row, buffers in zip(self.rows, self.buffers[signature], strict=True):
+        self.row_buffers = self.buffers[signature]
+        for row, buffers in zip(self.rows, self.row_buffers, strict=True):
             row.buffers = buffers
         self.current.clear()
         self.pending_replays.clear()
         self.replays = 0
         self.replayed.clear()
         self.called.clear()
-        frozen = frozen_of(self.transformer)
+        modules = list(self.transformer.named_modules())
+        weights = tensors_now(stored_tensors(modules))
+        frozen = build_of(modules), [(weight.data_ptr(), weight.shape, weight.dtype) for weight in weights]
         if frozen != self.frozen:
             self.forget()
             self.frozen, self.device = frozen, next(self.transformer.parameters()).device
@@ -136,64 +152,54 @@ class Graphs:
             graphs.clear()
         self.recorder.forget()
 
-    def refill(self, variant: Any, branch: int, leaves: list[Any]) -> bool:
+    def refill(self, variant: int, branch: int, leaves: list[Any]) -> bool:
         """Fills the tables in the places that `fill` returned, by its graph; returns False if there is none."""
         fill = self.fills.get(variant)
         if fill is None:
             return False
-        copy_all(fill.arguments, [compact(leaf) for leaf in leaves if torch.is_tensor(leaf)])
+        copy_all(fill.arguments, [compact(leaves[i]) for i in tensor_places(leaves)])
         fill.replay()
         self.current[branch] = fill
         return True
 
     def fill(
-        self, variant: Any, branch: int, leaves: list[Any], body: Callable[[list[Any]], Any], found: Any, steps_of: Any
-    ) -> Any:
+        self,
+        variant: int,
+        branch: int,
+        leaves: list[Any],
+        body: Callable[[list[Any]], Any],
+        found: tuple[Any, list[Any]],
+    ) -> Packed | None:
         """Returns `found` = body(leaves) in places that `refill` writes again; None if there can be no graph of it.
 
-        steps_of: the same structure with the step of each value (`pack`).
+        found: the values that hold for the run, and those of each step (`pack`).
         """
-        places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+        places = tensor_places(leaves)
         if self.refused is not None or any(leaves[i].device != self.device for i in places):
             return None
-        packed, static = pack(found, steps_of, self.steps), list(leaves)
-        for i in places:
-            static[i] = expanded_copy(leaves[i])
-        recorded = self._record(lambda: packed.write(body(static)))
+        packed = pack(*found)
+        static = [expanded_copy(leaves[i]) for i in places]
+        recorded = self._record(lambda: packed.write(body(with_tensors(leaves, places, static))))
         if recorded is None:
             return None
-        self.fills[variant] = self.current[branch] = Fill(recorded[0], [compact(static[i]) for i in places], packed)
-        return packed.result
+        self.fills[variant] = self.current[branch] = Fill(recorded[0], [compact(tensor) for tensor in static], packed)
+        return packed
 
-    def run(self, forward: Callable[..., Any], leaves: list[Any], spec: TreeSpec, variant: Any) -> Any:
+    def run(self, call: TransformerCall, variant: int) -> Any:
         """Returns the transformer's output at a step with tables, from a graph if there can be one."""
-        places = [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
-        step, branch = self.moment.step, self.moment.branch
+        places, step = tensor_places(call.leaves), self.moment.step
 
         def body(tensors: list[torch.Tensor]) -> Any:
-            filled = list(leaves)
-            for place, tensor in zip(places, tensors, strict=True):
-                filled[place] = tensor
-            args, kwargs = tree_unflatten(filled, spec)
-            return forward(*args, **kwargs)
+            return call.output(with_tensors(call.leaves, places, tensors))
 
         self.counter.fill_(step)
-        return self.through(variant, [(step, branch)], [leaves[i] for i in places], body, self.counter)
+        tensors = [call.leaves[i] for i in places]
+        return self.through(StepsCall(variant, [(step, self.moment.branch)], tensors, body, self.counter))
 
-    def through(
-        self,
-        variant: Any,
-        positions: list[Position],
-        arguments: list[torch.Tensor],
-        body: Callable[[list[torch.Tensor]], Any],
-        counter: torch.Tensor,
-    ) -> Any:
-        """Returns body(arguments), which calls the transformer at these steps and branches, from a graph if there can be one.
-
-        All else that body reads or writes stays in its place. variant: all that body depends on except tensors. counter:
-        int64 [1], the step.
-        """
-        known_key = variant, *positions
+    def through(self, call: StepsCall) -> Any:
+        """Returns the result of the call, from a graph if there can be one."""
+        positions, arguments = call.positions, call.arguments
+        known_key = call.variant, *positions
         tabled = all(branch in self.current for _, branch in positions)
         graph = self.known.get(known_key) if tabled else None
         if graph is None:
@@ -201,11 +207,11 @@ class Graphs:
                 self.refused = "the pipeline calls the transformer with tensors that are not on its device"
             if self.refused is not None or not tabled:
                 self.sync_stores(step for step, _ in positions)
-                return body(arguments)
-            key = variant, tuple(self._pattern(block, position) for position in positions for block in self.blocks)
+                return call.body(arguments)
+            key = call.variant, tuple(self._pattern(block, position) for position in positions for block in self.blocks)
             if key not in self.graphs:
                 self.sync_stores(step for step, _ in positions)
-                return self._first_call(key, positions, arguments, body, counter)
+                return self._first_call(key, call)
             graph = self.known[known_key] = self.graphs[key]
         if arguments:
             copy_all(graph.arguments, arguments)
@@ -232,30 +238,25 @@ class Graphs:
         """Returns how many steps of the latest run were replayed, with all calls of each."""
         return len(self.replayed - self.called)
 
-    def _first_call(
-        self,
-        key: Any,
-        positions: list[Position],
-        arguments: list[torch.Tensor],
-        body: Callable[[list[torch.Tensor]], Any],
-        counter: torch.Tensor,
-    ) -> Any:
-        """Returns body(arguments), run without a graph: that makes kernels and workspaces. Then captures a second call."""
+    def _first_call(self, key: Any, call: StepsCall) -> Any:
+        """Returns the result of the call without a graph: that makes kernels and workspaces. Then captures a second call."""
         before = [row.snapshot() for row in self.rows]
         executed, served = self.moment.executed.copy(), self.moment.served.copy()
-        result = body(arguments)
+        result = call.body(call.arguments)
         after = [row.snapshot() for row in self.rows]
         executed_after, served_after = self.moment.executed.copy(), self.moment.served.copy()
         for row, memory in zip(self.rows, before, strict=True):
             row.memory = memory
-        static = [a.clone() for a in arguments]
-        kept = self._kept_names()
+        static = [a.clone() for a in call.arguments]
+        kept = [set(buffers.places) for buffers in self.row_buffers]  # their names
 
         def run() -> Any:
-            tables = {position: self.current[position[1]].packed.table for position in positions}
-            with self._reading({p: table.index_select(0, counter)[0] for p, table in tables.items()}):
-                out = body(static)
-            if kept != self._kept_names():  # new buffers would lie in the graphs' own memory
+            tables = {position: self.current[position[1]].packed.table for position in call.positions}
+            with self._reading({p: table.index_select(0, call.counter)[0] for p, table in tables.items()}):
+                out = call.body(static)
+            if kept != [
+                set(buffers.places) for buffers in self.row_buffers
+            ]:  # new ones would lie in the graphs' own memory
                 raise RuntimeError("a site keeps what it did not keep in the first run")
             return out
 
@@ -266,10 +267,6 @@ class Graphs:
         for row, memory in zip(self.rows, after, strict=True):
             row.memory = memory
         return result
-
-    def _kept_names(self) -> list[set[Any]]:
-        """Returns the names in the buffers of each site."""
-        return [set(row.buffers.places) if isinstance(row.buffers, RowBuffers) else set() for row in self.rows]
 
     def _record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
         """Returns (replay, result) of run() as a graph; None if it cannot be captured, after which nothing is captured."""
@@ -296,21 +293,21 @@ class Graphs:
         return torch.cuda.memory_reserved(self.device)
 
     def _pattern(self, block: TracedBlock, position: Position) -> tuple[Any, ...]:
-        """Returns what a block does at a step: program, place in a cached sum, slots of its table values, buffers."""
-        ready, run = block.ready[position], block.sums.get(position)
-        place = None if run is None else (len(run.members), run.place(block))
-        values = ready.values if run is None else run.factors_of(block)
-        slots = tuple(value.slot if isinstance(value, TableValue) else None for value in values)
+        """Returns what a block does at a step: program, place in a cached sum, places of its table values, buffers."""
+        ready, member = block.ready[position], block.sums.get(position)
+        values = ready.values if member is None else member.factors.values()
+        slots = tuple(value if isinstance(value, TableValue) else None for value in values)
         cells = tuple((cell.arithmetic(), cell.storage()) for cell in (row.cells[position[0]] for row in block.rows))
-        return ready.program, place, slots, cells
+        return ready.program, None if member is None else member.place(), slots, cells
 
     @contextmanager
-    def _reading(self, rows: Mapping[Position, torch.Tensor]) -> Iterator[None]:
+    def _reading(self, rows: dict[Position, torch.Tensor]) -> Iterator[None]:
         """Makes the blocks read their table values from these rows."""
+        before = [block.table_rows for block in self.blocks]
         for block in self.blocks:
             block.table_rows = rows
         try:
             yield
         finally:
-            for block in self.blocks:
-                block.table_rows = {}
+            for block, own in zip(self.blocks, before, strict=True):
+                block.table_rows = own

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -18,6 +18,8 @@ LEAVES = {*PLAIN, torch.Tensor, nn.Parameter}
 CONTAINERS = {tuple, list, dict, CellInputs}
 MODULES_OWN = {*vars(nn.Module()), "_diffusers_hook"} - {"training"}  # attributes that say nothing about the build
 
+Stored = list[tuple[str, dict[str, Any], str]]  # (path, dictionary, name) of tensors: dictionary[name] is the tensor
+
 
 def signature_of(leaf: Any) -> Any:
     """Returns the signature of an argument: a plain value itself; shape, dtype, device and strides of a tensor."""
@@ -30,8 +32,21 @@ def signature_of(leaf: Any) -> Any:
     return leaf
 
 
-def stored_tensors(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, dict[str, Any], str]]:
-    """Returns (path, dictionary, name) of all parameters and buffers of (path, module) pairs: dictionary[name] is the tensor."""
+def tensor_places(leaves: Sequence[Any]) -> list[int]:
+    """Returns the numbers of the leaves that are tensors."""
+    return [i for i, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+
+
+def with_tensors(leaves: Sequence[Any], places: Sequence[int], tensors: Sequence[Any]) -> list[Any]:
+    """Returns the leaves with other tensors in these places."""
+    filled = list(leaves)
+    for place, tensor in zip(places, tensors, strict=True):
+        filled[place] = tensor
+    return filled
+
+
+def stored_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Stored:
+    """Returns where all parameters and buffers of (path, module) pairs are stored; `tensors_now` reads them there."""
     return [
         (f"{prefix}.{name}" if prefix else name, found, name)
         for prefix, module in modules
@@ -39,6 +54,11 @@ def stored_tensors(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, 
         for name, value in found.items()
         if value is not None
     ]
+
+
+def tensors_now(stored: Stored) -> list[torch.Tensor]:
+    """Returns the parameters and buffers as they are now."""
+    return [found[name] for _, found, name in stored]
 
 
 def leaves_of(tree: Any, into: list[Any]) -> list[Any]:
@@ -55,7 +75,7 @@ def leaves_of(tree: Any, into: list[Any]) -> list[Any]:
 
 
 def form_of(tree: Any) -> Any:
-    """Returns the structure of a call, to compare with another's."""
+    """Returns the structure of a call, to compare with another's; faster than that of `tree_flatten`."""
     parts = [
         form_of(v) if (kind := type(v)) in CONTAINERS else None if kind in LEAVES else tree_flatten(v)[1]
         for v in (tree.values() if type(tree) is dict else tree)
@@ -63,25 +83,20 @@ def form_of(tree: Any) -> Any:
     return type(tree), tuple(tree) if type(tree) is dict else None, *parts
 
 
-def build_of(block: nn.Module) -> tuple[Any, ...]:
-    """Returns how a module is built: classes and settings of its modules, without the name of the module itself.
+def build_of(modules: Iterable[tuple[str, nn.Module]]) -> tuple[Any, ...]:
+    """Returns how (path, module) pairs are built: classes and settings.
 
     It holds whatever a trace would make a constant (an adapter's scale, a processor's), so that a change is noticed.
     """
-    return tuple((name, type(module), setting_of(vars(module))) for name, module in block.named_modules())
+    return tuple((path, type(module), *_settings_of(vars(module), 0)) for path, module in modules)
 
 
-def frozen_of(module: nn.Module) -> tuple[Any, ...]:
-    """Returns what a graph of the module freezes: its build, and the addresses of its parameters and buffers."""
-    found: list[Any] = []
-    for part in module.modules():
-        found.append(type(part))
-        for name, value in vars(part).items():
-            if name not in MODULES_OWN:
-                found.append(value if type(value) in PLAIN else setting_of(value))
-            elif name in ("_parameters", "_buffers"):
-                found += [None if t is None else (t.data_ptr(), t.shape, t.dtype) for t in value.values()]
-    return tuple(found)
+def _settings_of(attributes: dict[str, Any], depth: int) -> list[Any]:
+    return [
+        (name, value if type(value) in PLAIN else setting_of(value, depth + 1))
+        for name, value in attributes.items()
+        if name not in MODULES_OWN
+    ]
 
 
 def setting_of(value: Any, depth: int = 0) -> Any:
@@ -93,13 +108,13 @@ def setting_of(value: Any, depth: int = 0) -> Any:
     if isinstance(value, set | frozenset):
         return frozenset(setting_of(v, depth + 1) for v in value)
     if isinstance(value, dict):
-        return tuple((key, setting_of(v, depth + 1)) for key, v in value.items() if key not in MODULES_OWN)
+        return tuple(_settings_of(value, depth))
     if isinstance(value, torch.Tensor):  # a constant of the trace, which keeps it alive
         return id(value), value._version
     if isinstance(value, FunctionType | BuiltinFunctionType | type | torch.dtype | torch.device):
         return value
     if not isinstance(value, nn.Module) and hasattr(value, "__dict__") and depth < 3:
-        return type(value), setting_of(vars(value), depth + 1)
+        return type(value), *_settings_of(vars(value), depth + 1)
     return type(value)
 
 

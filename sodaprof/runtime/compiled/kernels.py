@@ -58,34 +58,30 @@ def sum_kept(
     plan: Plan,
     gates: torch.Tensor,
     ordered: bool,
-    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns start + sum of gate * weighted sum of slots.
 
     ordered: with the bits of torch's own operators one by one; else fused, in fp32 and rounded once.
 
     start: [B, N, D]; arena: [slots, B, N, D]; gates: [terms, B, D], rows of terms without a gate are not read; all
-    contiguous, on one GPU, of one dtype: fp32, bf16 or fp16. out: a tensor like start, which may be start itself; None: a
-    new tensor. There is no host sync. The first call for a dtype, for ordered or not, and for a plain plan or not compiles a
-    kernel: make it before a graph is captured.
+    contiguous, on one GPU, of one dtype: fp32, bf16 or fp16. There is no host sync. The first call for a dtype, for ordered
+    or not, and for a plain plan or not compiles a kernel: make it before a graph is captured.
     """
     kernel, (batch, tokens, width) = _compiled(), start.shape
-    out = torch.empty_like(start) if out is None else out
-    tensors = (start, arena, gates, out)
+    out, tensors = torch.empty_like(start), (start, arena, gates)
     if (
         start.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         or any(t.dtype != start.dtype or t.device != start.device or not t.is_contiguous() for t in tensors)
         or plan.sources.device != start.device
-        or out.shape != start.shape
         or arena.shape[1:] != start.shape
         or arena.shape[0] < plan.slots
         or gates.shape != (plan.terms, batch, width)
     ):
         shapes = ", ".join(f"{t.dtype} {list(t.shape)} on {t.device}" for t in tensors)
         raise ValueError(
-            f"start, arena, gates and out are {shapes}, for {plan.terms} terms from {plan.slots} slots on "
-            f"{plan.sources.device}; expected: [B, N, D], [slots, B, N, D], [terms, B, D] and [B, N, D], contiguous, of "
-            "one dtype (fp32, bf16 or fp16), on the device of the plan."
+            f"start, arena and gates are {shapes}, for {plan.terms} terms from {plan.slots} slots on {plan.sources.device}; "
+            "expected: [B, N, D], [slots, B, N, D] and [terms, B, D], contiguous, of one dtype (fp32, bf16 or fp16), on the "
+            "device of the plan."
         )
     cols = min(128, 1 << (width - 1).bit_length())
     rows = TILE // cols
@@ -126,9 +122,8 @@ def _sum(  # type: ignore[no-untyped-def]
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
     inside = (row < tokens)[:, None] & (col < width)
     element = (batch.to(tl.int64) * tokens + row)[:, None] * width + col  # an arena may have more than 2^31 elements
-    across = tl.broadcast_to(
-        col, [ROWS, COLS]
-    )  # read once for each row, from the L1 cache: no exchange between threads
+    # read once for each row, from the L1 cache: no exchange between threads
+    across = tl.broadcast_to(col, [ROWS, COLS])
     total = tl.load(start + element, mask=inside, other=0.0).to(tl.float32)
     part = tl.zeros([ROWS, COLS], dtype=tl.float32)
     # no branches, and an unrolled loop: the loads of one iteration need not wait for the sum of another

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from ...errors import UnsupportedModelError
 from ...formats.sampler import OwnUpdate
@@ -24,19 +24,17 @@ from ...pipelines.guidance import combined, guidance_of
 from ...pipelines.sampler_steps import advance, own_update, table_of
 from ..sampler.update import Jump, Ring, StateUpdate, defaults_of, drawn, jumps, refuse_options
 from .buffers import compact, copy_all, expanded_copy
-from .graphs import Graphs
+from .dependence import TransformerCall
+from .graphs import Graphs, StepsCall
+from .identity import tensor_places
 
 
 @dataclass
 class Branch:
     """How the transformer is called on a guidance branch in this run."""
 
-    forward: Any
-    leaves: list[Any]  # arguments of the first step
-    spec: TreeSpec
-    latents: int  # number of the latents among them
-    changed: dict[int, dict[int, Any]]  # step, from the second on -> argument -> value, if it changes
-    variant: Any
+    call: TransformerCall
+    variant: int
     out: Any  # output of the first step
 
 
@@ -52,6 +50,8 @@ class State:
     fixed: list[dict[int, torch.Tensor]]  # of each branch: arguments that hold for the run
     changing: list[dict[int, torch.Tensor]]  # of each branch: arguments that change, a row for each step
     number: int
+    table: torch.Tensor  # coefficients (`sampler_steps.table_of`)
+    tabled: list[Jump] | None = None  # whose they are
 
 
 @dataclass
@@ -73,8 +73,6 @@ class Loop:
     ) -> None:
         self.moment, self.capture, self.called, self.sampler, self.update = moment, capture, called, sampler, update
         self.steps = [step for step, calls in enumerate(called) if calls]
-        self.tables: dict[Any, torch.Tensor] = {}
-        self.tabled: dict[Any, list[Jump]] = {}  # the coefficients in each of them
         self.own: OwnUpdate | None = None  # of the scheduler; a schedule has one set of timesteps and settings
         self.jumps: list[Jump] = []
         self.twice = False  # the transformer is given the latents twice
@@ -134,10 +132,8 @@ class Loop:
         self.twice = hidden.shape[0] == 2 * prev.shape[0]
         fed = self._fed(prev)
         if hidden.shape != fed.shape or not torch.equal(hidden, fed.to(hidden.dtype)):
-            self.refused, self.first_step = (
-                "the pipeline does more to the latents between steps than its scheduler",
-                None,
-            )
+            self.refused = "the pipeline does more to the latents between steps than its scheduler"
+            self.first_step = None
             return False
         return True
 
@@ -176,16 +172,21 @@ class Loop:
         assert self.own is not None
         first_step = self.first_step
         key = tuple(branch.variant for branch in self.branches), tuple(self.weights), self.doubled, self.twice
-        state = self.states.get(key)
-        if state is None:
-            state = self.states[key] = self._state(first_step)
-        table = self._table(first_step.sample.device)
+        if key not in self.states:
+            self.states[key] = self._state(first_step)
+        state = self.states[key]
+        if state.tabled is not self.jumps:
+            rows = [[0.0] * len(self.jumps[0].coefficients) for _ in self.called]
+            for jump in self.jumps:
+                rows[jump.start] = list(jump.coefficients)
+            state.table.copy_(table_of(rows, self.own.data))
+            state.tabled = self.jumps
         ring = Ring(1)
         ring.add(self.own.data[0], first_step.sample, first_step.output)
         places, values = [state.x, state.ring[0]], [first_step.prev, ring.newest[0]]
         for branch, fixed in zip(self.branches, state.fixed, strict=True):
             places += [compact(tensor) for tensor in fixed.values()]
-            values += [compact(branch.leaves[i]) for i in fixed]
+            values += [compact(branch.call.leaves[i]) for i in fixed]
         copy_all(places, values)
         state.ring[1:].zero_()
         state.noise.zero_()
@@ -197,67 +198,51 @@ class Loop:
                 state.noise.copy_(noise)
             elif any(other.noise for other in self.jumps):
                 state.noise.zero_()
-            self._step(jump.start, state, table)
+            self._step(jump.start, state)
         self.moment.step, self.moment.branch = step_before, 0
         self.final = state.x.clone()
 
     def _state(self, first_step: FirstStep) -> State:
         """Returns new places for runs with these calls and this guidance."""
         fixed, changing = [], []
-        for branch in self.branches:
-            changed = branch.changed[self.steps[1]]  # the same arguments change at every step
-            tensors = [i for i, leaf in enumerate(branch.leaves) if torch.is_tensor(leaf) and i != branch.latents]
-            fixed.append({i: expanded_copy(branch.leaves[i]) for i in tensors if i not in changed})
-            rows: dict[int, list[torch.Tensor]] = {i: [branch.leaves[i]] for i in changed}
-            for step in range(1, len(self.called)):
-                for i, values in rows.items():
-                    values.append(branch.changed[step][i] if self.called[step] else values[-1])
-            changing.append({i: torch.stack([compact(value) for value in values]) for i, values in rows.items()})
-        device = first_step.sample.device
+        for call in (branch.call for branch in self.branches):
+            held = set(tensor_places(call.leaves)) - call.changing - {call.latents}
+            fixed.append({i: expanded_copy(call.leaves[i]) for i in held})
+            rows, latest = list[list[Any]](), list[Any]()
+            for step, called in enumerate(self.called):
+                latest = call.at(step) if called else latest
+                rows.append(latest)
+            changing.append({i: torch.stack([compact(row[i]) for row in rows]) for i in call.changing})
+        device, history = first_step.sample.device, len(self.jumps[0].coefficients) - 1
         counter = torch.zeros(1, dtype=torch.int64, device=device)
         after = dict(zip(self.steps, [*self.steps[1:], self.steps[0]], strict=True))
         following = torch.tensor([after.get(step, 0) for step in range(len(self.called))], device=device)
-        wide = torch.zeros_like(first_step.sample, dtype=torch.float32)
-        ring = wide.expand(len(self.jumps[0].coefficients) - 1, *wide.shape).clone()
-        return State(first_step.prev.clone(), ring, counter, following, wide, fixed, changing, len(self.states))
+        noise = torch.zeros_like(first_step.sample, dtype=torch.float32)
+        ring = noise.expand(history, *noise.shape).clone()
+        table = torch.zeros(len(self.called), 3 + history, dtype=torch.float32, device=device)
+        return State(first_step.prev.clone(), ring, counter, following, noise, fixed, changing, len(self.states), table)
 
-    def _table(self, device: torch.device) -> torch.Tensor:
-        """Returns the coefficients in a fixed place, which graphs read in later runs, too."""
-        assert self.own is not None
-        key = device, len(self.jumps[0].coefficients)
-        if key in self.tables and self.tabled[key] is self.jumps:
-            return self.tables[key]
-        rows = [[0.0] * len(self.jumps[0].coefficients) for _ in self.called]
-        for jump in self.jumps:
-            rows[jump.start] = list(jump.coefficients)
-        new = table_of(rows, self.own.data).to(device, torch.float32)
-        table = self.tables.setdefault(key, new)
-        table.copy_(new)
-        self.tabled[key] = self.jumps
-        return table
-
-    def _step(self, step: int, state: State, table: torch.Tensor) -> None:
+    def _step(self, step: int, state: State) -> None:
         def body(_: list[torch.Tensor]) -> None:
             fed, outputs = self._fed(state.x), []
-            for number, (branch, fixed, changing) in enumerate(
-                zip(self.branches, state.fixed, state.changing, strict=True)
-            ):
-                now = [fixed.get(i, leaf) for i, leaf in enumerate(branch.leaves)]
-                for i, values in changing.items():
-                    now[i] = values.index_select(0, state.counter)[0].expand(branch.leaves[i].shape)
-                now[branch.latents] = fed.to(branch.leaves[branch.latents].dtype)
+            for number, branch in enumerate(self.branches):
+                call, now = branch.call, list(branch.call.leaves)
+                for i, tensor in state.fixed[number].items():
+                    now[i] = tensor
+                for i, values in state.changing[number].items():
+                    now[i] = values.index_select(0, state.counter)[0].expand(call.leaves[i].shape)
+                now[call.latents] = fed.to(call.leaves[call.latents].dtype)
                 self.moment.step, self.moment.branch, self.moment.tabled = step, number, True
                 self.moment.forward += 1
-                args, kwargs = tree_unflatten(now, branch.spec)
-                outputs.append(tree_flatten(branch.forward(*args, **kwargs))[0][0])
+                outputs.append(tree_leaves(call.output(now))[0])
             guided = combined(outputs, self.weights, self.doubled, self.sampler.guidance_form, state.noise)
-            x, ring = advance(table, state.counter, state.x, guided, state.ring, state.noise)
+            x, ring = advance(state.table, state.counter, state.x, guided, state.ring, state.noise)
             state.x.copy_(x)
             state.ring.copy_(ring)
             state.counter.copy_(state.following.index_select(0, state.counter))
 
         positions = [(step, number) for number in range(len(self.branches))]
-        self.capture.through(("loop", state.number), positions, [], body, state.counter)
+        self.capture.through(StepsCall(("loop", state.number), positions, [], body, state.counter))
 
 
 def _latents(result: Any) -> torch.Tensor:

@@ -8,7 +8,8 @@ operators once for each step and block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from operator import getitem
 from typing import Any, NamedTuple
 
@@ -17,8 +18,13 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .dependence import BlockCall
-from .identity import same, signature_of
-from .trace import Program, Ready, TracedBlock
+from .identity import same, signature_of, with_tensors
+from .trace import TRACING, Position, Program, Ready
+
+
+def draws(node: fx.Node) -> bool:
+    """Returns whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -33,7 +39,7 @@ def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.Gr
     work = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output")]
     for node in work:
         sources = node.all_input_nodes
-        if any(n in not_yet for n in sources) or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if any(n in not_yet for n in sources) or draws(node):
             not_yet.add(node)
         else:
             (constant if all(n in constant for n in sources) else early).add(node)
@@ -48,8 +54,8 @@ def split(graph: fx.GraphModule, parameters: int, late: set[int]) -> tuple[fx.Gr
         for node in work:
             if node in constant or node in part:
                 copies[node] = new.node_copy(node, copies.__getitem__)
-        out = next(node for node in graph.graph.nodes if node.op == "output")
-        new.output([copies[node] for node in passed] if new is first else fx.map_arg(out.args[0], copies.__getitem__))
+        out = graph.graph.output_node().args[0]
+        new.output([copies[node] for node in passed] if new is first else fx.map_arg(out, copies.__getitem__))
         new.eliminate_dead_code()
     return fx.GraphModule(graph, first), fx.GraphModule(graph, rest)
 
@@ -58,48 +64,38 @@ ATEN = torch.ops.aten
 ADDMM, SPLIT, SLICE, T = ATEN.addmm.default, ATEN.split.Tensor, ATEN.slice.Tensor, ATEN.t.default
 
 
+def _copied(graph: fx.GraphModule) -> fx.Graph:
+    new = fx.Graph()
+    new.output(new.graph_copy(graph.graph, {}))
+    return new
+
+
 def narrowed(graph: fx.GraphModule) -> fx.GraphModule:
     """Returns the graph with linear layers cut to the parts of their output that are used.
 
     Example: the gates of a block without the shifts and scales, which only norms take.
     """
-    new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in graph.graph.nodes:
-        parts = _parts_of_linear(node)
+    new = _copied(graph)
+    for node in list(new.nodes):
+        parts: Any = _parts_of_linear(node)
         if parts is not None:
-            bias, x, weight = (copies[n] for n in parts)
-            number, size = node.args[1], node.args[0].args[1]
+            bias, x, weight, number, size = parts
             ends = (0, number * size, (number + 1) * size)
-            rows, offset = (new.call_function(SLICE, (tensor, *ends)) for tensor in (weight, bias))
-            copies[node] = new.call_function(ADDMM, (offset, x, new.call_function(T, (rows,))))
-        elif node.op == "output":
-            new.output(fx.map_arg(node.args[0], copies.__getitem__))
-        else:
-            copies[node] = new.node_copy(node, copies.__getitem__)
+            with new.inserting_before(node):
+                rows, offset = (new.call_function(SLICE, (tensor, *ends)) for tensor in (weight, bias))
+                cut = new.call_function(ADDMM, (offset, x, new.call_function(T, (rows,))))
+            node.replace_all_uses_with(cut)
     new.eliminate_dead_code()
     return fx.GraphModule(graph, new)
 
 
-class Filled(NamedTuple):
-    """The values of the steps that share a program."""
-
-    program: Program
-    rest: fx.GraphModule  # the part of the program that takes the values
-    steps: list[int]
-    of_run: list[Any]  # values that hold for the run
-    of_steps: list[list[Any]]  # values of each step; TableValue if they lie in a table
-
-    def steps_of(self) -> Filled:
-        """Returns the same structure with the step of each value, None for one that holds for the run."""
-        steps = [[step] * len(values) for step, values in zip(self.steps, self.of_steps, strict=True)]
-        none: Any = None
-        return Filled(none, none, [none] * len(self.steps), [none] * len(self.of_run), steps)
-
-    def install(self, block: TracedBlock, branch: int) -> None:
-        """Gives the values to the block."""
-        for step, values in zip(self.steps, self.of_steps, strict=True):
-            block.ready[step, branch] = Ready(self.program, self.rest, [*self.of_run, *values])
+def with_affine(graph: fx.GraphModule) -> fx.GraphModule:
+    """Returns the graph with each linear layer as `affine`."""
+    new = _copied(graph)
+    for node in new.nodes:
+        if node.target is ADDMM and not node.kwargs:
+            node.target = affine
+    return fx.GraphModule(graph, new)
 
 
 class Parts(NamedTuple):
@@ -148,23 +144,8 @@ def affine(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.T
     return out
 
 
-def with_affine(graph: fx.GraphModule) -> fx.GraphModule:
-    """Returns the graph with each linear layer as `affine`."""
-    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            new.output(fx.map_arg(node.args[0], copies.__getitem__))
-        elif node.target is ADDMM and not node.kwargs:
-            copies[node] = new.call_function(affine, tuple(copies[part] for part in node.args))
-        else:
-            copies[node] = new.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(graph, new)
-
-
-NEAR_ROUNDINGS, NEAR_SHARE = (
-    4,
-    1e-5,
-)  # of the largest number: how much values may differ with `near`, the larger of the two
+# how much values may differ with `near`: the larger of so many roundings and this share of the largest number
+NEAR_ROUNDINGS, NEAR_SHARE = 4, 1e-5
 
 
 class Filler:
@@ -176,28 +157,25 @@ class Filler:
     def __init__(self, near: bool = False) -> None:
         self.near = near
         self.parts: dict[Any, Parts] = {}  # by program and its late and changing inputs
-        self.at_once: dict[
-            fx.GraphModule, fx.GraphModule | None
-        ] = {}  # part of a step -> graph whose batch gives its bits
-        self.batches: dict[Any, Callable[..., Any]] = {}  # traced batches, by graph, number of steps and inputs
+        self.at_once: dict[fx.GraphModule, fx.GraphModule | None] = {}  # part of a step -> graph whose batch equals it
+        self.batches: dict[Any, fx.GraphModule] = {}  # traced batches, by graph, number of steps and inputs
 
-    def fill(self, call: BlockCall, steps: Sequence[int], branch: int) -> list[Filled]:
-        """Returns the values of the block at these steps, of each program that runs there."""
-        block, by_program, takes = call.block, dict[Program, list[int]](), dict[Program, bool]()
-        parameters, found = block.parameters(), list[Filled]()
+    def fill(self, call: BlockCall, steps: Sequence[int], branch: int) -> dict[Position, Ready]:
+        """Returns the values of the block at these steps, as far as a program that runs there is known."""
+        block, parameters = call.block, call.block.parameters()
+        takes = cache(lambda program: block.takes(program, call.leaves))
+        by_program = dict[Program, list[int]]()
         for step in steps:
-            for program in block.by_step.get((step, branch), ()):
-                if program not in takes:
-                    takes[program] = block.takes(program, call.leaves)
-                if takes[program]:
-                    by_program.setdefault(program, []).append(step)
-                    break
+            if (program := next(filter(takes, block.by_step.get((step, branch), ())), None)) is not None:
+                by_program.setdefault(program, []).append(step)
+        found = dict[Position, Ready]()
         for program, its_steps in by_program.items():
             parts = self._parts(program, call)
             inputs = [call.inputs(step, program.places) for step in its_steps]
             of_run = parts.of_run.forward(*parameters, *inputs[0])
-            values = self.of_steps(parts, parameters, inputs, of_run)
-            found.append(Filled(program, parts.rest, its_steps, of_run, values))
+            of_steps = self.of_steps(parts, parameters, inputs, of_run)
+            for step, values in zip(its_steps, of_steps, strict=True):
+                found[step, branch] = Ready(program, parts.rest, [*of_run, *values])
         return found
 
     def of_steps(
@@ -245,40 +223,34 @@ class Filler:
     ) -> list[list[Any]]:
         """Returns the values of all steps, computed at once."""
         steps, columns = len(inputs), list(zip(*inputs, strict=True))
-        differs = [any(x is not column[0] for x in column) for column in columns]
         used = [bool(node.users) for node in each.graph.nodes if node.op == "placeholder"]
+        differs = [any(x is not column[0] for x in column) for column in columns]
         if not any(differ and use for differ, use in zip(differs, used[len(parameters) :], strict=False)):
             first = [column[0] for column in columns]
-            return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]  # no input that differs is used
+            return [list(each(*parameters, *first, *of_run)) for _ in range(steps)]
         # the weights are batched, too, with a stride of 0: all steps are then one product each, as in the step itself
-        repeated = [use and not self.near for use in used[: len(parameters)]]
-        weights = [p.expand(steps, *p.shape) if repeat else p for p, repeat in zip(parameters, repeated, strict=True)]
+        weights = parameters if self.near else [p.expand(steps, *p.shape) for p in parameters]
         rows = [torch.stack(column) if differ else column[0] for column, differ in zip(columns, differs, strict=True)]
-        flat = [x if use else None for x, use in zip([*weights, *rows, *of_run], used, strict=True)]
-        key = each, steps, tuple(differs), tuple(None if x is None else signature_of(x) for x in flat)
+        flat, batched = [*weights, *rows, *of_run], [*[not self.near] * len(weights), *differs, *[False] * len(of_run)]
+        places = [i for i, use in enumerate(used) if use]
+        tensors, dims = [flat[i] for i in places], tuple(0 if batched[i] else None for i in places)
+        key = each, steps, dims, *map(signature_of, tensors)
         if key not in self.batches:
-            batched = [*repeated, *differs, *(False for _ in of_run)]
-            dims = tuple(0 if batch and use else None for batch, use in zip(batched, used, strict=True))
-            self.batches[key] = traced(torch.func.vmap(each, in_dims=dims), flat)
-        return [list(values) for values in zip(*(v.unbind() for v in self.batches[key](flat)), strict=True)]
+
+            def of_step(*tensors: torch.Tensor) -> list[Any]:
+                return list(each(*with_tensors([None] * len(flat), places, tensors)))
+
+            with TRACING:
+                self.batches[key] = make_fx(torch.func.vmap(of_step, in_dims=dims))(*tensors)
+        values = self.batches[key].forward(*tensors)
+        return [list(of_one) for of_one in zip(*(v.unbind() for v in values), strict=True)]
 
 
-def traced(function: Callable[..., Any], inputs: list[Any]) -> Callable[[list[Any]], Any]:
-    """Returns the function traced for inputs with these signatures, tensors or None; it takes them as a list."""
-    places = [i for i, x in enumerate(inputs) if x is not None]
+def _parts_of_linear(node: fx.Node) -> tuple[Any, ...] | None:
+    """Returns (bias, input, weight, number, size) if the node takes one of the equal parts of a linear layer, else None.
 
-    def of_tensors(*tensors: torch.Tensor) -> list[Any]:
-        flat: list[Any] = [None] * len(inputs)
-        for place, tensor in zip(places, tensors, strict=True):
-            flat[place] = tensor
-        return list(function(*flat))
-
-    graph = make_fx(of_tensors)(*[inputs[i] for i in places])
-    return lambda flat: graph.forward(*[flat[i] for i in places])
-
-
-def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Returns bias, input and weight if the node takes one part of a linear layer whose output is not used whole, else None."""
+    Returns None, too, if all parts are used.
+    """
     if node.op != "call_function" or node.target is not getitem or node.args[0].target is not SPLIT:  # type: ignore[union-attr]
         return None
     split: Any = node.args[0]
@@ -288,7 +260,7 @@ def _parts_of_linear(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
         return None
     if len(split.users) * size >= linear.meta["val"].shape[1]:
         return None
-    return linear.args[0], linear.args[1], linear.args[2].args[0]
+    return linear.args[0], linear.args[1], linear.args[2].args[0], node.args[1], size
 
 
 def _only_scales(rest: fx.GraphModule) -> bool:

@@ -12,11 +12,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 ATEN = torch.ops.aten
 ADD, MUL, CAT = ATEN.add.Tensor, ATEN.mul.Tensor, ATEN.cat.default
 VIEW, TRANSPOSE, SLICE = ATEN.view.default, ATEN.transpose.int, ATEN.slice.Tensor
 VIEWS = (VIEW, TRANSPOSE, SLICE)
+
+
+class NotASumError(Exception):
+    """An output of a block is not a sum that a `Stream` describes."""
 
 
 class Kept(NamedTuple):
@@ -72,81 +77,64 @@ class StreamReader:
         self.numbers = {node: i for i, node in enumerate(self.inputs)}
         self.leaves = dict(zip(self.inputs[self.parameters :], self.places, strict=False))
 
-    def read(self, outputs: int) -> tuple[Stream | None, ...] | None:
-        """Returns the block's first `outputs` outputs as streams; None for an output that is None.
-
-        Returns None if an output is not such a sum.
-        """
+    def read(self) -> tuple[Stream | None, ...] | None:
+        """Returns the block's outputs as streams, None for an output that is None; None if an output is not such a sum."""
         returned: Any = self.rest.graph.output_node().args[0]
-        found = returned[:outputs]
-        streams = [self._stream(node) if isinstance(node, fx.Node) else None for node in found]
-        if any(stream is None and node is not None for stream, node in zip(streams, found, strict=True)):
+        try:
+            return tuple([None if node is None else self._stream(node) for node in tree_leaves(returned[0])])
+        except NotASumError:
             return None
-        return tuple(streams)
 
-    def _stream(self, node: fx.Node) -> Stream | None:
+    def _stream(self, node: Any) -> Stream:
         """Returns an output as a stream: follows its additions back to an argument."""
-        output, terms = node.meta.get("val"), list[Term]()
+        output, terms = node.meta.get("val") if isinstance(node, fx.Node) else None, list[Term]()
         part: Part | None = None  # the part of a larger tensor, two streams in one, that the output is
         if not torch.is_tensor(output):
-            return None
+            raise NotASumError
         while not 0 <= self.leaves.get(node, -1) < self.arguments:
             shape = _shape_within(node, part, output)
-            if shape is None:
-                return None
             if node.target is ADD:
-                found = self._addition(node, shape, part, output.dtype)
-                if found is None:
-                    return None
-                node, term = found
-                terms.append(term)
-                continue
-            before = _before_view(node, part)
-            if before is None:
-                return None
-            node, part = before
+                node, term = self._addition(node, output.dtype)
+                cut = term if part is None else self._cut(term, part)
+                terms.append(cut._replace(shape=shape))
+            else:
+                node, part = _before_view(node, part)
         if part is not None:
-            return None
+            raise NotASumError
         return Stream(self.leaves[node], tuple(reversed(terms)), tuple(output.shape), output.stride())
 
-    def _addition(
-        self, node: fx.Node, shape: tuple[int, ...], part: Part | None, dtype: torch.dtype
-    ) -> tuple[fx.Node, Term] | None:
+    def _addition(self, node: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, Term]:
         """Returns the summand of an addition that leads on to the argument, and the other one as a term."""
         for stream, other in (node.args, node.args[::-1]):
             term = self._term(other)
             if term is not None and isinstance(stream, fx.Node) and _dtype(other, dtype) == dtype:
-                cut = term if part is None else self._cut(term, part)
-                return None if cut is None else (stream, cut._replace(shape=shape))
-        return None
+                return stream, term
+        raise NotASumError
 
-    def _cut(self, term: Term, part: Part) -> Term | None:
-        """Returns this part of a term; None if its gate differs along the dimension of the part."""
+    def _cut(self, term: Term, part: Part) -> Term:
+        """Returns this part of a term; its gate must be the same along the dimension of the part."""
         if term.factor is not None:
             gate = self.inputs[term.factor].meta.get("val")
             if gate is None or gate.shape[part.dim] != 1:
-                return None
+                raise NotASumError
         view = (SLICE, tuple(part))
         return term._replace(kept=tuple(kept._replace(views=(*kept.views, view)) for kept in term.kept))
 
     def _term(self, node: Any) -> Term | None:
+        """Returns what is added to a stream as a term, None if it is something else."""
         if not isinstance(node, fx.Node) or node.kwargs:
             return None
         if self.leaves.get(node, -1) >= self.arguments:
             return Term((Kept(self.leaves[node]),))
         if node.target in VIEWS:
-            return self._view(node)
+            inner = self._term(node.args[0])
+            if inner is None or not _is_one_output(inner):
+                return None
+            kept = inner.kept[0]
+            return Term((kept._replace(views=(*kept.views, (node.target, tuple(node.args[1:])))),))
         if node.target is ADD:
             return self._weighted_sum(node)
         return self._product(node) if node.target is MUL else None
-
-    def _view(self, node: fx.Node) -> Term | None:
-        """Returns a view of one kept output as a term."""
-        inner = self._term(node.args[0])
-        if inner is None or not _is_one_output(inner):
-            return None
-        kept = inner.kept[0]
-        return Term((kept._replace(views=(*kept.views, (node.target, tuple(node.args[1:])))),))
 
     def _weighted_sum(self, node: fx.Node) -> Term | None:
         """Returns a weighted sum of kept outputs as a term, if it was added up from the left."""
@@ -178,20 +166,21 @@ def _is_one_output(term: Term) -> bool:
     return len(term.kept) == 1 and term.factor is None and term.kept[0].weight is None
 
 
-def _shape_within(node: fx.Node, part: Part | None, output: torch.Tensor) -> tuple[int, ...] | None:
-    """Returns the shape of a part of a node's value; None if the output cannot be a view of that part."""
+def _shape_within(node: fx.Node, part: Part | None, output: torch.Tensor) -> tuple[int, ...]:
+    """Returns the shape of a part of a node's value, of which the output must be a view."""
     value = node.meta.get("val")
     if node.kwargs or not torch.is_tensor(value) or value.dtype != output.dtype:
-        return None
+        raise NotASumError
     shape = list(value.shape)
     if part is not None:
         shape[part.dim] = part.stop - part.start
-    same_size = torch.Size(shape).numel() == output.numel()
-    return tuple(shape) if same_size or node.target is SLICE else None
+    if torch.Size(shape).numel() != output.numel() and node.target is not SLICE:
+        raise NotASumError
+    return tuple(shape)
 
 
-def _before_view(node: fx.Node, part: Part | None) -> tuple[fx.Node, Part | None] | None:
-    """Returns (node, part) that a view, a slice or a concatenation takes; None for any other operator."""
+def _before_view(node: fx.Node, part: Part | None) -> tuple[fx.Node, Part | None]:
+    """Returns (node, part) that a view, a slice or a concatenation takes."""
     args: Any = node.args
     if node.target is VIEW and part is None:
         return args[0], None
@@ -202,7 +191,7 @@ def _before_view(node: fx.Node, part: Part | None) -> tuple[fx.Node, Part | None
         ends = list(accumulate((source.meta["val"].shape[part.dim] for source in args[0]), initial=0))
         if (part.start, part.stop) in pairwise(ends):
             return args[0][ends.index(part.start)], None
-    return None
+    raise NotASumError
 
 
 def _dtype(node: Any, default: torch.dtype) -> torch.dtype:

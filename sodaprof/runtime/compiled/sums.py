@@ -7,56 +7,26 @@ it is taken in one accumulator without rounding in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_leaves, tree_structure, tree_unflatten
 
 from ...errors import MismatchError
 from ...pipelines.clock import Moment
-from ..hooks.cells import CellInputs, CellResult
+from ..hooks.cells import CellResult
 from . import kernels
 from .buffers import TableValue
 from .dependence import BlockCall
 from .identity import leaves_of
 from .streams import Kept, Stream, StreamReader, Term
-from .trace import Position, TracedBlock
+from .trace import Position, Ready, TracedBlock
 
 EMPTY_RESULT, ONE = CellResult(None), torch.tensor(1.0, device="cpu")
 Added = tuple[list[torch.Tensor], Term, torch.Tensor | None]  # kept outputs, how they are added, the gate
-
-
-class KeptOutput(NamedTuple):
-    """Where a block's call has a kept output of one of its sites."""
-
-    row: int
-    source: int | None  # number among the sources of a forecast, None for the cache
-    part: int | None  # of an output that is a tuple
-
-    def of(self, inputs: list[CellInputs]) -> torch.Tensor:
-        """Returns the kept output among the inputs of the block's cells."""
-        sources = inputs[self.row].sources
-        found = inputs[self.row].cache if self.source is None or sources is None else sources[self.source]
-        out: torch.Tensor = found if self.part is None else found[self.part]
-        return out
-
-
-def kept_outputs(spec: TreeSpec) -> dict[int, KeptOutput]:
-    """Returns {number of the leaf: kept output} of a block's call (args, kwargs, inputs of its cells)."""
-    inputs: list[CellInputs] = tree_unflatten(list(range(spec.num_leaves)), spec)[2]  # a number for each None, too
-    found: dict[int, KeptOutput] = {}
-    for row, one in enumerate(inputs):
-        sources: Any = one.sources if isinstance(one.sources, tuple) else ()
-        for source, output in ((None, one.cache), *enumerate(sources)):
-            if isinstance(output, tuple):
-                found |= {leaf: KeptOutput(row, source, part) for part, leaf in enumerate(output)}
-            else:
-                found[output] = KeptOutput(row, source, None)
-    return found
 
 
 class Scalars(dict[tuple[float, torch.dtype], torch.Tensor]):
@@ -93,19 +63,40 @@ class Member:
     streams: tuple[Stream | None, ...]
     out: TreeSpec
     factors: dict[int, torch.Tensor | TableValue]  # number of a program's input -> gate
-    kept: dict[int, KeptOutput]  # by number of the leaf
+    arguments: int  # leaves of the block's call before the kept outputs
+    sum: CachedSum
+
+    def call(self, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Returns the output of the block: the sum over all blocks, taken at the call of the first."""
+        leaves = leaves_of((args, kwargs), [])
+        if self is self.sum.members[0]:
+            self.sum.take(moment, leaves)
+        elif any(
+            s is not None and leaves[s.origin] is not x for s, x in zip(self.streams, self.sum.outputs, strict=True)
+        ):
+            raise MismatchError(
+                f"{self.block.path} is not given the output of the block before it, as it was in the run before. Run the "
+                "schedule without cached sums: apply(pipe, schedule, runtime=Compiled(sums=None))."
+            )
+        return tree_unflatten(self.sum.outputs, self.out)
+
+    def place(self) -> tuple[int, int]:
+        """Returns the number of blocks in the sum, and the number of this one."""
+        return len(self.sum.members), next(i for i, member in enumerate(self.sum.members) if member is self)
 
     def terms(self, moment: Moment) -> list[list[Added]]:
         """Returns what the block adds to each of its streams; writes the memory of its sites, which keep nothing."""
-        inputs = [row.read(moment) for row in self.block.rows]
+        kept_outputs = leaves_of([row.read(moment) for row in self.block.rows], [])
         table_row = self.block.table_rows.get((moment.step, moment.branch))
         added: list[list[Added]] = []
         for stream in self.streams:
             added.append([])
             for term in stream.terms if stream is not None else ():
-                outputs = [_viewed(self.kept[kept.leaf].of(inputs), kept) for kept in term.kept]
-                factor = None if term.factor is None else self.factors[term.factor]
-                gate = factor.read(table_row) if isinstance(factor, TableValue) else factor
+                outputs = [_viewed(kept_outputs[kept.leaf - self.arguments], kept) for kept in term.kept]
+                gate = None if term.factor is None else self.factors[term.factor]
+                if isinstance(gate, TableValue):
+                    assert table_row is not None
+                    gate = gate.read(table_row)
                 added[-1].append((outputs, term, gate))
         for row in self.block.rows:
             row.write(moment, EMPTY_RESULT)
@@ -116,49 +107,23 @@ class Member:
 class CachedSum:
     """A cached sum of consecutive blocks at one step on one branch; each takes what the block before returns."""
 
-    members: list[Member]
-    fused: bool
-    plans: dict[Any, kernels.Plan]  # of sums on a GPU
-    scalars: Scalars
+    sums: Sums
+    members: list[Member] = field(default_factory=list)
     outputs: list[torch.Tensor | None] = field(default_factory=list)  # what every block returns and the next is given
-    position: int = 0  # of the next block to be called
 
-    def call(self, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Returns the output of the next block: the sum over all blocks, taken at the call of the first."""
-        leaves, member = leaves_of((args, kwargs), []), self.members[self.position]
-        if self.position == 0:
-            self.outputs = self._sums(moment, leaves)
-        elif any(
-            s is not None and leaves[s.origin] is not x for s, x in zip(member.streams, self.outputs, strict=True)
-        ):
-            raise MismatchError(
-                f"{member.block.path} is not given the output of the block before it, as it was in the run before. Run the "
-                "schedule without cached sums: apply(pipe, schedule, runtime=Compiled(sums=None))."
-            )
-        out = tree_unflatten(self.outputs, member.out)
-        self.position = (self.position + 1) % len(self.members)
-        return out
-
-    def place(self, block: TracedBlock) -> int:
-        """Returns the number of the block in the sum."""
-        return next(i for i, member in enumerate(self.members) if member.block is block)
-
-    def factors_of(self, block: TracedBlock) -> list[torch.Tensor | TableValue]:
-        """Returns the gates of the block's terms."""
-        return list(self.members[self.place(block)].factors.values())
-
-    def _sums(self, moment: Moment, leaves: list[Any]) -> list[torch.Tensor | None]:
+    def take(self, moment: Moment, leaves: list[Any]) -> None:
+        """Takes the sum, from the arguments of the first block."""
         moment.served["sums"] += 1
         of_members = [member.terms(moment) for member in self.members]
         added = [[term for terms in streams for term in terms] for streams in zip(*of_members, strict=True)]
         first, last = self.members[0].streams, self.members[-1].streams
-        return [
+        self.outputs = [
             None if begin is None or end is None else self._sum(moment, leaves[begin.origin], terms, end)
             for begin, terms, end in zip(first, added, last, strict=True)
         ]
 
     def _sum(self, moment: Moment, start: torch.Tensor, added: list[Added], stream: Stream) -> torch.Tensor:
-        total, add = _Total(start, self.scalars), _fused if self.fused else _ordered
+        total, add = _Total(start, self.sums.scalars), _fused if self.sums.fused else _ordered
         if on_gpu(start) and self._by_kernel(total, added):
             moment.served["kernel sums"] += 1
         else:
@@ -172,7 +137,11 @@ class CachedSum:
         start, gates = total.value, [factor for _, _, factor in added]
         if arena is None or arena.shape[1:] != start.shape or not kernels.available():
             return False
-        flat = [gate is None or (gate.dtype == start.dtype and gate.shape in _gates(start.shape)) for gate in gates]
+        gate_shape = (start.shape[0], 1, start.shape[2])  # of a gate that is the same for all tokens
+        flat = [
+            g is None or (g.dtype == start.dtype and torch.broadcast_shapes(g.shape, gate_shape) == gate_shape)
+            for g in gates
+        ]
         kept = [(output, part) for outputs, term, _ in added for output, part in zip(outputs, term.kept, strict=True)]
         if not all(flat) or any(output._base is not arena or part.views for output, part in kept):
             return False
@@ -181,24 +150,18 @@ class CachedSum:
             (tuple((o.storage_offset() // size, part.weight) for o, part in zip(outs, term.kept, strict=True)), g is not None)
             for (outs, term, _), g in zip(added, gates, strict=True)
         )  # fmt: skip
-        if (plan := self.plans.get((terms, start.device))) is None:
-            plan = self.plans[terms, start.device] = kernels.plan_of(terms, start.device)
-        batch, _, width = start.shape
-        one = start.new_empty((batch, 1, width)) if None in gates else None
-        rows = [(one if gate is None else gate).expand(batch, 1, width)[:, 0] for gate in gates]  # type: ignore[union-attr]
-        total.value = kernels.sum_kept(start, arena, plan, torch.stack(rows), not self.fused)
+        plans = self.sums.plans
+        if (plan := plans.get((terms, start.device))) is None:
+            plan = plans[terms, start.device] = kernels.plan_of(terms, start.device)
+        unread = start.new_empty(gate_shape)
+        rows = [(unread if gate is None else gate).expand(gate_shape)[:, 0] for gate in gates]
+        total.value = kernels.sum_kept(start, arena, plan, torch.stack(rows), not self.sums.fused)
         return True
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
     """Returns whether the kernel can take the tensor. On a CPU it runs in Triton's interpreter only, for tests."""
     return tensor.is_cuda
-
-
-def _gates(shape: torch.Size) -> tuple[tuple[int, ...], ...]:
-    """Returns the shapes of gates that are the same for all tokens of a stream [B, N, D]."""
-    batch, _, width = shape
-    return (batch, 1, width), (1, 1, width), (1, width), (width,)
 
 
 class _Total:
@@ -272,47 +235,50 @@ class Sums:
         self.scalars = Scalars()
         self.streams: dict[fx.GraphModule, tuple[Stream | None, ...] | None] = {}  # by rest of a program
 
-    def join(self, calls: list[BlockCall], steps: Sequence[int], branch: int) -> None:
-        """Gives each block that is only a sum at a step its cached sum; consecutive blocks share one if each feeds the next."""
-        for step in steps:
-            run: CachedSum | None = None
-            before: BlockCall | None = None
-            for call in calls:
-                member = self._member(call, (step, branch))
-                if member is None:
-                    run = None
-                elif run is not None and before is not None and _feeds(before, call, member):
-                    run.members.append(member)
-                else:
-                    run = CachedSum([member], self.fused, self.plans, self.scalars)
-                if run is not None:
-                    call.block.sums[step, branch] = run
-                before = call
+    def members(self, calls: list[BlockCall], ready: list[dict[Position, Ready]]) -> list[dict[Position, Member]]:
+        """Returns the members of each block that is only a sum; consecutive blocks share a sum if each feeds the next.
 
-    def _member(self, call: BlockCall, position: Position) -> Member | None:
-        block, step = call.block, position[0]
-        if position not in block.ready or not all(row.cells[step].reuses for row in block.rows):
+        ready: of each block, its programs and their values.
+        """
+        found: list[dict[Position, Member]] = [{} for _ in calls]
+        for position in {position for of_block in ready for position in of_block}:
+            before: tuple[BlockCall, Member] | None = None
+            for call, of_block, members in zip(calls, ready, found, strict=True):
+                member = self._member(call, of_block[position], position[0]) if position in of_block else None
+                if member is None:
+                    before = None
+                    continue
+                if before is not None and _feeds(before[0], call, member):
+                    member.sum = before[1].sum
+                member.sum.members.append(member)
+                members[position] = member
+                before = call, member
+        return found
+
+    def _member(self, call: BlockCall, ready: Ready, step: int) -> Member | None:
+        """Returns the block as a member of a sum of its own; None if it computes something at this step."""
+        block, (program, rest, values) = call.block, ready
+        if not all(row.cells[step].reuses for row in block.rows):
             return None
-        program, rest, values = block.ready[position]
-        outputs, spec = tree_flatten(call.out)
         if rest not in self.streams:
             reader = StreamReader(rest, program.parameters, program.places, len(call.leaves), call.late)
-            self.streams[rest] = reader.read(len(outputs))
+            self.streams[rest] = reader.read()
         streams = self.streams[rest]
         if streams is None:
             return None
         inputs = [*block.parameters(), *call.inputs(step, program.places), *values]
         terms = [term for stream in streams if stream is not None for term in stream.terms]
         factors = {term.factor: inputs[term.factor] for term in terms if term.factor is not None}
-        return Member(block, streams, spec, factors, kept_outputs(program.key[2]))
+        new = CachedSum(self)
+        return Member(block, streams, tree_structure(call.out), factors, len(call.leaves), new)
 
 
 def _feeds(before: BlockCall, call: BlockCall, member: Member) -> bool:
     """Returns whether what the block takes of the latents is just the output of the block before, in its order."""
-    outputs = tree_flatten(before.out)[0]
+    outputs = tree_leaves(before.out)
     taken = [(s.origin, out) for s, out in zip(member.streams, outputs, strict=False) if s is not None]
     return (
-        before.handed_on
+        before.feeds_next
         and len(outputs) == len(member.streams)
         and {origin for origin, _ in taken} >= call.late
         and all(torch.is_tensor(out) and call.leaves[origin] is out for origin, out in taken)

@@ -17,17 +17,17 @@ from tests.tiny_pipelines import FEW, TwoPassPipeline, few, few_schedule, tiny_p
 
 
 def test_a_timestep_expanded_to_the_batch_is_compared_on_the_device():
-    comparison = arguments.Comparison()
+    compared = arguments.RunArguments([0])
     # fake tensors need no GPU and have no values, so a host sync would fail
     with FakeTensorMode(), torch.device("cuda:0"):
         timestep, other = torch.tensor(7).expand(2), torch.tensor(7).expand(2)
         prompt, again = torch.zeros(2, 300, 64), torch.zeros(2, 300, 64)
         for leaf, expected in ((timestep, other), (prompt, again), ((timestep / 1000).half(), (other / 1000).half())):
-            assert comparison.same(leaf, expected)
-        assert comparison.different.device.type == "cuda"
-        assert not comparison.same(timestep, timestep.float())
-        assert not comparison.same(timestep, torch.zeros(3))
-        assert not comparison.same(timestep, None)
+            assert compared.is_same(leaf, expected)
+        assert compared.different.device.type == "cuda"
+        assert not compared.is_same(timestep, timestep.float())
+        assert not compared.is_same(timestep, torch.zeros(3))
+        assert not compared.is_same(timestep, None)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -72,17 +72,18 @@ def _scaled(module, args, kwargs):
     return args, kwargs | {"timestep": kwargs["timestep"].float() / 2}
 
 
-def test_other_timesteps_than_recorded_fail_once_and_run_without_tables_afterwards(monkeypatch):
+@pytest.mark.parametrize("name", ["timestep", "class_labels"])  # one changes from step to step, the other does not
+def test_other_arguments_than_recorded_fail_once_and_run_without_tables_afterwards(monkeypatch, name):
     pipe, shift = tiny_pipe(), [0]
     schedule = few_schedule(pipe)
 
     def shifted(module, args, kwargs):
-        return args, kwargs | {"timestep": kwargs["timestep"] + shift[0] * (kwargs["timestep"] < 600)}
+        return args, kwargs | {name: kwargs[name] + shift[0] * (kwargs["timestep"] < 600)}
 
     pipe.transformer.register_forward_pre_hook(shifted, with_kwargs=True)
     with sodaprof.apply(pipe, schedule):
         wanted = few(pipe)
-        shift[0] = 5
+        shift[0] = -1
         others = few(pipe)
     assert not np.array_equal(wanted, others)
     for on_host in (True, False):
@@ -91,7 +92,7 @@ def test_other_timesteps_than_recorded_fail_once_and_run_without_tables_afterwar
         with with_known_programs(sodaprof.apply(pipe, schedule, runtime="compiled")):
             for _ in range(3):
                 assert np.array_equal(few(pipe), wanted)
-            shift[0] = 5
+            shift[0] = -1
             if not on_host:
                 with pytest.raises(MismatchError, match=r"other arguments .* Call it again"):
                     few(pipe)

@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
-from sodaprof.runtime.compiled.buffers import ALIGNMENT, ELEMENT_BYTES, TableValue, pack
+from sodaprof.runtime.compiled.buffers import ALIGNMENT, TableValue, pack
 
 
-@pytest.fixture
-def found():
-    of_run, wide = torch.randn(2, 3), torch.randn(1, 5).expand(4, 5)
-    steps = [
-        [torch.randn(3, 7, dtype=torch.bfloat16), torch.randn(4, 6).t(), torch.arange(3)],
-        [torch.randn(3, 7, dtype=torch.bfloat16), torch.randn(1, 2).expand(5, 2), torch.tensor(2.5)],
+def values(seed):
+    """Returns values that hold for the run, and those of each of two steps."""
+    torch.manual_seed(seed)
+    of_run, at_both = torch.randn(2, 3), torch.randn(1, 5).expand(4, 5)
+    first = [torch.randn(3, 7, dtype=torch.bfloat16), torch.randn(4, 6).t(), torch.arange(3) + seed, of_run]
+    second = [
+        torch.randn(3, 7, dtype=torch.bfloat16),
+        torch.randn(1, 2).expand(5, 2),
+        torch.tensor(2.5 + seed),
+        at_both,
     ]
-    return [of_run, of_run, None, "name", wide, *steps]
+    return [of_run, of_run, None, "name"], [[at_both, *first], second]
 
 
-def marks(found):
-    return [None] * 5 + [[step] * 3 for step in range(2)]
-
-
-def leaves(found):
-    values = [*found[:5], *found[5], *found[6]]
-    return [value.tensor if isinstance(value, TableValue) else value for value in values]
-
-
-def test_packed_values_are_equal_copies_in_other_places(found):
-    packed = pack(found, marks(found), 2)
-    for before, after in zip(leaves(found), leaves(packed.result), strict=True):
-        if not torch.is_tensor(before):
-            assert after is before
-            continue
-        assert after is not before
-        assert torch.equal(after, before)
-        assert after.dtype == before.dtype
-        assert after.stride() == before.stride()
-    assert packed.result[0] is packed.result[1]
-
-
-def test_new_values_are_written_to_the_same_places(found):
-    packed = pack(found, marks(found), 2)
-    kept = leaves(packed.result)
-    addresses = [leaf.data_ptr() for leaf in kept if torch.is_tensor(leaf)]
-    torch.manual_seed(7)
-    other = torch.randn(2, 3)
-    new = [other, other, None, "name", torch.randn(1, 5).expand(4, 5),
-           [torch.randn(3, 7).bfloat16(), torch.randn(4, 6).t(), torch.arange(3) + 9],
-           [torch.randn(3, 7).bfloat16(), torch.randn(1, 2).expand(5, 2), torch.tensor(-1.0)]]  # fmt: skip
-    packed.write(new)
-    assert addresses == [leaf.data_ptr() for leaf in kept if torch.is_tensor(leaf)]
-    assert all(torch.equal(a, b) for a, b in zip(kept, leaves(new), strict=True) if torch.is_tensor(a))
-
-
-def test_a_slot_reads_the_value_from_the_row_of_its_step(found):
-    packed = pack(found, marks(found), 2)
-    for step in range(2):
+def packed_leaves(packed):
+    """Returns (value in its place, step of it or None) of each leaf."""
+    of_run, of_steps = packed.result
+    found = [(value, None) for value in of_run]
+    for step, of_step in enumerate(of_steps):
         row = packed.table.index_select(0, torch.tensor([step]))[0]
-        for value, wanted in zip(packed.result[5 + step], found[5 + step], strict=True):
-            assert torch.equal(value.read(row), wanted)
-            assert torch.equal(value.read(None), wanted)
-            assert value.slot.offset % ALIGNMENT == 0
-    assert packed.table.shape[1] * ELEMENT_BYTES % (ALIGNMENT * ELEMENT_BYTES) == 0
+        found += [(v.read(row), step) if isinstance(v, TableValue) else (v, None) for v in of_step]
+    return found
+
+
+def test_packed_values_are_equal_copies_in_other_places():
+    found = values(0)
+    packed = pack(*found)
+    placed = packed_leaves(packed)
+    assert [step for _, step in placed] == [None] * 5 + [0] * 3 + [None] + [1] * 3 + [None]
+    for before, (after, _) in zip(tree_leaves(found), placed, strict=True):
+        if torch.is_tensor(before):
+            assert after is not before
+            assert torch.equal(after, before)
+            assert (after.dtype, after.stride()) == (before.dtype, before.stride())
+        else:
+            assert after is before
+    assert placed[0][0] is placed[1][0] is placed[8][0]  # a copy of each tensor
+    assert all(v.offset % ALIGNMENT == 0 for of_step in packed.result[1] for v in of_step if isinstance(v, TableValue))
+    assert packed.table.shape[1] % ALIGNMENT == 0
+
+
+def test_new_values_are_written_to_the_same_places():
+    packed, other = pack(*values(0)), values(7)
+    before = [leaf.data_ptr() for leaf, step in packed_leaves(packed) if step is None and torch.is_tensor(leaf)]
+    packed.write(other)
+    after = packed_leaves(packed)
+    assert before == [leaf.data_ptr() for leaf, step in after if step is None and torch.is_tensor(leaf)]
+    assert all(torch.equal(a, b) for (a, _), b in zip(after, tree_leaves(other), strict=True) if torch.is_tensor(b))

@@ -83,42 +83,6 @@ def test_other_labels_batches_and_weights_get_their_own_values(pipe):
         assert np.array_equal(draw(pipe, (4, 5), SHORT), wanted[3])
 
 
-class Switching(TwoPassPipeline):
-    """Takes other labels half-way through a run, as a step callback may."""
-
-    switch = False
-
-    def __call__(self, class_labels, **kwargs):
-        self.calls = 0
-        return super().__call__(class_labels=class_labels, **kwargs)
-
-
-def test_labels_changed_within_a_run_get_no_values_of_the_old_ones():
-    pipe = tiny_pipe(cls=Switching)
-    schedule = schedule_for(pipe, {SITES[1]: "CRCR"}, steps=4)
-    with sodaprof.apply(pipe, schedule):
-        inner = pipe.transformer.forward
-        pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
-        pipe.switch = True
-        wanted = draw(pipe, steps=4)
-        pipe.transformer.forward = inner
-    with sodaprof.apply(pipe, schedule, runtime="compiled"):
-        pipe.switch = False
-        draw(pipe, steps=4), draw(pipe, steps=4)
-        inner = pipe.transformer.forward
-        pipe.transformer.forward = lambda *a, **kw: _switched(pipe, inner, *a, **kw)
-        pipe.switch = True
-        assert np.array_equal(draw(pipe, steps=4), wanted)
-        pipe.transformer.forward = inner
-
-
-def _switched(pipe, inner, *args, class_labels, **kwargs):
-    pipe.calls += 1
-    if pipe.switch and pipe.calls > 4:
-        class_labels = torch.full_like(class_labels, 7)
-    return inner(*args, class_labels=class_labels, **kwargs)
-
-
 def test_two_pass_guidance():
     pipe = tiny_pipe(cls=TwoPassPipeline)
     schedule = schedule_for(pipe, {SITES[1]: "CRCR", SITES[2]: "CRRR"}, steps=4)
@@ -138,14 +102,17 @@ def test_no_values_are_kept_after_a_run(pipe):
             assert not handle.executor.engine.tables[0].arguments.first
 
 
-def test_tables_can_be_switched_off(pipe):
-    schedule = short_schedule(pipe)
-    with sodaprof.apply(pipe, schedule):
-        wanted = draw(pipe, steps=SHORT)
-    with sodaprof.apply(pipe, schedule, runtime=Compiled(tables=False, graphs=False)) as handle:
-        draw(pipe, steps=SHORT)
-        assert np.array_equal(draw(pipe, steps=SHORT), wanted)
-        assert not handle.executor.engine.tables
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tables": "nearly"}, "tables is 'nearly'; expected True, False or 'near'"),
+        ({"sums": "quick"}, "sums is 'quick'; expected 'ordered', 'fused' or None"),
+        ({"graphs": False, "whole_steps": True}, "whole_steps needs tables and graphs"),
+    ],
+)
+def test_unknown_settings_are_refused(settings, message):
+    with pytest.raises(SodaprofError, match=message):
+        Compiled(**settings)
 
 
 def test_random_numbers_are_not_drawn_ahead():
@@ -182,22 +149,6 @@ def test_steps_are_computed_at_once_only_with_the_same_bits(pipe, monkeypatch, e
         assert {whole is not None for whole in tried.values()} == {error == 0}
         assert np.array_equal(draw(pipe, steps=SHORT), wanted)
         assert (len(batches) > count) == (error == 0)
-
-
-def test_a_batch_with_other_bits_is_not_taken():
-    def lossy(weight, x):
-        return [x @ weight, torch.sort(x @ weight)[0] * 0.1]
-
-    each = make_fx(lossy)(torch.randn(4, 4), torch.randn(2, 4))
-    weight, xs = torch.randn(4, 4), [torch.randn(2, 4) for _ in range(5)]
-    wanted = [each(weight, x) for x in xs]
-    filler, parts = precompute.Filler(), precompute.parts_of(each, 1, set(), {1})
-    for _ in range(2):
-        found = filler.of_steps(parts, [weight], [[x] for x in xs], [])
-        assert all(
-            torch.equal(a, b) for one, other in zip(found, wanted, strict=True) for a, b in zip(one, other, strict=True)
-        )
-    assert parts.of_step in filler.at_once
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -241,11 +192,6 @@ def test_tables_are_filled_in_few_operators(tables, dtype):
         assert handle.report().counters.steps_replayed == 8
     assert np.array_equal(found, wanted) if tables is True else np.allclose(found, wanted, atol=0.02)
     assert counted.counts[0] <= 45 * layers  # one by one it is 10 operators and more for each block and step
-
-
-def test_an_unknown_kind_of_tables_is_refused(pipe):
-    with pytest.raises(SodaprofError, match="tables is 'nearly'; expected True, False or 'near'"):
-        sodaprof.apply(pipe, short_schedule(pipe), runtime=Compiled(tables="nearly", graphs=False))
 
 
 def test_linear_layers_are_cut_to_the_parts_that_are_used():

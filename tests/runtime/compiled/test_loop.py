@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler, DiTPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 import sodaprof
-from sodaprof.errors import SodaprofError, UnsupportedModelError
+from sodaprof.errors import UnsupportedModelError
 from sodaprof.opensora.scheduler import RectifiedFlowScheduler
 from sodaprof.pipelines.guidance import guidance_of
 from sodaprof.runtime.compiled.engine import Compiled
@@ -16,14 +16,12 @@ from tests.tape import Tapes
 from tests.tiny_pipelines import (
     FEW,
     TwoPassPipeline,
-    draw,
     few,
     few_schedule,
     schedule_for,
     tiny_pipe,
     with_known_programs,
 )
-from tests.updated import CALLED, RESTING, updated
 
 
 def looped(pipe, schedule, recorder):
@@ -118,12 +116,6 @@ def test_a_pipeline_that_changes_latents_between_steps_runs_its_own_steps():
     hook.remove()
 
 
-def test_whole_steps_need_graphs():
-    pipe = tiny_pipe()
-    with pytest.raises(SodaprofError, match="whole_steps needs tables and graphs"):
-        sodaprof.apply(pipe, schedule_for(pipe), runtime=Compiled(graphs=False, whole_steps=True))
-
-
 def test_guidance_is_found_from_a_step():
     one, other = torch.randn(2, 2, 8, 4, 4)
     guided = other[:, :4] + 4.0 * (one[:, :4] - other[:, :4])
@@ -194,15 +186,3 @@ def test_a_pipeline_that_iterates_over_the_timesteps_iterates_twice(cls, listed)
         assert type(pipe.scheduler.timesteps) is not torch.Tensor
     assert type(pipe.scheduler.timesteps) is torch.Tensor
     assert len(pipe.scheduler.timesteps) == FEW
-
-
-def test_skipped_steps_are_counted():
-    pipe = tiny_pipe()
-    schedule = updated(pipe, RESTING)
-    with looped(pipe, schedule, Tapes()) as handle:
-        for _ in range(4):
-            draw(pipe)
-            report = handle.report()
-            assert report.complete
-            assert report.executed == report.planned
-        assert report.counters.steps_replayed == CALLED

@@ -9,7 +9,7 @@ from diffusers import DiTTransformer2DModel
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sodaprof
-from sodaprof.errors import MismatchError, SodaprofError
+from sodaprof.errors import MismatchError
 from sodaprof.formats.schedule import Forecast
 from sodaprof.runtime.compiled import sums
 from sodaprof.runtime.compiled.engine import Compiled
@@ -176,24 +176,11 @@ def test_fused_sums_differ_only_by_rounding(dtype, limit):
         assert (a - b).norm() / a.norm() < limit
 
 
-def test_two_pass_guidance():
-    pipe = tiny_pipe(cls=TwoPassPipeline)
-    schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRRCR"), steps=5)
-    with sodaprof.apply(pipe, schedule):
-        wanted = draw(pipe, steps=5)
-    pictures, count, blocks = sums_of(pipe, schedule, "ordered")
-    assert np.array_equal(pictures, wanted)
-    assert count == 3 * 2  # steps, branches
-    assert blocks == 2 * 2  # step 3, on both branches
-
-
 def test_no_sums_in_the_first_run_or_without_the_option():
     pipe = tiny_pipe()
     schedule = schedule_for(pipe, dict.fromkeys(SITES, "CRR"), steps=3)
     assert sums_of(pipe, schedule, "ordered", runs=1)[1] == 0  # records how the blocks are called
     assert sums_of(pipe, schedule, None)[1] == 0
-    with pytest.raises(SodaprofError, match="expected 'ordered', 'fused' or None"):
-        sodaprof.apply(pipe, schedule, runtime=Compiled(sums="quick", graphs=False))
 
 
 class Skips(DiTTransformer2DModel):
@@ -260,10 +247,10 @@ def traced(function, *inputs):
 X, GATE, KEPT = torch.randn(2, 6, 4), torch.randn(2, 1, 4), torch.randn(2, 6, 4)
 
 
-def read(function, outputs=1):
+def read(function):
     """Streams of a block with one parameter, arguments x (late), y and gate, and two kept outputs."""
-    graph = traced(function, GATE[0], X, X + 1, GATE, KEPT, KEPT + 1)
-    return StreamReader(graph, 1, [0, 1, 2, 3, 4], 3, {0}).read(outputs)
+    graph = traced(lambda *given: (function(*given), []), GATE[0], X, X + 1, GATE, KEPT, KEPT + 1)
+    return StreamReader(graph, 1, [0, 1, 2, 3, 4], 3, {0}).read()
 
 
 def test_sums_are_read_from_the_graph():
@@ -274,7 +261,7 @@ def test_sums_are_read_from_the_graph():
     assert read(lambda p, x, y, g, a, b: [b + (a * g + x)]) == (Stream(0, (gated, plain), whole, (24, 4, 1)),)
     forecast = Term((Kept(3, (), 1.5), Kept(4, (), -0.5)), 0, whole)
     assert read(lambda p, x, y, g, a, b: [x + p * (a * 1.5 + b * -0.5)]) == (Stream(0, (forecast,), whole, (24, 4, 1)),)
-    two = read(lambda p, x, y, g, a, b: [x + a, y + b], 2)
+    two = read(lambda p, x, y, g, a, b: [x + a, y + b])
     assert [stream.origin for stream in two] == [0, 1]
 
 
@@ -293,13 +280,13 @@ def test_two_streams_in_one_tensor_are_separated():
         both = torch.cat([x, y], 1) + g * torch.cat([a, b], 1)
         return [both[:, :6], both[:, 6:]]
 
-    assert read(single, 2) is None  # in the models the kept output is one tensor
+    assert read(single) is None  # in the models the kept output is one tensor
 
     def blocks(p, x, y, g, a, b):
         both = torch.cat([x, y], 1) + g * a
-        return [both[:, :6], both[:, 6:]]
+        return [both[:, :6], both[:, 6:]], []
 
     graph = traced(blocks, GATE[0], X, X + 1, GATE, torch.randn(2, 12, 4), KEPT)
-    found = StreamReader(graph, 1, [0, 1, 2, 3, 4], 3, {0}).read(2)
+    found = StreamReader(graph, 1, [0, 1, 2, 3, 4], 3, {0}).read()
     assert [stream.origin for stream in found] == [0, 1]
     assert [stream.terms[0].kept[0].views[-1][1] for stream in found] == [(1, 0, 6), (1, 6, 12)]
