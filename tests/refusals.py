@@ -36,6 +36,7 @@ REFUSALS = {
     "Triton is not installed; the kernel": "a GPU without Triton",
     "{} is not given the output of the block": "blocks whose order changes between runs",
     "{} was not called by its block. Run": "a block that leaves a site out",
+    "{} returns a {}. Run the schedule": "a block whose outputs a program cannot return",
     "{} ({}) cannot be traced: it depends": "a block that depends on data",
     # runtime/executor.py
     "The pipeline called the transformer": "other timesteps than in the run that made the tables, on a GPU",
