@@ -215,7 +215,10 @@ def other_cache(host: Host) -> list[str]:
         try:
             enable(host.network, config())
             cached = host.draw()
+            hooked = any(vars(m).get("_diffusers_hook") and m._diffusers_hook.hooks for m in host.network.modules())
         except Exception:  # diffusers does not know these blocks, or the pipeline has no context for the cache
+            hooked = False
+        if not hooked:  # or the cache found no module that it takes
             clear(host.network)
             continue
         tried += 1
