@@ -148,8 +148,8 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         step = self.step_index or 0
         if self.num_inference_steps is not None and self._thread != get_ident():
             raise MismatchError(
-                "Another call of the pipeline began with this scheduler while this one ran, in another thread, and took its place. "
-                "Give each call that overlaps others a pipeline with a scheduler of its own: copy.deepcopy(pipe.scheduler)"
+                "Another call of the pipeline began with this scheduler while this one ran, and took its place. Give each "
+                "call that overlaps others a pipeline with a scheduler of its own: copy.deepcopy(pipe.scheduler)"
             )
         if self.num_inference_steps is None or step == len(self._jumps):
             raise SodaprofError("There is no step to take: call set_timesteps first, once before each run.")
