@@ -101,14 +101,17 @@ released: .venv/ready
 	for m in $$(ls build/published); do for p in toca duca; do mkdir -p schedules/$$m && \
 	  $(BIN)/sodaprof compile build/published/$$m --policy $$p -o schedules/$$m/$$p.json --force || exit 1; done; done
 
-# Tries discovery, runtime, FLOPs and lowering on tiny instances of diffusers' transformer classes, and whole pipelines.
+# Tries discovery, runtime, FLOPs and lowering on tiny instances of diffusers' transformer classes, whole pipelines, and these
+# together with what users put on them.
 test-zoo: .venv/ready
 	mkdir -p build
 	$(BIN)/python -m tests.zoo.zoo_check --markdown > build/zoo.md; classes=$$?; \
 	$(BIN)/python -m tests.zoo.zoo_pipelines --markdown > build/zoo-pipelines.md; pipelines=$$?; \
+	$(BIN)/python -W ignore -m tests.zoo.zoo_guests --markdown > build/zoo-guests.md; guests=$$?; \
 	{ sed -n '1,/^<!-- classes -->/p' docs/studies/zoo.md; echo; cat build/zoo.md; echo; \
-	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/studies/zoo.md; echo; cat build/zoo-pipelines.md; } > build/zoo-page.md; \
-	cp build/zoo-page.md docs/studies/zoo.md; exit $$((classes + pipelines))
+	  sed -n '/^## Pipelines/,/^<!-- pipelines -->/p' docs/studies/zoo.md; echo; cat build/zoo-pipelines.md; echo; \
+	  sed -n '/^## Guests/,/^<!-- guests -->/p' docs/studies/zoo.md; echo; cat build/zoo-guests.md; } > build/zoo-page.md; \
+	cp build/zoo-page.md docs/studies/zoo.md; exit $$((classes + pipelines + guests))
 
 # Reads legal and changed files of every kind: 10 000 schedules and 2 000 of each other. SEED=1 draws others.
 SEED := 0

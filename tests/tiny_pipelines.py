@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from msgspec.structs import replace
@@ -32,6 +35,13 @@ def tiny_pipe(layers: int = 2, seed: int = 0, cls: type = DiTPipeline) -> DiTPip
     pipe.register_to_config(id2label=names)  # which the pipeline itself does not save
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def clone(pipe: Any) -> Any:
+    """Returns a pipeline with the same parts and a copy of the scheduler."""
+    made = type(pipe)(**dict(pipe.components) | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def draw(pipe, labels=(1, 2), steps=STEPS, seed=0, guidance_scale=4.0):

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import diffusers
@@ -193,6 +194,7 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f"it without {name}, or profile and compile for these and run them with sodaprof.apply(pipe, schedule)."
                 )
         self.num_inference_steps, self.step_index, self._ring.newest = count, None, []
+        self._thread = get_ident()
         self.timesteps = torch.tensor(self._known, device=device)
 
     @property
@@ -229,6 +231,11 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output is the guided output, of the sample's shape; eta must be 0; generator draws the sampler's noise.
         """
         step = self.step_index or 0
+        if self.num_inference_steps is not None and self._thread != get_ident():
+            raise MismatchError(
+                "Another call of the pipeline began with this scheduler while this one ran, and took its place. Give each "
+                "call that overlaps others a pipeline with a scheduler of its own: copy.deepcopy(pipe.scheduler)"
+            )
         if self.num_inference_steps is None or step == len(self._jumps):
             raise SodaprofError("There is no step to take: call set_timesteps first, once before each run.")
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"
