@@ -127,11 +127,13 @@ def size(number: float) -> str:
 
 def summary(schedule: Any) -> str:
     """Returns the cells and the caches of a schedule in words."""
-    counts, kept = schedule.counts(), schedule.predicted["cache_bytes"]
+    counts, kept = schedule.counts(), (schedule.predicted or {}).get("cache_bytes")
     cells = [
         f"{counts[action]} {name} cells" for action, name in (("P", "pruned"), ("F", "forecast")) if counts[action]
     ]
     parts = [f"{len(schedule.anchors())} full steps of {schedule.steps}", *cells]
     if schedule.update is not None:
-        parts.append(f"update fitted {schedule.update.fitted['loop']} loop")
-    return ", ".join([*parts, f"{kept / 2**20:.2f} MiB of cache a generation"])
+        parts.append(f"update fitted {schedule.update.fitted.get('loop')} loop")
+    if kept is not None:
+        parts.append(f"{kept / 2**20:.2f} MiB of cache a generation")
+    return ", ".join(parts)

@@ -38,7 +38,7 @@ def refine_(
     evaluations: Annotated[
         int | None,
         typer.Option(
-            callback=ranged(1, 10**9), help="Stop after this many candidates; the result is then reproducible."
+            callback=ranged(0, 10**9), help="Stop after this many candidates; the result is then reproducible."
         ),
     ] = None,
     samples: Annotated[

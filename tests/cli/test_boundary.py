@@ -124,7 +124,7 @@ def test_interrupts(command, schedule, monkeypatch, number):
         (("eval", "m", "s.json"), "--seed", (-1, HUGE)),
         (("eval", "m", "s.json"), "--batch-size", (0, HUGE)),
         (("refine", "m", "s.json", "-o", "r"), "--samples", (0, HUGE)),
-        (("refine", "m", "s.json", "-o", "r"), "--evaluations", (0, HUGE)),
+        (("refine", "m", "s.json", "-o", "r"), "--evaluations", (-1, HUGE)),
         (("refine", "m", "s.json", "-o", "r"), "--seed", (-1, HUGE)),
         (("refine", "m", "s.json", "-o", "r"), "--time", ("0s", "1e308h", "nans")),
         (("refine", "m", "s.json", "-o", "r"), "--max-cache", ("0KB", "1e308GB")),

@@ -31,7 +31,7 @@ def test_a_search_of_a_few_candidates(command, done, model, schedule, target):
     ("options", "message"),
     [
         ((), "Give --time 5m, or --evaluations"),
-        (("--evaluations", -5), "--evaluations is -5; expected 0"),
+        (("--evaluations", -5), "--evaluations is -5; expected at least 0"),
         (("--evaluations", 1, "--samples", 3), "--samples is 3; expected at least 4"),
         (("--max-cache", "much"), "--max-cache is 'much'"),
         *(
@@ -92,7 +92,7 @@ def test_an_interrupted_search_leaves_its_best_and_goes_on(command, done, model,
         patch.setattr(refining, "progress", interrupted)
         code, _, err = command(*arguments, "--evaluations", 9)
     assert code == 130
-    assert "refine continue when the same command is repeated" in err
+    assert "Repeat the command, and it continues" in err
     assert load_schedule(target).update.fitted["loop"] == "closed"
     assert sorted(path.name for path in target.parent.iterdir()) == ["new.json", "new.json.search"]
     done(*arguments, "--evaluations", 3)  # three in all, two of them known
