@@ -130,9 +130,9 @@ def _check_calls_alike(name: str, module: nn.Module, found: Modules, step: Step,
 
     As skip-layer guidance does: a site that a branch skips has no output there to reuse.
     """
-    (first, *_), *others = [(latents_of(module, *call), *call) for n, *call in step.calls if n == name]
+    first, *others = [(latents_of(module, args, kwargs), args, kwargs) for n, args, kwargs in step.calls if n == name]
     for number, (latents, args, kwargs) in enumerate(others, 2):
-        differs = f"a batch of {len(latents)} instead of {len(first)}" if len(latents) != len(first) else ""
+        differs = f"a batch of {len(latents)} instead of {len(first[0])}" if len(latents) != len(first[0]) else ""
         if not differs and _each_call(module, found, lambda path, *_: path, args, kwargs) != paths:
             differs = "other layers"
         if differs:
