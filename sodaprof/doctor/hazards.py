@@ -12,8 +12,10 @@ import re
 import sys
 import traceback
 import warnings
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +23,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-
-from ..pipelines.patch import patched
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -180,7 +180,8 @@ def follow(network: nn.Module, calls: list[Call], blocks: list[str]) -> tuple[li
 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(lambda *_: watch.path.pop() and None, always_call=True)
-    with torch.no_grad(), warnings.catch_warnings(), patched(torch, "autocast", autocast), watch, Above(watch):
+    on_meta = mock.patch.object(torch, "autocast", partial(autocast, torch.autocast))
+    with torch.no_grad(), warnings.catch_warnings(), on_meta, watch, Above(watch):
         warnings.simplefilter("ignore")  # the pipeline itself has given the same warnings
         for _ in range(2):
             watch.hazards.clear()

@@ -213,7 +213,7 @@ class Clock:
         run, arguments = self.run, (model_output, timestep, sample, *args)
         if run is None:
             return own_step(*arguments, **kwargs)
-        self._check_step(run, timestep, len(sample))
+        self._check_step(run, timestep, sample)
         take = own_step
         for taker in (self.update, self.loop):
             if taker is not None:
@@ -247,7 +247,7 @@ class Clock:
                 f"{brief(found)}. Call it with {how}, or profile and compile for these timesteps."
             )
 
-    def _check_step(self, run: Run, timestep: Any, generations: int) -> None:
+    def _check_step(self, run: Run, timestep: Any, sample: Any) -> None:
         wanted, form = self.sampler.timesteps[run.step], self.sampler.guidance_form
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no host sync for the check
         counts = hasattr(self.scheduler, "step_index")  # on the host, and checked after the step
@@ -258,7 +258,7 @@ class Clock:
                 f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
                 "Run it without what skips steps, or remove the schedule: sodaprof.remove(pipe)"
             )
-        if run.step == 0 and run.halved and run.batches[0] == 2 * generations and form != "halves":
+        if run.step == 0 and run.halved and form != "halves" and run.batches[0] == 2 * len(sample):
             self._refuse_guidance(BOTH)
         if run.turn_begins and (run.calls > 1) != (form == "passes"):
             self._refuse_guidance(f"{run.calls} network calls a step")

@@ -169,6 +169,7 @@ def test_a_full_disk_leaves_nothing_behind(refused, profiled, target, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(os, "link", full)
     assert "disk is full" in refused("compile", profiled, output=target)
 
 

@@ -461,14 +461,14 @@ def test_missing_manifest_and_folder(folder, tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "found"),
     [
-        ("version", 2, "Upgrade sodaprof"),
+        ("version", 3, "Upgrade sodaprof"),
         ("format", "sodaprof.cost", "expected 'sodaprof.profile'"),
         ("tables", {"sites": 1, "caching": 2, "pruning": 1}, "table caching has version 2"),
         ("tables", {"sites": 1, "caching": 1}, "table pruning has version None"),
         ("tables", {"sites": 1, "caching": True, "pruning": 1}, "Expected `int`, got `bool` - at `$.tables"),
         ("max_interval", 1, "Expected `int` >= 2 - at `$.max_interval`"),
         ("max_interval", 2, "outside the profile"),
-        ("max_interval", 6, "rows are missing at age 5"),
+        ("max_interval", 6, "lacks rows of t, or has some twice"),
         ("samples", 0, "Expected `int` >= 1 - at `$.samples`"),
         ("colour", 1, "unknown field `colour`"),
     ],

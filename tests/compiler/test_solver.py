@@ -162,6 +162,7 @@ def test_the_response_is_interpolated_between_the_steps_that_measured_it(
     kinds = np.array(["state", "away", "away", "away", "response", "response", "response"])
     rows = np.array([0, 0, 2, 4, 0, 2, 4])  # an older profile has step 0, too, at which nothing had moved yet
     table = {"kind": kinds, "row": rows, "product": np.array([9.0, 0.0, 2.0, 4.0, 0.0, 1.0, 4.0])}
+    table |= {"column": rows, "transformer": np.array([""] * 7), "coordinates": np.ones(7)}
     monkeypatch.setattr(Profile, "_read", lambda *_: table)
     found = Profile(tmp_path, make_model(), make_sampler(6), {})
     np.testing.assert_allclose(found.response(), [0.5, 0.5, 0.5, 0.75, 1.0, 1.0])
