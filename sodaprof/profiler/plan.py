@@ -170,10 +170,7 @@ def plan_profile(
     if max_interval is None:
         max_interval = max(2, min(8, expected))
     _check_settings(expected, samples, max_interval, batch_size, seed)
-    if states_only and not gram:
-        raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
-    if states_only and full_tokens:
-        raise SodaprofError("--states-only measures no site, so there are no tokens to keep. Leave --tokens out.")
+    _check_tables(states_only, gram, full_tokens)
     if prompts is None:
         prompts = default_prompts(pipe) if call is None else range(samples)
     prompts = list(prompts)
@@ -191,6 +188,21 @@ def plan_profile(
         "dtype": model.shape["dtype"],
     }  # fmt: skip
     plan = ProfilePlan(model, sampler, request, [], {}, step, call)
+    _plan_sites(pipe, plan, full_tokens)
+    _plan_passes(pipe, plan, memory_bytes)
+    return plan
+
+
+def _check_tables(states_only: bool, gram: bool, full_tokens: bool) -> None:
+    if states_only and not gram:
+        raise SodaprofError("--states-only and --no-gram together leave nothing to measure. Give one of them.")
+    if states_only and full_tokens:
+        raise SodaprofError("--states-only measures no site, so there are no tokens to keep. Leave --tokens out.")
+
+
+def _plan_sites(pipe: Any, plan: ProfilePlan, full_tokens: bool) -> None:
+    """Sets the grids of the sites' tokens, and the stacks that are measured."""
+    model, step = plan.model, plan.step
     for n, transformer in model.transformers.items():
         patch = transformer.fingerprint.get("patch", 1)
         for site in transformer.sites:
@@ -198,8 +210,6 @@ def plan_profile(
             plan.grids.append(grid_of(site.tokens, raster, full_tokens))
         if plan.measures and plan.multiplies and (stack := stack_of(pipe, n, transformer, step)):
             plan.stacks[n] = stack
-    _plan_passes(pipe, plan, memory_bytes)
-    return plan
 
 
 def _plan_passes(pipe: Any, plan: ProfilePlan, memory_bytes: int | None) -> None:

@@ -239,7 +239,7 @@ def collapses(case: Case) -> str:
         with sodaprof.apply(case.pipe, schedule, runtime=Compiled(sums=mode, graphs=False)) as handle:
             case.sample(calls)
             outputs = case.sample(
-                calls, lambda h=handle: found.update(b.path for b in h.engine.blocks if (1, 0) in b.sums)
+                calls, lambda h=handle: found.update(b.path for b in h.executor.engine.blocks if (1, 0) in b.sums)
             )
             check_report(handle.report())
             blocks = len(handle.executor.engine.blocks)
