@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,18 +98,21 @@ def test_every_verb_says_what_to_lower():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupts(command, schedule, monkeypatch, number):
+    asked = signal.getsignal(number)
+    if number == signal.SIGINT:  # a job in the background inherits that it is ignored
+        signal.signal(number, signal.default_int_handler)
     before = signal.getsignal(number)
 
     def interrupted(*_):
         os.kill(os.getpid(), number)
-        while True:
-            pass
+        time.sleep(10)
 
     monkeypatch.setattr("sodaprof.formats.schedule_file.load_schedule", interrupted)
     code, _, said = command("show", schedule)
     assert code == 128 + number
     assert said.endswith("sodaprof: Interrupted. No file was left incomplete.\n")
     assert signal.getsignal(number) is before
+    signal.signal(number, asked)
 
 
 @pytest.mark.parametrize(
