@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn, Protocol
@@ -18,6 +17,7 @@ from ..errors import MismatchError
 from ..formats.sites import Sampler
 from .patch import patched
 from .recording import Latents, has_null_labels, is_halved, refuse_copy
+from .runs import Run, begin, end
 
 
 @dataclass
@@ -33,56 +33,12 @@ class Moment:
     programs: int = 0  # traced
 
 
-@dataclass(eq=False)
-class Run:
-    """A run between `set_timesteps` and its last step."""
-
-    _clock: weakref.ref[Clock]  # what a thread remembers of its runs keeps no network alive
-    step: int = 0
-    calls: int = 0  # of transformers since the last scheduler step: one a guidance branch, or one for both halves
-    turn_begins: bool = True  # at this step a transformer's turn begins
-    batches: list[int] = field(default_factory=list)  # of each call at the first step of the turn
-    halved: bool = (
-        False  # the first call has the same latents twice: as two branches, or as two generations from one seed
-    )
-
-    ended: bool = False
-
-    @property
-    def clock(self) -> Clock | None:
-        """The clock of the run; None once its schedule is gone."""
-        return self._clock()
-
-    @property
-    def is_live(self) -> bool:
-        """Whether the clock runs it: False after its end, after a refusal, and once another run has taken its place."""
-        clock = self._clock()
-        return clock is not None and clock.run is self
-
-
 BOTH = "both branches in one batch"
 CALLS = {  # advice for each guidance form
     "halves": "with guidance on (guidance_scale above 1) and no call of the network besides the one for both branches",
     "passes": "with guidance on (guidance_scale above 1), one network call a branch",
     "none": "with guidance off (guidance_scale at most 1, no negative prompt)",
 }
-# runs that began in this thread or task, the latest last; some may have ended
-_RUNS: ContextVar[tuple[Run, ...]] = ContextVar("sodaprof_runs", default=())
-
-
-def current_clock(clocks: Collection[Clock]) -> Clock | None:
-    """Returns the clock, one of these, of the latest run that the calling thread or task has begun and not ended."""
-    for run in reversed(_RUNS.get()):
-        clock = run.clock
-        if clock is not None and clock.run is run and clock in clocks:
-            return clock
-    return None
-
-
-def was_replaced(clocks: Collection[Clock]) -> bool:
-    """Whether another thread or task took over the scheduler of a run that the calling one has begun."""
-    begun = [(run, run.clock) for run in _RUNS.get() if not run.ended]
-    return any(clock in clocks and clock.run is not run for run, clock in begun if clock is not None)
 
 
 class StepTaker(Protocol):
@@ -162,7 +118,7 @@ class Clock:
     def set_step(self, step: int) -> None:
         """Continues a run at the beginning of any step, for networks that are called without the pipeline."""
         if self.run is None:
-            self._begin()
+            self._begin(in_pipeline=False)
         assert self.run is not None
         self.run.step, self.run.calls, self.run.turn_begins = step, 0, False
 
@@ -171,15 +127,13 @@ class Clock:
         run = self.run
         if self.loop is None or run is None or run.calls or not self.loop.finished(run.step):
             return False
-        self.run, run.ended = None, True
+        self.stop()
         self.on_end()
         return True
 
     def refuse(self, message: str) -> NoReturn:
         """Ends the run, so that the pipeline can be called again, and raises MismatchError."""
-        if self.run is not None:
-            self.run.ended = True
-        self.run = None
+        self.stop()
         raise MismatchError(message)
 
     def start(self, scheduler: Any, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -190,9 +144,9 @@ class Clock:
             self._check_timesteps()
             self.on_start()
         except BaseException:
-            self.run = None
+            self.stop()
             raise
-        self._begin()
+        self._begin(in_pipeline=True)
         if self.loop is not None:
             timesteps = scheduler.timesteps.detach().as_subclass(Timesteps)
             timesteps.run = self.run
@@ -224,7 +178,7 @@ class Clock:
             self._refuse_start("the first of its timesteps", f"at number {index}")
         run.step, run.calls, run.turn_begins, self.branches = run.step + 1, 0, False, run.calls
         if run.step == self.sampler.steps:
-            self.run, run.ended = None, True
+            self.stop()
             self.on_end()
         return result
 
@@ -232,11 +186,16 @@ class Clock:
         """Takes the clock for a run on this scheduler that is about to start."""
         self.run, self._scheduler = Run(weakref.ref(self)), weakref.ref(scheduler)
 
-    def _begin(self) -> None:
+    def stop(self) -> None:
+        """Ends the run."""
+        if self.run is not None:
+            end(self.run)
+        self.run = None
+
+    def _begin(self, in_pipeline: bool) -> None:
         """Starts a run, which the calling thread or task is then in."""
         self.run = Run(weakref.ref(self))
-        others = (run for run in _RUNS.get() if run.is_live and run.clock is not self)
-        _RUNS.set((*others, self.run))
+        begin(self.run, in_pipeline)
 
     def _check_timesteps(self) -> None:
         found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps

@@ -16,8 +16,9 @@ from ..errors import MismatchError, SodaprofError
 from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
-from ..pipelines.clock import Timesteps, current_clock, was_replaced
+from ..pipelines.clock import Timesteps
 from ..pipelines.patch import owner_of, patched
+from ..pipelines.runs import current_clock, was_replaced
 from .checks import check_matches
 from .compiled.engine import Compiled, Counters
 from .executor import Executor
@@ -124,12 +125,12 @@ class Handle:
         if clock is None:
             return own_step(*args, **kwargs)
         if scheduler is not self.pipe.scheduler and clock.run is not None and not (clock.run.step or clock.run.calls):
-            clock.run = None  # a copy for another network
+            clock.stop()  # a copy for another network
         return clock.advance(scheduler, own_step, *args, **kwargs)
 
     def _call(self, name: str, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Passes the call of a module to the executor of the run that the calling thread or task is in."""
-        clock = current_clock(self._executors)
+        clock = current_clock(self._executors, ending_aborted=not path)
         if clock is None or (not path and owner_of(self.pipe.scheduler) is not self):
             self._refuse_call()
         # tracing replaces the parameters of a block for a while, so compiled runs take turns at calling the network
@@ -181,7 +182,7 @@ class Handle:
         if isinstance(vars(scheduler).get("timesteps"), Timesteps):
             scheduler.timesteps = scheduler.timesteps.as_subclass(torch.Tensor)
         for executor in self._executors.values():
-            executor.clock.run = None
+            executor.clock.stop()
             executor.reset()
 
     def __enter__(self) -> Handle:

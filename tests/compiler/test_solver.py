@@ -167,7 +167,7 @@ def test_the_response_is_interpolated_between_the_steps_that_measured_it(
     found = Profile(tmp_path, make_model(), make_sampler(6), {})
     np.testing.assert_allclose(found.response(), [0.5, 0.5, 0.5, 0.75, 1.0, 1.0])
     table["row"] = np.array([0, 0, 2, 4, 0, 2, 3])
-    with pytest.raises(FormatError, match="rows of kind away or response are missing"):
+    with pytest.raises(FormatError, match="lacks rows of kind away or response, or has some twice"):
         found.response()
     table["kind"] = np.array(["state"] * 7)
     assert found.response() is None
