@@ -6,7 +6,7 @@ whose text begins with "*".
 
 REFUSALS = {
     # runtime/apply.py
-    "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done),": (
+    "The transformer was called outside a denoising loop": (
         "*the network is called by itself"
     ),
     "apply({}=...) has been replaced:": "*a keyword of release 0.1",
@@ -140,6 +140,8 @@ REFUSALS = {
     "{} is for {} steps, not {}. Leave --steps": "*run --steps of another number",
     "{}: an mp4 holds one clip. Give one": "run of two prompts into one mp4",
     # files, labels, and guests
+    "{} has no module {} any more: it was": "a block replaced by a wrapper under a schedule",
+    "Something else ran in place of {}": "a cache that was enabled within the run",
     "pipe.{} was replaced (now {}) after": "pipe.transformer = another network, under a schedule",
     "save_config writes the settings of": "save_config of the fitted scheduler",
     "The config holds no schedule, so no": "JumpScheduler.from_config of a sampler's config",

@@ -112,7 +112,7 @@ def in_thread(function: Callable[..., Any], *args: Any) -> None:
 # ---- apply ------------------------------------------------------------------------------------------------------------
 
 
-@advice("The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done),")
+@advice("The transformer was called outside a denoising loop")
 def _(refused):
     pipe = tiny_pipe()
     args = step_of(pipe)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FormatError, SodaprofError
+from ..formats.disk import read_bytes
+from ..formats.files import MAX_BYTES
 
 # in an installed package, and in the repository
 PROMPT_FOLDERS = [Path(__file__).parents[level] / "calibration_prompts" for level in (1, 2)]
@@ -38,8 +40,8 @@ def read_prompts(path: str | Path) -> list[int | str]:
     shipped = [folder / f"{path}.txt" for folder in PROMPT_FOLDERS]
     path = next((p for p in shipped if p.is_file()), Path(path))
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in read_bytes(path, MAX_BYTES).decode("utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:  # bytes that are no UTF-8 are a ValueError
         raise FormatError(
             f"{path}: not readable ({error}). Give a text file with one prompt or label a line."
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,12 +39,14 @@ def patched(
                 return wrapper(original if own is absent else own, *args, **kwargs)
             finally:
                 inside = False
-        if active and copies is not None:
+        if active and copies is not None and self in copied:
             return copies(self, original, *args, **kwargs)
         return original(*args, **kwargs)
 
     body = {name: replacement, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    body |= {"__deepcopy__": _deepcopy, "__reduce_ex__": _reduce, "_replaced": {} if own is absent else {name: own}}
+    copied: Any = weakref.WeakSet()  # the deep copies, and theirs; what the class itself makes is none
+    body |= {"_original": weakref.ref(instance), "_copied": copied, "_replaced": {} if own is absent else {name: own}}
+    body |= {"__deepcopy__": _deepcopy, "__reduce_ex__": _reduce}
     patched_cls: Any = type(cls.__name__, (cls,), body | ({} if owner is None else {"_owner": owner}))
     instance.__class__ = patched_cls
     try:
@@ -59,7 +62,11 @@ def patched(
 
 def owner_of(instance: Any) -> Any:
     """Returns the owner of a patch on this instance, or on the one that it is a copy of; None if there is none."""
-    return getattr(type(instance), "_owner", None)
+    for cls in type(instance).__mro__:
+        patch = vars(cls)
+        if "_owner" in patch and (instance is patch["_original"]() or instance in patch["_copied"]):
+            return patch["_owner"]
+    return None
 
 
 def replaced(instance: Any, name: str) -> Any:
@@ -84,6 +91,9 @@ def _deepcopy(self: Any, memo: dict[int, Any]) -> Any:
     made: Any = object.__new__(_plain_class(self) if with_pipeline else type(self))
     memo[id(self)] = made
     vars(made).update(copy.deepcopy(vars(self), memo))
+    for cls in type(made).__mro__:
+        if "_copied" in vars(cls):
+            vars(cls)["_copied"].add(made)
     return made
 
 

@@ -61,6 +61,8 @@ def run_profile(
     folder = Path(folder)
     _replaced(folder, force)  # ahead of the lock, which makes a folder
     work = folder.with_name(folder.name + ".partial")
+    if os.path.lexists(work) and (work.is_symlink() or not work.is_dir()):
+        raise FormatError(f"{work}: is a link or no folder; an unfinished profile is kept there. Move it away.")
     with locked(work, folder=True):
         _restore_replaced(folder)
         found = _replaced(folder, force)
@@ -79,11 +81,19 @@ def _replaced(folder: Path, force: bool) -> os.stat_result | None:
     refuse_existing(folder, force, folder=True)
     if not folder.exists():
         return None
-    if others := sorted({path.name for path in folder.iterdir()} - PARTS):
+    if others := _others(folder):
         raise FormatError(
             f"{folder}: holds {others[0]}, which is no part of a profile and would be lost. Move it away, or choose another name."
         )
     return folder.stat()
+
+
+def _others(folder: Path) -> list[str]:
+    """Returns what is no part of a profile in a folder: other names, and whatever is no regular file."""
+    found = [
+        path.name for path in folder.iterdir() if path.name not in PARTS or path.is_symlink() or not path.is_file()
+    ]
+    return sorted(found)
 
 
 def _publish(work: Path, folder: Path, found: os.stat_result | None) -> None:
@@ -94,7 +104,7 @@ def _publish(work: Path, folder: Path, found: os.stat_result | None) -> None:
     if not os.path.lexists(folder):
         os.rename(work, folder)
         return
-    if found is None or not os.path.samestat(found, folder.stat()) or {p.name for p in folder.iterdir()} - PARTS:
+    if found is None or not os.path.samestat(found, folder.stat()) or _others(folder):
         raise FormatError(
             f"{folder}: has appeared or changed while the profile was made, and is left as it is. Move it away, then repeat "
             f"the same command, which takes the complete profile from {work}."
@@ -110,10 +120,20 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.replaced")
 
 
+def _begins_with(work: Path, plan: ProfilePlan) -> bool:
+    """Whether a run of this plan was killed in the folder before its request was written."""
+    try:
+        return bool(read_json(work / "model.json") == plan.model.to_json())
+    except FormatError:
+        return False
+
+
 def _restore_replaced(folder: Path) -> None:
     """Completes what a run left that was killed between the renames: the older profile goes, or comes back."""
     aside = _aside(folder)
     if aside.exists() and folder.exists():
+        if others := _others(aside):
+            raise FormatError(f"{aside}: holds {others[0]}, which is no part of a profile. Move it away.")
         shutil.rmtree(aside)
     elif aside.exists():
         os.rename(aside, folder)
@@ -225,11 +245,16 @@ def _open_partial(work: Path, pipe: Any, plan: ProfilePlan, force: bool) -> None
     asked = {key: value for key, value in plan.request.items() if key != "batch_size"}  # which follows from the memory
     parts = {"request": asked, "model": plan.model.to_json(), "sampler": plan.sampler.to_json(), "state": STATE_VERSION}
     known = {path.name for path in work.iterdir() if not path.name.startswith(".")}
-    if others := sorted(known - PARTS - {"request.json", "state.npz"}):
+    ours = PARTS | {"request.json", "state.npz"}
+    leftovers = [path for path in work.glob(".*") if path.name[1:].startswith(tuple(f"{name}." for name in ours))]
+    others = {path.name for path in work.iterdir() if path.name not in ours and path not in leftovers}
+    if "request.json" not in known and known and not _begins_with(work, plan):
+        others |= known
+    if others:
         raise FormatError(
-            f"{work}: holds {others[0]}, which is no part of a profile. Move it away, or choose another name."
+            f"{work}: holds {min(others)}, which is no part of this profile. Move it away, or choose another name."
         )
-    for leftover in work.glob(".*"):  # files that a killed run had not finished
+    for leftover in leftovers:  # files that a killed run had not finished
         leftover.unlink()
     if "request.json" in known:
         try:

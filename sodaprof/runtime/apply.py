@@ -17,12 +17,13 @@ from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
 from ..pipelines.clock import Timesteps
+from ..pipelines.load import transformers_of
 from ..pipelines.patch import owner_of, patched
 from ..pipelines.runs import current_clock, was_replaced
 from .checks import check_matches
 from .compiled.engine import Compiled, Counters
 from .executor import Executor
-from .hooks.registry import Hooks
+from .hooks.registry import Hooks, hooks_of
 from .shipped import find_shipped
 
 RUNTIMES = ("hooks", "compiled", "whole-steps")
@@ -150,9 +151,10 @@ class Handle:
                 "was applied. remove() the schedule first, then apply one made for the new scheduler."
             )
         raise MismatchError(
-            "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done), or by a "
-            "pipeline whose scheduler is no copy of the one with the schedule. Call the pipeline; give others "
-            "copy.deepcopy(pipe.scheduler); or remove the schedule: sodaprof.remove(pipe)"
+            "The transformer was called outside a denoising loop (no set_timesteps before in this thread or task, or all steps "
+            "are done), or by a pipeline whose scheduler is no copy of the one with the schedule. Call the pipeline, each run "
+            "in a thread or task of its own; give others copy.deepcopy(pipe.scheduler); or remove the schedule: "
+            "sodaprof.remove(pipe)"
         )
 
     def report(self) -> Report:
@@ -195,8 +197,10 @@ class Handle:
 
 def remove(pipe: Any) -> None:
     """Removes the schedule from a pipeline, or from the pipeline that it was copied from; does nothing if there is none."""
-    if (handle := owner_of(pipe.scheduler)) is not None:
-        handle.remove()
+    owners = [owner_of(pipe.scheduler), *(hooks_of(m) for p in transformers_of(pipe).values() for m in p.modules())]
+    for handle in owners:
+        if isinstance(handle, Handle):
+            handle.remove()
 
 
 def apply(

@@ -126,6 +126,13 @@ class Executor:
         differed = self.engine is not None and self.engine.differed()
         self.reset()
         self.complete = True
+        planned = Counter({action: self.clock.branches * n for action, n in self.schedule.counts().items()})
+        if missing := planned - self.moment.executed:
+            cells = ", ".join(f"{count} {action} cells" for action, count in missing.items())
+            raise MismatchError(
+                f"Something else ran in place of {cells} of the schedule (a cache that was enabled before or within the run, "
+                "say): this generation is wrong. Disable it, then call the pipeline again."
+            )
         if differed:
             raise MismatchError(
                 "The pipeline called the transformer with other arguments (timesteps, say) than in the run in which the "

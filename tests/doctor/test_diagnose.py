@@ -9,13 +9,13 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from rich.console import Console
-from sodaprof.report.diagnosis import diagnosis_view
 from torch import nn
 
 import sodaprof
 from sodaprof.doctor.diagnose import audit, diagnose
 from sodaprof.doctor.hazards import follow
 from sodaprof.errors import MismatchError
+from sodaprof.report.results import diagnosis_view
 from tests.tiny_pipelines import TwoPassPipeline, draw, schedule_for, tiny_pipe
 from tests.zoo.zoo import ZOO
 

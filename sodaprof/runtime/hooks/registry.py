@@ -98,7 +98,13 @@ class Hooks:
         """Replaces `forward`s again if accelerate restored older ones, or if an adapter wraps the module at the path now."""
         self.compiled.enter_context(uncompiled(self.transformer))  # what was compiled since
         for path, forward in list(self.forwards.items()):
-            module = self.transformer.get_submodule(path)
+            try:
+                module = self.transformer.get_submodule(path)
+            except AttributeError:
+                raise MismatchError(
+                    f"{type(self.transformer).__name__} has no module {path} any more: it was changed after the schedule was "
+                    "applied. Undo that, or remove the schedule first: sodaprof.remove(pipe)"
+                ) from None
             if module is not forward.module or forward.is_lost():
                 forward.remove()
                 self.forwards[path] = Forward(module, path, self.run)
@@ -116,6 +122,14 @@ def chain(hooks: list[ModelHook], module: nn.Module, original: Callable[..., Any
 def _call(hook: ModelHook, inner: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     args, kwargs = hook.pre_forward(module, *args, **kwargs)
     return hook.new_forward(module, *args, **kwargs) if hasattr(hook, "new_forward") else inner(*args, **kwargs)
+
+
+def hooks_of(module: nn.Module) -> Any:
+    """Returns the handle of the schedule whose hook is on the module, None if there is none."""
+    forward = vars(module).get("forward")
+    if not isinstance(forward, Forward) or not forward.active:
+        return None
+    return getattr(getattr(forward.run, "func", None), "__self__", None)
 
 
 def carries_schedule(transformer: nn.Module) -> bool:
