@@ -36,7 +36,7 @@ test: .venv/ready
 # Lines of the package, and of its tests without zoo, parity, studies and reference models. A ceiling rises for net new features
 # only, with the reason in the commit. The last rise: overlapping runs, safe files with typed state, the boundary of the command
 # line, labels, a scheduler that saves (1400 lines), with the reported cases, fuzzing and faults injected (3500 lines of tests).
-CEILING_PACKAGE := 18900
+CEILING_PACKAGE := 19000
 CEILING_TESTS := 19000
 lines:
 	@n=$$(git ls-files 'sodaprof/*.py' | xargs cat | wc -l); echo "sodaprof: $$n lines of at most $(CEILING_PACKAGE)"; \

@@ -14,9 +14,9 @@ from torch import nn
 from ..errors import UnsupportedModelError
 from ..formats.sites import Guidance, GuidanceForm, Model, Sampler, Site, SiteKey, Transformer
 from .entries import any_entries
-from .load import OwnCall
+from .load import OwnCall, transformers_of
 from .probe import Args, Forward, Kwargs, as_tokens, is_prunable, kind_of, layout_of, main_part, with_shorter_text
-from .recording import Step, all_tapped, is_halved, latents_of, record_step
+from .recording import Step, all_tapped, is_halved, latents_of, record_step, refuse_compiled
 from .structure import Modules, find_modules
 
 T = TypeVar("T")
@@ -43,6 +43,8 @@ def inspect_pipeline(
     """
     if entry is None:
         entry = any_entries(pipe)[0] if own is None else 0
+    for part, network in transformers_of(pipe).items():
+        refuse_compiled(part, network)
     with torch.no_grad():
         step = record_step(pipe, [entry], steps, guidance_scale, own)
         names = dict.fromkeys(name for name, *_ in step.calls)

@@ -168,7 +168,6 @@ def record_step(
     scheduler, parts = pipe.scheduler, transformers_of(pipe)
     check_no_schedule(pipe)
     for name, network in parts.items():
-        refuse_compiled(name, network)
         refuse_caches(name, network)
 
     def start(set_timesteps: Any, *args: Any, **kwargs: Any) -> Any:

@@ -123,7 +123,7 @@ def _aside(folder: Path) -> Path:
 def _begins_with(work: Path, plan: ProfilePlan) -> bool:
     """Whether a run of this plan was killed in the folder before its request was written."""
     try:
-        return bool(read_json(work / "model.json") == plan.model.to_json())
+        return digest(read_json(work / "model.json")) == digest(plan.model.to_json())
     except FormatError:
         return False
 
