@@ -118,8 +118,8 @@ class Clock:
     def set_step(self, step: int) -> None:
         """Continues a run at the beginning of any step, for networks that are called without the pipeline."""
         if self.run is None:
-            self._begin(in_pipeline=False)
-        assert self.run is not None
+            self.run = Run(weakref.ref(self))
+            begin(self.run, in_pipeline=False)
         self.run.step, self.run.calls, self.run.turn_begins = step, 0, False
 
     def finished(self) -> bool:
@@ -138,7 +138,7 @@ class Clock:
 
     def start(self, scheduler: Any, set_timesteps: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the scheduler's `set_timesteps` and starts a run."""
-        self.claim(scheduler)
+        self.run = run = self.claim(scheduler)
         try:
             result = set_timesteps(*args, **kwargs)
             self._check_timesteps()
@@ -146,10 +146,10 @@ class Clock:
         except BaseException:
             self.stop()
             raise
-        self._begin(in_pipeline=True)
+        begin(run, in_pipeline=True)
         if self.loop is not None:
             timesteps = scheduler.timesteps.detach().as_subclass(Timesteps)
-            timesteps.run = self.run
+            timesteps.run = run
             scheduler.timesteps = timesteps
         return result
 
@@ -182,20 +182,16 @@ class Clock:
             self.on_end()
         return result
 
-    def claim(self, scheduler: Any) -> None:
-        """Takes the clock for a run on this scheduler that is about to start."""
+    def claim(self, scheduler: Any) -> Run:
+        """Takes the clock for a run on this scheduler that is about to start, and returns it."""
         self.run, self._scheduler = Run(weakref.ref(self)), weakref.ref(scheduler)
+        return self.run
 
     def stop(self) -> None:
         """Ends the run."""
         if self.run is not None:
             end(self.run)
         self.run = None
-
-    def _begin(self, in_pipeline: bool) -> None:
-        """Starts a run, which the calling thread or task is then in."""
-        self.run = Run(weakref.ref(self))
-        begin(self.run, in_pipeline)
 
     def _check_timesteps(self) -> None:
         found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps
@@ -255,20 +251,26 @@ class Clock:
         """
         if self.run is None:
             self.refuse(
-                "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). "
-                "Call the pipeline, or remove the schedule: sodaprof.remove(pipe)"
+                "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done). Sample "
+                "with the pipeline's scheduler, whose set_timesteps and step are followed."
             )
         run = self.run
         step, branch = run.step, run.calls
         run.calls += 1
         if branch == 0 and (turn_begins(step) or not run.batches):
-            run.turn_begins, run.batches = True, []
+            run.turn_begins, run.batches, run.conditioning, run.held = True, [], [], []
+        given = [value for value in call[1].values() if torch.is_tensor(value) and value is not hidden]
+        addresses = {value.data_ptr() for value in given}
         if run.turn_begins:
             run.batches.append(len(hidden))
+            run.conditioning.append(addresses)
+            run.held += given
         elif branch >= len(run.batches):
             self._refuse_change(f"network call {branch + 1}", len(run.batches))
         elif len(hidden) != run.batches[branch]:
             self._refuse_change(f"a batch of {len(hidden)}", run.batches[branch])
+        elif _is_of_another(addresses, run.conditioning, branch):
+            self._refuse_change(f"another branch's arguments in network call {branch + 1}", "its own")
         if step == 0 and branch == 0:
             run.halved = is_halved(hidden)
             if self.sampler.guidance_form == "halves" and not run.halved:
@@ -276,6 +278,12 @@ class Clock:
             if self.sampler.guidance_form != "halves" and run.halved and has_null_labels(*call):
                 self._refuse_guidance(BOTH)
         return step, branch
+
+
+def _is_of_another(addresses: set[int], conditioning: list[set[int]], branch: int) -> bool:
+    """Whether a call has arguments that another branch alone had at the first step, and none that this branch alone had."""
+    alone = [own - set().union(*(o for o in conditioning if o is not own)) for own in conditioning]
+    return not addresses & alone[branch] and any(addresses & own for own in alone)
 
 
 def brief(values: tuple[float, ...]) -> str:

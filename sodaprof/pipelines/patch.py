@@ -75,13 +75,6 @@ def replaced(instance: Any, name: str) -> Any:
     return next((found[name] for found in classes if name in found), vars(instance).get(name))
 
 
-def plain_copy(instance: Any) -> Any:
-    """Returns a deep copy without patches, and without what a user set in place of a method."""
-    made: Any = object.__new__(_plain_class(instance))
-    vars(made).update(copy.deepcopy(vars(instance)))
-    return made
-
-
 def _plain_class(instance: Any) -> type:
     return next(cls for cls in type(instance).__mro__ if "_replaced" not in vars(cls))
 

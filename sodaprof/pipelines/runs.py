@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from .clock import Clock
 
@@ -23,6 +25,8 @@ class Run:
     calls: int = 0  # of transformers since the last scheduler step: one a guidance branch, or one for both halves
     turn_begins: bool = True  # at this step a transformer's turn begins
     batches: list[int] = field(default_factory=list)  # of each call at the first step of the turn
+    conditioning: list[set[int]] = field(default_factory=list)  # of each of these calls, the addresses of `held`
+    held: list[torch.Tensor] = field(default_factory=list)  # so that no other tensor gets their addresses
     halved: bool = False  # the first call holds the same latents twice: two branches, or two generations from one seed
     ended: bool = False
 
@@ -31,29 +35,32 @@ class Run:
         """The clock of the run; None once its schedule is gone."""
         return self._clock()
 
-    @property
-    def is_live(self) -> bool:
-        """Whether the clock runs it: False after its end, after a refusal, and once another run has taken its place."""
-        clock = self._clock()
-        return clock is not None and clock.run is self
+
+class Caller:
+    """The code that begins a run here and now. Its frames, and with them its pipeline, live as long as this object."""
+
+    def __init__(self) -> None:
+        self.frames = list(
+            _stack()
+        )  # innermost first; from the next question on, the innermost one that still ran then
+
+    def runs_now(self) -> bool:
+        """Whether the calling code is that which began the run: False for any other, once that was aborted."""
+        stack = set(_stack())
+        self.frames = [next((frame for frame in self.frames if frame in stack), self.frames[0])]
+        return self.frames[0] in stack
 
 
 @dataclass(eq=False)
 class Begun:
-    """A run that the calling thread or task has begun, and where. The frames keep a pipeline alive that was aborted."""
+    """A run that the calling thread or task has begun. Without a caller, it lasts until it is ended."""
 
     run: Run
-    frames: list[
-        FrameType
-    ]  # the stack of `set_timesteps`, innermost first; then its innermost one that calls the network
+    caller: Caller | None
 
     def calls_now(self) -> bool:
-        """Whether the code that began the run is what runs now: False once its call of the pipeline was aborted."""
-        if not self.frames:
-            return True
-        stack = set(_stack())
-        self.frames = [next((frame for frame in self.frames if frame in stack), self.frames[0])]
-        return self.frames[0] in stack
+        """Whether the calling code is in the run: False once the call of the pipeline that began it was aborted."""
+        return self.caller is None or self.caller.runs_now()
 
 
 # of this thread or task, the latest last; some may have ended
@@ -70,7 +77,7 @@ def _stack() -> Iterator[FrameType]:
 def begin(run: Run, in_pipeline: bool) -> None:
     """Puts the calling thread or task into a run; in_pipeline: the run is aborted if the call that begins it is."""
     others = (b for b in _RUNS.get() if not b.run.ended and b.run.clock is not None and b.calls_now())
-    _RUNS.set((*others, Begun(run, list(_stack()) if in_pipeline else [])))
+    _RUNS.set((*others, Begun(run, Caller() if in_pipeline else None)))
 
 
 def end(run: Run) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,7 +24,7 @@ from ..pipelines.runs import current_clock, was_replaced
 from .checks import check_matches
 from .compiled.engine import Compiled, Counters
 from .executor import Executor
-from .hooks.registry import Hooks, hooks_of
+from .hooks.registry import Hooks, hook_owners
 from .shipped import find_shipped
 
 RUNTIMES = ("hooks", "compiled", "whole-steps")
@@ -89,7 +90,7 @@ class Handle:
         scheduler = self.pipe.scheduler
         try:
             for name in self.schedule.transformers:
-                self._hooks.append(Hooks(self.pipe.components[name], partial(self._call, name)))
+                self._hooks.append(Hooks(self.pipe.components[name], partial(self._call, name), self))
                 self._hooks[-1].attach([path for part, path in self.executor.hooks if part == name])
             for method, wrapper in (("set_timesteps", self._start), ("step", self._advance)):
                 one = partial(wrapper, scheduler)
@@ -122,7 +123,7 @@ class Handle:
         return executor
 
     def _advance(self, scheduler: Any, own_step: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        clock = next((clock for clock in self._executors if clock.scheduler is scheduler), None)
+        clock = next((clock for clock in tuple(self._executors) if clock.scheduler is scheduler), None)
         if clock is None:
             return own_step(*args, **kwargs)
         if scheduler is not self.pipe.scheduler and clock.run is not None and not (clock.run.step or clock.run.calls):
@@ -176,7 +177,7 @@ class Handle:
         )
 
     def remove(self) -> None:
-        """Detaches the schedule. Safe to call twice, and after an exception inside a run."""
+        """Detaches the schedule. Safe to call twice, and after an exception inside a run; call it between runs."""
         self._attached.close()
         while self._hooks:
             self._hooks.pop().remove()
@@ -197,10 +198,8 @@ class Handle:
 
 def remove(pipe: Any) -> None:
     """Removes the schedule from a pipeline, or from the pipeline that it was copied from; does nothing if there is none."""
-    owners = [owner_of(pipe.scheduler), *(hooks_of(m) for p in transformers_of(pipe).values() for m in p.modules())]
-    for handle in owners:
-        if isinstance(handle, Handle):
-            handle.remove()
+    for handle in {owner_of(pipe.scheduler), *chain(*map(hook_owners, transformers_of(pipe).values()))} - {None}:
+        handle.remove()
 
 
 def apply(

@@ -18,7 +18,7 @@ from ..pipelines.load import transformers_of
 from ..pipelines.patch import owner_of
 from ..pipelines.recording import refuse_caches, refuse_compiled
 from ..pipelines.structure import find_modules
-from .hooks.registry import carries_schedule, refuse_group_offload
+from .hooks.registry import hook_owners, refuse_group_offload
 from .hooks.sites import SiteRow
 from .sampler.update import check_linear
 
@@ -120,7 +120,7 @@ def _check_transformer(name: str, transformer: Any, plan: Plan) -> None:
         )
     refuse_group_offload(name, transformer)
     refuse_caches(name, transformer)
-    if carries_schedule(transformer):
+    if hook_owners(transformer):
         raise MismatchError(
             f"{name} carries a schedule already. Remove it first: sodaprof.remove(pipe). To run another pipeline with the same "
             "network under that schedule, give it a copy of the scheduler: copy.deepcopy(pipe.scheduler)"

@@ -7,6 +7,7 @@ generations, and is written if it is better on the validation generations too. A
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,12 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from ..compiler.problem import cache_bytes, within
-from ..errors import BudgetError, FormatError, MismatchError
+from ..errors import BudgetError, FormatError, MismatchError, SodaprofError
 from ..formats.cost import CostModel
 from ..formats.disk import locked
 from ..formats.files import WHOLE, Number, Record, decode, digest, encode, read_json, refuse_existing, write_json
 from ..formats.schedule import Schedule
+from ..formats.schedule_file import load_schedule
 from ..formats.sites import Model
 from ..pipelines.discover import inspect_pipeline
 from ..pipelines.entries import check_entries, default_prompts
@@ -145,8 +147,13 @@ class Search:
             self.generator.setstate(progress.generator)
             _, self.distances = self.fits.evaluate(progress.columns)
             best, _ = self.fits.evaluate(progress.best)
+            if not force and os.path.lexists(self.output) and not self._wrote(self.output):
+                raise FormatError(
+                    f"{self.output}: is not the file of the search that would continue. Move it away, choose another name, or "
+                    "add --force to replace it."
+                )
         try:
-            self.best = self._write(best, force)
+            self.best = self._write(best, force or progress is not None)
         except FormatError:  # a file that has appeared at the output stays
             state_file(self.output).unlink()
             raise
@@ -179,6 +186,14 @@ class Search:
     def save(self) -> None:
         state = SearchFile(self.request, digest(encode(self.progress)), self.progress)
         write_json(state_file(self.output), state.to_json(), force=True)
+
+    def _wrote(self, path: Path) -> bool:
+        """Whether a file is a schedule of this search."""
+        try:
+            knobs = load_schedule(path).policy["knobs"]
+        except SodaprofError:
+            return False
+        return bool({**knobs, "refined": 0} == self.problem.schedule.policy["knobs"] | {"refined": 0} | self.knobs)
 
     def _validation_score(self, fitted: Schedule) -> float:
         return score_db(sampled_distances(self.validated, fitted))
@@ -246,7 +261,7 @@ def refine(
             for part in parts
         ]
         search = Search(problem, output, request, {"refine_seed": seed, "refine_samples": samples}, replays)
-        search.open(progress, force or progress is not None)
+        search.open(progress, force)
         while True:
             now = search.progress
             on_progress(now.evaluations, now.score, now.best_score)

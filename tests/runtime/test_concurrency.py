@@ -8,20 +8,14 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 
 import sodaprof
 from sodaprof.errors import MismatchError
-from tests.tiny_pipelines import FEW, SITES, draw, schedule_for, tiny_pipe
+from tests.tiny_pipelines import FEW, SITES, TwoPassPipeline, clone, draw, schedule_for, tiny_pipe
 from tests.updated import RESTING, updated
 
 ROWS = {SITES[0]: "CRRCRRRC", SITES[3]: "CCRRCRCC"}
-
-
-def clone(pipe):
-    """Another pipeline with the same network and a copy of the scheduler, as servers make one for each request."""
-    made = type(pipe)(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 def in_turn(pipes, labels):
@@ -165,3 +159,74 @@ def test_threads_that_begin_at_the_same_moment_have_executors_of_their_own():
             thread.join()
         assert all(map(np.array_equal, found, alone))
         assert len(handle._executors) <= 4 + 1
+
+
+@pytest.mark.parametrize("runtime", ["hooks", "compiled"])
+def test_an_aborted_call_within_another_has_no_effect_on_it(runtime):
+    pipe = tiny_pipe()
+    with sodaprof.apply(pipe, schedule_for(pipe, ROWS), runtime=runtime):
+        alone, other, seen, scale = draw(pipe, (3,), seed=3), clone(pipe), [], pipe.scheduler.scale_model_input
+
+        def abort(*args, **kwargs):
+            seen.append(1)
+            raise ZeroDivisionError
+
+        def nested(*args, **kwargs):
+            if not seen:
+                step = type(other.scheduler).step
+                other.transformer.register_forward_hook(abort)
+                with pytest.raises(ZeroDivisionError):
+                    draw(other, (5,), seed=5)
+                other.transformer._forward_hooks.popitem()
+                assert step is type(other.scheduler).step
+            return scale(*args, **kwargs)
+
+        pipe.scheduler.scale_model_input = nested
+        assert np.array_equal(draw(pipe, (3,), seed=3), alone)
+        del pipe.scheduler.scale_model_input
+        with pytest.raises(MismatchError, match="outside a denoising loop"):
+            pipe.transformer(torch.zeros(2, 4, 8, 8), timestep=torch.tensor([1]), class_labels=torch.tensor([1, 1]))
+
+
+def test_a_fitted_scheduler_that_a_nested_call_took_is_refused():
+    pipe = tiny_pipe()
+    pipe.scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))
+    count, calls, scale = RESTING.count("."), [], pipe.scheduler.scale_model_input
+    alone = draw(pipe, (3,), seed=3, steps=count)
+
+    def nested(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            with pytest.raises(ZeroDivisionError):
+                draw(pipe, (5,), seed=5, steps=count)
+        elif len(calls) == 4:  # in the nested call, as far as the outer one is
+            raise ZeroDivisionError
+        return scale(*args, **kwargs)
+
+    pipe.scheduler.scale_model_input = nested
+    with pytest.raises(MismatchError, match="Another call of the pipeline began with this scheduler"):
+        draw(pipe, (3,), seed=3, steps=count)
+    del pipe.scheduler.scale_model_input
+    assert np.array_equal(draw(pipe, (3,), seed=3, steps=count), alone)
+
+
+def test_branches_that_change_places_within_a_run_are_refused():
+    class Swapping(TwoPassPipeline):
+        swapped = ()
+
+        @torch.no_grad()
+        def __call__(self, class_labels, num_inference_steps=50, **_):
+            x, branches = torch.randn(1, 4, 8, 8), [torch.tensor(class_labels[:1]), torch.tensor([10])]
+            self.scheduler.set_timesteps(num_inference_steps)
+            for step, t in enumerate(self.scheduler.timesteps):
+                order = branches[::-1] if step in self.swapped else branches
+                out = [self.transformer(x, timestep=t[None], class_labels=labels).sample for labels in order]
+                x = self.scheduler.step(out[0], t, x).prev_sample
+
+    pipe = tiny_pipe(cls=Swapping)
+    with sodaprof.apply(pipe, schedule_for(tiny_pipe(cls=TwoPassPipeline), ROWS)) as handle:
+        pipe([3], 8)
+        assert handle.report().complete
+        pipe.swapped = (2,)
+        with pytest.raises(MismatchError, match="Step 2 has another branch's arguments in network call 1"):
+            pipe([3], 8)

@@ -25,8 +25,8 @@ class Forward:
     pickled ones, have the original.
     """
 
-    def __init__(self, module: nn.Module, path: str, run: Callable[..., Any]) -> None:
-        self.module, self.path, self.run, self.original = module, path, run, module.forward
+    def __init__(self, module: nn.Module, path: str, run: Callable[..., Any], owner: Any) -> None:
+        self.module, self.path, self.run, self.owner, self.original = module, path, run, owner, module.forward
         self.replaced = vars(module).get("forward")  # None: the class's
         self.active = True
         module.forward = self
@@ -76,9 +76,9 @@ def _same(value: Any) -> Any:
 class Hooks:
     """The replaced `forward`s of a transformer's submodules, by path."""
 
-    def __init__(self, transformer: nn.Module, run: Callable[..., Any]) -> None:
-        """run(path, original, args, kwargs) takes the place of each module's `forward`."""
-        self.transformer, self.run = transformer, run
+    def __init__(self, transformer: nn.Module, run: Callable[..., Any], owner: Any) -> None:
+        """run(path, original, args, kwargs) takes the place of each module's `forward`. owner: found by `hook_owners`."""
+        self.transformer, self.run, self.owner = transformer, run, owner
         self.forwards: dict[str, Forward] = {}
         self.compiled = ExitStack()
 
@@ -86,7 +86,7 @@ class Hooks:
         """Replaces the `forward`s of the submodules at these paths, `""` being the transformer itself."""
         self.compiled.enter_context(uncompiled(self.transformer))
         for path in paths:
-            self.forwards[path] = Forward(self.transformer.get_submodule(path), path, self.run)
+            self.forwards[path] = Forward(self.transformer.get_submodule(path), path, self.run, self.owner)
 
     def remove(self) -> None:
         """Restores all `forward`s."""
@@ -107,7 +107,7 @@ class Hooks:
                 ) from None
             if module is not forward.module or forward.is_lost():
                 forward.remove()
-                self.forwards[path] = Forward(module, path, self.run)
+                self.forwards[path] = Forward(module, path, self.run, self.owner)
 
 
 def chain(hooks: list[ModelHook], module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,18 +124,10 @@ def _call(hook: ModelHook, inner: Callable[..., Any], module: nn.Module, *args: 
     return hook.new_forward(module, *args, **kwargs) if hasattr(hook, "new_forward") else inner(*args, **kwargs)
 
 
-def hooks_of(module: nn.Module) -> Any:
-    """Returns the handle of the schedule whose hook is on the module, None if there is none."""
-    forward = vars(module).get("forward")
-    if not isinstance(forward, Forward) or not forward.active:
-        return None
-    return getattr(getattr(forward.run, "func", None), "__self__", None)
-
-
-def carries_schedule(transformer: nn.Module) -> bool:
-    """Whether a schedule is attached to the transformer."""
+def hook_owners(transformer: nn.Module) -> list[Any]:
+    """Returns the owners of the hooks on the transformer: one if a schedule is attached, else none."""
     forwards = (vars(module).get("forward") for module in transformer.modules())
-    return any(isinstance(forward, Forward) and forward.active for forward in forwards)
+    return list({f.owner: None for f in forwards if isinstance(f, Forward) and f.active})
 
 
 def refuse_group_offload(name: str, transformer: nn.Module) -> None:

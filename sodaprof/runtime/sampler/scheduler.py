@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 import diffusers
@@ -26,6 +25,7 @@ from ...formats.schedule import Schedule
 from ...formats.schedule_file import load_schedule, schedule_from_json, schedule_to_json
 from ...formats.sites import Sampler
 from ...opensora.scheduler import RectifiedFlowScheduler
+from ...pipelines.runs import Caller
 from ...pipelines.sampler_steps import own_update
 from .update import Ring, called_steps, check_linear, drawn, jumps, next_dtype
 
@@ -114,6 +114,7 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = torch.tensor(self._known)
         self.num_inference_steps: int | None = None
         self.step_index: int | None = None
+        self._caller: Caller | None = None  # of the run
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -164,6 +165,9 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 f"The pipeline begins at step {begin_index}; a fitted schedule runs from its first step. {WHOLE}"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_caller": None}  # a copy may be stepped by anybody
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
@@ -194,7 +198,7 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f"it without {name}, or profile and compile for these and run them with sodaprof.apply(pipe, schedule)."
                 )
         self.num_inference_steps, self.step_index, self._ring.newest = count, None, []
-        self._thread = get_ident()
+        self._caller = Caller()
         self.timesteps = torch.tensor(self._known, device=device)
 
     @property
@@ -231,7 +235,7 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         model_output is the guided output, of the sample's shape; eta must be 0; generator draws the sampler's noise.
         """
         step = self.step_index or 0
-        if self.num_inference_steps is not None and self._thread != get_ident():
+        if self.num_inference_steps is not None and self._caller is not None and not self._caller.runs_now():
             raise MismatchError(
                 "Another call of the pipeline began with this scheduler while this one ran, and took its place. Give each "
                 "call that overlaps others a pipeline with a scheduler of its own: copy.deepcopy(pipe.scheduler)"
@@ -259,6 +263,8 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         noise = drawn(jump.noise, model_output, generator)
         moved = self._ring.moved(jump.coefficients, sample, noise, next_dtype(self.sampler.class_name, sample))
         self.step_index = step + 1
+        if self.step_index == len(self._jumps):
+            self._caller = None
         return SchedulerOutput(prev_sample=moved) if return_dict else (moved,)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
