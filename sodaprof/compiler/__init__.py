@@ -1,6 +1,6 @@
 """Compilers: from a profile and a cost table to a schedule, by arithmetic alone.
 
-A policy is a function (Problem, knobs) -> Schedule, in a file of its own in `policies`, whose registry lists them.
+A policy is a function (Problem, knobs) -> Schedule, in a file of `policies`, whose registry lists them.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ def replacing(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yields a temporary path in the same folder and renames it to `path` when the block succeeds.
 
     On any failure (a full disk, Ctrl-C) the temporary file goes and `path` is untouched. An existing `path` is only
-    replaced with `force`, and keeps its mode; else not even one that appears meanwhile. Temporary files are locked by their
-    run, so that those of killed runs are known, and removed here. FormatError as `refuse_existing`.
+    replaced with `force`, and keeps its mode; without it, a file that appears meanwhile is kept, too. Temporary files are
+    locked by their run, so that those of killed runs are known, and removed here. FormatError as `refuse_existing`.
     """
     refuse_existing(path, force)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,19 +29,19 @@ class Plan(Structure, frozen=True):
     rows: dict[str, str]  # site key -> row, in execution order
     stack: str
     k: dict[str, tuple[int, ...]] = field(default_factory=dict)  # one number a P cell
-    forecasts: dict[str, tuple[Forecast, ...]] = field(default_factory=dict)  # one a F cell
-    stack_forecasts: tuple[Forecast, ...] = ()  # one a S cell
+    forecasts: dict[str, tuple[Forecast, ...]] = field(default_factory=dict)  # one per F cell
+    stack_forecasts: tuple[Forecast, ...] = ()  # one per S cell
 
     def cell(self, site: str, step: int, action: str) -> int:
         """Returns how many `action` cells of the site precede the step: the index into its list of parameters."""
         return self.rows[site].count(action, 0, step)
 
     def forecast(self, site: str, step: int) -> Forecast:
-        """Returns the forecast of a F cell."""
+        """Returns the forecast of an F cell."""
         return self.forecasts[site][self.cell(site, step, "F")]
 
     def stack_forecast(self, step: int) -> Forecast:
-        """Returns the forecast of a S cell."""
+        """Returns the forecast of an S cell."""
         return self.stack_forecasts[self.stack.count("S", 0, step)]
 
     def computed(self, site: str, step: int) -> int:

@@ -88,7 +88,7 @@ def _joined(batches: Sequence[Samples]) -> Samples:
 
 @dataclass
 class Comparison:
-    """Samples batch after batch, every contender in turn on the same seeds, so that drifts of the machine hit all alike."""
+    """Samples batch after batch, every contender in turn on the same seeds: changes of the machine's speed affect all alike."""
 
     pipe: Any
     entries: Sequence[int | str]

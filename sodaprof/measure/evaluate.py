@@ -51,7 +51,8 @@ def evaluate(
     """Returns what each schedule costs in fidelity and gains in speed on the same held-out seeds, as plain data.
 
     `rows` holds the schedules and their controls, `full` the full run, `candidates` every spacing tried for the
-    fewer-step controls on calibration seeds, `pictures` the first few of each as float arrays [n, H, W, 3].
+    fewer-step controls on calibration seeds, `pictures` the first few of each as float arrays [n, H, W, 3] ([n, F, H, W, 3]
+    of clips).
     controls: all, none, or the names of some ("fora", "fewer steps, DDIM"). budget: the speed-up that the controls get; by
     default what each schedule reaches.
     data: pictures [n, H, W, 3] in [0, 1] that the model was trained on. n and samples must be at least 1000; the Fréchet and

@@ -23,6 +23,7 @@ from ..pipelines.patch import owner_of, patched
 from ..pipelines.runs import current_clock, was_replaced
 from .checks import check_matches
 from .compiled.engine import Compiled, Counters
+from .compiled.trace import Programs
 from .executor import Executor
 from .hooks.registry import Hooks, hook_owners
 from .shipped import find_shipped
@@ -40,7 +41,7 @@ FORMER_KEYWORDS = {  # of apply
 
 @dataclass(frozen=True)
 class Report:
-    """What a run was planned to do and what it did, in cells (one site at one step)."""
+    """What a run was planned to do and what it did, in cells (one site at one step, on each guidance branch)."""
 
     planned: dict[str, int]
     executed: dict[str, int]
@@ -74,13 +75,15 @@ class Handle:
         self._lock, self._compiling = threading.Lock(), threading.RLock()
         self._attached = ExitStack()
         self._hooks: list[Hooks] = []
+        self._programs: Programs = {}
         check_matches(pipe, schedule)
         self.executor = self._new_executor()  # of the latest run
         self._executors = {self.executor.clock: self.executor}
         self.attach()
 
     def _new_executor(self) -> Executor:
-        return Executor(self.pipe, self.schedule, self._settings, self._any_resolution, self._keep_hooks)
+        made = (self._settings, self._any_resolution, self._keep_hooks, self._programs)
+        return Executor(self.pipe, self.schedule, *made)
 
     def attach(self) -> None:
         """Attaches the schedule again after `remove()`; programs that were traced are kept."""

@@ -16,6 +16,7 @@ from ..pipelines.recording import refuse_caches
 from ..pipelines.transformer_hook import TransformerHook
 from .checks import rows_by_module
 from .compiled.engine import Compiled, Engine
+from .compiled.trace import Programs
 from .hooks.registry import chain, refuse_group_offload
 from .hooks.resolution import SizeHook
 from .hooks.sites import SiteHook, SiteRow
@@ -33,7 +34,9 @@ class Executor:
         settings: Compiled | None,
         any_resolution: bool,
         on_start: Callable[[], None],
+        programs: Programs,
     ) -> None:
+        """programs: traced ones, which the executors of a handle share."""
         self.pipe, self.parts = pipe, {name: pipe.components[name] for name in schedule.transformers}
         self.schedule, self.any_resolution, self.on_start = schedule, any_resolution, on_start
         self.moment = Moment()
@@ -47,7 +50,7 @@ class Executor:
         if settings is not None:
             first = next(iter(self.parts.values()))
             device = torch.device(getattr(pipe, "_execution_device", None) or next(first.parameters()).device)
-            self.engine = Engine(settings, schedule, self.moment, self.update, device)
+            self.engine = Engine(settings, schedule, self.moment, self.update, device, programs)
         self.hooks: dict[tuple[str, str], list[ModelHook]] = {}  # of each module of each transformer, innermost first
         self._chains: dict[tuple[str, str], tuple[Any, Callable[..., Any]]] = {}  # with the `forward` inside
         for name, plan in schedule.transformers.items():
@@ -91,7 +94,7 @@ class Executor:
         return function(*args, **kwargs)
 
     def _forget(self) -> None:
-        """Drops all caches: at the begin of its turn a transformer computes everything."""
+        """Drops all caches: at the beginning of its turn a transformer computes everything."""
         parts: list[Any] = [*self.rows, *self.stacks, *self.turns]
         for part in parts:
             part.reset()

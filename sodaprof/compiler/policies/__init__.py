@@ -1,4 +1,4 @@
-"""The registry of policies: one file and one entry each. Command line, `mix`, messages and docs read it."""
+"""The registry of policies: one entry each, and one file, but for DuCa, which shares ToCa's. Command line and docs read it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ STATES, SITES, STACK = (f"products of {what}" for what in ("states", "sites", "t
 
 @dataclass(frozen=True)
 class Policy:
-    """A function from a problem and knobs to a signed schedule, and what is said of it."""
+    """A function from a problem and knobs to a schedule that names its policy, and the description of it."""
 
     compile: Callable[[Problem, Any], Schedule]
     knobs: type
     help: str  # one line: what happens between full steps
     reads: str = "none"  # tables of the profile
-    released: bool = False  # it has released settings, which hold if no budget is given
-    mixed: bool = False  # `mix` measures it
+    released: bool = False  # it has released settings, which apply if no budget is given
+    mixed: bool = False  # one of the candidates that `mix` measures
     fits_update: bool = False  # its schedules have a fitted update of their own
 
 

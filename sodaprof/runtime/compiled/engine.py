@@ -63,8 +63,15 @@ class Engine:
     """Traced blocks, conditioning tables, cached sums and graphs of every transformer of a schedule."""
 
     def __init__(
-        self, settings: Compiled, schedule: Schedule, moment: Moment, update: StateUpdate | None, device: torch.device
+        self,
+        settings: Compiled,
+        schedule: Schedule,
+        moment: Moment,
+        update: StateUpdate | None,
+        device: torch.device,
+        programs: Programs,
     ) -> None:
+        """programs: filled with what is traced; the engines of overlapping runs share them."""
         if settings.whole_steps and len(schedule.transformers) > 1:
             raise SodaprofError("Runtime whole-steps is for one transformer. Take --runtime compiled")
         self.settings, self.schedule, self.moment, self.update, self.device = settings, schedule, moment, update, device
@@ -77,7 +84,7 @@ class Engine:
         self.blocks: list[TracedBlock] = []
         self.tables: list[ConditioningTables] = []
         self.captures: list[Graphs] = []
-        self.programs: Programs = {}
+        self.programs = programs
         self.loop: Loop | None = None
 
     def hooks(self, transformer: nn.Module, plan: Plan, rows: list[SiteRow]) -> list[tuple[str, Any]]:

@@ -62,7 +62,7 @@ class SiteRow:
         raster: tuple[int, int] | None = None,
     ) -> None:
         self.key, self.attends, self.rule = key, attends, rule
-        # for a module called on groups of a sample's tokens: brings one value a token into the sample's order
+        # for a module called on groups of a sample's tokens: reorders values per token to the sample's order
         self.by_sample: Callable[[torch.Tensor, int], torch.Tensor] | None = getattr(module, "by_sample", None)
         self.layout, self.holds_text = plan.layout(key), plan.holds_text(key)
         self.cells = self.profiled_cells = cells_of(plan, key, observed)
