@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import MismatchError
 from ..formats.sites import Sampler
 from .patch import patched
-from .recording import Latents, has_null_labels, is_halved, refuse_copy
+from .recording import Latents, has_null_half, is_halved, refuse_copy
 from .runs import Run, begin, end
 
 
@@ -272,10 +272,10 @@ class Clock:
         elif _is_of_another(addresses, run.conditioning, branch):
             self._refuse_change(f"another branch's arguments in network call {branch + 1}", "its own")
         if step == 0 and branch == 0:
-            run.halved = is_halved(hidden)
-            if self.sampler.guidance_form == "halves" and not run.halved:
+            run.halved, null_half = is_halved(hidden), has_null_half(*call)
+            if self.sampler.guidance_form == "halves" and (not run.halved or null_half is False):
                 self._refuse_guidance("one branch a network call")
-            if self.sampler.guidance_form != "halves" and run.halved and has_null_labels(*call):
+            if self.sampler.guidance_form != "halves" and run.halved and null_half:
                 self._refuse_guidance(BOTH)
         return step, branch
 

@@ -261,10 +261,12 @@ def latents_of(transformer: nn.Module, args: Args, kwargs: Kwargs) -> Latents:
     )
 
 
-def has_null_labels(transformer: Any, kwargs: Kwargs) -> bool:
-    """Whether the second half of a batch is called with the label that means none, as DiT's other branch is."""
+def has_null_half(transformer: Any, kwargs: Kwargs) -> bool | None:
+    """Whether half of a batch has the label that means none, as DiT's other branch has; None without labels."""
     labels, null = kwargs.get("class_labels"), dict(transformer.config).get("num_embeds_ada_norm")
-    return torch.is_tensor(labels) and null is not None and bool((labels[len(labels) // 2 :] == null).all())
+    if not torch.is_tensor(labels) or null is None:
+        return None
+    return any(bool((half == null).all()) for half in labels.chunk(2))
 
 
 def is_halved(latents: Latents) -> bool:

@@ -208,6 +208,21 @@ def test_another_form_of_guidance_is_refused(pipe, profiled, called):
         draw(pipe, guidance_scale=called)
 
 
+def test_two_labels_from_one_seed_are_no_guidance(pipe):
+    def from_one_seed():
+        seeds = [torch.Generator().manual_seed(5) for _ in range(2)]
+        return pipe([1, 2], guidance_scale=1.0, num_inference_steps=STEPS, generator=seeds, output_type="np").images
+
+    plain = from_one_seed()
+    with (
+        sodaprof.apply(pipe, schedule_for(pipe)),
+        pytest.raises(MismatchError, match="found one branch a network call"),
+    ):
+        from_one_seed()
+    with sodaprof.apply(pipe, schedule_for(pipe, guidance_scale=1.0)):
+        assert np.array_equal(from_one_seed(), plain)
+
+
 def test_another_model_is_refused(pipe):
     with pytest.raises(MismatchError, match="layers 3"):
         sodaprof.apply(tiny_pipe(layers=3), mixed_schedule(pipe))
