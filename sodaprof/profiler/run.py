@@ -131,9 +131,9 @@ def _begins_with(work: Path, plan: ProfilePlan) -> bool:
 def _restore_replaced(folder: Path) -> None:
     """Completes what a run left that was killed between the renames: the older profile goes, or comes back."""
     aside = _aside(folder)
+    if aside.exists() and (others := _others(aside)):
+        raise FormatError(f"{aside}: holds {others[0]}, which is no part of a profile. Move it away.")
     if aside.exists() and folder.exists():
-        if others := _others(aside):
-            raise FormatError(f"{aside}: holds {others[0]}, which is no part of a profile. Move it away.")
         shutil.rmtree(aside)
     elif aside.exists():
         os.rename(aside, folder)

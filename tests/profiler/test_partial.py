@@ -112,3 +112,13 @@ def test_a_damaged_state_is_refused_and_its_advice_works(pipe, tmp_path, interru
         assert run(pipe, tmp_path / "p").digest() == wanted
     else:
         assert run(pipe, tmp_path / "p", force=True).digest() == wanted
+
+
+@pytest.mark.parametrize("place", ["p.partial", ".p.replaced"])
+def test_what_others_put_in_our_places_is_kept(pipe, tmp_path, place):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "thesis.txt").write_text("x")
+    with pytest.raises(FormatError, match=r"holds thesis\.txt"):
+        run(pipe, tmp_path / "p", force=True)
+    assert (tmp_path / place / "thesis.txt").read_text() == "x"
+    assert not (tmp_path / "p").exists()
