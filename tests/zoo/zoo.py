@@ -67,7 +67,7 @@ def other(kwargs: dict[str, Any], seed: int) -> dict[str, Any]:
             return value
         if value.is_floating_point():
             return torch.randn(value.shape, generator=source)
-        return value.flip(-1) + 1
+        return (value.flip(-1) - 1).abs()
 
     return {name: fresh(value) if name in CONDITIONS else value for name, value in kwargs.items()}
 
@@ -142,7 +142,7 @@ def DiTTransformer2DModel(cls: Any) -> Made:
         num_attention_heads=HEADS, attention_head_dim=HEAD, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
         patch_size=2, num_embeds_ada_norm=10,
     )  # fmt: skip
-    return module, given(hidden_states=halves(4, 8, 8), timestep=time(700), class_labels=torch.tensor([3, 7]))
+    return module, given(hidden_states=halves(4, 8, 8), timestep=time(700), class_labels=torch.tensor([3, 10]))
 
 
 @member
