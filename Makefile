@@ -34,10 +34,11 @@ test: .venv/ready
 	$(PYTEST)
 
 # Lines of the package, and of its tests without zoo, parity, studies and reference models. A ceiling rises for net new features
-# only, with the reason in the commit. The last rise: overlapping runs, safe files with typed state, the boundary of the command
-# line, labels, a scheduler that saves (1400 lines), with the reported cases, fuzzing and faults injected (3500 lines of tests).
-CEILING_PACKAGE := 19000
-CEILING_TESTS := 19000
+# only, with the reason in the commit. The last rises: overlapping runs, safe files with typed state, the boundary of the command
+# line, labels, a scheduler that saves (1400 lines), with the reported cases, fuzzing and faults injected (3500 lines of tests);
+# better fitted samplers: data basis, network times, placements that compete, joint fits (700 lines each).
+CEILING_PACKAGE := 19700
+CEILING_TESTS := 19700
 lines:
 	@n=$$(git ls-files 'sodaprof/*.py' | xargs cat | wc -l); echo "sodaprof: $$n lines of at most $(CEILING_PACKAGE)"; \
 	  test $$n -le $(CEILING_PACKAGE)

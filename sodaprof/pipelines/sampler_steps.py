@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..formats.data_basis import FLOWS, in_data_basis
 from ..formats.sampler import MAX_HISTORY, Basis, OwnUpdate
 from .patch import replaced
 
@@ -55,8 +56,10 @@ class _Wide(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def own_update(scheduler: Any, timesteps: Any) -> OwnUpdate:
+def own_update(scheduler: Any, timesteps: Any, basis: str | None = None) -> OwnUpdate:
     """Returns the scheduler's own steps through timesteps ([T], tensor or list, in the order of the steps) as an update.
+
+    basis: `data` for its steps in the data basis (`data_basis.in_data_basis`); by default the scheduler's own.
 
     The scheduler must be in its state before the pipeline's loop (`set_timesteps` called, begin index set if the pipeline
     sets it) and is not changed. The coefficients are those of a run which passes only a generator to `step`: no `eta` other
@@ -80,7 +83,7 @@ def own_update(scheduler: Any, timesteps: Any) -> OwnUpdate:
             f"{name}: step {current} of {len(steps)} (timestep {steps[current].item():g}) cannot be tabled: {error}. Take"
             f" DPMSolverMultistepScheduler (2M), DDIM or flow-match Euler with settings that it supports, {INSTEAD}."
         ) from error
-    return found
+    return in_data_basis(found, name in FLOWS) if basis == "data" else found
 
 
 def basis_of(scheduler: Any) -> Basis:
