@@ -73,7 +73,9 @@ def legal_schedules(
     rule = draw(_token_rules(plans, sampler)) if pruned else None
     runs = [any(plan.stack[t] in ".S" for plan in plans.values()) for t in range(steps)]
     needed = any("-" in plan.stack for plan in plans.values())
-    update = draw(_updates(runs)) if needed or ("-" in actions and draw(st.booleans())) else None
+    update = (
+        draw(_updates(runs, sampler, len(names) == 1)) if needed or ("-" in actions and draw(st.booleans())) else None
+    )
     profile = st.fixed_dictionaries({"digest": texts, "seed": st.integers(0, 9), "samples": st.integers(1, 9)})
     costs = {"unit": texts, "speedup": numbers, "cost": numbers}
     predicted = st.fixed_dictionaries(costs | {"error": st.none() | numbers, "cache_bytes": st.integers(0, 9)})
@@ -134,13 +136,21 @@ def _token_rules(draw: st.DrawFn, plans: dict[str, Plan], sampler: Sampler) -> T
 
 
 @st.composite
-def _updates(draw: st.DrawFn, runs: list[bool]) -> Update:
-    history = draw(st.integers(1, 4))
+def _updates(draw: st.DrawFn, runs: list[bool], sampler: Sampler, alone: bool) -> Update:
+    """alone: whether there is one transformer, whose times need not keep apart from another's."""
+    history = draw(st.integers(1, 8))
     rows = []
     for step in range(len(runs)):
         outputs = sum(runs[: step + 1])
         rows.append(tuple(draw(digits(9)) if j <= outputs else 0.0 for j in range(1 + history)))
-    return Update(draw(st.sampled_from(["output", "data"])), history, tuple(rows), draw(free))
+    times, initial = None, draw(st.none() | st.tuples(*(digits(9) for _ in runs)))
+    most, taken = 1.001 * max(sampler.timesteps), set(sampler.timesteps)
+    if alone and most > 1 and draw(st.booleans()):
+        fractions = st.floats(0, most).filter(lambda time: time not in taken)
+        drawn = draw(st.lists(fractions, min_size=sum(runs), max_size=sum(runs), unique=True))
+        falling = iter(sorted(drawn, reverse=True))
+        times = tuple(next(falling) if called else own for called, own in zip(runs, sampler.timesteps, strict=True))
+    return Update(draw(st.sampled_from(["output", "data"])), history, tuple(rows), draw(free), times, initial)
 
 
 @dataclass(frozen=True)
@@ -218,6 +228,17 @@ def _allowed(path: tuple[Any, ...], value: Any, other: Any) -> bool:
     if value is None:
         return other is None or type(other) is int
     if other is None:
-        return path[-1] in ("update", "token_rule", "profile", "predicted", "error", "scale", "text_encoder", "vae")
+        return path[-1] in (
+            "update",
+            "token_rule",
+            "profile",
+            "predicted",
+            "error",
+            "scale",
+            "text_encoder",
+            "vae",
+            "times",
+            "initial",
+        )
     alike = (int, float) if type(value) in (int, float) else (type(value),)
     return type(other) in alike

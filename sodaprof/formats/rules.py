@@ -7,10 +7,13 @@ reads, and at which steps it has to be recorded.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from ..errors import IllegalScheduleError
+from .sampler import DIGITS, LONGEST_HISTORY
 from .schedule import Forecast, Plan, Schedule
 from .sites import SiteKey, check_fingerprint
 
@@ -195,24 +198,52 @@ def _wrong_forecasts(
 
 
 def update_is_complete(s: Schedule) -> Iterator[str]:
-    """An update has a known basis, 1 to 4 outputs of history, T rows of finite coefficients, 0 for outputs still to come."""
+    """An update has a known basis, 1 to 8 outputs of history, T rows of finite coefficients, 0 for outputs still to come."""
     update = s.update
     if update is None:
         if any("-" in plan.stack for plan in s.transformers.values()):
             yield "a step without network (-) and no update"
         return
-    if update.basis not in ("output", "data") or not 1 <= update.history <= 4:
+    if update.basis not in ("output", "data") or not 1 <= update.history <= LONGEST_HISTORY:
         yield f"an update of basis {update.basis!r} and history {update.history}"
     if len(update.coefficients) != s.steps or any(len(row) != update.history + 1 for row in update.coefficients):
         yield f"update coefficients not of {s.steps} rows of {update.history + 1}"
         return
+    if update.initial is not None and len(update.initial) != s.steps:
+        yield f"{len(update.initial)} weights of the first latents for {s.steps} steps"
+        return
     outputs = 0
     for t, row in enumerate(update.coefficients):
         outputs += any(plan.stack[t] in ".S" for plan in s.transformers.values())
-        if not all(_has_digits(c, 9) for c in row):
+        if not all(_has_digits(c, DIGITS) for c in (*row, update.initial[t] if update.initial else 0)):
             yield f"an update coefficient at step {t} that is no number of at most 9 significant digits"
         elif any(row[1 + outputs :]):
             yield f"an update at step {t} that weighs outputs that do not exist yet"
+
+
+def times_keep_the_order(s: Schedule) -> Iterator[str]:
+    """Network times, one a step, fall from call to call within the sampler's range; without a call they are the sampler's."""
+    if s.update is None or s.update.times is None:
+        return
+    times, trained = s.update.times, s.sampler.config.get("num_train_timesteps")
+    if len(times) != s.steps or not all(map(_is_finite, times)):
+        yield f"{len(times)} network times for {s.steps} steps, or one that is no number"
+        return
+    end: float = trained if trained is not None and _is_finite(trained) else 1.001 * max(s.sampler.timesteps)
+    stacks = [plan.stack for plan in s.transformers.values()]
+    before, counts, least = math.inf, Counter(times), list(accumulate(times, min))
+    most = list(accumulate(reversed(times), max))[::-1]  # from each step on
+    for t, time in enumerate(times):
+        if any(stack[t] in ".S" for stack in stacks):
+            if not 0 <= time <= end:
+                yield f"the network time {time:g} at step {t}, outside 0…{end:g}"
+            if time >= before or counts[time] > 1:
+                yield f"the network time {time:g} at step {t}, at or after that of another step"
+            before = time
+        elif time != s.sampler.timesteps[t]:
+            yield f"the network time {time:g} at step {t}, at which no network is called and the sampler is at another"
+        if t and any(stack[t] != "_" == stack[t - 1] for stack in stacks) and least[t - 1] <= most[t]:
+            yield f"network times on both sides of that at which another transformer begins, step {t}"
 
 
 RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
@@ -227,6 +258,7 @@ RULES: tuple[Callable[[Schedule], Iterator[str]], ...] = (
     forecasts_have_sources,
     stack_forecasts_have_sources,
     update_is_complete,
+    times_keep_the_order,
 )
 
 

@@ -17,7 +17,11 @@ from .files import Number, Record
 from .sites import MAX_STEPS
 
 Basis = Literal["output", "data"]
-MAX_HISTORY = 4  # outputs that an update may weigh
+MAX_HISTORY = 4  # outputs that a policy's update weighs
+LONGEST_HISTORY = 8  # outputs that the update of a file may weigh
+OUTPUT_BASED = (  # samplers whose own steps weigh outputs
+    "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler",
+)  # fmt: skip
 RIDGE = 1e-4  # of each regressor's energy, towards the sampler's own coefficients
 DIGITS = 9  # significant digits of an update's coefficients in a file
 

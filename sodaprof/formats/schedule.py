@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from msgspec import Meta, field
 
 from .files import WHOLE, Number, PositiveInt, Record, digest, write_json
+from .sampler import LONGEST_HISTORY
 from .sites import Sampler, Structure, turn_ages
 
 
@@ -85,12 +86,14 @@ class TokenRule(Record, frozen=True):
 
 
 class Update(Record, frozen=True):
-    """x <- c0 · x + Σ c_j · V_j in place of the scheduler's own step; coefficients [T][1 + history]."""
+    """x <- c0 · x + Σ c_j · V_j + i · x_first in place of the scheduler's own step; coefficients [T][1 + history]."""
 
     basis: str
-    history: Annotated[int, Meta(ge=1, le=4)]
+    history: Annotated[int, Meta(ge=1, le=LONGEST_HISTORY)]
     coefficients: tuple[tuple[Number, ...], ...]
     fitted: dict[str, Any]
+    times: tuple[Number, ...] | None = None  # [T], network times; None: the sampler's timesteps
+    initial: tuple[Number, ...] | None = None  # [T], weights of the run's first latents; None: 0
 
 
 class Schedule(Record, frozen=True):
@@ -110,6 +113,11 @@ class Schedule(Record, frozen=True):
     @property
     def steps(self) -> int:
         return self.sampler.steps
+
+    @property
+    def times(self) -> tuple[Number, ...]:
+        """The timestep that the network receives at each step."""
+        return self.sampler.timesteps if self.update is None or self.update.times is None else self.update.times
 
     def anchors(self) -> tuple[int, ...]:
         """Returns the full steps: those at which all sites of the transformer that is called are C."""

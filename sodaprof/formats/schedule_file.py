@@ -1,4 +1,4 @@
-"""schedule.json, version 1: a schedule is read from it, checked against the rules, and written to it."""
+"""schedule.json, versions 1 and 2: a schedule is read from it, checked against the rules, and written to it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from msgspec.structs import replace
 from ..errors import FormatError
 from .files import REWRITE, WHOLE, Figure, Number, PositiveInt, Record, decode, encode, header, read_json
 from .rules import verify
+from .sampler import MAX_HISTORY, OUTPUT_BASED
 from .schedule import Forecast, Plan, Schedule
 from .sites import Index, Shape, check_seed
 
-FORMAT = "sodaprof.schedule", 1
+FORMAT = "sodaprof.schedule", 2
+SINCE_2 = ("times", "initial")  # keys of `update`
 KEYS = (
     "transformers", "update", "token_rule", "sampler", "shape", "profile", "policy", "predicted", "measured", "made_by",
 )  # fmt: skip
@@ -96,18 +98,40 @@ def load_schedule(path: str | Path) -> Schedule:
 def schedule_to_json(schedule: Schedule) -> dict[str, Any]:
     """Returns the content of schedule.json."""
     plans = {name: encode(_plan_file(plan)) for name, plan in schedule.transformers.items()}
-    data = encode(replace(schedule, transformers={})) | {"transformers": plans}
-    return {"format": FORMAT[0], "version": FORMAT[1]} | {key: data[key] for key in KEYS}
+    data, version = encode(replace(schedule, transformers={})) | {"transformers": plans}, version_of(schedule)
+    if version == 1 and schedule.update is not None:
+        data["update"] = {key: value for key, value in data["update"].items() if key not in SINCE_2}
+    return {"format": FORMAT[0], "version": version} | {key: data[key] for key in KEYS}
+
+
+def version_of(schedule: Schedule) -> int:
+    """Returns the version of the schedule's file: the lowest that can hold its update."""
+    update = schedule.update
+    if update is None:
+        return 1
+    other_basis = update.basis == "data" and schedule.sampler.class_name in OUTPUT_BASED
+    has_more = update.times is not None or update.initial is not None or update.history > MAX_HISTORY
+    return 2 if has_more or other_basis else 1
 
 
 def schedule_from_json(data: Any, where: str) -> Schedule:
     """Returns the schedule that `schedule_to_json` wrote, without checking the rules; FormatError for anything else."""
     content = header(data, FORMAT, where)
+    version, update = data["version"], content.get("update")
+    if version == 1 and isinstance(update, dict):
+        if found := [key for key in SINCE_2 if key in update]:
+            raise FormatError(f"{where}: update: version 1 has no key `{found[0]}`. {REWRITE}")
+        content["update"] = update | dict.fromkeys(SINCE_2)
     files = decode(content.get("transformers"), dict[str, PlanFile], f"{where}: transformers")
     plans = {name: _plan(file, f"{where}: transformers: {name}") for name, file in files.items()}
     for key, kind in PARTS.items():
         decode(content.get(key), kind, f"{where}: {key}")
-    return replace(decode(content | {"transformers": {}}, Schedule, where), transformers=plans)
+    schedule = replace(decode(content | {"transformers": {}}, Schedule, where), transformers=plans)
+    if version < version_of(schedule):
+        raise FormatError(
+            f"{where}: update: in version 1 its history is at most {MAX_HISTORY} and its basis the sampler's own. {REWRITE}"
+        )
+    return schedule
 
 
 def _plan_file(plan: Plan) -> PlanFile:

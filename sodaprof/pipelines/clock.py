@@ -90,6 +90,9 @@ class Clock:
         self._scheduler = weakref.ref(scheduler)
         self.sampler = sampler
         self.on_start, self.on_end = on_start, on_end
+        self.times: tuple[float, ...] = sampler.timesteps  # that the network receives
+        self.checks_times = False  # whether the network's next call at a fraction has to be compared with it
+        self._kept: tuple[Any, Any] | None = None  # timesteps of the run in the scheduler, and the scheduler's own
         self.run: Run | None = None  # None outside of runs, and after a refusal
         self.update: StepTaker | None = None
         self.loop: LoopTaker | None = None  # around the update
@@ -147,10 +150,16 @@ class Clock:
             self.stop()
             raise
         begin(run, in_pipeline=True)
+        own = scheduler.timesteps
+        if self.times != self.sampler.timesteps:
+            dtype = own.dtype if own.is_floating_point() else torch.float32
+            scheduler.timesteps = torch.tensor(self.times, dtype=dtype, device=own.device)
+            self.times = tuple(torch.tensor(self.times, dtype=dtype).tolist())  # as the pipeline passes them on
         if self.loop is not None:
             timesteps = scheduler.timesteps.detach().as_subclass(Timesteps)
             timesteps.run = run
             scheduler.timesteps = timesteps
+        self._kept = scheduler.timesteps, own
         return result
 
     def advance(
@@ -188,10 +197,12 @@ class Clock:
         return self.run
 
     def stop(self) -> None:
-        """Ends the run."""
+        """Ends the run, after which the scheduler has its own timesteps again."""
         if self.run is not None:
             end(self.run)
-        self.run = None
+        if self._kept is not None and self.scheduler is not None and self.scheduler.timesteps is self._kept[0]:
+            self.scheduler.timesteps = self._kept[1]
+        self.run = self._kept = None
 
     def _check_timesteps(self) -> None:
         found, wanted = tuple(self.scheduler.timesteps.tolist()), self.sampler.timesteps
@@ -203,7 +214,7 @@ class Clock:
             )
 
     def _check_step(self, run: Run, timestep: Any, sample: Any) -> None:
-        wanted, form = self.sampler.timesteps[run.step], self.sampler.guidance_form
+        wanted, form = self.times[run.step], self.sampler.guidance_form
         on_host = not torch.is_tensor(timestep) or timestep.device.type == "cpu"  # no host sync for the check
         counts = hasattr(self.scheduler, "step_index")  # on the host, and checked after the step
         if (on_host or (run.step == 0 and not counts)) and float(timestep) != float(wanted):

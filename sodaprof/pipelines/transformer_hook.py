@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+import inspect
+import math
+from collections.abc import Callable, Container, Iterable
 from typing import Any, NoReturn
 
+import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
+from ..errors import UnsupportedModelError
 from .clock import Clock, Moment, brief
 from .recording import latents_of
+
+TIME = ("timestep", "timesteps", "t")  # names of the argument in diffusers' transformers
+
+
+def is_whole_of(time: float, found: torch.Tensor, config: dict[str, Any]) -> bool:
+    """Whether a network receives, for a time that is no whole number, what it does for one next to it, and not the time.
+
+    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). A value that
+    the time rounds to in its dtype, or in half precision on the way, is the time.
+    """
+    if not found.is_floating_point():
+        return True
+    trained, value = config.get("num_train_timesteps") or 1000, found.double().item()
+    exact = (time, *(torch.tensor(time, dtype=dtype).item() for dtype in (torch.float16, torch.bfloat16)))
+
+    def is_of(times: Iterable[float]) -> bool:
+        near = 2 * torch.finfo(found.dtype).eps
+        forms = [(form, size) for t in times for form in (t, trained - t) for size in (1, trained)]
+        return any(abs(form / size - value) <= near * trained / size for form, size in forms)
+
+    return is_of((math.floor(time), math.ceil(time))) and not is_of(exact)
 
 
 class TransformerHook(ModelHook):  # type: ignore[misc]
@@ -45,6 +70,8 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
             self._refuse_turn()
         if past[moment.step] == 0 and moment.branch == 0:
             self.on_turn()
+        if self.clock.checks_times and self.clock.times[moment.step] % 1:
+            self._check_time(module, args, kwargs)
         moment.forward += 1
         moment.tabled = False
         return args, kwargs
@@ -62,11 +89,27 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
     def reset(self) -> None:
         self.latest.clear()
 
+    def _check_time(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises UnsupportedModelError if the pipeline makes a whole number of a time that is none; one host sync."""
+        time, given = (
+            self.clock.times[self.moment.step],
+            inspect.signature(type(module).forward).bind(module, *args, **kwargs),
+        )
+        found = next((v.reshape(-1)[0] for k, v in given.arguments.items() if k in TIME and torch.is_tensor(v)), None)
+        if found is not None and is_whole_of(time, found, self.clock.sampler.config):
+            self.clock.stop()
+            raise UnsupportedModelError(
+                f"The pipeline calls {self.name} with the timestep {found.item():g} for the time {time:g} of step "
+                f"{self.moment.step}: it passes whole timesteps alone, and the schedule's times were fitted as fractions. Take "
+                "a schedule without network times, or one whose times are whole numbers."
+            )
+        self.clock.checks_times = False
+
     def _refuse_turn(self) -> NoReturn:
         """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""
         step, turn = self.moment.step, tuple(t for t, past in enumerate(self.past) if past >= 0)
         self.clock.refuse(
-            f"The pipeline calls {self.name} at step {step} (timestep {self.clock.sampler.timesteps[step]:g}), at which "
+            f"The pipeline calls {self.name} at step {step} (timestep {self.clock.times[step]:g}), at which "
             f"another transformer was called when it was profiled; {self.name} was called at steps {brief(turn)}. Set the "
             "boundary between them back (for Wan pipe.register_to_config(boundary_ratio=...)), or profile and compile anew."
         )

@@ -75,6 +75,13 @@ def _headline(schedule: Schedule) -> Text:
         text.append(f"\npredicted {p['speedup']:.2f}x {p['unit']}{error}, {p['cache_bytes'] / 2**20:.2f} MiB of cache")
     if schedule.update is not None:
         text.append("\n" + _about_update(schedule.update))
+        moved = [
+            f"{t}: {time:g} ({own:g})"
+            for t, (time, own) in enumerate(zip(schedule.times, sampler.timesteps, strict=True))
+            if time != own
+        ]
+        if moved:
+            text.append("\n" + shown(f"network times (the sampler's) by step: {', '.join(moved)}", 400))
     for record in schedule.measured[:MOST_RECORDS]:
         text.append(f"\nmeasured {_about_measured(record)}")
     if (more := len(schedule.measured) - MOST_RECORDS) > 0:
@@ -97,6 +104,8 @@ def _about_measured(record: dict[str, Any]) -> str:
 
 def _about_update(update: Update) -> str:
     text, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
+    if update.initial is not None:
+        text += " and the first latents"
     if fitted.get("loop") not in ("open", "closed"):
         return f"{text}, not fitted yet"
     samples = f" on {shown(fitted['samples'])} generations" if "samples" in fitted else ""

@@ -11,13 +11,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from ..errors import MismatchError, SodaprofError
 from ..formats.rules import verify
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
-from ..pipelines.clock import Timesteps
 from ..pipelines.load import transformers_of
 from ..pipelines.patch import owner_of, patched
 from ..pipelines.runs import current_clock, was_replaced
@@ -184,9 +181,6 @@ class Handle:
         self._attached.close()
         while self._hooks:
             self._hooks.pop().remove()
-        scheduler = self.pipe.scheduler
-        if isinstance(vars(scheduler).get("timesteps"), Timesteps):
-            scheduler.timesteps = scheduler.timesteps.as_subclass(torch.Tensor)
         for executor in self._executors.values():
             executor.clock.stop()
             executor.reset()

@@ -85,11 +85,11 @@ def _check_boundary(pipe: Any, schedule: Schedule) -> None:
         return
     ratio = config["boundary_ratio"]
     # in a tensor, as the pipeline compares: a timestep at the boundary must be on the same side
-    found = (torch.tensor(schedule.sampler.timesteps) >= (0 if ratio is None else ratio * trained)).tolist()
+    found = (torch.tensor(schedule.times) >= (0 if ratio is None else ratio * trained)).tolist()
     wanted = [past >= 0 for past in schedule.transformers["transformer"].past()]
     if found != wanted:
         count = sum(wanted)
-        above, below = (t / trained for t in schedule.sampler.timesteps[count - 1 : count + 1])
+        above, below = (t / trained for t in schedule.times[count - 1 : count + 1])
         raise MismatchError(
             f"With boundary_ratio={ratio} the pipeline calls transformer at {sum(found)} of {len(found)} steps, then "
             f"transformer_2; in the schedule it is {count}. Set the boundary above {below:.4g} and at most {above:.4g}, say "

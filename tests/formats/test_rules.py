@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from sodaprof.errors import IllegalScheduleError
 from sodaprof.formats import rules
 from sodaprof.formats.rules import observed_steps, source_of
-from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule
+from sodaprof.formats.schedule import Forecast, Plan, Schedule, TokenRule, Update
 from sodaprof.formats.schedule_file import schedule_from_json, schedule_to_json
 from sodaprof.formats.sites import Guidance
 from tests.strategies import legal_schedules
@@ -60,6 +60,24 @@ def with_coefficient(schedule: Schedule, step: int, j: int, value: Any) -> Sched
 
 def with_update(schedule: Schedule, **changes: Any) -> Schedule:
     return replace(schedule, update=replace(schedule.update, **changes))
+
+
+def with_time(schedule: Schedule, step: int, value: float) -> Schedule:
+    times = list(schedule.times)
+    times[step] = value
+    return with_update(schedule, times=tuple(times))
+
+
+def without_trained(schedule: Schedule) -> Schedule:
+    return replace(schedule, sampler=replace(schedule.sampler, config={}))
+
+
+def crossing(relay: Schedule) -> Schedule:
+    """Returns a schedule whose second transformer is called at a time between those of the last two steps of the first."""
+    update = Update("output", 1, ((1.0, 0.5),) * 6, {})
+    rows = dict.fromkeys(relay.transformers["high"].rows, "CR-___")
+    resting = replace(edit(relay, "high", stack="..-___", rows=rows), update=update)
+    return with_time(resting, 3, (resting.times[1] + resting.times[2]) / 2)
 
 
 def with_two_turns(relay: Schedule, high: str = "CR__CR", stack: str = "..__..", **changes: Any) -> Schedule:
@@ -204,7 +222,9 @@ BROKEN = {  # rule -> (fixture, change, what the message says was found)
         ("skipping", lambda s: replace(s, update=None), "no update"),
         ("skipping", lambda s: with_update(s, basis="noise"), "basis 'noise'"),
         ("skipping", lambda s: with_update(s, history=0), "history 0"),
-        ("skipping", lambda s: with_update(s, history=5), "history 5"),
+        ("skipping", lambda s: with_update(s, history=9), "history 9"),
+        ("skipping", lambda s: with_update(s, initial=(0.0,) * 5), "5 weights of the first latents for 6 steps"),
+        ("skipping", lambda s: with_update(s, initial=(0.1234567891,) * 6), "at most 9 significant digits"),
         ("skipping", lambda s: with_update(s, history=3), "6 rows of 4"),
         ("skipping", lambda s: with_update(s, coefficients=s.update.coefficients[1:]), "6 rows of 3"),
         ("skipping", lambda s: with_coefficient(s, 3, 0, float("nan")), "no number of at most 9 significant digits"),
@@ -212,6 +232,17 @@ BROKEN = {  # rule -> (fixture, change, what the message says was found)
         ("skipping", lambda s: with_coefficient(s, 3, 1, 0.1234567891), "at most 9 significant digits"),
         ("skipping", lambda s: with_coefficient(s, 0, 2, 0.1), "step 0 that weighs outputs that do not exist yet"),
         ("skipping", without_network_at_1, "step 1 that weighs outputs that do not exist yet"),
+    ],
+    "times_keep_the_order": [
+        ("skipping", lambda s: with_update(s, times=(1,)), "1 network times for 6 steps"),
+        ("skipping", lambda s: with_time(s, 1, float("inf")), "one that is no number"),
+        ("skipping", lambda s: with_time(s, 0, 1000.5), "network time 1000.5 at step 0, outside 0…1000"),
+        ("skipping", lambda s: with_time(without_trained(s), 0, 1.002 * s.sampler.timesteps[0]), "at step 0, outside 0…"),
+        ("skipping", lambda s: with_time(s, 5, -0.5), "network time -0.5 at step 5, outside"),
+        ("skipping", lambda s: with_time(s, 1, s.sampler.timesteps[0] + 0.5), "at step 1, at or after that of another"),
+        ("skipping", lambda s: with_time(s, 1, s.sampler.timesteps[4]), "at step 1, at or after that of another"),
+        ("skipping", lambda s: with_time(s, 4, s.sampler.timesteps[4] - 0.5), "at step 4, at which no network is called"),
+        ("relay", lambda s: crossing(s), "at which another transformer begins, step 3"),
     ],
 }  # fmt: skip
 LEGAL = {  # near the limit of a rule -> (fixture, change)
@@ -229,6 +260,7 @@ LEGAL = {  # near the limit of a rule -> (fixture, change)
     "a stack forecast from a step of R": ("skipping", lambda s: edit(s, stack_forecasts=(Forecast((1,), (1.0,)),))),
     "a later stack forecast": ("skipping", lambda s: skipped_later(s, 3)),
     "an update without skipped steps": ("skipping", lambda s: with_update(s, basis="data")),
+    "times between the sampler's": ("skipping", lambda s: with_time(s, 1, s.sampler.timesteps[1] + 0.5)),
     "one output after a skipped step": ("skipping", lambda s: with_coefficient(without_network_at_1(s), 1, 2, 0.0)),
     "the output of a skipped stack": (
         "skipping",
@@ -261,7 +293,7 @@ def test_legal_schedules_pass_every_rule(schedule, skipping, relay):
 
 def test_every_rule_has_a_line_of_its_own_and_an_example():
     docs = [rule.__doc__ for rule in rules.RULES]
-    assert len(set(docs)) == len(docs) == 11
+    assert len(set(docs)) == len(docs) == 12
     assert all(doc and "\n" not in doc for doc in docs)
     assert {rule.__name__ for rule in rules.RULES} == set(BROKEN)
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +15,13 @@ from msgspec.structs import replace
 
 from sodaprof import load_schedule
 from sodaprof.errors import FormatError, IllegalScheduleError
+from sodaprof.formats.files import header
 from sodaprof.formats.rules import verify
-from sodaprof.formats.schedule import Forecast, Plan, Schedule
-from sodaprof.formats.schedule_file import schedule_from_json, schedule_to_json
+from sodaprof.formats.sampler import OUTPUT_BASED
+from sodaprof.formats.schedule import Forecast, Plan, Schedule, Update
+from sodaprof.formats.schedule_file import schedule_from_json, schedule_to_json, version_of
+from sodaprof.opensora.scheduler import RectifiedFlowScheduler
+from sodaprof.pipelines.sampler_steps import SCHEDULERS, basis_of
 from tests.strategies import OTHERS, at, broken, legal_schedules, places
 
 ATTN0, FF0 = "transformer_blocks.0.attn1", "transformer_blocks.0.ff"
@@ -71,9 +76,11 @@ def test_all_kinds_of_cells_are_drawn():
         for plan in schedule.transformers.values():
             seen.update(plan.stack, *plan.rows.values())
         seen.update(name for name in ("update", "token_rule") if getattr(schedule, name) is not None)
+        seen.update(name for name in ("times", "initial") if getattr(schedule.update, name, None) is not None)
+        seen.add(version_of(schedule))
 
     collect()
-    assert seen == {*"CRFPS.-_", "update", "token_rule"}
+    assert seen == {*"CRFPS.-_", "update", "token_rule", "times", "initial", 1, 2}
 
 
 def test_the_digest_leaves_out_predictions_measurements_and_maker(schedule):
@@ -96,6 +103,57 @@ def test_the_digest_changes_with_what_decides_the_run(schedule):
         replace(schedule, profile={"digest": "", "seed": 0, "samples": 1}),
     ]
     assert len({s.digest() for s in [schedule, *others]}) == len(others) + 1
+
+
+# ---- versions ---------------------------------------------------------------------------------------------------------
+
+
+def widened(update: Update, history: int) -> dict[str, Any]:
+    return {
+        "history": history,
+        "coefficients": tuple((*row, *[0.0] * (1 + history - len(row))) for row in update.coefficients),
+    }
+
+
+NEWER = {  # what version 2 brings -> the change of an update of version 1
+    "times": lambda s: {"times": tuple(0.5 + t if t != s.sampler.timesteps[4] else t for t in s.sampler.timesteps)},
+    "initial": lambda s: {"initial": (0.0, 0.1, 0.0, 0.0, 0.0, -0.1)},
+    "history": lambda s: widened(s.update, 5),
+    "basis": lambda s: {"basis": "data"},
+}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_schedule_is_written_in_the_lowest_version_that_holds_it(skipping, tmp_path, name):
+    assert version_of(skipping) == schedule_to_json(skipping)["version"] == 1
+    assert set(schedule_to_json(skipping)["update"]) == {"basis", "history", "coefficients", "fitted"}
+    newer = replace(skipping, update=replace(skipping.update, **NEWER[name](skipping)))
+    newer.save(tmp_path / "a.json")
+    data = json.loads((tmp_path / "a.json").read_text())
+    assert (data["version"], data["update"]["times"] is None) == (2, name != "times")
+    assert load_schedule(tmp_path / "a.json") == newer
+    assert newer.digest() != skipping.digest()
+    with pytest.raises(FormatError, match=r"version 2 of sodaprof\.schedule, this release reads up to 1\. Upgrade"):
+        header(data, ("sodaprof.schedule", 1), "a.json")  # as releases do that know version 1 alone
+    with pytest.raises(FormatError, match=r"this release reads up to 2\. Upgrade"):
+        schedule_from_json(data | {"version": 3}, "a.json")
+    with pytest.raises(FormatError, match="version 1 has no key `times`"):
+        schedule_from_json(data | {"version": 1}, "a.json")
+
+
+@pytest.mark.parametrize("name", ["history", "basis"])
+def test_an_update_of_version_2_is_refused_in_version_1(skipping, name):
+    data = json.loads(json.dumps(schedule_to_json(skipping)))
+    data["update"] |= json.loads(json.dumps(NEWER[name](skipping)))
+    with pytest.raises(FormatError, match="in version 1 its history is at most 4 and its basis the sampler's own"):
+        schedule_from_json(data, "a.json")
+
+
+@pytest.mark.parametrize("cls", SCHEDULERS)
+def test_the_samplers_that_weigh_outputs_are_known(cls):
+    known = {"RectifiedFlowScheduler": RectifiedFlowScheduler}
+    scheduler = (known.get(cls) or getattr(diffusers, cls))()
+    assert (basis_of(scheduler) == "output") == (cls in OUTPUT_BASED)
 
 
 # ---- the file ---------------------------------------------------------------------------------------------------------
@@ -220,7 +278,7 @@ def test_other_files_are_refused(tmp_path, content):
         (("profile",), {"digest": "ab", "seed": -1, "samples": 4}, "`int` >= 0"),
         (("profile",), {"digest": "ab", "seed": 0, "samples": 0}, "`int` >= 1"),
         (("predicted",), {"speedup": 2.0}, "missing required field `unit`"),
-        (("version",), 2, "Upgrade sodaprof: run `pip install -U .` in a newer checkout"),
+        (("version",), 3, "Upgrade sodaprof: run `pip install -U .` in a newer checkout"),
         (("version",), 0, "found version 0"),
         (("version",), 1.0, "found version 1.0"),
         (("version",), True, "found version True"),
@@ -249,7 +307,7 @@ def test_an_illegal_file_is_refused(schedule, tmp_path):
 
 def test_a_newer_version_is_reported_before_its_unknown_keys(schedule, tmp_path):
     with pytest.raises(FormatError, match="Upgrade sodaprof"):
-        load_schedule(written(tmp_path / "a.json", schedule_to_json(schedule) | {"version": 2, "colour": 1}))
+        load_schedule(written(tmp_path / "a.json", schedule_to_json(schedule) | {"version": 3, "colour": 1}))
 
 
 def test_the_former_name_of_the_policy_forecast_is_read(schedule, tmp_path):

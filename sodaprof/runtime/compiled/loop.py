@@ -46,7 +46,7 @@ class State:
     ring: torch.Tensor  # [K, …] fp32, terms of the solver's weighted sum, newest first
     counter: torch.Tensor  # int64 [1], the step
     following: torch.Tensor  # int64 [T], for each step the next one that calls the transformer
-    noise: torch.Tensor  # fp32, weighted
+    noise: torch.Tensor  # fp32, weighted, with the weighted first latents
     fixed: list[dict[int, torch.Tensor]]  # of each branch: arguments that hold for the run
     changing: list[dict[int, torch.Tensor]]  # of each branch: arguments that change, a row for each step
     number: int
@@ -116,7 +116,8 @@ class Loop:
             elif self.update is not None and self.own is not self.update.own:
                 assert self.update.own is not None  # it took the first step
                 self.own = self.update.own
-                self.jumps = jumps(self.update.update.coefficients, self.own.noise, self.called)
+                update = self.update.update
+                self.jumps = jumps(update.coefficients, self.own.noise, self.called, update.initial)
         except UnsupportedModelError as error:
             self.refused = str(error)
             return
@@ -193,10 +194,13 @@ class Loop:
         state.counter.fill_(self.steps[1])
         step_before = self.moment.step
         for jump in self.jumps[1:]:
-            noise = drawn(jump.noise, first_step.output, first_step.generator)
-            if noise is not None:
-                state.noise.copy_(noise)
-            elif any(other.noise for other in self.jumps):
+            added = drawn(jump.noise, first_step.output, first_step.generator)
+            if jump.initial:
+                first = first_step.sample.to(state.noise.dtype) * jump.initial
+                added = first if added is None else added + first
+            if added is not None:
+                state.noise.copy_(added)
+            elif any(other.noise or other.initial for other in self.jumps):
                 state.noise.zero_()
             self._step(jump.start, state)
         self.moment.step, self.moment.branch = step_before, 0

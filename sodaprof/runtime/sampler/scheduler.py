@@ -20,13 +20,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from ...errors import FormatError, MismatchError, SodaprofError, UnsupportedModelError
+from ...formats.data_basis import FLOWS
 from ...formats.rules import verify
 from ...formats.schedule import Schedule
 from ...formats.schedule_file import load_schedule, schedule_from_json, schedule_to_json
 from ...formats.sites import Sampler
 from ...opensora.scheduler import RectifiedFlowScheduler
 from ...pipelines.runs import Caller
-from ...pipelines.sampler_steps import own_update
+from ...pipelines.sampler_steps import basis_of, own_update
 from .update import Ring, called_steps, check_linear, drawn, jumps, next_dtype
 
 # these scale no input, draw no noise and weigh the outputs themselves
@@ -91,10 +92,14 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             last = 1.0 if own.config.invert_sigmas else 0.0
             sigmas = [*(t / own.config.num_train_timesteps for t in sampler.timesteps), last]
             own.timesteps, own.sigmas = torch.tensor(sampler.timesteps), torch.tensor(sigmas)
-        if sampler.class_name not in UNSCALED:
-            _set_timesteps(own, sampler)
-            found = own_update(own, own.timesteps)
+        if sampler.class_name == "RectifiedFlowScheduler":
+            own.timesteps = torch.tensor(sampler.timesteps)
+        if sampler.class_name not in UNSCALED or update.basis != basis_of(own):
+            if sampler.class_name not in FLOWS:
+                _set_timesteps(own, sampler)
+            found = own_update(own, own.timesteps, update.basis)
             data, noise = list(found.data), list(found.noise)
+        if sampler.class_name not in UNSCALED:
             self.init_noise_sigma = float(own.init_noise_sigma)
             for step, t in enumerate(own.timesteps):
                 if "_step_index" in vars(own):
@@ -104,14 +109,15 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 own._step_index = None
             if "sigmas" in vars(own):
                 sigmas = own.sigmas.tolist()
-        self._jumps = jumps(update.coefficients, noise, called_steps(schedule))
+        self._jumps = jumps(update.coefficients, noise, called_steps(schedule), update.initial)
         self._data = [data[jump.start] for jump in self._jumps]
         self._scales = [scales[jump.start] for jump in self._jumps]
-        self._known = [sampler.timesteps[jump.start] for jump in self._jumps]
+        times = torch.tensor([schedule.times[jump.start] for jump in self._jumps])
+        self._known = times.tolist()  # as the pipeline passes them on
         if sigmas:  # some pipelines read them
             self.sigmas = torch.tensor([*(sigmas[jump.start] for jump in self._jumps), sigmas[-1]])
-        self._ring = Ring(update.history)
-        self.timesteps = torch.tensor(self._known)
+        self._ring = Ring(update.history, any(jump.initial for jump in self._jumps))
+        self.timesteps = times
         self.num_inference_steps: int | None = None
         self.step_index: int | None = None
         self._caller: Caller | None = None  # of the run
@@ -197,7 +203,8 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                     f"The pipeline is called with {name} of its own ({_brief(values)}); the schedule has fixed timesteps. Call "
                     f"it without {name}, or profile and compile for these and run them with sodaprof.apply(pipe, schedule)."
                 )
-        self.num_inference_steps, self.step_index, self._ring.newest = count, None, []
+        self.num_inference_steps, self.step_index = count, None
+        self._ring.reset()
         self._caller = Caller()
         self.timesteps = torch.tensor(self._known, device=device)
 
@@ -261,7 +268,8 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         jump = self._jumps[step]
         self._ring.add(self._data[step], sample, model_output)
         noise = drawn(jump.noise, model_output, generator)
-        moved = self._ring.moved(jump.coefficients, sample, noise, next_dtype(self.sampler.class_name, sample))
+        dtype = next_dtype(self.sampler.class_name, sample)
+        moved = self._ring.moved(jump.coefficients, sample, noise, dtype, jump.initial)
         self.step_index = step + 1
         if self.step_index == len(self._jumps):
             self._caller = None

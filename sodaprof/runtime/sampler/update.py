@@ -29,6 +29,7 @@ class Jump:
     start: int  # the step that calls the network
     coefficients: tuple[float, ...]  # c0, then of the V, newest (that of `start`) first
     noise: tuple[float, ...]  # weights of the draws, one a step that draws, in their order
+    initial: float = 0.0  # of the run's first latents
 
 
 def called_steps(schedule: Schedule) -> list[bool]:
@@ -37,17 +38,26 @@ def called_steps(schedule: Schedule) -> list[bool]:
     return [any(action in ".S" for action in column) for column in zip(*stacks, strict=True)]
 
 
-def jumps(coefficients: Sequence[Sequence[float]], noise: Sequence[float], called: Sequence[bool]) -> list[Jump]:
-    """Returns the updates [T][1 + K] composed from one called step to the next; exact, in float64."""
+def jumps(
+    coefficients: Sequence[Sequence[float]],
+    noise: Sequence[float],
+    called: Sequence[bool],
+    initial: Sequence[float] | None = None,
+) -> list[Jump]:
+    """Returns the updates [T][1 + K] composed from one called step to the next; exact, in float64.
+
+    initial: the weights of the run's first latents [T], 0 by default.
+    """
     starts = [step for step, calls in enumerate(called) if calls]
     found = []
     for start, end in zip(starts, [*starts[1:], len(called)], strict=True):
-        whole, draws = [1.0] + [0.0] * (len(coefficients[start]) - 1), list[float]()
+        whole, draws, first = [1.0] + [0.0] * (len(coefficients[start]) - 1), list[float](), 0.0
         for step in range(start, end):
             own, *others = coefficients[step]
             whole = [own * whole[0], *(own * c + other for c, other in zip(whole[1:], others, strict=True))]
             draws = [own * weight for weight in draws] + ([noise[step]] if noise[step] else [])
-        found.append(Jump(start, tuple(whole), tuple(draws)))
+            first = own * first + (initial[step] if initial else 0.0)
+        found.append(Jump(start, tuple(whole), tuple(draws), first))
     return found
 
 
@@ -72,27 +82,43 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 
 class Ring:
-    """The newest V, and their weighted sum with the latents."""
+    """The newest V and the run's first latents, and their weighted sum with the latents."""
 
-    def __init__(self, history: int) -> None:
-        self.history = history
+    def __init__(self, history: int, keeps_first: bool = False) -> None:
+        self.history, self.keeps_first = history, keeps_first
         self.newest: list[Tensor] = []  # newest first
+        self.first: Tensor | None = None
+
+    def reset(self) -> None:
+        self.newest, self.first = [], None
 
     def add(self, pair: tuple[float, float], sample: Tensor, output: Tensor) -> None:
         """Adds the V of a step: pair[0] · sample + pair[1] · guided output."""
         of_sample, of_output = pair
+        if self.keeps_first and not self.newest:
+            self.first = sample.to(wide(sample), copy=True)
         value = output.to(wide(output), copy=True) if of_output == 1 else output.to(wide(output)) * of_output
         if of_sample:
             value = value.add_(sample.to(value.dtype), alpha=of_sample)
         self.newest = [value, *self.newest[: self.history - 1]]
 
-    def moved(self, coefficients: Sequence[float], sample: Tensor, noise: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def moved(
+        self,
+        coefficients: Sequence[float],
+        sample: Tensor,
+        noise: Tensor | None,
+        dtype: torch.dtype,
+        initial: float = 0.0,
+    ) -> Tensor:
         """Returns the next latents in this dtype: one sum in fp32 or wider, rounded once."""
         own, *weights = coefficients
         total = sample.to(wide(sample)) * own
         for weight, value in zip(weights, self.newest, strict=False):
             if weight:
                 total.add_(value, alpha=weight)
+        if initial:
+            assert self.first is not None  # kept since the first step
+            total.add_(self.first, alpha=initial)
         if noise is not None:
             total.add_(noise)
         return total.to(dtype)
@@ -104,7 +130,8 @@ class StateUpdate:
     def __init__(self, schedule: Schedule) -> None:
         assert schedule.update is not None
         self.update, self.called = schedule.update, called_steps(schedule)
-        self.ring = Ring(self.update.history)
+        self.initial = self.update.initial or (0.0,) * schedule.steps
+        self.ring = Ring(self.update.history, any(self.initial))
         self.own: OwnUpdate | None = None  # the scheduler's own, whose data predictions and noise are kept
         self.sigmas: Any = None  # those that `own` was measured with
         self.defaults: dict[str, Any] = {}  # of the arguments after output, timestep and sample
@@ -115,11 +142,11 @@ class StateUpdate:
         sigmas = getattr(scheduler, "sigmas", None)
         sigmas = sigmas.tolist() if torch.is_tensor(sigmas) else None
         if self.own is None or sigmas != self.sigmas:
-            self.own, self.sigmas = own_update(scheduler, scheduler.timesteps), sigmas
+            self.own, self.sigmas = own_update(scheduler, scheduler.timesteps, self.update.basis), sigmas
             self.defaults = defaults_of(scheduler)
 
     def reset(self) -> None:
-        self.ring.newest = []
+        self.ring.reset()
 
     def take(self, own: Callable[..., Any], scheduler: Any, step: int, *arguments: Any, **options: Any) -> Any:
         """Returns the next latents in the form of the scheduler's step, and increments its index (`clock.StepTaker`)."""
@@ -140,14 +167,14 @@ class StateUpdate:
             self.ring.add(self.own.data[step], sample, output)
         draws = [self.own.noise[step]] if self.own.noise[step] else []
         noise, dtype = drawn(draws, output, options.get("generator")), next_dtype(type(scheduler).__name__, sample)
-        moved = self.ring.moved(self.update.coefficients[step], sample, noise, dtype)
+        moved = self.ring.moved(self.update.coefficients[step], sample, noise, dtype, self.initial[step])
         return step_result(scheduler, moved, options.get("return_dict", True))
 
 
 def check_linear(scheduler: Any, basis: str) -> None:
-    """Raises UnsupportedModelError if the scheduler's steps are no weighted sums, MismatchError if their basis is another."""
+    """Raises UnsupportedModelError if the scheduler's steps are no weighted sums, MismatchError if they have no such basis."""
     refuse_settings(scheduler)
-    if basis_of(scheduler) != basis:
+    if basis == "output" != basis_of(scheduler):
         raise MismatchError(
             f"The schedule's update is of basis {basis!r}, the steps of {type(scheduler).__name__} are of basis "
             f"{basis_of(scheduler)!r}. Compile again, from a profile of this scheduler."
