@@ -18,23 +18,26 @@ from .recording import latents_of
 TIME = ("timestep", "timesteps", "t")  # names of the argument in diffusers' transformers
 
 
-def is_whole_of(time: float, found: torch.Tensor, config: dict[str, Any]) -> bool:
-    """Whether a network receives, for a time that is no whole number, what it does for one next to it, and not the time.
+def is_whole_of(time: float, found: torch.Tensor, config: dict[str, Any]) -> bool | None:
+    """Whether a network receives, for a time that is no whole number, what it does for one next to it.
 
-    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). A value that
-    the time rounds to in its dtype, or in half precision on the way, is the time.
+    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). None if this
+    cannot be told from the rounding to a half precision, on the way or of what it receives: that is no reason to refuse.
     """
     if not found.is_floating_point():
         return True
+    halves = [torch.tensor(time, dtype=dtype).item() for dtype in (torch.float16, torch.bfloat16)]
+    whole = (math.floor(time), math.ceil(time))
+    if set(halves) & set(whole):
+        return None
     trained, value = config.get("num_train_timesteps") or 1000, found.double().item()
-    exact = (time, *(torch.tensor(time, dtype=dtype).item() for dtype in (torch.float16, torch.bfloat16)))
 
     def is_of(times: Iterable[float]) -> bool:
         near = 2 * torch.finfo(found.dtype).eps
         forms = [(form, size) for t in times for form in (t, trained - t) for size in (1, trained)]
         return any(abs(form / size - value) <= near * trained / size for form, size in forms)
 
-    return is_of((math.floor(time), math.ceil(time))) and not is_of(exact)
+    return is_of(whole) and not is_of((time, *halves))
 
 
 class TransformerHook(ModelHook):  # type: ignore[misc]
@@ -96,14 +99,15 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
             inspect.signature(type(module).forward).bind(module, *args, **kwargs),
         )
         found = next((v.reshape(-1)[0] for k, v in given.arguments.items() if k in TIME and torch.is_tensor(v)), None)
-        if found is not None and is_whole_of(time, found, self.clock.sampler.config):
+        truncated = False if found is None else is_whole_of(time, found, self.clock.sampler.config)
+        if truncated:
             self.clock.stop()
             raise UnsupportedModelError(
                 f"The pipeline calls {self.name} with the timestep {found.item():g} for the time {time:g} of step "
                 f"{self.moment.step}: it passes whole timesteps alone, and the schedule's times were fitted as fractions. Take "
                 "a schedule without network times, or one whose times are whole numbers."
             )
-        self.clock.checks_times = False
+        self.clock.checks_times = truncated is None
 
     def _refuse_turn(self) -> NoReturn:
         """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""
