@@ -75,6 +75,7 @@ REFUSALS = {
     "The schedule is for {} timesteps {},": "*another num_inference_steps",
     "Step {} has {}, the first one had {}:": "*guidance that ends within the run",
     "The schedule was made for guidance": "*guidance off, on as profiled",
+    "The pipeline calls {} with the timestep": "network times under a pipeline that passes whole timesteps",
     "The pipeline calls {} at step {} (timestep": "Wan 2.2 with another boundary than profiled",
     "The pipeline took step {} without calling": "*a scheduler step without a network call",
     "The transformer was called outside a denoising loop (no set_timesteps before, or all steps are done).": (
