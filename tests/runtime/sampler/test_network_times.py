@@ -105,6 +105,32 @@ def test_runtimes_agree_on_times_and_first_latents(cls, tmp_path):
         assert apart(sample(pipe, (7, 3), seed=5, steps=CALLED), others) < 2e-6
 
 
+def test_the_sums_have_the_first_latents_and_eight_outputs():
+    pipe, seen = pipe_of(), []
+    schedule = updated(pipe, history=8, stir=0.1)
+    initial = (0.25, 0.0, -0.1, 0.0, 0.3, 0.0, 0.0, 0.05)
+    schedule = replace(schedule, update=replace(schedule.update, initial=initial))
+
+    def note(step, output, t, x, *args, **kwargs):
+        result = step(output, t, x, *args, **kwargs)
+        seen.append((output.double(), x.double(), result.prev_sample))
+        x.zero_()  # a pipeline may overwrite its tensor
+        return result
+
+    with sodaprof.apply(pipe, schedule) as handle:
+        with patched(pipe.scheduler, "step", note):
+            sample(pipe)
+        assert handle.executor.update.ring.first is None  # nothing is kept between pictures
+    outputs = []
+    for t, (output, x, found) in enumerate(seen):
+        outputs.insert(0, output)
+        own, *weights = schedule.update.coefficients[t]
+        wanted = own * x + sum(c * v for c, v in zip(weights, outputs, strict=False)) + initial[t] * seen[0][1]
+        assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+    assert len(outputs) == STEPS
+    assert any(row[8] for row in schedule.update.coefficients)
+
+
 def check_runtimes(pipe, schedule, draw, wanted):
     """Three runs in each runtime give the wanted latents; the compiled ones those of the hooks bit for bit."""
     paths = []
