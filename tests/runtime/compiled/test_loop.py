@@ -183,6 +183,8 @@ def test_a_pipeline_that_iterates_over_the_timesteps_iterates_twice(cls, listed)
             report = handle.report()
             assert report.complete
             assert report.executed == report.planned
+        assert type(pipe.scheduler.timesteps) is torch.Tensor  # its own again, between runs
+        pipe.scheduler.set_timesteps(FEW)
         assert type(pipe.scheduler.timesteps) is not torch.Tensor
     assert type(pipe.scheduler.timesteps) is torch.Tensor
     assert len(pipe.scheduler.timesteps) == FEW
