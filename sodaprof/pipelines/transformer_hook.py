@@ -94,13 +94,11 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
 
     def _check_time(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises UnsupportedModelError if the pipeline makes a whole number of a time that is none; one host sync."""
-        time, given = (
-            self.clock.times[self.moment.step],
-            inspect.signature(type(module).forward).bind(module, *args, **kwargs),
-        )
+        time = self.clock.times[self.moment.step]
+        given = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         found = next((v.reshape(-1)[0] for k, v in given.arguments.items() if k in TIME and torch.is_tensor(v)), None)
-        truncated = False if found is None else is_whole_of(time, found, self.clock.sampler.config)
-        if truncated:
+        truncated = found is not None and is_whole_of(time, found, self.clock.sampler.config)
+        if found is not None and truncated:
             self.clock.stop()
             raise UnsupportedModelError(
                 f"The pipeline calls {self.name} with the timestep {found.item():g} for the time {time:g} of step "
