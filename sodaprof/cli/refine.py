@@ -20,6 +20,7 @@ from .options import (
     SampleRange,
     Scheduler,
     SeedRange,
+    check_choice,
     entries,
     parse_size,
     parse_span,
@@ -37,9 +38,7 @@ def refine_(
     time: Annotated[str | None, typer.Option(metavar="SPAN", help="Stop after this time: 90s, 5m, 1h.")] = None,
     evaluations: Annotated[
         int | None,
-        typer.Option(
-            callback=ranged(0, 10**9), help="Stop after this many candidates; the result is then reproducible."
-        ),
+        typer.Option(callback=ranged(0, 10**9), help="Search this many placements; the result is then reproducible."),
     ] = None,
     samples: Annotated[
         int,
@@ -47,7 +46,16 @@ def refine_(
             callback=SampleRange,
             help="Calibration generations: three quarters for the search, the rest for validation.",
         ),
-    ] = 24,
+    ] = 40,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="Joint fit of coefficients and network times: auto, adam, gauss-newton, none."
+        ),
+    ] = "auto",
+    iterations: Annotated[
+        int, typer.Option(callback=ranged(1, 10**6), help="Iterations of Adam, the joint fit's default method.")
+    ] = 100,
     seed: Annotated[int, typer.Option(callback=SeedRange, help="Seed of the sequence of candidates.")] = 0,
     prompts: Prompts = None,
     labels: Labels = None,
@@ -58,7 +66,7 @@ def refine_(
     device: Device = None,
     force: Force = False,
 ) -> None:
-    """Search for better step placements, scored on the final images."""
+    """Search for better step placements, then fit coefficients and network times jointly on the final images."""
     from ..formats.cost import load_cost
     from ..formats.schedule_file import load_schedule
 
@@ -67,27 +75,31 @@ def refine_(
     seconds, most = parse_span(time), parse_size(max_cache)
     from ..pipelines.load import load_pipeline
     from ..tuning.refine import check_search, refine
+    from ..tuning.refine_jumps import METHODS
 
+    check_choice("--method", method, METHODS)
     check_search(first, seconds, evaluations, samples)  # ahead of the model
     pipe = load_pipeline(model, dtype, device, scheduler)
     found = say_entries(console, pipe, given)
     with progress(console, "refine") as on_progress:
 
-        def show_scores(done: int, search: float, validation: float) -> None:
-            on_progress(done, evaluations)
-            scores.update({"search": search, "validation": validation})
+        def show_score(part: str, done: int, validation: float) -> None:
+            on_progress(done, evaluations if part == "placements" else iterations)
+            scores[part] = validation
 
         scores: dict[str, float] = {}
         best = refine(
             pipe, first, output, seconds=seconds, evaluations=evaluations, samples=samples,
-            seed=seed, force=force, prompts=found,
-            cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_scores,
+            seed=seed, force=force, prompts=found, method=method, iterations=iterations,
+            cost=None if cost == "flops" else load_cost(cost), max_cache=most, on_progress=show_score,
         )  # fmt: skip
         note_written(output)
+    knobs, update = best.policy["knobs"], best.update
     console.print(
-        f"{scores['search']:.2f} dB on the search generations, {scores['validation']:.2f} dB on the validation generations "
-        "(signal to error of the last latents; mean of the mean and of the worst tenth). Best found at candidate "
-        f"{best.policy['knobs']['refined']}: {summary(best)}"
+        f"Placements: {scores['placements']:.2f} dB on the validation generations (signal to error of the last latents; mean of "
+        f"the mean and of the worst tenth). Best found at candidate {knobs['refined']}: {summary(best)}"
     )
+    if "jumps" in scores and update is not None:
+        console.print(f"Joint fit: {scores['jumps']:.2f} dB on the validation generations ({update.fitted['error']})")
     print_wrote(console, output)
     print_next(console, f"sodaprof eval {model} {output}{'' if scheduler is None else f' --scheduler {scheduler}'}")

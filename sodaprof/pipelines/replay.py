@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from ..compiler.fit import StateSpace
 from ..errors import MismatchError, UnsupportedModelError
+from ..formats.data_basis import FLOWS, in_data_basis
 from ..formats.sampler import OwnUpdate
 from ..formats.sites import Sampler, SiteKey
 from .clock import Clock
@@ -84,6 +86,48 @@ class Recording:
         return result
 
 
+@dataclass(frozen=True)
+class TimeMap:
+    """How a pipeline makes an argument of its network from a timestep t: origin + slope · t, cast to the argument's dtype."""
+
+    origin: Tensor
+    slope: Tensor
+    dtype: torch.dtype
+
+    def __call__(self, time: Tensor | float) -> Tensor:
+        return (self.origin + self.slope * time).to(self.dtype)
+
+
+def time_maps(
+    calls: Sequence[Sequence[tuple[Args, Kwargs]]], timesteps: Sequence[float]
+) -> list[dict[int, TimeMap]] | None:
+    """Returns for each branch the maps of the arguments that are linear in the timestep, by their places.
+
+    None if there are none, or an argument that changes from step to step is not linear in it at every step.
+    """
+    leaves = [[tree_leaves(recorded) for recorded in branches] for branches in calls]
+    if len({len(branches) for branches in leaves}) != 1 or len(calls) < 2:
+        return None
+    found: list[dict[int, TimeMap]] = []
+    for branch in range(len(leaves[0])):
+        found.append({})
+        for place, arguments in enumerate(zip(*(of_step[branch] for of_step in leaves), strict=True)):
+            if not torch.is_tensor(arguments[0]) or all(torch.equal(arguments[0], other) for other in arguments[1:]):
+                continue
+            if len({argument.shape for argument in arguments}) != 1:
+                return None
+            first, *_, last = (argument.double() for argument in arguments)
+            slope = (last - first) / (timesteps[-1] - timesteps[0])
+            dtype = arguments[0].dtype if arguments[0].is_floating_point() else torch.float32
+            one = TimeMap(first - slope * timesteps[0], slope, dtype)
+            rounding = 2 * torch.finfo(dtype).eps
+            for argument, timestep in zip(arguments, timesteps, strict=True):
+                if not torch.allclose(one(timestep).double(), argument.double(), rtol=rounding, atol=rounding):
+                    return None
+            found[-1][place] = one
+    return found if all(found) else None
+
+
 class Replay:
     """The denoising loop of some generations at once, by its steps.
 
@@ -118,6 +162,7 @@ class Replay:
             raise MismatchError(f"The pipeline runs other timesteps than the profile's {sampler.steps}. Profile again.")
         self.states, self.outputs = torch.stack(run.states), torch.stack(run.outputs)
         self.update: OwnUpdate = own_update(pipe.scheduler, pipe.scheduler.timesteps)
+        self.time_maps = time_maps(run.calls, sampler.timesteps)
         self._stack: dict[tuple[int, str], Tensor] = {}  # step, form -> `through_stack`
         self._sites: dict[int, dict[str, Tensor]] = {}  # step -> `at_sites`
         self._coordinates: dict[int, Tensor] = {}  # elements of a generation -> those of `site_values`
@@ -126,18 +171,19 @@ class Replay:
     def steps(self) -> int:
         return self.sampler.steps
 
-    @torch.no_grad()
-    def output(self, step: int, x: Tensor, clock: Clock | None = None) -> Tensor:
+    def output(self, step: int, x: Tensor, clock: Clock | None = None, time: Tensor | float | None = None) -> Tensor:
         """Returns the guided output [B, …] float32 of the network at a step for latents x.
 
-        clock: that of a schedule on the pipeline, which is set to the step.
+        clock: that of a schedule on the pipeline, which is set to the step. time: that the network receives, in the
+        scheduler's units, by default the step's own. Differentiable if x requires gradients.
         """
         if clock is not None:
             clock.set_step(step)
         weights, doubled = self.recording.guidance[step]
-        outs = self._call_network(step, x)
-        like = x.new_empty(self.recording.guided_shape)
-        return combined(outs, weights, doubled, self.sampler.guidance_form, like)[: x.shape[0]].float()
+        with torch.set_grad_enabled(x.requires_grad):
+            outs = self._call_network(step, x, time)
+            like = x.new_empty(self.recording.guided_shape)
+            return combined(outs, weights, doubled, self.sampler.guidance_form, like)[: x.shape[0]].float()
 
     @torch.no_grad()
     def through_stack(self, step: int, first: str, last: str, form: str) -> Tensor:
@@ -200,14 +246,23 @@ class Replay:
         weights, _ = self.recording.guidance[step]
         return torch.stack([part * weight for part, weight in zip(parts, weights, strict=True)]).sum(0)
 
-    def _call_network(self, step: int, x: Tensor) -> list[Tensor]:
-        """Returns the network's outputs for latents x and the arguments of a step."""
+    def _call_network(self, step: int, x: Tensor, time: Tensor | float | None = None) -> list[Tensor]:
+        """Returns the network's outputs for latents x and the arguments of a step, at another time if one is given."""
+        if time is not None and self.time_maps is None:
+            raise UnsupportedModelError(
+                f"{type(self.module).__name__} is called with no argument that is linear in the timestep, so its times cannot "
+                f"be fitted. {WITHOUT}"
+            )
         latents = x.to(next(self.module.parameters()).dtype)
         copies = self.recording.network_rows // latents.shape[0]
         latents = torch.cat([latents] * copies) if copies > 1 else latents
         outs = []
-        for recorded in self.recording.calls[step]:
-            args, kwargs = tree_map(lambda leaf: latents if leaf is LATENTS else leaf, recorded)
+        for branch, recorded in enumerate(self.recording.calls[step]):
+            leaves, spec = tree_flatten(recorded)
+            if time is not None and self.time_maps is not None:
+                for place, at in self.time_maps[branch].items():
+                    leaves[place] = at(time)
+            args, kwargs = tree_unflatten([latents if leaf is LATENTS else leaf for leaf in leaves], spec)
             outs.append(tree_leaves(self.module(*args, **kwargs))[0])
         return outs
 
@@ -222,10 +277,12 @@ class ReplaySpace(StateSpace[Tensor]):
     replay: Replay
     clock: Clock | None = None
     before: Callable[[int], None] = lambda step: None
+    basis: str | None = None  # by default the sampler's own
 
-    @property
+    @cached_property
     def own(self) -> OwnUpdate:  # type: ignore[override]
-        return self.replay.update
+        own = self.replay.update
+        return in_data_basis(own, self.replay.sampler.class_name in FLOWS) if self.basis == "data" else own
 
     def state(self, step: int) -> Tensor:
         return self.replay.states[step]
@@ -233,9 +290,9 @@ class ReplaySpace(StateSpace[Tensor]):
     def full_output(self, step: int) -> Tensor:
         return self.in_basis(step, self.replay.states[step], self.replay.outputs[step])
 
-    def output(self, step: int, x: Tensor) -> Tensor:
+    def output(self, step: int, x: Tensor, time: Tensor | float | None = None) -> Tensor:
         self.before(step)
-        return self.in_basis(step, x, self.replay.output(step, x, self.clock))
+        return self.in_basis(step, x, self.replay.output(step, x, self.clock, time))
 
     def in_basis(self, step: int, x: Tensor, output: Tensor) -> Tensor:
         """Returns a guided output at a step in the basis of the update."""

@@ -29,9 +29,9 @@ from .closed_loop import (
     counted,
     fit_update,
     sampled_distances,
-    score_db,
     with_predicted_cost,
 )
+from .jumps import score_db
 
 CANDIDATES = {  # of mix: name -> policy, and whether an update is fitted in addition
     f"{name} + update" if updated else name: {"policy": name, "updated": updated}

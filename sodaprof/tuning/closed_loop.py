@@ -21,7 +21,6 @@ from ..formats.cost import CostModel
 from ..formats.profile import Profile
 from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
 from ..formats.schedule import Forecast, Plan, Schedule, Update
-from ..measure.metrics import worst_decile
 from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
 from ..runtime.checks import check_matches
@@ -224,11 +223,6 @@ def sampled_distances(replay: Replay, schedule: Schedule, on_step: Callable[[], 
             at = stepper.moved(at, step, update.coefficients[step])
             on_step()
     return fidelity_db(at.x, replay)
-
-
-def score_db(distances: np.ndarray) -> float:
-    """Returns the score of a candidate: the mean of the mean and of the worst tenth of its distances, dB."""
-    return float(distances.mean() + worst_decile(distances)) / 2
 
 
 @contextmanager

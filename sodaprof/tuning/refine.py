@@ -1,7 +1,8 @@
-"""`refine`: searches for better step placements from a schedule, scored on the final latents of the model's own generations.
+"""`refine`: searches for better step placements from a schedule, then fits its update and network times jointly.
 
-A candidate is fitted closed loop. It replaces the incumbent if it is better in three of four resamplings of the search
-generations, and is written if it is better on the validation generations too. A seed gives a fixed sequence of candidates.
+A candidate is fitted closed loop and scored on final latents. It replaces the incumbent if it is better in three of four
+resamplings of the search generations, and is written if it is better on the validation generations too. A seed gives a fixed
+sequence of candidates. The joint fit (`refine_jumps`) takes the best candidate if it has full and skipped steps alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,12 +35,16 @@ from ..pipelines.flops import count_flops
 from ..pipelines.recording import stack_of
 from ..pipelines.replay import Replay
 from ..runtime.checks import check_matches
-from .closed_loop import Fit, sampled_distances, score_db, with_predicted_cost
+from .closed_loop import Fit, sampled_distances, with_predicted_cost
+from .jumps import is_jumps_alone, score_db
+from .refine_jumps import ITERATIONS, JointProgress, JumpRefinement, in_batches
 from .step_letters import columns_of, varied, with_columns
 
 PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
 RESAMPLINGS = 1000
 LEAST = 4  # calibration generations
+SEARCH = 0.4  # of the time, for the search of placements if a joint fit follows
+BATCH = 8  # generations of a batch of the joint fit
 PATIENCE = 6  # improvements in a row that the validation generations do not confirm, then the search ends
 
 
@@ -65,10 +70,11 @@ class Progress(msgspec.Struct, forbid_unknown_fields=True):
 class SearchFile(Record, frozen=True):
     """The content of FILE.search."""
 
-    FORMAT = "sodaprof.refine", 3
+    FORMAT = "sodaprof.refine", 4
     request: str  # digest of all settings
-    digest: str  # of the search
+    digest: str  # of the search and the joint fit
     search: Progress
+    joint: JointProgress | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +136,10 @@ class Search:
         searched, self.validated = replays
         self.fits = CandidateFits(searched, problem.schedule)
         self.generator = random.Random(knobs["refine_seed"])
+        self.joint: JointProgress | None = None
 
-    def open(self, progress: Progress | None, force: bool) -> None:
-        """Begins with the schedule, or continues from `progress`, and writes the best schedule so far.
+    def open(self, progress: Progress | None, force: bool, joint: JointProgress | None = None) -> None:
+        """Begins with the schedule, or continues from `progress` and `joint`, and writes the best schedule so far.
 
         force: whether an older file at the output may be replaced at the beginning.
         """
@@ -143,7 +150,7 @@ class Search:
             self.progress = Progress(0, columns, scores[0], columns, scores[1], 0, 0, [columns], state)
             self.save()  # ahead of `output`, which is written again if the search is interrupted in between
         else:
-            self.progress = progress
+            self.progress, self.joint = progress, joint
             self.generator.setstate(progress.generator)
             _, self.distances = self.fits.evaluate(progress.columns)
             best, _ = self.fits.evaluate(progress.best)
@@ -152,6 +159,10 @@ class Search:
                     f"{self.output}: is not the file of the search that would continue. Move it away, choose another name, or "
                     "add --force to replace it."
                 )
+        if self.joint is not None and os.path.lexists(self.output):
+            self.best = load_schedule(self.output)
+            self.known = set(self.progress.tried)
+            return
         try:
             self.best = self._write(best, force or progress is not None)
         except FormatError:  # a file that has appeared at the output stays
@@ -179,13 +190,28 @@ class Search:
             now.misses += 1
             if held_out > now.best_score:
                 now.best, now.best_score, now.best_at, now.misses = candidate, held_out, now.evaluations, 0
+                self.joint = None
                 self.best = self._write(fitted)
         self.save()
         return True
 
     def save(self) -> None:
-        state = SearchFile(self.request, digest(encode(self.progress)), self.progress)
+        content = encode(self.progress), encode(self.joint)
+        state = SearchFile(self.request, digest(content), self.progress, self.joint)
         write_json(state_file(self.output), state.to_json(), force=True)
+
+    def fit_jointly(
+        self, refinement: JumpRefinement, iterations: int, in_time: Callable[[], bool]
+    ) -> Iterator[JointProgress]:
+        """Yields the progress of the joint fit of the best schedule, which is written whenever a better one is found."""
+        best = None if self.joint is None else self.joint.best_score
+        for now in refinement.run(self.joint, iterations, in_time):
+            self.joint = now
+            if best is None or now.best_score > best:
+                best = now.best_score
+                self.best = self._write(refinement.best(now))
+            self.save()
+            yield now
 
     def _wrote(self, path: Path) -> bool:
         """Whether a file is a schedule of this search."""
@@ -193,7 +219,8 @@ class Search:
             knobs = load_schedule(path).policy["knobs"]
         except SodaprofError:
             return False
-        return bool({**knobs, "refined": 0} == self.problem.schedule.policy["knobs"] | {"refined": 0} | self.knobs)
+        found = {**knobs, "refined": 0, "joint": ""}
+        return bool(found == self.problem.schedule.policy["knobs"] | self.knobs | {"refined": 0, "joint": ""})
 
     def _validation_score(self, fitted: Schedule) -> float:
         return score_db(sampled_distances(self.validated, fitted))
@@ -201,7 +228,12 @@ class Search:
     def _write(self, best: Schedule, force: bool = True) -> Schedule:
         """Returns the schedule that it writes to the output: `best` with its cost and where it comes from."""
         own = self.problem.schedule.policy
-        knobs = own["knobs"] | {"refined": self.progress.best_at} | self.knobs
+        joint = (
+            {}
+            if best.update is None or best.update.fitted["loop"] != "joint"
+            else {"joint": best.update.fitted["error"]}
+        )
+        knobs = own["knobs"] | {"refined": self.progress.best_at} | self.knobs | joint
         best = with_predicted_cost(replace(best, policy=own | {"knobs": knobs}), self.problem.cost)
         kept = {"cache_bytes": cache_bytes(best, self.problem.model)}
         best = replace(best, predicted=(best.predicted or {}) | kept)
@@ -216,20 +248,24 @@ def refine(
     *,
     seconds: float | None = None,
     evaluations: int | None = None,
-    samples: int = 24,
+    samples: int = 40,
     seed: int = 0,
     prompts: Sequence[int | str] | None = None,
     cost: CostModel | None = None,
     max_cache: int | None = None,
     force: bool = False,
-    on_progress: Callable[[int, float, float], None] = lambda done, search, held_out: None,
+    method: str = "auto",
+    iterations: int = ITERATIONS,
+    on_progress: Callable[[str, int, float], None] = lambda part, done, validation_db: None,
 ) -> Schedule:
     """Searches from `schedule` and returns the best one found; `output` always holds the best so far.
 
-    seconds, evaluations: end of the search, whichever is first; the same call continues a search that was interrupted.
-    samples: calibration generations, three quarters to search on and the rest to validate. cost: unit of the budget, by
-    default FLOPs; no candidate costs more than `schedule` with a fitted update. max_cache: bytes that the caches of one
-    generation may take. on_progress gets (evaluations, dB on the search generations, dB on the validation generations).
+    seconds, evaluations: end of the search of placements, whichever is first, two fifths of the time; the joint fit takes the
+    rest of it. The same call continues what was interrupted. samples: calibration generations, three quarters to search on
+    and the rest to validate. method: of the joint fit, one of METHODS; `auto`: Adam, or Gauss-Newton where the network has
+    no backward pass. iterations: of Adam. cost: unit of the budget, by default FLOPs; no candidate costs more than
+    `schedule` with a fitted update. max_cache: bytes that the caches of one generation may take. on_progress gets the part
+    (`placements`, of latents; `jumps`, of pictures), evaluations or iterations, and the score on the validation generations.
     Raises BudgetError for settings without an end or a schedule that keeps more than max_cache, UnsupportedModelError for
     schedules of other steps than full, reused, forecast and skipped ones, MismatchError if the schedule does not match the
     pipeline or a search with other settings is under way.
@@ -245,30 +281,41 @@ def refine(
     problem = _problem(pipe, schedule, entries[0], cost, math.inf if max_cache is None else max_cache)
     request = digest({
         "schedule": schedule.digest(), "samples": samples, "seed": seed, "prompts": list(map(str, entries)),
-        "cost": digest(problem.cost.to_json()), "max_cache": max_cache,
+        "cost": digest(problem.cost.to_json()), "max_cache": max_cache, "method": method, "iterations": iterations,
     })  # fmt: skip
     first = samples - max(1, samples // 4)  # of the validation generations
     parts = range(first), range(first, samples)
+
+    def replay_of(part: Sequence[int]) -> Replay:
+        prompts = [entries[i % len(entries)] for i in part]
+        return Replay(pipe, schedule.sampler, prompts, [profile["seed"] + i for i in part])
+
     with locked(output.with_name(f".{output.name}.lock")):
-        progress = _read_progress(state_file(output), request)
-        if progress is None:
+        state = _read_state(state_file(output), request)
+        if state is None:
             refuse_existing(output, force)
         began = time.monotonic()
-        replays = [
-            Replay(
-                pipe, schedule.sampler, [entries[i % len(entries)] for i in part], [profile["seed"] + i for i in part]
-            )
-            for part in parts
-        ]
-        search = Search(problem, output, request, {"refine_seed": seed, "refine_samples": samples}, replays)
-        search.open(progress, force)
+        search = Search(
+            problem, output, request, {"refine_seed": seed, "refine_samples": samples}, [replay_of(p) for p in parts]
+        )
+        search.open(*((None, force) if state is None else (state.search, force, state.joint)))
+
+        def in_time(share: float = 1.0) -> bool:
+            return seconds is None or time.monotonic() - began < share * seconds
+
+        joint = method != "none" and is_jumps_alone(search.best, search.validated.update)
         while True:
             now = search.progress
-            on_progress(now.evaluations, now.score, now.best_score)
-            out_of_time = seconds is not None and time.monotonic() - began >= seconds
+            on_progress("placements", now.evaluations, now.best_score)
             enough = evaluations is not None and now.evaluations >= evaluations
-            if out_of_time or enough or not search.step():
-                return search.best
+            if enough or not in_time(SEARCH if joint else 1.0) or not search.step():
+                break
+        if joint and in_time():
+            batches = [[replay_of(some) for some in in_batches(part, BATCH)] for part in parts]
+            refinement = JumpRefinement(pipe, search.best, batches, method, seed)
+            for found in search.fit_jointly(refinement, iterations, in_time):
+                on_progress("jumps", found.adam.iterations if found.adam else 0, found.best_score)
+        return search.best
 
 
 def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: float) -> Problem:
@@ -320,14 +367,14 @@ def state_file(output: Path) -> Path:
     return output.with_name(output.name + ".search")
 
 
-def _read_progress(path: Path, request: str) -> Progress | None:
-    """Returns the progress in a file; None if there is no file, MismatchError if it is of another request."""
+def _read_state(path: Path, request: str) -> SearchFile | None:
+    """Returns the content of a file; None if there is no file, MismatchError if it is of another request."""
     if not path.exists():
         return None
     anew = "Delete it to search anew, with --force if the output is there."
     try:
         state = decode(read_json(path), SearchFile, str(path), "")
-        if state.digest != digest(encode(state.search)):
+        if state.digest != digest((encode(state.search), encode(state.joint))):
             raise FormatError("its content is not that of its digest")
     except FormatError as error:
         raise FormatError(f"{path}: no state of a search that this release continues ({error}). {anew}") from None
@@ -335,4 +382,4 @@ def _read_progress(path: Path, request: str) -> Progress | None:
         raise MismatchError(
             f"{path}: holds a search from another schedule or with other settings. Repeat its settings to continue it. {anew}"
         )
-    return state.search
+    return state

@@ -63,8 +63,10 @@ def with_columns(schedule: Schedule, columns: str) -> Schedule:
         plan.class_name, plan.fingerprint, dict.fromkeys(plan.rows, row), stack,
         forecasts=dict.fromkeys(plan.rows, of_sites) if of_sites else {}, stack_forecasts=of_stack,
     )  # fmt: skip
-    identity = Update("output", MAX_HISTORY, ((1.0, *[0.0] * MAX_HISTORY),) * len(columns), {})
-    return replace(schedule, transformers={name: new}, token_rule=None, update=schedule.update or identity, measured=())
+    update = schedule.update or Update("output", MAX_HISTORY, ((1.0, *[0.0] * MAX_HISTORY),) * len(columns), {})
+    if columns != columns_of(schedule):
+        update = replace(update, times=None, initial=None)  # they belong to the steps that were full
+    return replace(schedule, transformers={name: new}, token_rule=None, update=update, measured=())
 
 
 def _forecasts(columns: str, letter: str, known: Iterable[Forecast], form: str) -> tuple[Forecast, ...]:

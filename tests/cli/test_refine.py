@@ -16,12 +16,13 @@ from tests.tiny_pipelines import tiny_pipe
 
 
 def test_a_search_of_a_few_candidates(command, done, model, schedule, target):
-    out = done("refine", model, schedule, "--evaluations", 3, "--max-cache", "1MB", "-o", target)
-    assert "dB on the search generations" in out
+    out = done("refine", model, schedule, "--evaluations", 3, "--iterations", 6, "--max-cache", "1MB", "-o", target)
+    assert "Placements: " in out
+    assert "dB on the validation generations (pictures)" in out
     assert "MiB of cache a generation" in out
     assert f"Next: sodaprof eval {model} {target}" in out
     better = load_schedule(target)
-    assert better.update.fitted["loop"] == "closed"
+    assert better.update.fitted["loop"] == "joint"
     assert better.predicted["speedup"] >= 2.5 - 1e-9
     assert better.predicted["cache_bytes"] <= 10**6
     assert "--force" in command("refine", model, schedule, "--evaluations", 1, "--seed", 1, "-o", schedule)[2]
@@ -33,6 +34,7 @@ def test_a_search_of_a_few_candidates(command, done, model, schedule, target):
         ((), "Give --time 5m, or --evaluations"),
         (("--evaluations", -5), "--evaluations is -5; expected at least 0"),
         (("--evaluations", 1, "--samples", 3), "--samples is 3; expected at least 4"),
+        (("--method", "newton"), "--method"),
         (("--max-cache", "much"), "--max-cache is 'much'"),
         *(
             ((f"--time={span}",), f"--time is {span!r}; expected a number above 0 with its unit, as in --time 5m")
@@ -87,7 +89,7 @@ def test_an_interrupted_search_leaves_its_best_and_goes_on(command, done, model,
 
         yield on_progress
 
-    arguments = ("refine", model, schedule, "--samples", 4, "-o", target)
+    arguments = ("refine", model, schedule, "--samples", 4, "--method", "none", "-o", target)
     with monkeypatch.context() as patch:
         patch.setattr(refining, "progress", interrupted)
         code, _, err = command(*arguments, "--evaluations", 9)
@@ -97,7 +99,7 @@ def test_an_interrupted_search_leaves_its_best_and_goes_on(command, done, model,
     assert sorted(path.name for path in target.parent.iterdir()) == ["new.json", "new.json.search"]
     done(*arguments, "--evaluations", 3)  # three in all, two of them known
     whole = target.with_name("whole.json")
-    done("refine", model, schedule, "--samples", 4, "--evaluations", 3, "-o", whole)
+    done(*arguments[:-1], whole, "--evaluations", 3)
     assert load_schedule(target).digest() == load_schedule(whole).digest()
     code, _, err = command(*arguments, "--evaluations", 3, "--seed", 5)
     assert code == 1

@@ -373,7 +373,7 @@ class SearchFile(Reader):
         self.path.write_bytes(self.content)
 
     def read(self) -> Any:
-        refine(pipe(), self.schedule, self.output, evaluations=1, samples=4, force=True)
+        refine(pipe(), self.schedule, self.output, evaluations=1, samples=4, method="none", force=True)
         return self.output.read_bytes()
 
 

@@ -22,9 +22,9 @@ from sodaprof.tuning.closed_loop import (
     fit_to_model,
     fit_update,
     sampled_distances,
-    score_db,
     with_predicted_cost,
 )
+from sodaprof.tuning.jumps import score_db
 from tests.tiny_pipelines import draw, mixed_schedule, schedule_for, tiny_pipe
 from tests.tuning.conftest import STEPS, sampled_db
 from tests.updated import sample, set_sampler
