@@ -171,6 +171,25 @@ def fit_open_loop(
     return tuple(row for row, _ in fitted), span.length(fitted[-1][1].x - final) / span.length(final)
 
 
+def single_jump_misses(span: Span) -> np.ndarray:
+    """Returns what the sampler's own jumps miss, [T, T + 1], relative to the last state's length: entry [a, n] of a jump of n steps.
+
+    A jump is the sampler's own steps from the full run's state x_a with its output V_a in place of all later ones, as GITS
+    measures it (arXiv 2405.11326). Inf beyond the last step.
+    """
+    steps, missed = span.steps, np.full((span.steps, span.steps + 1), np.inf)
+    scale = span.length(span.state(steps))
+    for a in range(steps):
+        at, output, reached = span.state(a), span.full_output(a), []
+        for step in range(a, steps):
+            row = own_weights(span.own, step, [a])
+            at = row[0] * at + row[1] * output + span.noise(step)
+            reached.append(at - span.state(step + 1))
+        apart = np.stack(reached)
+        missed[a, 1 : 1 + len(apart)] = np.sqrt(((apart @ span.products) * apart).sum(1).clip(0)) / scale
+    return missed
+
+
 def jump_costs(span: Span) -> np.ndarray:
     """Returns the energy that a jump misses, [T, T + 1, T + 1], relative to the last state's.
 

@@ -11,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
 
+import numpy as np
 from msgspec.structs import replace
 
 from ...formats.sampler import MAX_HISTORY, RIDGE
 from ...formats.schedule import Schedule, Update
-from ..fit import Span, fit_open_loop, jump_costs
+from ..fit import Span, fit_open_loop, jump_costs, single_jump_misses
 from ..knobs import knob
 from ..placement import place_full_steps
 from ..problem import Problem, WholeSteps, draw_steps
 
 POWERS = (0.75, 1.0, 2.0)  # of the missed lengths
+POLISHED = 3  # of the placements, those with the least simulated error, are polished
 LONG = 100  # steps above which fewer placements are tried, for a simulation takes longer
 
 
@@ -35,11 +37,11 @@ class SolverKnobs:
 def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
     """Returns the schedule of full steps and steps without network, with its update fitted open loop.
 
-    Full steps are placed by the exact dynamic program over the energy that each jump misses, given the last two outputs. If
-    the profile has measured the network's response, the whole accelerated run can be simulated, which orders schedules better
-    (docs/studies/proxies.md): of programs that count errors by several powers the best by simulation is taken, and single full
-    steps are moved while that lowers its final error. Raises BudgetError if the budget leaves no full step, FormatError if
-    the profile has no inner products, UnsupportedModelError if the sampler is not linear.
+    Placements compete. Programs over the energy that each jump misses, given the last two outputs, count errors by several
+    powers; another counts what the sampler's own single jumps miss; one is even. If the profile has measured the network's
+    response, the whole accelerated run can be simulated, which orders schedules better (docs/studies/proxies.md): those with the
+    least simulated error are improved by moving single full steps, and the best is taken. Raises BudgetError if the budget
+    leaves no full step, FormatError if the profile has no inner products, UnsupportedModelError if the sampler is not linear.
     """
     name, _ = problem.only_transformer("solver")
     profile, sampler = problem.tables("solver"), problem.sampler
@@ -67,9 +69,16 @@ def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
     def simulated(anchors: list[int]) -> float:
         return fit_open_loop(span, anchors, knobs.history, knobs.ridge)[1]
 
-    starts = [place_full_steps(missed ** (power / 2), count)[count][0] for power in POWERS]
+    starts = [*spacings(span, count), *(place_full_steps(missed ** (power / 2), count)[count][0] for power in POWERS)]
     tries = int(knobs.polish * min(1, (LONG / span.steps) ** 3))
-    return polished(min(starts, key=simulated), span.steps, simulated, tries)
+    first = sorted(starts, key=simulated)[:POLISHED]
+    return min((polished(start, span.steps, simulated, tries) for start in first), key=simulated)
+
+
+def spacings(span: Span, count: int) -> list[list[int]]:
+    """Returns placements that no fit of the jumps decides: by the misses of the sampler's own single jumps, and even ones."""
+    even = sorted({int(step) for step in np.linspace(0, span.steps, count, endpoint=False)})
+    return [place_full_steps(single_jump_misses(span), count)[count][0], even]
 
 
 def polished(anchors: list[int], steps: int, error: Callable[[list[int]], float], tries: int) -> list[int]:
