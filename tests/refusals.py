@@ -37,9 +37,12 @@ REFUSALS = {
     "{} is not given the output of the block": "blocks whose order changes between runs",
     "{} was not called by its block. Run": "a block that leaves a site out",
     "{} returns a {}. Run the schedule": "a block whose outputs a program cannot return",
+    "{}.{} has a {} of class {}, whose": "weights of torchao, compiled",
     "{} ({}) cannot be traced: it depends": "a block that depends on data",
     # runtime/executor.py
     "The pipeline called the transformer": "other timesteps than in the run that made the tables, on a GPU",
+    # runtime/row_order.py
+    "Rows of the batch changed places before": "*a callback that exchanges rows between steps with caches",
     # runtime/hooks
     "{} is offloaded in groups, under which": "enable_group_offload",
     "{} has {} tokens in the schedule, which": "another size of a model whose tokens are no raster",

@@ -24,6 +24,7 @@ from sodaprof.formats.schedule import TokenRule
 from sodaprof.pipelines.recording import record_step
 from sodaprof.runtime.compiled.engine import Compiled
 from tests.refusals import REFUSALS
+from tests.tiny_flux import draw_rows, flux_pipe, flux_schedule
 from tests.tiny_pipelines import STEPS, TwoPassPipeline, clone, draw, schedule_for, tiny_pipe
 from tests.updated import CALLED, RESTING, pipe_of, with_update
 from tests.zoo.zoo_pipelines import PIPELINES
@@ -158,6 +159,19 @@ def _(refused):
             draw_around(pipe, lambda: in_thread(draw, pipe))
         other = clone(pipe)
         assert (draw_around(pipe, lambda: in_thread(draw, other)) == alone).all()
+
+
+@advice("Rows of the batch changed places before")
+def _(refused):
+    pipe, schedule = flux_pipe(), flux_schedule(flux_pipe())
+    exchange = lambda latents: latents.flip(0)  # noqa: E731
+    sodaprof.apply(pipe, schedule)
+    with refused("only before step 5, or remove the schedule: sodaprof.remove(pipe)"):
+        draw_rows(pipe, exchange, after=1)
+    draw_rows(pipe)
+    draw_rows(pipe, exchange, after=4)
+    sodaprof.remove(pipe)
+    draw_rows(pipe, exchange, after=1)
 
 
 @advice("The pipeline's scheduler was replaced")

@@ -42,6 +42,20 @@ def draw(pipe: Any) -> torch.Tensor:
     return flux_call(pipe)([7], [torch.Generator().manual_seed(7)])
 
 
+def draw_rows(pipe: Any, change: Any = None, after: int = 0, count: int = 3) -> torch.Tensor:
+    """Draws a batch; change: what a callback does to the latents after a step."""
+    texts = torch.stack([torch.randn(5, 12, generator=torch.Generator().manual_seed(n)) for n in range(count)])
+
+    def callback(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return given | {"latents": change(given["latents"])} if change and step == after else given
+
+    return pipe(
+        prompt_embeds=texts, pooled_prompt_embeds=texts[:, 0, :8], height=64, width=64, num_inference_steps=STEPS,
+        generator=[torch.Generator().manual_seed(n) for n in range(count)], callback_on_step_end=callback,
+        output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+
+
 def flux_schedule(pipe: Any) -> Schedule:
     """All four actions on the last Linear of the single blocks, C everywhere else."""
     model, sampler, _ = inspect_pipeline(pipe, "tiny", STEPS, own=flux_call(pipe))

@@ -96,6 +96,7 @@ class Clock:
         self.run: Run | None = None  # None outside of runs, and after a refusal
         self.update: StepTaker | None = None
         self.loop: LoopTaker | None = None  # around the update
+        self.order: StepTaker | None = None  # around both
         self.branches = 0  # network calls a step in the latest run
         self._patches = ExitStack()
 
@@ -178,7 +179,7 @@ class Clock:
             return own_step(*arguments, **kwargs)
         self._check_step(run, timestep, sample)
         take = own_step
-        for taker in (self.update, self.loop):
+        for taker in (self.update, self.loop, self.order):
             if taker is not None:
                 take = partial(taker.take, take, scheduler, run.step)
         result = take(*arguments, **kwargs)
@@ -222,7 +223,8 @@ class Clock:
         if not run.calls:
             self.refuse(
                 f"The pipeline took step {run.step} without calling a transformer, which the schedule calls at each step. "
-                "Run it without what skips steps, or remove the schedule: sodaprof.remove(pipe)"
+                "Run it without what skips steps, in a function of its own if its steps take turns with another run's, or remove "
+                "the schedule: sodaprof.remove(pipe)"
             )
         if run.step == 0 and run.halved and form != "halves" and run.batches[0] == 2 * len(sample):
             self._refuse_guidance(BOTH)

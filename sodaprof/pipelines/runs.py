@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import math
 import sys
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Coroutine, Generator, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
@@ -14,6 +17,8 @@ import torch
 
 if TYPE_CHECKING:
     from .clock import Clock
+
+GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 @dataclass(eq=False)
@@ -40,15 +45,17 @@ class Caller:
     """The code that begins a run here and now. Its frames, and with them its pipeline, live as long as this object."""
 
     def __init__(self) -> None:
-        self.frames = list(
-            _stack()
-        )  # innermost first; from the next question on, the innermost one that still ran then
+        self.frames = list(_stack())  # innermost first; once the code was found again, the frame in which it was
+
+    def running(self, stack: Collection[FrameType]) -> FrameType | None:
+        """The innermost of its frames that is in the stack of the calling code; None if none is: the code was aborted."""
+        return next((frame for frame in self.frames if frame in stack), None)
 
     def runs_now(self) -> bool:
         """Whether the calling code is that which began the run: False for any other, once that was aborted."""
-        stack = set(_stack())
-        self.frames = [next((frame for frame in self.frames if frame in stack), self.frames[0])]
-        return self.frames[0] in stack
+        frame = self.running(set(_stack()))
+        self.frames = [frame or self.frames[0]]
+        return frame is not None
 
 
 @dataclass(eq=False)
@@ -58,9 +65,24 @@ class Begun:
     run: Run
     caller: Caller | None
 
-    def calls_now(self) -> bool:
-        """Whether the calling code is in the run: False once the call of the pipeline that began it was aborted."""
-        return self.caller is None or self.caller.runs_now()
+    def stop(self) -> None:
+        """Ends the run, unless another took its place."""
+        if (clock := self.run.clock) is not None and clock.run is self.run:
+            clock.stop()
+
+    def depth(self, depths: dict[FrameType, int]) -> float:
+        """How far from the calling code the frame is that began the run; infinite outside of that."""
+        if self.caller is None:
+            return -1
+        frame = self.caller.running(depths)
+        return math.inf if frame is None else depths[frame]
+
+    def waits(self, exactly: bool) -> bool:
+        """Whether a generator began the run, which may go on later; exactly: the generator was not aborted (a slow test)."""
+        frames = [] if self.caller is None else self.caller.frames[:1]
+        if not any(frame.f_code.co_flags & GENERATORS for frame in frames):
+            return False
+        return not exactly or any(isinstance(owner, Generator | Coroutine) for owner in gc.get_referrers(*frames))
 
 
 # of this thread or task, the latest last; some may have ended
@@ -74,9 +96,20 @@ def _stack() -> Iterator[FrameType]:
         frame = frame.f_back
 
 
+def _depths() -> dict[FrameType, int]:
+    return {frame: depth for depth, frame in enumerate(_stack())}
+
+
 def begin(run: Run, in_pipeline: bool) -> None:
     """Puts the calling thread or task into a run; in_pipeline: the run is aborted if the call that begins it is."""
-    others = (b for b in _RUNS.get() if not b.run.ended and b.run.clock is not None and b.calls_now())
+    depths = _depths()
+    others = (
+        begun
+        for begun in _RUNS.get()
+        if not begun.run.ended
+        and begun.run.clock is not None
+        and (begun.depth(depths) < math.inf or begun.waits(exactly=True))
+    )
     _RUNS.set((*others, Begun(run, Caller() if in_pipeline else None)))
 
 
@@ -86,22 +119,32 @@ def end(run: Run) -> None:
     _RUNS.set(tuple(begun for begun in _RUNS.get() if not begun.run.ended))
 
 
-def current_clock(clocks: Collection[Clock], *, ending_aborted: bool = False) -> Clock | None:
-    """Returns the clock, one of these, of the latest run that the calling thread or task has begun and not ended.
+def current_clock(clocks: Collection[Clock], *, entering: bool = False) -> Clock | None:
+    """Returns the clock, one of these, of the run that the calling code is in; None outside of runs, and if it was replaced.
 
-    ending_aborted: runs whose call of the pipeline was aborted are ended.
+    entering: the code calls a network: its run is that whose beginning is the nearest to it, the latest of equally near ones
+    (generators may take turns), and runs after it whose call of the pipeline was aborted are ended. Otherwise the code is in
+    the call of the network that was entered last.
     """
-    for begun in reversed(_RUNS.get()):
-        clock = begun.run.clock
-        if clock is None or clock.run is not begun.run or clock not in clocks:
-            continue
-        if not ending_aborted or begun.calls_now():
-            return clock
-        clock.stop()
-    return None
+    found = [begun for begun in _RUNS.get() if not begun.run.ended and begun.run.clock in clocks]
+    if entering:
+        depths = _depths()
+        chosen = min(reversed(found), key=lambda begun: begun.depth(depths), default=None)
+        if chosen is not None and chosen.depth(depths) == math.inf:
+            chosen = None
+        for begun in found[0 if chosen is None else found.index(chosen) + 1 :]:
+            if begun.depth(depths) == math.inf and not begun.waits(exactly=False):
+                begun.stop()
+        found = [] if chosen is None else [chosen]
+        if chosen is not None and chosen.caller is not None:
+            chosen.caller.runs_now()
+        _RUNS.set((*(begun for begun in _RUNS.get() if begun is not chosen), *found))
+    clock = found[-1].run.clock if found else None
+    return clock if clock is not None and clock.run is found[-1].run else None
 
 
 def was_replaced(clocks: Collection[Clock]) -> bool:
     """Whether another call took over the scheduler of a run that the calling thread or task is in."""
-    kept = [(begun.run, begun.run.clock) for begun in _RUNS.get() if not begun.run.ended and begun.calls_now()]
+    depths = _depths()
+    kept = [(b.run, b.run.clock) for b in _RUNS.get() if not b.run.ended and b.depth(depths) < math.inf]
     return any(clock in clocks and clock.run is not run for run, clock in kept if clock is not None)

@@ -132,7 +132,7 @@ class Handle:
 
     def _call(self, name: str, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Passes the call of a module to the executor of the run that the calling thread or task is in."""
-        clock = current_clock(self._executors, ending_aborted=not path)
+        clock = current_clock(self._executors, entering=not path)
         if clock is None or (not path and owner_of(self.pipe.scheduler) is not self):
             self._refuse_call()
         # tracing replaces the parameters of a block for a while, so compiled runs take turns at calling the network
@@ -153,9 +153,9 @@ class Handle:
             )
         raise MismatchError(
             "The transformer was called outside a denoising loop (no set_timesteps before in this thread or task, or all steps "
-            "are done), or by a pipeline whose scheduler is no copy of the one with the schedule. Call the pipeline, each run "
-            "in a thread or task of its own; give others copy.deepcopy(pipe.scheduler); or remove the schedule: "
-            "sodaprof.remove(pipe)"
+            "are done), or by a pipeline whose scheduler is no copy made of this one since the schedule was applied. Call the "
+            "pipeline, each run in a thread, task or function of its own; give others copy.deepcopy(pipe.scheduler), made anew; "
+            "or remove the schedule: sodaprof.remove(pipe)"
         )
 
     def report(self) -> Report:

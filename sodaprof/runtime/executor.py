@@ -21,6 +21,7 @@ from .hooks.registry import chain, refuse_group_offload
 from .hooks.resolution import SizeHook
 from .hooks.sites import SiteHook, SiteRow
 from .hooks.stack import BlockHook, StackRow
+from .row_order import RowOrder
 from .sampler.update import StateUpdate
 
 
@@ -47,6 +48,7 @@ class Executor:
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
         self.clock.times, self.clock.checks_times = schedule.times, schedule.times != schedule.sampler.timesteps
         self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
+        self.order = self.clock.order = RowOrder(schedule, self.clock)
         self.engine: Engine | None = None
         if settings is not None:
             first = next(iter(self.parts.values()))
@@ -103,7 +105,7 @@ class Executor:
     def reset(self) -> None:
         """Drops what a run kept."""
         self._forget()
-        for part in (self.engine, self.update):
+        for part in (self.engine, self.update, self.order):
             if part is not None:
                 part.reset()
 
@@ -128,6 +130,7 @@ class Executor:
 
     def _end(self) -> None:
         differed = self.engine is not None and self.engine.differed()
+        moved = self.order.moved_at()
         self.reset()
         self.complete = True
         planned = Counter({action: self.clock.branches * n for action, n in self.schedule.counts().items()})
@@ -137,6 +140,8 @@ class Executor:
                 f"Something else ran in place of {cells} of the schedule (a cache that was enabled before or within the run, "
                 "say): this generation is wrong. Disable it, then call the pipeline again."
             )
+        if moved is not None:
+            self.order.refuse(moved)
         if differed:
             raise MismatchError(
                 "The pipeline called the transformer with other arguments (timesteps, say) than in the run in which the "

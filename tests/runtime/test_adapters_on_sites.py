@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 import sodaprof
+from sodaprof.errors import UnsupportedModelError
 from tests.tiny_flux import ENDS, draw, flux_pipe, flux_schedule
 
 TARGETS = (
@@ -165,6 +166,98 @@ def test_quantised_layers_have_the_same_sites(schedule, quantized):
             pictures.append(draw(pipe))
             assert handle.report().executed == handle.report().planned
     assert torch.equal(*pictures)
+
+
+class Levels(torch.Tensor):
+    """A weight that is a tensor subclass without memory of its own, as torchao's are: it knows `linear` and little else."""
+
+    @staticmethod
+    def __new__(cls, levels, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, levels.shape, dtype=scale.dtype, device=scale.device)
+
+    def __init__(self, levels, scale):
+        self.levels, self.scale = levels, scale
+
+    def dequantize(self):
+        return self.levels * self.scale
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return nn.functional.linear(args[0], args[1].dequantize(), *args[2:])
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].levels, args[0].scale)
+        raise NotImplementedError(f"Levels: {function}")
+
+
+class Packed(nn.Parameter):
+    """A weight of bytes, scales and levels in one row, which knows its kind, as those of gguf and bitsandbytes do."""
+
+    def __new__(cls, data, kind="q8"):
+        made = torch.Tensor._make_subclass(cls, data, require_grad=False)
+        made.kind = kind
+        return made
+
+
+class PackedLinear(nn.Linear):
+    """A Linear whose weight has another shape than it says, as diffusers' GGUFLinear."""
+
+    def forward(self, x):
+        assert self.weight.kind == "q8"
+        return nn.functional.linear(x, self.dequantized(), self.bias)
+
+    def dequantized(self):
+        scale, levels = self.weight[:, :4].contiguous().view(torch.float32), self.weight[:, 4:].view(torch.int8)
+        return levels * scale
+
+
+def quantized_in_8_bits(linear, packed):
+    """Returns the layer and the weight that it computes with."""
+    scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    levels = (linear.weight.detach() / scale).round().to(torch.int8)
+    if packed:
+        made = PackedLinear(linear.in_features, linear.out_features)
+        made.weight = Packed(torch.cat([scale.view(torch.uint8), levels.view(torch.uint8)], 1))
+        made.bias = linear.bias
+        return made, made.dequantized()
+    linear.weight = nn.Parameter(Levels(levels, scale), requires_grad=False)
+    return linear, linear.weight.dequantize()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_another_kind_run_by_hooks_and_are_refused_or_right_compiled(schedule, packed):
+    pipe, other = flux_pipe(), flux_pipe()
+    for path, module in list(pipe.transformer.named_modules()):
+        if "blocks" in path and isinstance(module, nn.Linear):
+            made, weight = quantized_in_8_bits(module, packed)
+            pipe.transformer.set_submodule(path, made)
+            other.transformer.get_submodule(path).weight.data.copy_(weight)
+    plain = draw(pipe)
+    assert torch.equal(plain, draw(other))
+    assert distance(plain, draw(flux_pipe())) > 10 * ROUNDING
+    assert flux_schedule(pipe).transformers == schedule.transformers
+    with sodaprof.apply(other, schedule):
+        wanted = draw(other)
+    with sodaprof.apply(pipe, schedule) as handle:
+        assert torch.equal(draw(pipe), wanted)
+        assert handle.report().executed == handle.report().planned
+    with (
+        sodaprof.apply(pipe, schedule, runtime="compiled"),
+        pytest.raises(UnsupportedModelError, match=r'cannot be traced .* Run the schedule with runtime="hooks"'),
+    ):
+        draw(pipe)
+    assert torch.equal(draw(pipe), plain)
+    if not packed:  # a weight that is quantised when its block was traced before, without a change of shape
+        pipe = flux_pipe()
+        with sodaprof.apply(pipe, schedule, runtime="compiled"):
+            draw(pipe)
+            quantized_in_8_bits(pipe.transformer.get_submodule(ENDS[0]), packed)
+            with pytest.raises(UnsupportedModelError, match="has a weight of class Levels"):
+                draw(pipe)
 
 
 def test_loras_that_diffusers_loads(schedule, tmp_path):

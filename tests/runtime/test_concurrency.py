@@ -152,6 +152,66 @@ def test_an_aborted_call_within_another_has_no_effect_on_it(runtime):
             pipe.transformer(torch.zeros(2, 4, 8, 8), timestep=torch.tensor([1]), class_labels=torch.tensor([1, 1]))
 
 
+class InTurns(TwoPassPipeline):
+    """A sampling loop that is a generator: it yields after its timesteps, between the branches and after each step."""
+
+    @torch.no_grad()
+    def __call__(self, label):
+        x, labels = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(label)), torch.tensor([label])
+        self.scheduler.set_timesteps(8)
+        yield x
+        for t in self.scheduler.timesteps:
+            cond = self.transformer(x, timestep=t[None], class_labels=labels).sample
+            yield x
+            uncond = self.transformer(x, timestep=t[None], class_labels=torch.tensor([10])).sample
+            x = self.scheduler.step(uncond + 4 * (cond - uncond), t, x).prev_sample
+            yield x
+
+
+def turns(*generators):
+    """Returns the last latents of generators that take turns, in an order that is drawn."""
+    order, found = np.random.default_rng(0), [None] * len(generators)
+    going = list(range(len(generators)))
+    while going:
+        number = int(order.choice(going))
+        latents = next(generators[number], None)
+        if latents is None:
+            going.remove(number)
+        else:
+            found[number] = latents
+    return found
+
+
+@pytest.mark.parametrize("runtime", ["hooks", "compiled"])
+def test_generators_that_take_turns_in_one_thread(runtime):
+    pipe = tiny_pipe(cls=InTurns)
+    with sodaprof.apply(pipe, schedule_for(tiny_pipe(cls=TwoPassPipeline), ROWS), runtime=runtime) as handle:
+        alone = [turns(pipe(label))[0] for label in (3, 5, 7)]
+        for _ in range(3):
+            found = turns(*(clone(pipe)(label) for label in (3, 5, 7)))
+            assert all(map(torch.equal, found, alone))
+        for _ in range(3):  # of aborted ones, each with a scheduler of its own, no executor is left
+            begun, ended = clone(pipe)(3), clone(pipe)(5)
+            next(begun), next(begun), next(ended), ended.close()
+            assert torch.equal(turns(clone(pipe)(5))[0], alone[1])
+            del begun, ended
+            gc.collect()
+        assert len(handle._executors) <= 5
+        with pytest.raises(MismatchError, match="Another call of the pipeline began with this scheduler"):
+            turns(pipe(3), pipe(5))
+
+
+def test_a_copy_from_an_older_apply_is_told_to_be_made_anew():
+    pipe = tiny_pipe()
+    with sodaprof.apply(pipe, schedule_for(pipe, ROWS)):
+        older = clone(pipe)
+    with sodaprof.apply(pipe, schedule_for(pipe, ROWS)):
+        with pytest.raises(MismatchError, match=r"no copy made of this one since the schedule was applied.*made anew"):
+            draw(older)
+        older.scheduler = copy.deepcopy(pipe.scheduler)
+        assert np.array_equal(draw(older), draw(pipe))
+
+
 def test_a_fitted_scheduler_that_a_nested_call_took_is_refused():
     pipe = tiny_pipe()
     pipe.scheduler = sodaprof.scheduler(updated(pipe, RESTING, stir=0.1))

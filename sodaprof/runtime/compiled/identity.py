@@ -57,6 +57,22 @@ def stored_tensors(modules: Iterable[tuple[str, nn.Module]]) -> Stored:
     ]
 
 
+def refuse_subclasses(path: str, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises UnsupportedModelError if a weight is of a class that replaces operators: a program would not have these.
+
+    A layer with a forward of its own may have a weight that only replaces functions, of which that forward knows.
+    """
+    for inner, module in modules:
+        for name, weight in module._parameters.items():
+            own = {method for cls in type(weight).__mro__ if cls not in nn.Parameter.__mro__ for method in vars(cls)}
+            replaces = "__torch_function__" in own and type(module).__module__.startswith("torch.nn.")
+            if replaces or "__torch_dispatch__" in own:
+                raise UnsupportedModelError(
+                    f"{path}.{inner} has a {name} of class {type(weight).__name__}, whose operators are its own and cannot be "
+                    'traced (quantised, say). Run the schedule with runtime="hooks".'
+                )
+
+
 def tensors_now(stored: Stored) -> list[torch.Tensor]:
     """Returns the parameters and buffers as they are now."""
     return [found[name] for _, found, name in stored]

@@ -30,6 +30,7 @@ from .identity import (
     build_of,
     form_of,
     leaves_of,
+    refuse_subclasses,
     signature_of,
     stored_tensors,
     tensor_places,
@@ -162,6 +163,7 @@ class TracedBlock(ModelHook):  # type: ignore[misc]
     def _known(self) -> dict[Key, Program]:
         """Returns the programs of all blocks that are built as this one is now; finds where its parameters are stored."""
         modules = list(self.block.named_modules())
+        refuse_subclasses(self.path, modules)
         self.tensors = stored_tensors(modules)
         sites = tuple(
             (
