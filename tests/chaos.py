@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sodaprof import cli, load_schedule
-from sodaprof.pipelines import load as _load  # noqa: F401 - imported ahead of the forks, since it imports torch and diffusers
+from sodaprof.pipelines.load import load_pipeline
 from sodaprof.profiler import run as _run  # noqa: F401
 from sodaprof.tuning import refine as _refine  # noqa: F401
 
@@ -263,6 +264,9 @@ def main() -> int:
         "appears": 1,
     }
     counts = {kind: max(round(count * share), 2 - (kind == "appears")) for kind, count in counts.items()}
+    for name in ("pyarrow.parquet", "rich.progress", "scipy.linalg", "scipy.optimize"):  # as torch, ahead of the forks
+        importlib.import_module(name)
+    load_pipeline("tiny-dit")  # which imports the classes of its parts
     began, faults = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="sodaprof-chaos-") as name:
         reference = Place(Path(name) / "reference", Path(name) / "reference")
