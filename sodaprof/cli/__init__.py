@@ -106,9 +106,8 @@ def main() -> None:
             return
         raise KeyboardInterrupt
 
-    sys.unraisablehook = lambda dropped: (
-        None if dropped.exc_type is KeyboardInterrupt else hook(dropped)
-    )  # raised again
+    # says nothing of an interrupt that Python drops, since it is raised again
+    sys.unraisablehook = lambda dropped: None if dropped.exc_type is KeyboardInterrupt else hook(dropped)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # ignored: a command in the background of a script
             signal.signal(number, interrupt)
