@@ -142,10 +142,12 @@ def ended(place: Place, verb: str, number: int, seconds: float, draw: random.Ran
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break  # it was quicker
             time.sleep(0.0005)
+        unfinished = verb == "profile" and not (place.folder / "p").exists()
         os.kill(child, number)  # it has not been waited for, so that the id is still its own
         code = place.wait(child, ENDING)
         allowed = {signal.SIGKILL: (0, -9), signal.SIGINT: (0, 130), signal.SIGTERM: (0, 130, 143, -15)}[number]
         require(code in allowed, f"exit code {code}, expected one of {allowed}: {place.said()}")
+        require(code or not unfinished, f"signal {number} was dropped: {place.said()}")
         if (file := place.folder / "r.json").exists():
             load_schedule(file)
     if verb == "refine" or not (place.folder / "p").exists():

@@ -80,7 +80,7 @@ class Statistics:
                 found = {name: saved[name] for name in saved.files}
         except MemoryError:
             raise
-        except Exception as error:  # the bytes are in memory: for damage, zipfile, decompressors and numpy raise many kinds
+        except Exception as error:  # of bytes in memory: zipfile, decompressors and numpy raise many kinds
             raise ValueError(str(error) or "it ends early") from None
         if not np.array_equal(found.pop("digest", None), _digest(found)):
             raise ValueError("its content is not that of its digest")
