@@ -150,6 +150,8 @@ def ended(place: Place, verb: str, number: int, seconds: float, draw: random.Ran
         require(code or not unfinished, f"signal {number} was dropped: {place.said()}")
         if (file := place.folder / "r.json").exists():
             load_schedule(file)
+        if (place.folder / "p").exists():
+            break  # the profile is complete, and is not made twice
     if verb == "refine" or not (place.folder / "p").exists():
         place.run(*place.command(verb))
     place.check(verb)
