@@ -47,14 +47,13 @@ class SodaprofError(Exception):
         return printable(super().__str__(), LONGEST, kept="\n")
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yields the exception and those during whose handling it was raised, at most 100."""
-    before: BaseException | None = error
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields the exception, if there is one, and those during whose handling it was raised, at most 100."""
     for _ in range(100):
-        if before is None:
+        if error is None:
             return
-        yield before
-        before = before.__cause__ or before.__context__
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def out_of_memory(error: BaseException) -> bool:

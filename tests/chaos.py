@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import importlib
 import json
 import multiprocessing
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from sodaprof import cli, load_schedule
-from sodaprof.pipelines import load as _load  # noqa: F401 - imported ahead of the forks, since it imports torch and diffusers
+from sodaprof.pipelines.load import load_pipeline
 from sodaprof.profiler import run as _run  # noqa: F401
 from sodaprof.tuning import refine as _refine  # noqa: F401
 
@@ -141,12 +142,16 @@ def ended(place: Place, verb: str, number: int, seconds: float, draw: random.Ran
             if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break  # it was quicker
             time.sleep(0.0005)
+        unfinished = verb == "profile" and not (place.folder / "p").exists()
         os.kill(child, number)  # it has not been waited for, so that the id is still its own
         code = place.wait(child, ENDING)
         allowed = {signal.SIGKILL: (0, -9), signal.SIGINT: (0, 130), signal.SIGTERM: (0, 130, 143, -15)}[number]
         require(code in allowed, f"exit code {code}, expected one of {allowed}: {place.said()}")
+        require(code or not unfinished, f"signal {number} was dropped: {place.said()}")
         if (file := place.folder / "r.json").exists():
             load_schedule(file)
+        if (place.folder / "p").exists():
+            break  # the profile is complete, and is not made twice
     if verb == "refine" or not (place.folder / "p").exists():
         place.run(*place.command(verb))
     place.check(verb)
@@ -263,6 +268,9 @@ def main() -> int:
         "appears": 1,
     }
     counts = {kind: max(round(count * share), 2 - (kind == "appears")) for kind, count in counts.items()}
+    for name in ("pyarrow.parquet", "rich.progress", "scipy.linalg", "scipy.optimize"):  # as torch, ahead of the forks
+        importlib.import_module(name)
+    load_pipeline("tiny-dit")  # which imports the classes of its parts
     began, faults = time.monotonic(), 0
     with tempfile.TemporaryDirectory(prefix="sodaprof-chaos-") as name:
         reference = Place(Path(name) / "reference", Path(name) / "reference")

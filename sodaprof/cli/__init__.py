@@ -50,6 +50,7 @@ COMMANDS = (  # in the order of --help
     ("inspect", inspect, "sodaprof inspect tiny-dit --steps 50 -o inspected"),
     ("doctor", doctor, "sodaprof doctor tiny-dit"),
 )
+REPEAT = 0.3  # seconds after which an interrupt that was dropped is raised again
 BUG = 70  # exit code of an exception that no one expects: EX_SOFTWARE of sysexits.h
 LOWER = {  # verb -> what takes less memory
     "profile": "Lower --batch-size, or --max-interval; or give --states-only.",
@@ -91,12 +92,22 @@ def main() -> None:
     """Runs the command line. Every exception ends in one message and an exit code, without a traceback."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     received: list[int] = []
+    hook = sys.unraisablehook
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def interrupt(number: int, frame: Any) -> None:
-        received.append(number)
+        # Python drops what is raised in a `__del__` or in the callback of a weak reference, and some libraries drop it in an
+        # `except:`. So it is raised again until it has left the command; what cleans up meanwhile is not disturbed.
+        before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, interrupt))
+        signal.setitimer(signal.ITIMER_REAL, REPEAT)
+        if number != signal.SIGALRM:
+            received.append(number)
+        elif any(isinstance(one, KeyboardInterrupt) for one in causes(sys.exc_info()[1])):
+            return
         raise KeyboardInterrupt
 
+    # says nothing of an interrupt that Python drops, since it is raised again
+    sys.unraisablehook = lambda dropped: None if dropped.exc_type is KeyboardInterrupt else hook(dropped)
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # ignored: a command in the background of a script
             signal.signal(number, interrupt)
@@ -112,6 +123,9 @@ def main() -> None:
         message, code = describe(error, received)
         print(f"sodaprof: {printable(message, LONGEST)}", file=sys.stderr)
     finally:
+        if received:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
     sys.exit(code)

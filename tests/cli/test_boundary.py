@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -113,6 +114,45 @@ def test_interrupts(command, schedule, monkeypatch, number):
     assert said.endswith("sodaprof: Interrupted. No file was left incomplete.\n")
     assert signal.getsignal(number) is before
     signal.signal(number, asked)
+
+
+class Ending:
+    def __del__(self):
+        terminate()
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+
+
+@pytest.mark.parametrize("dropped", ["in a __del__", "by a library", "nowhere"])
+def test_an_interrupt_that_is_dropped_is_repeated_and_cleaning_up_is_not_disturbed(
+    command, schedule, monkeypatch, dropped
+):
+    before, hook, cleaned = signal.getsignal(signal.SIGALRM), sys.unraisablehook, []
+
+    def interrupted(*_):
+        try:
+            if dropped == "in a __del__":
+                Ending()
+            elif dropped == "by a library":
+                with contextlib.suppress(BaseException):
+                    terminate()
+            else:
+                terminate()
+            time.sleep(10)
+        finally:
+            time.sleep(2.5 * cli.REPEAT)
+            cleaned.append(True)
+
+    monkeypatch.setattr("sodaprof.formats.schedule_file.load_schedule", interrupted)
+    began = time.monotonic()
+    code, _, said = command("show", schedule)
+    assert (code, cleaned, said) == (143, [True], "sodaprof: Interrupted. No file was left incomplete.\n")
+    assert time.monotonic() - began < 8
+    assert (signal.getsignal(signal.SIGALRM), sys.unraisablehook) == (before, hook)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 @pytest.mark.parametrize(

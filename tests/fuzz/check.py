@@ -96,7 +96,8 @@ def faults(reader: Reader, count: int, seed: int) -> dict[str, tuple[int, str]]:
 def one_chunk(task: tuple[str, int, int]) -> tuple[str, dict[str, tuple[int, str]]]:
     """Returns the name of the kind of file, and its faults; a task is (name, number of files, seed)."""
     name, count, seed = task
-    with tempfile.TemporaryDirectory(prefix="sodaprof-fuzz-") as folder:
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a disk would wait for each file that is replaced
+    with tempfile.TemporaryDirectory(prefix="sodaprof-fuzz-", dir=memory) as folder:
         return name, faults(READERS[name](Path(folder)), count, seed)
 
 

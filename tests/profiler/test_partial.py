@@ -89,7 +89,7 @@ def test_files_of_others_in_the_working_folder_are_kept(pipe, tmp_path):
     assert (tmp_path / "p.partial" / "notes.txt").read_text() == "kept"
 
 
-@pytest.mark.parametrize("change", ["groups", "batch_size", "cut", "array", "flip", "pickle"])
+@pytest.mark.parametrize("change", ["groups", "batch_size", "cut", "array", "flip", "pickle", "encrypted", "lzma"])
 def test_a_damaged_state_is_refused_and_its_advice_works(pipe, tmp_path, interrupted, change):
     work, wanted = tmp_path / "p.partial", interrupted[1]
     shutil.copytree(interrupted[0], work)
@@ -104,7 +104,11 @@ def test_a_damaged_state_is_refused_and_its_advice_works(pipe, tmp_path, interru
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        state.write_bytes({"cut": content[:middle], "flip": flipped, "pickle": b"abc"}[change])
+        entry = content.index(b"PK\1\2")  # of the archive's first file: flags at 8, method of compression at 10
+        encrypted = content[: entry + 8] + b"\1" + content[entry + 9 :]
+        lzma = content[: entry + 10] + b"\x0e" + content[entry + 11 :]
+        changed = {"cut": content[:middle], "flip": flipped, "pickle": b"abc", "encrypted": encrypted, "lzma": lzma}
+        state.write_bytes(changed[change])
     with pytest.raises(FormatError, match="damaged") as caught:
         run(pipe, tmp_path / "p")
     if "Delete the file" in str(caught.value):
