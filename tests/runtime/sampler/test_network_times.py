@@ -367,16 +367,21 @@ def test_times_stay_on_their_side_of_the_boundary():
         sodaprof.apply(wan, replace(timed, update=replace(timed.update, times=tuple(times))))
 
 
-def test_the_boundary_lies_below_all_times_of_a_turn_that_ends_in_skipped_steps():
-    wan = small_wan()
-    schedule = schedule_of(wan)
-    update, own = with_update(wan, schedule).update, schedule.sampler.timesteps
-    plans = {}
+def before_skips(wan, time: float) -> Schedule:
+    """Returns a schedule whose first turn ends in three skipped steps, after a call at this time."""
+    schedule, plans = schedule_of(wan), {}
     for (name, plan), row in zip(schedule.transformers.items(), ("CC---______", "_____CCCCCC"), strict=True):
         plans[name] = replace(plan, rows=dict.fromkeys(plan.rows, row), stack=row.replace("C", "."))
-    for time in (0.5 * (own[4] + own[5]), own[5] + 0.01):  # of step 1: below those of the skipped steps 2 to 4
-        times = (own[0], time, *own[2:])
-        timed = replace(schedule, transformers=plans, update=replace(update, times=times))
+    own = schedule.sampler.timesteps
+    update = replace(with_update(wan, schedule).update, times=(own[0], time, *own[2:]))
+    return replace(schedule, transformers=plans, update=update)
+
+
+def test_the_boundary_lies_below_all_times_of_a_turn_that_ends_in_skipped_steps():
+    wan = small_wan()
+    own = schedule_of(wan).sampler.timesteps
+    for time in (0.5 * (own[4] + own[5]), own[5] + 0.01):  # below those of the skipped steps
+        timed = before_skips(wan, time)
         wan.register_to_config(boundary_ratio=0.5 * (time + own[4]) / 1000)
         with pytest.raises(
             MismatchError, match="at 4 of 11 steps, then transformer_2; in the schedule it is 5"
