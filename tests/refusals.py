@@ -19,7 +19,7 @@ REFUSALS = {
     "The schedule is for {}, the pipeline has {}. {}": "*another scheduler class than the schedule's",
     "The scheduler carries a schedule already.": "*apply twice",
     "The scheduler's {} is {}, {} in the": "*another setting of the scheduler",
-    "With boundary_ratio={} the pipeline": "Wan 2.2 with another boundary",
+    "With boundary_ratio={} the pipeline": "*Wan 2.2 with another boundary",
     "{} is a {}, the schedule is for {}.": "a transformer of another class",
     "{} has no module {}, the schedule has": "a transformer with fewer layers",
     "{} has the site {}, the schedule has": "a transformer with more layers",
@@ -165,4 +165,6 @@ REFUSALS = {
     "{} is {}; expected {}.": "*--seed -1",
     "--labels is {}; expected labels and": "--labels x",
     "{} takes {}. Give {} in place of --{}": "*--prompt for a model of labels",
+    # pipelines/replay.py
+    "{} is called with no argument that is linear": "network times, and a network that is given embeddings of them",
 }  # fmt: skip

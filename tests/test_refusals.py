@@ -24,8 +24,11 @@ from sodaprof.formats.schedule import TokenRule
 from sodaprof.pipelines.recording import record_step
 from sodaprof.runtime.compiled.engine import Compiled
 from tests.refusals import REFUSALS
+from tests.runtime.sampler.test_network_times import before_skips
 from tests.tiny_flux import draw_rows, flux_pipe, flux_schedule
 from tests.tiny_pipelines import STEPS, TwoPassPipeline, clone, draw, schedule_for, tiny_pipe
+from tests.two_transformers import draw as draw_wan
+from tests.two_transformers import small_wan
 from tests.updated import CALLED, RESTING, pipe_of, with_update
 from tests.zoo.zoo_pipelines import PIPELINES
 
@@ -216,6 +219,19 @@ def _(refused):
         sodaprof.apply(pipe, schedule)
     pipe.scheduler.register_to_config(beta_end=0.02)
     sodaprof.apply(pipe, schedule)
+
+
+@advice("With boundary_ratio={} the pipeline")
+def _(refused):
+    pipe = small_wan()
+    schedule = before_skips(pipe, 550.45)
+    pipe.register_to_config(boundary_ratio=0.6)
+    with refused("at most 0.55045, say pipe.register_to_config(boundary_ratio=0.5255)"):
+        sodaprof.apply(pipe, schedule)
+    for ratio in (0.55045, 0.5255):
+        pipe.register_to_config(boundary_ratio=ratio)
+        with sodaprof.apply(pipe, schedule):
+            draw_wan(pipe)
 
 
 @advice("{} carries a schedule already. Remove")

@@ -172,7 +172,7 @@ def fit_open_loop(
 
 
 def single_jump_misses(span: Span) -> np.ndarray:
-    """Returns what the sampler's own jumps miss, [T, T + 1], relative to the last state's length: entry [a, n] of a jump of n steps.
+    """Returns what the sampler's own jumps miss, [T, T + 1], relative to the last state: entry [a, n] of a jump of n steps.
 
     A jump is the sampler's own steps from the full run's state x_a with its output V_a in place of all later ones, as GITS
     measures it (arXiv 2405.11326). Inf beyond the last step.

@@ -127,10 +127,8 @@ def schedule_from_json(data: Any, where: str) -> Schedule:
     for key, kind in PARTS.items():
         decode(content.get(key), kind, f"{where}: {key}")
     schedule = replace(decode(content | {"transformers": {}}, Schedule, where), transformers=plans)
-    if version < version_of(schedule):
-        raise FormatError(
-            f"{where}: update: in version 1 its history is at most {MAX_HISTORY} and its basis the sampler's own. {REWRITE}"
-        )
+    if version == 1 and schedule.update is not None and schedule.update.history > MAX_HISTORY:
+        raise FormatError(f"{where}: update: in version 1 its history is at most {MAX_HISTORY}. {REWRITE}")
     return schedule
 
 

@@ -91,7 +91,8 @@ class Clock:
         self.sampler = sampler
         self.on_start, self.on_end = on_start, on_end
         self.times: tuple[float, ...] = sampler.timesteps  # that the network receives
-        self.checks_times = False  # whether the network's next call at a fraction has to be compared with it
+        self.times_unchecked = False  # whether no run has compared these with what the network receives
+        self.checks_times = False  # whether this run's next call at a fraction has to be compared
         self._kept: tuple[Any, Any] | None = None  # timesteps of the run in the scheduler, and the scheduler's own
         self.run: Run | None = None  # None outside of runs, and after a refusal
         self.update: StepTaker | None = None
@@ -122,7 +123,7 @@ class Clock:
     def set_step(self, step: int) -> None:
         """Continues a run at the beginning of any step, for networks that are called without the pipeline."""
         if self.run is None:
-            self.run = Run(weakref.ref(self))
+            self.run, self.checks_times = Run(weakref.ref(self)), self.times_unchecked
             begin(self.run, in_pipeline=False)
         self.run.step, self.run.calls, self.run.turn_begins = step, 0, False
 
@@ -195,6 +196,7 @@ class Clock:
     def claim(self, scheduler: Any) -> Run:
         """Takes the clock for a run on this scheduler that is about to start, and returns it."""
         self.run, self._scheduler = Run(weakref.ref(self)), weakref.ref(scheduler)
+        self.checks_times = self.times_unchecked
         return self.run
 
     def stop(self) -> None:

@@ -250,8 +250,8 @@ class Replay:
         """Returns the network's outputs for latents x and the arguments of a step, at another time if one is given."""
         if time is not None and self.time_maps is None:
             raise UnsupportedModelError(
-                f"{type(self.module).__name__} is called with no argument that is linear in the timestep, so its times cannot "
-                f"be fitted. {WITHOUT}"
+                f"{type(self.module).__name__} is called with no argument that is linear in the timestep, so a schedule with "
+                "network times cannot be continued. Begin with one that has none, of compile."
             )
         latents = x.to(next(self.module.parameters()).dtype)
         copies = self.recording.network_rows // latents.shape[0]

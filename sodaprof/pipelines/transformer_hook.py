@@ -21,15 +21,13 @@ TIME = ("timestep", "timesteps", "t")  # names of the argument in diffusers' tra
 def is_whole_of(time: float, found: torch.Tensor, config: dict[str, Any]) -> bool | None:
     """Whether a network receives, for a time that is no whole number, what it does for one next to it.
 
-    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). None if this
-    cannot be told from the rounding to a half precision, on the way or of what it receives: that is no reason to refuse.
+    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). None if it is one
+    that rounding to a half precision, on the way or of what it receives, gives as well: that is no reason to refuse.
     """
     if not found.is_floating_point():
         return True
     halves = [torch.tensor(time, dtype=dtype).item() for dtype in (torch.float16, torch.bfloat16)]
     whole = (math.floor(time), math.ceil(time))
-    if set(halves) & set(whole):
-        return None
     trained, value = config.get("num_train_timesteps") or 1000, found.double().item()
 
     def is_of(times: Iterable[float]) -> bool:
@@ -37,7 +35,11 @@ def is_whole_of(time: float, found: torch.Tensor, config: dict[str, Any]) -> boo
         forms = [(form, size) for t in times for form in (t, trained - t) for size in (1, trained)]
         return any(abs(form / size - value) <= near * trained / size for form, size in forms)
 
-    return is_of(whole) and not is_of((time, *halves))
+    if not is_of(whole):
+        return False
+    if not is_of((time, *halves)):
+        return True
+    return None if set(halves) & set(whole) else False
 
 
 class TransformerHook(ModelHook):  # type: ignore[misc]
@@ -105,7 +107,7 @@ class TransformerHook(ModelHook):  # type: ignore[misc]
                 f"{self.moment.step}: it passes whole timesteps alone, and the schedule's times were fitted as fractions. Take "
                 "a schedule without network times, or one whose times are whole numbers."
             )
-        self.clock.checks_times = truncated is None
+        self.clock.times_unchecked, self.clock.checks_times = False, truncated is None
 
     def _refuse_turn(self) -> NoReturn:
         """Raises MismatchError: the pipeline changes transformers elsewhere than profiled."""

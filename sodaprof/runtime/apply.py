@@ -23,6 +23,7 @@ from .compiled.engine import Compiled, Counters
 from .compiled.trace import Programs
 from .executor import Executor
 from .hooks.registry import Hooks, hook_owners
+from .sampler.update import at_own_timesteps
 from .shipped import find_shipped
 
 RUNTIMES = ("hooks", "compiled", "whole-steps")
@@ -92,7 +93,10 @@ class Handle:
             for name in self.schedule.transformers:
                 self._hooks.append(Hooks(self.pipe.components[name], partial(self._call, name), self))
                 self._hooks[-1].attach([path for part, path in self.executor.hooks if part == name])
-            for method, wrapper in (("set_timesteps", self._start), ("step", self._advance)):
+            wrappers: dict[str, Callable[..., Any]] = {"set_timesteps": self._start, "step": self._advance}
+            if hasattr(scheduler, "add_noise") and not hasattr(scheduler, "index_for_timestep"):
+                wrappers["add_noise"] = self._add_noise  # the others look timesteps up among those of the run
+            for method, wrapper in wrappers.items():
                 one = partial(wrapper, scheduler)
                 self._attached.enter_context(patched(scheduler, method, one, copies=wrapper, owner=self))
         except BaseException:
@@ -129,6 +133,12 @@ class Handle:
         if scheduler is not self.pipe.scheduler and clock.run is not None and not (clock.run.step or clock.run.calls):
             clock.stop()  # a copy for another network
         return clock.advance(scheduler, own_step, *args, **kwargs)
+
+    def _add_noise(self, scheduler: Any, add_noise: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        clock = next((clock for clock in tuple(self._executors) if clock.scheduler is scheduler), None)
+        if clock is None or clock.run is None or clock.times == clock.sampler.timesteps:
+            return add_noise(*args, **kwargs)
+        return at_own_timesteps(add_noise, clock.times, clock.sampler.timesteps, *args, **kwargs)
 
     def _call(self, name: str, path: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Passes the call of a module to the executor of the run that the calling thread or task is in."""

@@ -89,11 +89,13 @@ def _check_boundary(pipe: Any, schedule: Schedule) -> None:
     wanted = [past >= 0 for past in schedule.transformers["transformer"].past()]
     if found != wanted:
         count = sum(wanted)
-        above, below = (t / trained for t in schedule.times[count - 1 : count + 1])
+        above, below = min(schedule.times[:count]) / trained, max(schedule.times[count:]) / trained
+        middle = (above + below) / 2
+        say = next((s for s in (f"{middle:.{d}g}" for d in range(4, 18)) if below < float(s) <= above), middle)
         raise MismatchError(
             f"With boundary_ratio={ratio} the pipeline calls transformer at {sum(found)} of {len(found)} steps, then "
-            f"transformer_2; in the schedule it is {count}. Set the boundary above {below:.4g} and at most {above:.4g}, say "
-            f"pipe.register_to_config(boundary_ratio={(above + below) / 2:.4g}), or profile and compile for this one."
+            f"transformer_2; in the schedule it is {count}. Set the boundary above {below:.9g} and at most {above:.9g}, say "
+            f"pipe.register_to_config(boundary_ratio={say}), or profile and compile for this one."
         )
 
 

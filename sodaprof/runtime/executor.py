@@ -46,7 +46,7 @@ class Executor:
         self.turns: list[TransformerHook] = []
         self.complete = False  # the latest run took all steps
         self.clock = Clock(pipe.scheduler, schedule.sampler, self._start, self._end)
-        self.clock.times, self.clock.checks_times = schedule.times, schedule.times != schedule.sampler.timesteps
+        self.clock.times, self.clock.times_unchecked = schedule.times, schedule.times != schedule.sampler.timesteps
         self.update = self.clock.update = None if schedule.update is None else StateUpdate(schedule)
         self.order = self.clock.order = RowOrder(schedule, self.clock)
         self.engine: Engine | None = None

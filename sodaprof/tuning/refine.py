@@ -14,18 +14,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 from msgspec.structs import replace
 
 from ..compiler.problem import cache_bytes, within
-from ..errors import BudgetError, FormatError, MismatchError, SodaprofError
+from ..errors import BudgetError, FormatError, SodaprofError
 from ..formats.cost import CostModel
 from ..formats.disk import locked
-from ..formats.files import WHOLE, Number, Record, decode, digest, encode, read_json, refuse_existing, write_json
+from ..formats.files import digest, encode, refuse_existing, write_json
 from ..formats.schedule import Schedule
 from ..formats.schedule_file import load_schedule
 from ..formats.sites import Model
@@ -38,6 +36,7 @@ from ..runtime.checks import check_matches
 from .closed_loop import Fit, sampled_distances, with_predicted_cost
 from .jumps import is_jumps_alone, score_db
 from .refine_jumps import ITERATIONS, JointProgress, JumpRefinement, in_batches
+from .search_file import Progress, SearchFile, read_state, state_file
 from .step_letters import columns_of, varied, with_columns
 
 PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
@@ -46,35 +45,6 @@ LEAST = 4  # calibration generations
 SEARCH = 0.4  # of the time, for the search of placements if a joint fit follows
 BATCH = 8  # generations of a batch of the joint fit
 PATIENCE = 6  # improvements in a row that the validation generations do not confirm, then the search ends
-
-
-Count = Annotated[int, Meta(ge=0, le=WHOLE)]
-Half = Annotated[int, Meta(ge=0, lt=2**32)]  # 32 bits of the random generator
-
-
-class Progress(msgspec.Struct, forbid_unknown_fields=True):
-    """How far a search is: what its file holds. Columns are one letter a step, as in `step_letters`."""
-
-    evaluations: Count
-    columns: str  # of the incumbent
-    score: Number  # of the incumbent on the search generations, dB
-    best: str
-    best_score: Number  # on the validation generations, dB
-    best_at: Count  # number of evaluations after which it was found
-    misses: Count  # improvements since then that the validation generations did not confirm
-    tried: list[str]
-    # state of the random generator: its version, 624 halves and a position, no Gaussian kept
-    generator: tuple[Literal[3], Annotated[tuple[Half, ...], Meta(min_length=625, max_length=625)], None]
-
-
-class SearchFile(Record, frozen=True):
-    """The content of FILE.search."""
-
-    FORMAT = "sodaprof.refine", 4
-    request: str  # digest of all settings
-    digest: str  # of the search and the joint fit
-    search: Progress
-    joint: JointProgress | None = None
 
 
 @dataclass(frozen=True)
@@ -291,7 +261,7 @@ def refine(
         return Replay(pipe, schedule.sampler, prompts, [profile["seed"] + i for i in part])
 
     with locked(output.with_name(f".{output.name}.lock")):
-        state = _read_state(state_file(output), request)
+        state = read_state(state_file(output), request)
         if state is None:
             refuse_existing(output, force)
         began = time.monotonic()
@@ -360,26 +330,3 @@ def sure_gain(candidate: np.ndarray, incumbent: np.ndarray) -> float:
     draws = np.random.default_rng(0).integers(len(candidate), size=(RESAMPLINGS, len(candidate)))
     gains = [score_db(candidate[some]) - score_db(incumbent[some]) for some in draws]
     return float(np.percentile(gains, PERCENTILE))
-
-
-def state_file(output: Path) -> Path:
-    """Returns the file that holds how far the search for `output` is."""
-    return output.with_name(output.name + ".search")
-
-
-def _read_state(path: Path, request: str) -> SearchFile | None:
-    """Returns the content of a file; None if there is no file, MismatchError if it is of another request."""
-    if not path.exists():
-        return None
-    anew = "Delete it to search anew, with --force if the output is there."
-    try:
-        state = decode(read_json(path), SearchFile, str(path), "")
-        if state.digest != digest((encode(state.search), encode(state.joint))):
-            raise FormatError("its content is not that of its digest")
-    except FormatError as error:
-        raise FormatError(f"{path}: no state of a search that this release continues ({error}). {anew}") from None
-    if state.request != request:
-        raise MismatchError(
-            f"{path}: holds a search from another schedule or with other settings. Repeat its settings to continue it. {anew}"
-        )
-    return state

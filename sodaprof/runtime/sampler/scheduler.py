@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ from ...formats.sites import Sampler
 from ...opensora.scheduler import RectifiedFlowScheduler
 from ...pipelines.runs import Caller
 from ...pipelines.sampler_steps import basis_of, own_update
-from .update import Ring, called_steps, check_linear, drawn, jumps, next_dtype
+from .update import Ring, at_own_timesteps, called_steps, check_linear, drawn, jumps, next_dtype
 
 # these scale no input, draw no noise and weigh the outputs themselves
 UNSCALED = ("DDIMScheduler", "FlowMatchEulerDiscreteScheduler", "RectifiedFlowScheduler")
 # what a pipeline may read of the sampler itself, on all of its steps
-OF_SAMPLER = ("add_noise", "scale_noise", "get_velocity", "betas", "alphas", "alphas_cumprod")
+OF_SAMPLER = ("betas", "alphas", "alphas_cumprod")
+NOISED = ("add_noise", "scale_noise", "get_velocity")  # the sampler's methods, at its own timesteps
 WHOLE = "Run the whole trajectory: strength=1, and nothing that leaves steps out."
 ROUNDED = 2e-3  # of sigmas: some pipelines pass whole timesteps of 1000, others begin at 0.999
 
@@ -114,6 +116,7 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._scales = [scales[jump.start] for jump in self._jumps]
         times = torch.tensor([schedule.times[jump.start] for jump in self._jumps])
         self._known = times.tolist()  # as the pipeline passes them on
+        self._timed = schedule.times != sampler.timesteps
         if sigmas:  # some pipelines read them
             self.sigmas = torch.tensor([*(sigmas[jump.start] for jump in self._jumps), sigmas[-1]])
         self._ring = Ring(update.history, any(jump.initial for jump in self._jumps))
@@ -153,8 +156,12 @@ class JumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return list(self._own.compatibles)
 
     def __getattr__(self, name: str) -> Any:
-        if name in OF_SAMPLER and "_own" in vars(self):
-            return getattr(self._own, name)
+        if name in OF_SAMPLER + NOISED and "_own" in vars(self):
+            found = getattr(self._own, name)
+            if name in OF_SAMPLER or not self._timed:
+                return found
+            own = [self.sampler.timesteps[jump.start] for jump in self._jumps]
+            return partial(at_own_timesteps, found, self._known, own)
         return super().__getattr__(name)
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:

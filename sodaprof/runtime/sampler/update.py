@@ -32,6 +32,20 @@ class Jump:
     initial: float = 0.0  # of the run's first latents
 
 
+def at_own_timesteps(
+    add_noise: Callable[..., Any], times: Sequence[float], own: Sequence[float], *args: Any, **kwargs: Any
+) -> Any:
+    """Calls a scheduler's `add_noise` or the like with the sampler's own timesteps in place of network times."""
+    bound = inspect.signature(add_noise).bind(*args, **kwargs)
+    for name in {"timestep", "timesteps"} & {*bound.arguments}:
+        given = bound.arguments[name]
+        dtype = given.dtype if given.is_floating_point() else torch.float64
+        known = dict(zip(torch.tensor(times, dtype=dtype).tolist(), own, strict=True))
+        found = [known.get(t, t) for t in given.reshape(-1).tolist()]
+        bound.arguments[name] = torch.tensor(found, device=given.device).reshape(given.shape)
+    return add_noise(*bound.args, **bound.kwargs)
+
+
 def called_steps(schedule: Schedule) -> list[bool]:
     """Returns for each step whether a network is called at it."""
     stacks = [plan.stack for plan in schedule.transformers.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import sodaprof
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.formats.sampler import rounded
 from sodaprof.formats.schedule import Schedule
+from sodaprof.pipelines import transformer_hook
 from sodaprof.pipelines.patch import patched
 from sodaprof.pipelines.sampler_steps import own_update
 from sodaprof.pipelines.transformer_hook import is_whole_of
@@ -208,6 +210,62 @@ def test_a_partial_trajectory_is_refused():
             pipe([1], num_inference_steps=STEPS)
 
 
+# ---- noise ------------------------------------------------------------------------------------------------------------
+
+ALL = ["ddim", "ddpm", "dpm", "unipc", "euler", "flow", "rectified"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("sampler", ALL)
+def test_noise_at_a_network_time_is_that_of_its_step(sampler, whole):
+    pipe = pipe_of(TwoPassPipeline, sampler)
+    schedule = with_times(updated(pipe, RESTING), (-2.25, -1.5))
+    if whole:  # numbers that a file holds as integers
+        times = tuple(t if t == o else int(t) for t, o in zip(schedule.times, schedule.sampler.timesteps, strict=True))
+        schedule = replace(schedule, update=replace(schedule.update, times=times))
+    own, jump, x, noise = pipe.scheduler, sodaprof.scheduler(schedule), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    own.set_timesteps(STEPS)
+
+    def noised(scheduler, t):
+        given = {"scale_noise": (x, t, noise)} if sampler == "flow" else {"add_noise": (x, noise, t)}
+        return next(getattr(scheduler, name)(*arguments) for name, arguments in given.items())
+
+    wanted = [noised(own, t.repeat(2)) for t in own.timesteps]
+    called = [step for step, action in enumerate(schedule.transformers["transformer"].stack) if action == "."]
+    pair = (called[1], called[3])
+    mixed = noised(own, own.timesteps[list(pair)])
+    jump.set_timesteps(CALLED)
+    for step, t in zip(called, jump.timesteps, strict=True):
+        assert torch.equal(noised(jump, t.repeat(2)), wanted[step])
+    assert torch.equal(noised(jump, jump.timesteps[[1, 3]]), mixed)
+    with sodaprof.apply(pipe, schedule):
+        assert torch.equal(noised(own, own.timesteps[:1].repeat(2)), wanted[0])  # no run: its own timesteps
+        for scheduler in (own, copy.deepcopy(own)):
+            scheduler.set_timesteps(STEPS)
+            assert scheduler.timesteps.tolist() != list(schedule.sampler.timesteps)
+            for step, t in enumerate(scheduler.timesteps):
+                assert torch.equal(noised(scheduler, t.repeat(2)), wanted[step])
+            assert torch.equal(noised(scheduler, scheduler.timesteps[list(pair)]), mixed)
+    own.set_timesteps(STEPS)
+    assert torch.equal(noised(own, own.timesteps[:1].repeat(2)), wanted[0])
+
+
+def test_noise_is_added_by_keyword_and_at_timesteps_of_no_step_as_before():
+    pipe = pipe_of(TwoPassPipeline)
+    schedule = with_times(updated(pipe, RESTING))
+    own, jump, x, noise = pipe.scheduler, sodaprof.scheduler(schedule), torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    other = torch.tensor([123, 456])
+    wanted, first = own.add_noise(x, noise, other), own.add_noise(x, noise, own.timesteps[:1])
+    assert torch.equal(jump.add_noise(x, noise, timesteps=jump.timesteps[:1]), first)
+    assert torch.equal(jump.add_noise(x, noise, other), wanted)
+    with pytest.raises(IndexError):  # no fraction is rounded without a word
+        jump.add_noise(x, noise, torch.tensor([123.25]))
+    with sodaprof.apply(pipe, schedule):
+        own.set_timesteps(STEPS)
+        assert torch.equal(own.add_noise(x, timesteps=own.timesteps[:1], noise=noise), first)
+        assert torch.equal(own.add_noise(x, noise, other), wanted)
+
+
 # ---- times that do not reach the network ----------------------------------------------------------------------------
 
 
@@ -254,6 +312,22 @@ def test_a_pipeline_that_truncates_times_is_refused_by_name(convert, refused):
         pipe([1], num_inference_steps=STEPS)  # whole timesteps arrive whole
 
 
+@pytest.mark.parametrize(
+    ("convert", "asked"), [(lambda t: t, 1), (lambda t: t.to(torch.bfloat16).float(), 2 * (STEPS - 1))]
+)
+def test_the_network_is_asked_in_one_run_at_most(convert, asked, monkeypatch):
+    pipe, count = tiny_pipe(cls=type("Converts", (Whole,), {"as_network": staticmethod(convert)})), []
+    schedule = updated(pipe_of(TwoPassPipeline), "." * STEPS)
+    *most, last = schedule.sampler.timesteps
+    near = [torch.tensor(t).to(torch.bfloat16).item() + 0.25 for t in most]  # which bf16 rounds to whole numbers
+    schedule = replace(schedule, update=replace(schedule.update, times=(*near, last)))
+    monkeypatch.setattr(transformer_hook, "is_whole_of", lambda *a: (count.append(a), is_whole_of(*a))[1])
+    with sodaprof.apply(pipe, schedule):
+        for _ in range(3):
+            pipe([1], num_inference_steps=STEPS)
+            assert len(count) == asked
+
+
 @pytest.mark.parametrize("of", [lambda t: t, lambda t: t / 1000, lambda t: 1 - t / 1000, lambda t: 1000 - t])
 @pytest.mark.parametrize("time", [986.3, 701.7, 20.4, 3.5])
 def test_a_truncated_time_is_known_through_the_maps_of_pipelines(of, time):
@@ -266,7 +340,10 @@ def test_a_truncated_time_is_known_through_the_maps_of_pipelines(of, time):
         assert not is_whole_of(time, of(t.to(dtype).float()), {})
         assert not is_whole_of(time, of(t).to(dtype), {})
     assert not is_whole_of(time, t.log(), {})  # a map that is not known
-    assert is_whole_of(987.6, torch.tensor(988.0), {}) is None  # bf16 has 988 as well
+    for exact in (of(torch.tensor(987.6)), of(torch.tensor(987.5))):  # bf16 has 988 for this time, and this is none
+        assert is_whole_of(987.6, exact, {}) is False
+    assert is_whole_of(987.6, of(torch.tensor(988.0)), {}) is None  # bf16 has 988 as well
+    assert is_whole_of(987.6, of(torch.tensor(987.0)), {}) is True  # no half precision has 987
 
 
 # ---- two transformers -----------------------------------------------------------------------------------------------
@@ -288,6 +365,39 @@ def test_times_stay_on_their_side_of_the_boundary():
         MismatchError, match="transformer at 4 of 11 steps, then transformer_2; in the schedule it is 5"
     ):
         sodaprof.apply(wan, replace(timed, update=replace(timed.update, times=tuple(times))))
+
+
+def before_skips(wan, time: float) -> Schedule:
+    """Returns a schedule whose first turn ends in three skipped steps, after a call at this time."""
+    schedule, plans = schedule_of(wan), {}
+    for (name, plan), row in zip(schedule.transformers.items(), ("CC---______", "_____CCCCCC"), strict=True):
+        plans[name] = replace(plan, rows=dict.fromkeys(plan.rows, row), stack=row.replace("C", "."))
+    own = schedule.sampler.timesteps
+    update = replace(with_update(wan, schedule).update, times=(own[0], time, *own[2:]))
+    return replace(schedule, transformers=plans, update=update)
+
+
+def test_the_boundary_lies_below_all_times_of_a_turn_that_ends_in_skipped_steps():
+    wan = small_wan()
+    own = schedule_of(wan).sampler.timesteps
+    for time in (0.5 * (own[4] + own[5]), own[5] + 0.01):  # below those of the skipped steps
+        timed = before_skips(wan, time)
+        wan.register_to_config(boundary_ratio=0.5 * (time + own[4]) / 1000)
+        with pytest.raises(
+            MismatchError, match="at 4 of 11 steps, then transformer_2; in the schedule it is 5"
+        ) as caught:
+            sodaprof.apply(wan, timed)
+        below, above = re.search(r"above ([\d.]+) and at most ([\d.]+),", str(caught.value)).groups()
+        said = re.search(r"boundary_ratio=([\d.]+)\)", str(caught.value))[1]
+        for ratio in (said, above, float(below) + 1e-6):
+            wan.register_to_config(boundary_ratio=float(ratio))
+            with sodaprof.apply(wan, timed) as handle:
+                draw_wan(wan)
+                assert handle.report().executed == handle.report().planned
+        for ratio in (float(above) + 1e-6, float(below)):
+            wan.register_to_config(boundary_ratio=ratio)
+            with pytest.raises(MismatchError, match="boundary_ratio"):
+                sodaprof.apply(wan, timed)
 
 
 # ---- the data basis of samplers of outputs ----------------------------------------------------------------------------
