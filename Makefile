@@ -36,9 +36,10 @@ test: .venv/ready
 # Lines of the package, and of its tests without zoo, parity, studies and reference models. A ceiling rises for net new features
 # only, with the reason in the commit. The last rises: overlapping runs, safe files with typed state, the boundary of the command
 # line, labels, a scheduler that saves (1400 lines), with the reported cases, fuzzing and faults injected (3500 lines of tests);
-# better fitted samplers: data basis, network times, placements that compete, joint fits (1100 lines, 1000 of tests).
-CEILING_PACKAGE := 20100
-CEILING_TESTS := 20000
+# better fitted samplers: data basis, network times, placements that compete, joint fits (1100 lines, 1000 of tests);
+# rows that change places, quantised weights, interrupts that libraries drop (250 lines, 500 of tests).
+CEILING_PACKAGE := 20300
+CEILING_TESTS := 20600
 lines:
 	@n=$$(git ls-files 'sodaprof/*.py' | xargs cat | wc -l); echo "sodaprof: $$n lines of at most $(CEILING_PACKAGE)"; \
 	  test $$n -le $(CEILING_PACKAGE)

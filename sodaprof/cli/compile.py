@@ -119,8 +119,7 @@ def _fit(console: Any, model: str, asked: dict[str, Any], update: bool) -> Any:
     from ..compiler.policies import RELEASED
     from ..formats.cost import cost_of
     from ..formats.profile import load_profile
-    from ..tuning.candidates import choose_period
-    from ..tuning.closed_loop import fit_to_model
+    from ..tuning.candidates import choose_period, fit_to_model
 
     choose = asked["policy"] in RELEASED and "N" not in asked["knobs"]
     if not (update or choose):
@@ -141,9 +140,12 @@ def _fit(console: Any, model: str, asked: dict[str, Any], update: bool) -> Any:
     profile, table = load_profile(asked["folder"]), cost_of(asked["folder"], asked["cost"])
     with progress(console, "update") as on_progress:
         fitted, distances = fit_to_model(pipe, profile, schedule, table, on_progress=on_progress)
+    of: Any = fitted.update.fitted if fitted.update else {}
+    how = "The open loop is best" if of["loop"] == "open" else "Best of the fits" if "error" in of else "Fitted"
+    compared = of.get("error", "the last latents, signal to error")
     console.print(
-        f"Fitted on {len(distances)} calibration generations; signal to error of the last latents: mean "
-        f"{distances.mean():.1f} dB, worst {distances.min():.1f} dB"
+        f"{how} on {len(distances)} calibration generations: mean {distances.mean():.1f} dB, worst {distances.min():.1f} dB "
+        f"({compared})"
     )
     return fitted
 

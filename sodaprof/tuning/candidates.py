@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
+from torch import Tensor
 
 from ..compiler import compile_schedule
+from ..compiler.fit import Span
 from ..compiler.policies import POLICIES, RELEASED
+from ..compiler.policies.solver import SolverKnobs, placements
 from ..errors import BudgetError, FormatError, SodaprofError, UnsupportedModelError
-from ..formats.cost import cost_of
-from ..formats.profile import load_profile
+from ..formats.cost import CostModel, cost_of
+from ..formats.profile import Profile, load_profile
 from ..formats.schedule import Schedule
 from ..measure.contenders import Comparison, Contender
 from ..measure.metrics import worst_decile
+from ..pipelines.replay import Replay
 from ..runtime.checks import check_matches
 from .closed_loop import (
     SAMPLES,
@@ -31,7 +35,21 @@ from .closed_loop import (
     sampled_distances,
     with_predicted_cost,
 )
-from .jumps import score_db
+from .jumps import (
+    FORMS,
+    Batch,
+    Form,
+    Jumps,
+    decoder_of,
+    distances,
+    fit_jumps,
+    forms_of,
+    in_batches,
+    is_jumps_alone,
+    jumps_of,
+    score_db,
+)
+from .step_letters import with_columns
 
 CANDIDATES = {  # of mix: name -> policy, and whether an update is fitted in addition
     f"{name} + update" if updated else name: {"policy": name, "updated": updated}
@@ -40,6 +58,8 @@ CANDIDATES = {  # of mix: name -> policy, and whether an update is fitted in add
     if policy.mixed and (updated or not policy.fits_update)
 }
 PERIODS = range(2, 9)  # candidates for N
+LEAST = 6  # calibration generations of which some can judge
+BATCH = 8  # generations of a batch
 PERIOD_SAMPLES = 16  # calibration seeds on which N is chosen, sampled at once
 
 
@@ -77,6 +97,91 @@ def compiled(
 
 def best_first(measured: Iterable[Measured]) -> list[Measured]:
     return sorted(measured, key=lambda one: -one.score)
+
+
+def fit_to_model(
+    pipe: Any,
+    profile: Profile,
+    schedule: Schedule,
+    cost: CostModel,
+    *,
+    samples: int = SAMPLES,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Schedule, np.ndarray]:
+    """Returns the schedule with its update fitted closed loop, and each generation's distance to the full run, dB.
+
+    A schedule of full steps alone is fitted in several forms and at several placements, and the best on calibration
+    generations that the fits do not see is taken (`best_jumps`). Others: an update step after step (`fit_update`), on the
+    profile's first calibration generations, all at once. Raises MismatchError if the schedule does not match the pipeline.
+    """
+    check_matches(pipe, schedule)
+    if is_jumps_alone(schedule, profile.own_update()) and profile.manifest["samples"] >= LEAST:
+        found, distances = best_jumps(pipe, profile, schedule, samples, on_progress)
+    else:
+        on_step = counted(2 * profile.sampler.steps, on_progress)
+        replay = calibration_replay(pipe, profile, samples, on_step)
+        found, distances = fit_update(replay, schedule, on_step)
+    return with_predicted_cost(found, cost), distances
+
+
+def best_jumps(
+    pipe: Any, profile: Profile, schedule: Schedule, samples: int, on_progress: Callable[[int, int], None]
+) -> tuple[Schedule, np.ndarray]:
+    """Returns the schedule with the best jumps of those that compete, and their distances on the validation generations, dB.
+
+    Two thirds of the first calibration generations, at most `samples`, are fitted on, the others judge: the schedule's own
+    jumps, closed-loop fits in each form at its placement, and in the best form at the other placements of policy `solver`.
+    """
+    sampler, request, own = profile.sampler, profile.manifest, jumps_of(schedule)
+    first = min(samples, -(-2 * request["samples"] // 3))
+    parts = in_batches(range(first), BATCH), in_batches(range(first, min(request["samples"], 2 * first)), BATCH)
+    others = _other_placements(profile, own)
+    fits = 1 + len(FORMS) + len(others)
+    on_step = counted(sampler.steps * (len(parts[0]) + len(parts[1]) + fits), on_progress)
+    decoder = decoder_of(pipe)
+    decode = decoder or Tensor.float
+    prompts, seed = request["prompts"], request["seed"]
+    fitted, judged = (
+        [
+            Batch(
+                Replay(pipe, sampler, [prompts[i % len(prompts)] for i in some], [seed + i for i in some], on_step),
+                decode,
+            )
+            for some in part
+        ]
+        for part in parts
+    )
+    tried: list[tuple[float, Jumps, Form | None]] = []
+
+    def judge(jumps: Jumps, form: Form | None) -> None:
+        tried.append((score_db(distances(jumps, judged)), jumps, form))
+        for _ in range(sampler.steps):
+            on_step()
+
+    judge(own, None)
+    for form in forms_of(fitted[0].replay, max(map(len, own.weights)) - 1):
+        judge(fit_jumps(fitted, own.starts, form)[0], form)
+    _, _, taken = max((one for one in tried if one[2]), key=lambda one: one[0])
+    for starts in others:
+        judge(fit_jumps(fitted, starts, taken or FORMS[0])[0], taken)
+    _, best, taken = max(tried, key=lambda one: one[0])
+    if taken is None:
+        return schedule, distances(best, judged)
+    of = {
+        "loop": "closed", "guidance_scale": sampler.guidance_scale, "seed": seed, "samples": first,
+        "validated": sum(map(len, parts[1])), "error": "pictures" if decoder else "latents",
+    }  # fmt: skip
+    columns = "".join("C" if step in best.starts else "-" for step in range(sampler.steps))
+    return best.written_to(with_columns(schedule, columns), of), distances(best, judged)
+
+
+def _other_placements(profile: Profile, own: Jumps) -> list[list[int]]:
+    """Returns the placements of policy `solver` for as many full steps, apart from these; none without inner products."""
+    if "gram" not in profile.manifest["tables"]:
+        return []
+    span = Span(profile.state_products(), profile.own_update(), profile.response())
+    found = placements(span, len(own.starts), SolverKnobs())
+    return [starts for starts in found if tuple(starts) != own.starts]
 
 
 def mix(

@@ -23,7 +23,6 @@ from ..formats.sampler import MAX_HISTORY, RIDGE, rounded
 from ..formats.schedule import Forecast, Plan, Schedule, Update
 from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.apply import Handle, apply
-from ..runtime.checks import check_matches
 from ..runtime.hooks.sites import SiteRow
 from ..runtime.hooks.stack import StackRow, block_of
 
@@ -176,27 +175,6 @@ def calibration_replay(
     seeds = range(request["seed"], request["seed"] + min(samples, request["samples"]))
     entries = [request["prompts"][i % len(request["prompts"])] for i in range(len(seeds))]
     return Replay(pipe, profile.sampler, entries, seeds, on_step)
-
-
-def fit_to_model(
-    pipe: Any,
-    profile: Profile,
-    schedule: Schedule,
-    cost: CostModel,
-    *,
-    samples: int = SAMPLES,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[Schedule, np.ndarray]:
-    """Returns the schedule with its update fitted closed loop, and each generation's distance to the full run, dB.
-
-    Fitted on the profile's first calibration generations, all at once: one full run of them and one accelerated.
-    Raises MismatchError if the schedule does not match the pipeline.
-    """
-    check_matches(pipe, schedule)
-    on_step = counted(2 * profile.sampler.steps, on_progress)
-    replay = calibration_replay(pipe, profile, samples, on_step)
-    fitted, distances = fit_update(replay, schedule, on_step)
-    return with_predicted_cost(fitted, cost), distances
 
 
 def counted(total: int, on_progress: Callable[[int, int], None]) -> Callable[[], None]:

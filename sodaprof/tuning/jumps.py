@@ -35,6 +35,9 @@ class Form:
     history: int
 
 
+FORMS = (Form("data", 4), Form("data", 3), Form("data", 2), Form("output", 4), Form("output", 3))
+
+
 @dataclass(frozen=True)
 class Jumps:
     """Full steps, the weights [1 + outputs] of the jump from each to the next, and the times that the network receives."""
@@ -201,14 +204,15 @@ def _prior(own: OwnUpdate, flow: bool) -> Callable[[int, int, Sequence[int]], np
     return composed
 
 
-def forms_of(replay: Replay) -> list[Form]:
-    """Returns the forms that compete: the data basis, if the sampler has one, with short and long histories."""
-    sampler, own = replay.sampler, replay.update
+def forms_of(replay: Replay, most: int) -> list[Form]:
+    """Returns the forms that compete, of histories of at most `most`; those in the data basis only if the sampler has one."""
+    sampler = replay.sampler
     try:
-        in_data_basis(own, sampler.class_name in FLOWS)
+        in_data_basis(replay.update, sampler.class_name in FLOWS)
+        known = list(FORMS)
     except UnsupportedModelError:
-        return [Form("output", history) for history in (4, 3, 2)]
-    return [Form("data", history) for history in (4, 3, 2)]
+        known = [form for form in FORMS if form.basis == "output"]
+    return [form for form in known if form.history <= most] or [Form(known[0].basis, most)]
 
 
 def is_jumps_alone(schedule: Schedule, own: OwnUpdate) -> bool:
@@ -236,6 +240,11 @@ def decoder_of(pipe: Any) -> Decode | None:
         return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
     return decode
+
+
+def in_batches(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Returns the values in parts of at most `size`."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
 
 
 @contextmanager

@@ -34,8 +34,8 @@ from ..pipelines.recording import stack_of
 from ..pipelines.replay import Replay
 from ..runtime.checks import check_matches
 from .closed_loop import Fit, sampled_distances, with_predicted_cost
-from .jumps import is_jumps_alone, score_db
-from .refine_jumps import ITERATIONS, JointProgress, JumpRefinement, in_batches
+from .jumps import in_batches, is_jumps_alone, score_db
+from .refine_jumps import ITERATIONS, JointProgress, JumpRefinement
 from .search_file import Progress, SearchFile, read_state, state_file
 from .step_letters import columns_of, varied, with_columns
 
@@ -129,6 +129,7 @@ class Search:
                     f"{self.output}: is not the file of the search that would continue. Move it away, choose another name, or "
                     "add --force to replace it."
                 )
+        self.placed = best  # what a joint fit begins with
         if self.joint is not None and os.path.lexists(self.output):
             self.best = load_schedule(self.output)
             self.known = set(self.progress.tried)
@@ -161,7 +162,7 @@ class Search:
             if held_out > now.best_score:
                 now.best, now.best_score, now.best_at, now.misses = candidate, held_out, now.evaluations, 0
                 self.joint = None
-                self.best = self._write(fitted)
+                self.placed, self.best = fitted, self._write(fitted)
         self.save()
         return True
 
@@ -282,9 +283,9 @@ def refine(
                 break
         if joint and in_time():
             batches = [[replay_of(some) for some in in_batches(part, BATCH)] for part in parts]
-            refinement = JumpRefinement(pipe, search.best, batches, method, seed)
+            refinement = JumpRefinement(pipe, search.placed, batches, method, seed)
             for found in search.fit_jointly(refinement, iterations, in_time):
-                on_progress("jumps", found.adam.iterations if found.adam else 0, found.best_score)
+                on_progress("jumps", found.validated, found.best_score)
         return search.best
 
 

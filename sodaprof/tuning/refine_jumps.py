@@ -7,7 +7,7 @@ validation generations, which the fit does not see.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -35,6 +35,7 @@ class JointProgress(msgspec.Struct, forbid_unknown_fields=True):
     best_score: Number
     best: list[Number] | None = None
     misses: int = 0
+    validated: int = 0  # iterations at the latest validation
     adam: AdamState | None = None  # None under Gauss-Newton
     done: bool = False
 
@@ -47,7 +48,7 @@ class JumpRefinement:
         self.schedule, self.method, self.seed = schedule, method, seed
         decode = decoder_of(pipe)
         self.compares = "pictures" if decode else "latents"
-        self.searched, self.validated = ([Batch(r, decode or (lambda x: x)) for r in part] for part in replays)
+        self.searched, self.validated = ([Batch(r, decode or torch.Tensor.float) for r in part] for part in replays)
         self.modules = [replays[0][0].module, getattr(pipe, "vae", None)]
         self.start, self.start_score = self._start()
         self.fit = JointFit(self.start, self.searched)
@@ -55,8 +56,7 @@ class JumpRefinement:
     def _start(self) -> tuple[Jumps, float]:
         """Returns the start and its score on the validation generations."""
         own = jumps_of(self.schedule)
-        history = max(map(len, own.weights)) - 1
-        forms = [form for form in forms_of(self.searched[0].replay) if form.history <= history]
+        forms = forms_of(self.searched[0].replay, max(map(len, own.weights)) - 1)
         tried = [own, *(fit_jumps(self.searched, own.starts, form)[0] for form in forms)]
         scores = [self.score(jumps) for jumps in tried]
         best = int(np.argmax(scores))
@@ -74,10 +74,9 @@ class JumpRefinement:
         if now.done:
             return
         with frozen(*self.modules):
-            for number, parameters in enumerate(self._parameters(now, iterations)):
-                last = self.method == "gauss-newton" or now.adam is None or now.adam.iterations == iterations
-                if last or number % EVERY == 0:
-                    score = self.score(self.fit.jumps(parameters))
+            for done, parameters in self._parameters(now, iterations):
+                if done > now.validated and (done % EVERY == 0 or done == iterations or self.method == "gauss-newton"):
+                    score, now.validated = self.score(self.fit.jumps(parameters)), done
                     now.misses += 1
                     if score > now.best_score:
                         now.best, now.best_score, now.misses = parameters.tolist(), score, 0
@@ -87,8 +86,8 @@ class JumpRefinement:
         now.done = True
         yield now
 
-    def _parameters(self, now: JointProgress, iterations: int) -> Iterator[np.ndarray]:
-        """Yields the parameters of each iteration."""
+    def _parameters(self, now: JointProgress, iterations: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the number and the parameters of each iteration."""
         if self.method != "gauss-newton":
             try:
                 now.adam = now.adam or begin_adam(self.fit, iterations, self.seed)
@@ -100,10 +99,10 @@ class JumpRefinement:
                 LOG.warning("No backward pass through this network (%s): Gauss-Newton is taken.", error)
                 self.method = "gauss-newton"
         if self.method == "gauss-newton":
-            yield from gauss_newton(self.fit, ROUNDS)
+            yield from enumerate(gauss_newton(self.fit, ROUNDS), 1)
         elif now.adam is not None:
             for state in continue_adam(self.fit, now.adam, iterations, self.seed):
-                yield np.array(state.at)
+                yield state.iterations, np.array(state.at)
 
     def best(self, now: JointProgress) -> Schedule:
         """Returns the schedule with the best jumps so far."""
@@ -114,8 +113,3 @@ class JumpRefinement:
             "error": self.compares,
         }  # fmt: skip
         return jumps.written_to(self.schedule, fitted)
-
-
-def in_batches(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """Returns the values in parts of at most `size`."""
-    return [values[i : i + size] for i in range(0, len(values), size)]

@@ -16,15 +16,14 @@ from sodaprof.formats.cost import cost_of
 from sodaprof.formats.schedule_file import load_schedule
 from sodaprof.measure.metrics import psnr_db
 from sodaprof.pipelines.replay import Replay
-from sodaprof.tuning.candidates import CANDIDATES, choose_period, mix
+from sodaprof.tuning.candidates import CANDIDATES, choose_period, fit_to_model, mix
 from sodaprof.tuning.closed_loop import (
     calibration_replay,
-    fit_to_model,
     fit_update,
     sampled_distances,
     with_predicted_cost,
 )
-from sodaprof.tuning.jumps import score_db
+from sodaprof.tuning.jumps import Batch, decoder_of, distances, jumps_of, score_db
 from tests.tiny_pipelines import draw, mixed_schedule, schedule_for, tiny_pipe
 from tests.tuning.conftest import STEPS, sampled_db
 from tests.updated import sample, set_sampler
@@ -180,3 +179,13 @@ def test_the_period_is_chosen_within_the_limit_on_caches(pipe, profile):
     assert cut.update.history == 3
     with pytest.raises(BudgetError, match="--max-cache"):
         choose_period(pipe, profile.folder, 1.5, "toca", max_cache=100)
+
+
+def test_the_fit_of_full_steps_takes_the_best_of_forms_and_placements(pipe, profile):
+    compiled = compile_schedule(profile.folder, "3.0x")
+    fitted, judged = fit_to_model(pipe, profile, compiled, cost_of(profile.folder, "flops"))
+    assert len(fitted.anchors()) == len(compiled.anchors())
+    assert len(judged) == 2  # generations 6 and 7
+    batch = Batch(Replay(pipe, profile.sampler, [1, 2], [6, 7]), decoder_of(pipe))
+    assert score_db(judged) >= score_db(distances(jumps_of(compiled), [batch])) - 1e-6  # the guard
+    np.testing.assert_allclose(judged, distances(jumps_of(fitted), [batch]), atol=1e-3)

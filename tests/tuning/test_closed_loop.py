@@ -11,7 +11,8 @@ from sodaprof.compiler import compile_schedule
 from sodaprof.errors import MismatchError, UnsupportedModelError
 from sodaprof.formats.cost import cost_of
 from sodaprof.pipelines.replay import Replay, ReplaySpace
-from sodaprof.tuning.closed_loop import fit_to_model, fit_update, sampled_distances
+from sodaprof.tuning.candidates import fit_to_model
+from sodaprof.tuning.closed_loop import fit_update, sampled_distances
 from tests.tiny_pipelines import TwoPassPipeline, schedule_for, tiny_pipe
 from tests.tuning.conftest import STEPS, replay_of, sampled_db
 from tests.updated import RESTING, set_sampler, updated

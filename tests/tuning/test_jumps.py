@@ -85,7 +85,7 @@ def test_gradients_are_those_of_finite_differences(kind):
     pipe = tiny_pipe(cls=kind) if kind else tiny_pipe()
     replay = Replay(pipe, schedule_for(pipe, steps=STEPS).sampler, [1, 2], [5, 6])
     batch = Batch(replay, decoder_of(pipe))
-    start, _ = fit_jumps([batch], STARTS, forms_of(replay)[0])
+    start, _ = fit_jumps([batch], STARTS, forms_of(replay, 4)[0])
     fit = JointFit(moved(start), [batch])
     gradient, at, size = fit.gradient(batch, fit.zero), fit.zero, 1e-3
     for number in (0, 3, len(at) - 2, len(at) - 1):

@@ -21,7 +21,8 @@ from sodaprof.pipelines import replay as replaying
 from sodaprof.pipelines.recording import tapped
 from sodaprof.pipelines.replay import Replay
 from sodaprof.tuning import refine as refining
-from sodaprof.tuning.closed_loop import Fit, fit_to_model, forecast_weights, sampled_distances
+from sodaprof.tuning.candidates import fit_to_model
+from sodaprof.tuning.closed_loop import Fit, forecast_weights, sampled_distances
 from sodaprof.tuning.jumps import score_db
 from sodaprof.tuning.refine import CandidateFits, refine, sure_gain
 from sodaprof.tuning.step_letters import columns_of, varied, with_columns

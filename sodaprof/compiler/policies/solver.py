@@ -52,7 +52,7 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
         return problem.whole_steps({name: count}, "-")
 
     count = max(problem.affordable(range(1, sampler.steps + 1), loop, knobs.anchors, bounded=False))
-    anchors = _placed(span, count, knobs)
+    anchors = placements(span, count, knobs)[0]
     coefficients, error = fit_open_loop(span, anchors, knobs.history, knobs.ridge)
     fitted = {"loop": "open", "guidance_scale": sampler.guidance_scale, "samples": profile.manifest["samples"]}
     update = Update(span.own.basis, knobs.history, coefficients, fitted)
@@ -60,11 +60,11 @@ def compile_solver(problem: Problem, knobs: SolverKnobs) -> Schedule:
     return problem.signed(schedule, "solver", dataclasses.replace(knobs, anchors=count), error)
 
 
-def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
-    """Returns so many full steps, by simulation if there is a response to simulate with."""
+def placements(span: Span, count: int, knobs: SolverKnobs) -> list[list[int]]:
+    """Returns placements of so many full steps, the best first; the second and further ones only by simulation."""
     missed = jump_costs(span)
     if span.response is None:
-        return place_full_steps(missed, count)[count][0]
+        return [place_full_steps(missed, count)[count][0]]
 
     def simulated(anchors: list[int]) -> float:
         return fit_open_loop(span, anchors, knobs.history, knobs.ridge)[1]
@@ -72,7 +72,8 @@ def _placed(span: Span, count: int, knobs: SolverKnobs) -> list[int]:
     starts = [*spacings(span, count), *(place_full_steps(missed ** (power / 2), count)[count][0] for power in POWERS)]
     tries = int(knobs.polish * min(1, (LONG / span.steps) ** 3))
     first = sorted(starts, key=simulated)[:POLISHED]
-    return min((polished(start, span.steps, simulated, tries) for start in first), key=simulated)
+    found = sorted((polished(start, span.steps, simulated, tries) for start in first), key=simulated)
+    return [anchors for i, anchors in enumerate(found) if anchors not in found[:i]]
 
 
 def spacings(span: Span, count: int) -> list[list[int]]:
