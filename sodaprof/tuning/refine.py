@@ -11,7 +11,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from ..pipelines.entries import check_entries, default_prompts
 from ..pipelines.flops import count_flops
 from ..pipelines.recording import stack_of
 from ..pipelines.replay import Replay
+from ..pipelines.sampler_steps import own_update
 from ..runtime.checks import check_matches
 from .closed_loop import Fit, sampled_distances, with_predicted_cost
 from .jumps import in_batches, is_jumps_alone, score_db
@@ -42,6 +43,7 @@ from .step_letters import columns_of, varied, with_columns
 PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
 RESAMPLINGS = 1000
 LEAST = 4  # calibration generations
+OnProgress = Callable[[str, int, float], None]  # part, evaluations or iterations, score on the validation generations
 SEARCH = 0.4  # of the time, for the search of placements if a joint fit follows
 BATCH = 8  # generations of a batch of the joint fit
 PATIENCE = 6  # improvements in a row that the validation generations do not confirm, then the search ends
@@ -57,12 +59,24 @@ class Problem:
     budget: float  # in the unit of `cost`
     max_cache: float  # bytes
     fillers: str  # letters of steps that are not full
+    joint: bool  # whether a joint fit follows
 
     def allows(self, columns: str) -> bool:
         """Whether a candidate costs and keeps no more than allowed."""
         candidate = with_columns(self.schedule, columns)
         affordable = within(self.cost.schedule(candidate), self.budget)
         return affordable and cache_bytes(candidate, self.model) <= self.max_cache
+
+
+class Limits:
+    """When a search and the joint fit after it end."""
+
+    def __init__(self, seconds: float | None, evaluations: int | None, iterations: int) -> None:
+        self.began, self.seconds = time.monotonic(), seconds
+        self.evaluations, self.iterations = evaluations, iterations
+
+    def in_time(self, share: float = 1.0) -> bool:
+        return self.seconds is None or time.monotonic() - self.began < share * self.seconds
 
 
 class CandidateFits:
@@ -108,22 +122,22 @@ class Search:
         self.generator = random.Random(knobs["refine_seed"])
         self.joint: JointProgress | None = None
 
-    def open(self, progress: Progress | None, force: bool, joint: JointProgress | None = None) -> None:
-        """Begins with the schedule, or continues from `progress` and `joint`, and writes the best schedule so far.
+    def open(self, state: SearchFile | None, force: bool) -> None:
+        """Begins with the schedule, or continues from a state, and writes the best schedule so far.
 
         force: whether an older file at the output may be replaced at the beginning.
         """
-        if progress is None:
+        if state is None:
             columns = columns_of(self.problem.schedule)
             best, self.distances = self.fits.evaluate(columns)
-            scores, state = (score_db(self.distances), self._validation_score(best)), self.generator.getstate()
-            self.progress = Progress(0, columns, scores[0], columns, scores[1], 0, 0, [columns], state)
+            scores, known = (score_db(self.distances), self._validation_score(best)), self.generator.getstate()
+            self.progress = Progress(0, columns, scores[0], columns, scores[1], 0, 0, [columns], known)
             self.save()  # ahead of `output`, which is written again if the search is interrupted in between
         else:
-            self.progress, self.joint = progress, joint
-            self.generator.setstate(progress.generator)
-            _, self.distances = self.fits.evaluate(progress.columns)
-            best, _ = self.fits.evaluate(progress.best)
+            self.progress, self.joint = state.search, state.joint
+            self.generator.setstate(self.progress.generator)
+            _, self.distances = self.fits.evaluate(self.progress.columns)
+            best, _ = self.fits.evaluate(self.progress.best)
             if not force and os.path.lexists(self.output) and not self._wrote(self.output):
                 raise FormatError(
                     f"{self.output}: is not the file of the search that would continue. Move it away, choose another name, or "
@@ -135,7 +149,7 @@ class Search:
             self.known = set(self.progress.tried)
             return
         try:
-            self.best = self._write(best, force or progress is not None)
+            self.best = self._write(best, force or state is not None)
         except FormatError:  # a file that has appeared at the output stays
             state_file(self.output).unlink()
             raise
@@ -171,18 +185,25 @@ class Search:
         state = SearchFile(self.request, digest(content), self.progress, self.joint)
         write_json(state_file(self.output), state.to_json(), force=True)
 
-    def fit_jointly(
-        self, refinement: JumpRefinement, iterations: int, in_time: Callable[[], bool]
-    ) -> Iterator[JointProgress]:
-        """Yields the progress of the joint fit of the best schedule, which is written whenever a better one is found."""
+    def place(self, limits: Limits, on_progress: OnProgress) -> None:
+        """Searches for placements up to the limits."""
+        while True:
+            now = self.progress
+            on_progress("placements", now.evaluations, now.best_score)
+            enough = limits.evaluations is not None and now.evaluations >= limits.evaluations
+            if enough or not limits.in_time(SEARCH if self.problem.joint else 1.0) or not self.step():
+                return
+
+    def fit_jointly(self, refinement: JumpRefinement, limits: Limits, on_progress: OnProgress) -> None:
+        """Fits the best placement jointly, and writes the schedule whenever a better one is found."""
         best = None if self.joint is None else self.joint.best_score
-        for now in refinement.run(self.joint, iterations, in_time):
+        for now in refinement.run(self.joint, limits.iterations, limits.in_time):
             self.joint = now
             if best is None or now.best_score > best:
                 best = now.best_score
                 self.best = self._write(refinement.best(now))
             self.save()
-            yield now
+            on_progress("jumps", now.validated, now.best_score)
 
     def _wrote(self, path: Path) -> bool:
         """Whether a file is a schedule of this search."""
@@ -199,11 +220,8 @@ class Search:
     def _write(self, best: Schedule, force: bool = True) -> Schedule:
         """Returns the schedule that it writes to the output: `best` with its cost and where it comes from."""
         own = self.problem.schedule.policy
-        joint = (
-            {}
-            if best.update is None or best.update.fitted["loop"] != "joint"
-            else {"joint": best.update.fitted["error"]}
-        )
+        fitted = best.update.fitted if best.update else {}
+        joint = {"joint": fitted["error"]} if fitted.get("loop") == "joint" else {}
         knobs = own["knobs"] | {"refined": self.progress.best_at} | self.knobs | joint
         best = with_predicted_cost(replace(best, policy=own | {"knobs": knobs}), self.problem.cost)
         kept = {"cache_bytes": cache_bytes(best, self.problem.model)}
@@ -227,29 +245,27 @@ def refine(
     force: bool = False,
     method: str = "auto",
     iterations: int = ITERATIONS,
-    on_progress: Callable[[str, int, float], None] = lambda part, done, validation_db: None,
+    on_progress: OnProgress = lambda part, done, validation_db: None,
 ) -> Schedule:
     """Searches from `schedule` and returns the best one found; `output` always holds the best so far.
 
-    seconds, evaluations: end of the search of placements, whichever is first, two fifths of the time; the joint fit takes the
-    rest of it. The same call continues what was interrupted. samples: calibration generations, three quarters to search on
+    seconds, evaluations: end of the search of placements, whichever is first; the joint fit takes the last three fifths of the
+    time. The same call continues what was interrupted. samples: calibration generations, three quarters to search on
     and the rest to validate. method: of the joint fit, one of METHODS; `auto`: Adam, or Gauss-Newton where the network has
     no backward pass. iterations: of Adam. cost: unit of the budget, by default FLOPs; no candidate costs more than
     `schedule` with a fitted update. max_cache: bytes that the caches of one generation may take. on_progress gets the part
     (`placements`, of latents; `jumps`, of pictures), evaluations or iterations, and the score on the validation generations.
-    Raises BudgetError for settings without an end or a schedule that keeps more than max_cache, UnsupportedModelError for
-    schedules of other steps than full, reused, forecast and skipped ones, MismatchError if the schedule does not match the
-    pipeline or a search with other settings is under way.
+    Raises what `check_search` does, BudgetError for a schedule that keeps more than max_cache, MismatchError if the schedule does
+    not match the pipeline or a search with other settings is under way.
     """
     check_search(schedule, seconds, evaluations, samples)
     check_matches(pipe, schedule)
-    output = Path(output)
-    if not state_file(output).exists():
+    if not state_file(output := Path(output)).exists():
         refuse_existing(output, force)
     entries = check_entries(pipe, default_prompts(pipe) if prompts is None else prompts)
     profile = schedule.profile or {"seed": 0, "samples": samples}
     samples = min(samples, profile["samples"])
-    problem = _problem(pipe, schedule, entries[0], cost, math.inf if max_cache is None else max_cache)
+    problem = _problem(pipe, schedule, entries[0], cost, math.inf if max_cache is None else max_cache, method)
     request = digest({
         "schedule": schedule.digest(), "samples": samples, "seed": seed, "prompts": list(map(str, entries)),
         "cost": digest(problem.cost.to_json()), "max_cache": max_cache, "method": method, "iterations": iterations,
@@ -258,39 +274,31 @@ def refine(
     parts = range(first), range(first, samples)
 
     def replay_of(part: Sequence[int]) -> Replay:
-        prompts = [entries[i % len(entries)] for i in part]
-        return Replay(pipe, schedule.sampler, prompts, [profile["seed"] + i for i in part])
+        seeds = [profile["seed"] + i for i in part]
+        return Replay(pipe, schedule.sampler, [entries[i % len(entries)] for i in part], seeds)
 
     with locked(output.with_name(f".{output.name}.lock")):
         state = read_state(state_file(output), request)
         if state is None:
             refuse_existing(output, force)
-        began = time.monotonic()
-        search = Search(
-            problem, output, request, {"refine_seed": seed, "refine_samples": samples}, [replay_of(p) for p in parts]
-        )
-        search.open(*((None, force) if state is None else (state.search, force, state.joint)))
-
-        def in_time(share: float = 1.0) -> bool:
-            return seconds is None or time.monotonic() - began < share * seconds
-
-        joint = method != "none" and is_jumps_alone(search.best, search.validated.update)
-        while True:
-            now = search.progress
-            on_progress("placements", now.evaluations, now.best_score)
-            enough = evaluations is not None and now.evaluations >= evaluations
-            if enough or not in_time(SEARCH if joint else 1.0) or not search.step():
-                break
-        if joint and in_time():
+        limits, knobs = Limits(seconds, evaluations, iterations), {"refine_seed": seed, "refine_samples": samples}
+        search = Search(problem, output, request, knobs, [replay_of(part) for part in parts])
+        search.open(state, force)
+        search.place(limits, on_progress)
+        if problem.joint and limits.in_time():
             batches = [[replay_of(some) for some in in_batches(part, BATCH)] for part in parts]
             refinement = JumpRefinement(pipe, search.placed, batches, method, seed)
-            for found in search.fit_jointly(refinement, iterations, in_time):
-                on_progress("jumps", found.validated, found.best_score)
+            search.fit_jointly(refinement, limits, on_progress)
         return search.best
 
 
-def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: float) -> Problem:
-    """Returns the problem of a search; cost: FLOPs by default. Raises BudgetError if the schedule keeps too much."""
+def _problem(
+    pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | None, max_cache: float, method: str
+) -> Problem:
+    """Returns the problem of a search; cost: FLOPs by default. method: of a joint fit, for which steps stay full or skipped.
+
+    Raises BudgetError if the schedule keeps too much.
+    """
     sampler = schedule.sampler
     model, _, step = inspect_pipeline(pipe, "", sampler.steps, sampler.guidance_scale, entry)
     columns, cost = columns_of(schedule), cost or count_flops(pipe, model, step)
@@ -303,8 +311,9 @@ def _problem(pipe: Any, schedule: Schedule, entry: int | str, cost: CostModel | 
             f"The caches of one generation take {kept:,} bytes under the schedule to begin with, its fitted update included; at "
             f"most {max_cache:,} are allowed (--max-cache). Allow as much, or begin with a schedule that keeps less."
         )
-    fillers = "-R" + "S" * has_stack + "F" * ("F" in columns)
-    return Problem(schedule, model, cost, cost.schedule(first), max_cache, fillers)
+    joint = method != "none" and is_jumps_alone(schedule, own_update(pipe.scheduler, pipe.scheduler.timesteps))
+    fillers = "-" if joint else "-R" + "S" * has_stack + "F" * ("F" in columns)
+    return Problem(schedule, model, cost, cost.schedule(first), max_cache, fillers, joint)
 
 
 def check_search(schedule: Schedule, seconds: float | None, evaluations: int | None, samples: int) -> None:

@@ -179,7 +179,8 @@ def test_fewer_placements_are_tried_for_long_runs(profile, monkeypatch):
     compile_schedule(profile, "2.0x")
     monkeypatch.setattr(solver, "LONG", 6)  # half of the profile's steps
     compile_schedule(profile, "2.0x")
-    assert allowed == [300, 300 // 8]
+    assert set(allowed) == {300, 300 // 8}
+    assert len(allowed) <= 2 * solver.POLISHED
 
 
 def test_a_profile_of_few_samples_measures_no_response(tmp_path):
