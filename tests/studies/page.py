@@ -16,7 +16,8 @@ from tests.studies.comparison import evaluation_markdown, robustness_markdown, t
 HEAD = """# Results
 
 Made by `python -m tests.studies.page docs/studies/results docs/studies/results.md` from the JSON files in that folder; each
-section names the command that measured it and the machine. What no file holds is not measured.
+section names the command that measured it and the machine. What no file holds is not measured. Rows of `solver` were measured
+before its placements and fits competed ([solver](solver.md)).
 """
 WANTED = {  # what this page is to show one day, and the file that would hold it
     "DiT-XL/2 at 256, batch 2 with guidance, bf16, 50 steps, on one GPU": "gpu-dit.json",
