@@ -6,7 +6,7 @@ is kept. Which policy, or which N, is best for a model and a budget is in no tab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from .jumps import (
     is_jumps_alone,
     jumps_of,
     score_db,
+    sure_gain,
 )
 from .step_letters import with_columns
 
@@ -130,13 +131,14 @@ def best_jumps(
     """Returns the schedule with the best jumps of those that compete, and their distances on the validation generations, dB.
 
     Two thirds of the first calibration generations, at most `samples`, are fitted on, the others judge: the schedule's own
-    jumps, closed-loop fits in each form at its placement, and in the best form at the other placements of policy `solver`.
+    jumps, closed-loop fits in each form at its placement, and in the best form at the other placements of policy `solver`. One
+    replaces the best so far if it is better in three of four resamplings of the generations.
     """
     sampler, request, own = profile.sampler, profile.manifest, jumps_of(schedule)
     first = min(samples, -(-2 * request["samples"] // 3))
     parts = in_batches(range(first), BATCH), in_batches(range(first, min(request["samples"], 2 * first)), BATCH)
     others = _other_placements(profile, own)
-    fits = 1 + len(FORMS) + len(others)
+    fits = len(FORMS) + len(others)
     on_step = counted(sampler.steps * (len(parts[0]) + len(parts[1]) + fits), on_progress)
     decoder = decoder_of(pipe)
     decode = decoder or Tensor.float
@@ -151,28 +153,30 @@ def best_jumps(
         ]
         for part in parts
     )
-    tried: list[tuple[float, Jumps, Form | None]] = []
+    best, form, least = own, None, distances(own, judged)  # of the incumbent
 
-    def judge(jumps: Jumps, form: Form | None) -> None:
-        tried.append((score_db(distances(jumps, judged)), jumps, form))
+    def judge(starts: Sequence[int], of: Form) -> None:
+        nonlocal best, form, least
+        found, _ = fit_jumps(fitted, starts, of)
+        reached = distances(found, judged)
+        if score_db(reached) > score_db(least) and sure_gain(reached, least) > 0:
+            best, form, least = found, of, reached
         for _ in range(sampler.steps):
             on_step()
 
-    judge(own, None)
-    for form in forms_of(fitted[0].replay, max(map(len, own.weights)) - 1):
-        judge(fit_jumps(fitted, own.starts, form)[0], form)
-    _, _, taken = max((one for one in tried if one[2]), key=lambda one: one[0])
+    forms = forms_of(fitted[0].replay, max(map(len, own.weights)) - 1)
+    for one in forms:
+        judge(own.starts, one)
     for starts in others:
-        judge(fit_jumps(fitted, starts, taken or FORMS[0])[0], taken)
-    _, best, taken = max(tried, key=lambda one: one[0])
-    if taken is None:
-        return schedule, distances(best, judged)
+        judge(starts, form or forms[0])
+    if form is None:
+        return schedule, least
     of = {
         "loop": "closed", "guidance_scale": sampler.guidance_scale, "seed": seed, "samples": first,
         "validated": sum(map(len, parts[1])), "error": "pictures" if decoder else "latents",
     }  # fmt: skip
     columns = "".join("C" if step in best.starts else "-" for step in range(sampler.steps))
-    return best.written_to(with_columns(schedule, columns), of), distances(best, judged)
+    return best.written_to(with_columns(schedule, columns), of), least
 
 
 def _other_placements(profile: Profile, own: Jumps) -> list[list[int]]:

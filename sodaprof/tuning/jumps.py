@@ -24,6 +24,8 @@ from ..measure.metrics import worst_decile
 from ..pipelines.replay import Replay, ReplaySpace
 from ..runtime.sampler.update import called_steps, jumps
 
+PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
+RESAMPLINGS = 1000
 Decode = Callable[[Tensor], Tensor]  # final latents [B, …] -> what is compared, [B, …]
 
 
@@ -154,6 +156,16 @@ def distances(jumps: Jumps, batches: Sequence[Batch]) -> np.ndarray:
 def score_db(values: np.ndarray) -> float:
     """Returns the score of a candidate: the mean of the mean and of the worst tenth of its distances, dB."""
     return float(values.mean() + worst_decile(values)) / 2
+
+
+def sure_gain(candidate: np.ndarray, incumbent: np.ndarray) -> float:
+    """Returns the gain of a candidate over the incumbent that three of four resamplings of the generations exceed, dB.
+
+    candidate, incumbent: each generation's distance to the full run, dB. Resampled with repetition.
+    """
+    draws = np.random.default_rng(0).integers(len(candidate), size=(RESAMPLINGS, len(candidate)))
+    gains = [score_db(candidate[some]) - score_db(incumbent[some]) for some in draws]
+    return float(np.percentile(gains, PERCENTILE))
 
 
 @torch.no_grad()

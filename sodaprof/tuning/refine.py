@@ -35,13 +35,11 @@ from ..pipelines.replay import Replay
 from ..pipelines.sampler_steps import own_update
 from ..runtime.checks import check_matches
 from .closed_loop import Fit, sampled_distances, with_predicted_cost
-from .jumps import in_batches, is_jumps_alone, score_db
+from .jumps import in_batches, is_jumps_alone, score_db, sure_gain
 from .refine_jumps import ITERATIONS, JointProgress, JumpRefinement
 from .search_file import Progress, SearchFile, read_state, state_file
 from .step_letters import columns_of, varied, with_columns
 
-PERCENTILE = 25  # of the gain over the resamplings: above 0 it replaces the incumbent
-RESAMPLINGS = 1000
 LEAST = 4  # calibration generations
 OnProgress = Callable[[str, int, float], None]  # part, evaluations or iterations, score on the validation generations
 SEARCH = 0.4  # of the time, for the search of placements if a joint fit follows
@@ -330,13 +328,3 @@ def check_search(schedule: Schedule, seconds: float | None, evaluations: int | N
             f"Profile and compile again, with --samples {LEAST} or more."
         )
     columns_of(schedule)
-
-
-def sure_gain(candidate: np.ndarray, incumbent: np.ndarray) -> float:
-    """Returns the gain of a candidate over the incumbent that three of four resamplings of the generations exceed, dB.
-
-    candidate, incumbent: each generation's distance to the full run, dB. Resampled with repetition.
-    """
-    draws = np.random.default_rng(0).integers(len(candidate), size=(RESAMPLINGS, len(candidate)))
-    gains = [score_db(candidate[some]) - score_db(incumbent[some]) for some in draws]
-    return float(np.percentile(gains, PERCENTILE))
