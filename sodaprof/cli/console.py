@@ -133,7 +133,9 @@ def summary(schedule: Any) -> str:
     ]
     parts = [f"{len(schedule.anchors())} full steps of {schedule.steps}", *cells]
     if schedule.update is not None:
-        parts.append(f"update fitted {schedule.update.fitted.get('loop')} loop")
+        from ..formats.schedule import LOOPS
+
+        parts.append(f"update fitted {LOOPS.get(schedule.update.fitted.get('loop'), 'not yet')}")
     if kept is not None:
         parts.append(f"{kept / 2**20:.2f} MiB of cache a generation")
     return ", ".join(parts)

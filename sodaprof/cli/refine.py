@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .console import make_console, note_written, print_next, print_wrote, progress, summary
+from .console import make_console, note_written, print_next, print_wrote, progress, size, summary
 from .options import (
     Cost,
     Device,
@@ -74,11 +74,15 @@ def refine_(
     first = load_schedule(source)
     seconds, most = parse_span(time), parse_size(max_cache)
     from ..pipelines.load import load_pipeline
-    from ..tuning.refine import check_search, refine
+    from ..tuning.refine import check_search, kept_bytes, refine
     from ..tuning.refine_jumps import METHODS
 
     check_choice("--method", method, METHODS)
     check_search(first, seconds, evaluations, samples)  # ahead of the model
+    samples = min(samples, (first.profile or {"samples": samples})["samples"])
+    console.print(
+        f"Keeps {size(kept_bytes(first, samples))} of latents and outputs of {samples} calibration generations."
+    )
     pipe = load_pipeline(model, dtype, device, scheduler)
     found = say_entries(console, pipe, given)
     with progress(console, "refine") as on_progress:

@@ -85,6 +85,10 @@ class TokenRule(Record, frozen=True):
     seed: Annotated[int, Meta(ge=0, le=WHOLE)] = 0
 
 
+# how an update was fitted: the key `loop` of `fitted`, and in words
+LOOPS = {"open": "open loop", "closed": "closed loop", "joint": "jointly"}
+
+
 class Update(Record, frozen=True):
     """x <- c0 · x + Σ c_j · V_j + i · x_first in place of the scheduler's own step; coefficients [T][1 + history]."""
 

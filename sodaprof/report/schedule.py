@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..formats.files import encode
-from ..formats.schedule import Plan, Schedule, Update
+from ..formats.schedule import LOOPS, Plan, Schedule, Update
 from ..formats.sites import SiteKey
 from . import guidance_text, shown
 
@@ -106,11 +106,11 @@ def _about_update(update: Update) -> str:
     text, fitted = f"update: weighs the last {update.history} {BASES[update.basis]}", update.fitted
     if update.initial is not None:
         text += " and the first latents"
-    if fitted.get("loop") not in ("open", "closed"):
+    if fitted.get("loop") not in LOOPS:
         return f"{text}, not fitted yet"
     samples = f" on {shown(fitted['samples'])} generations" if "samples" in fitted else ""
     guidance = "" if fitted.get("guidance_scale") is None else f" at guidance {shown(fitted['guidance_scale'])}"
-    return f"{text}, fitted {fitted['loop']} loop{samples}{guidance}"
+    return f"{text}, fitted {LOOPS[fitted['loop']]}{samples}{guidance}"
 
 
 def _picture(name: str, plan: Plan, width: int) -> Group:

@@ -285,7 +285,7 @@ def refine(
         search.place(limits, on_progress)
         if problem.joint and limits.in_time():
             batches = [[replay_of(some) for some in in_batches(part, BATCH)] for part in parts]
-            refinement = JumpRefinement(pipe, search.placed, batches, method, seed)
+            refinement = JumpRefinement(pipe, search.placed, schedule, batches, method, seed)
             search.fit_jointly(refinement, limits, on_progress)
         return search.best
 
@@ -312,6 +312,11 @@ def _problem(
     joint = method != "none" and is_jumps_alone(schedule, own_update(pipe.scheduler, pipe.scheduler.timesteps))
     fillers = "-" if joint else "-R" + "S" * has_stack + "F" * ("F" in columns)
     return Problem(schedule, model, cost, cost.schedule(first), max_cache, fillers, joint)
+
+
+def kept_bytes(schedule: Schedule, samples: int) -> int:
+    """Returns the bytes of the latents and outputs of all generations at all steps that `refine` keeps, for both of its parts."""
+    return 2 * samples * (2 * schedule.steps + 1) * math.prod(schedule.shape["latent"]) * 4
 
 
 def check_search(schedule: Schedule, seconds: float | None, evaluations: int | None, samples: int) -> None:

@@ -43,9 +43,11 @@ class JointProgress(msgspec.Struct, forbid_unknown_fields=True):
 class JumpRefinement:
     """A joint fit under way."""
 
-    def __init__(self, pipe: Any, schedule: Schedule, replays: list[list[Replay]], method: str, seed: int) -> None:
-        """replays: of the search generations and of the validation generations, in batches."""
-        self.schedule, self.method, self.seed = schedule, method, seed
+    def __init__(
+        self, pipe: Any, schedule: Schedule, given: Schedule, replays: list[list[Replay]], method: str, seed: int
+    ) -> None:
+        """given: what `refine` was given; replays: of the search generations and of the validation generations, in batches."""
+        self.schedule, self.given, self.method, self.seed = schedule, given, method, seed
         decode = decoder_of(pipe)
         self.compares = "pictures" if decode else "latents"
         self.searched, self.validated = ([Batch(r, decode or torch.Tensor.float) for r in part] for part in replays)
@@ -57,7 +59,12 @@ class JumpRefinement:
         """Returns the start and its score on the validation generations."""
         own = jumps_of(self.schedule)
         forms = forms_of(self.searched[0].replay, max(map(len, own.weights)) - 1)
-        tried = [own, *(fit_jumps(self.searched, own.starts, form)[0] for form in forms)]
+        known = [jumps_of(self.given)] if self.given.update and not self.given.update.initial else []
+        tried = [
+            own,
+            *(jumps for jumps in known if jumps.starts == own.starts),
+            *(fit_jumps(self.searched, own.starts, form)[0] for form in forms),
+        ]
         scores = [self.score(jumps) for jumps in tried]
         best = int(np.argmax(scores))
         return tried[best], scores[best]
