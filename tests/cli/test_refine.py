@@ -17,6 +17,8 @@ from tests.tiny_pipelines import tiny_pipe
 
 def test_a_search_of_a_few_candidates(command, done, model, schedule, target):
     out = done("refine", model, schedule, "--evaluations", 3, "--iterations", 6, "--max-cache", "1MB", "-o", target)
+    assert "of latents and outputs of" in out
+    assert "update fitted jointly" in out
     assert "Placements: " in out
     assert "dB on the validation generations (pictures)" in out
     assert "MiB of cache a generation" in out

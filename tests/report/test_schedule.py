@@ -32,5 +32,7 @@ def test_network_times_are_shown_where_they_differ():
     line = f"network times (the sampler's) by step: 0: {times[0]:g} ({own[0]:g}), 5: {times[5]:g} ({own[5]:g})"
     assert line in [found.strip() for found in text_of(timed).splitlines()]
     assert "weighs the last 2 outputs and the first latents, fitted open loop" in text_of(timed)
+    jointly = replace(timed, update=replace(timed.update, fitted={"loop": "joint", "samples": 30}))
+    assert "fitted jointly on 30 generations" in text_of(jointly)
     assert schedule_data(timed)["update"]["times"] == times
     assert "network times" not in text_of(schedule)

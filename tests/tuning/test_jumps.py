@@ -10,6 +10,7 @@ import torch
 
 import sodaprof
 from sodaprof.compiler import compile_schedule
+from sodaprof.pipelines.entries import default_prompts
 from sodaprof.pipelines.replay import Replay
 from sodaprof.tuning.closed_loop import fit_update
 from sodaprof.tuning.joint_fit import (
@@ -21,7 +22,17 @@ from sodaprof.tuning.joint_fit import (
     whitening,
     within_reach,
 )
-from sodaprof.tuning.jumps import Batch, Form, decoder_of, distances, fit_jumps, forms_of, frozen, jumps_of
+from sodaprof.tuning.jumps import (
+    Batch,
+    Form,
+    decoder_of,
+    distances,
+    fit_jumps,
+    forms_of,
+    frozen,
+    jumps_of,
+    score_db,
+)
 from sodaprof.tuning.refine import refine
 from tests.tiny_pipelines import TwoPassPipeline, schedule_for, tiny_pipe
 from tests.tuning.conftest import LABELS, STEPS, replay_of, sampled_db
@@ -171,3 +182,16 @@ def test_an_interrupted_joint_fit_continues(pipe, compiled, tmp_path, method):
             refine(pipe, compiled, tmp_path / "parts.json", **settings, on_progress=interrupt)
     continued = refine(pipe, compiled, tmp_path / "parts.json", **settings)
     assert continued.digest() == whole.digest()
+
+
+def test_refining_again_begins_at_what_was_refined(pipe, compiled, tmp_path):
+    settings = {"evaluations": 0, "samples": 8}
+    once = refine(pipe, compiled, tmp_path / "once.json", iterations=15, **settings)
+    scores, entries = [], [default_prompts(pipe)[i] for i in (6, 7)]
+    again = refine(
+        pipe, once, tmp_path / "again.json", iterations=5, **settings, on_progress=lambda *now: scores.append(now)
+    )
+    batch = Batch(Replay(pipe, once.sampler, entries, [6, 7]), decoder_of(pipe))
+    reached = [score_db(distances(jumps_of(schedule), [batch])) for schedule in (once, again)]
+    assert reached[1] >= reached[0] - 1e-4
+    assert scores[-1][2] == pytest.approx(reached[1], abs=1e-3)
