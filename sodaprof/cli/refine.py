@@ -44,19 +44,22 @@ def refine_(
         int,
         typer.Option(
             callback=SampleRange,
-            help="Calibration generations: three quarters for the search, the rest for validation.",
+            help="Calibration generations: three quarters for the fits, the rest for validation.",
         ),
     ] = 40,
     method: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Joint fit of coefficients and network times: auto, adam, gauss-newton, none."
+            metavar="NAME",
+            help="Method of the joint fit: auto (adam, or gauss-newton without backward pass), adam, gauss-newton, none.",
         ),
     ] = "auto",
     iterations: Annotated[
         int, typer.Option(callback=ranged(1, 10**6), help="Iterations of Adam, the joint fit's default method.")
     ] = 100,
-    seed: Annotated[int, typer.Option(callback=SeedRange, help="Seed of the sequence of candidates.")] = 0,
+    seed: Annotated[
+        int, typer.Option(callback=SeedRange, help="Seed of the sequence of candidates and of Adam's batches.")
+    ] = 0,
     prompts: Prompts = None,
     labels: Labels = None,
     cost: Cost = "flops",

@@ -21,8 +21,8 @@ TIME = ("timestep", "timesteps", "t")  # names of the argument in diffusers' tra
 def is_whole_of(time: float, found: torch.Tensor, config: dict[str, Any]) -> bool | None:
     """Whether a network receives, for a time that is no whole number, what it does for one next to it.
 
-    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). None if it is one
-    that rounding to a half precision, on the way or of what it receives, gives as well: that is no reason to refuse.
+    found: what it receives, of any map that diffusers' pipelines have (t, t / 1000, 1 − t / 1000, 1000 − t). None if
+    rounding to a half precision gives the same value, which is no reason to refuse.
     """
     if not found.is_floating_point():
         return True

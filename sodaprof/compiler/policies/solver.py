@@ -77,7 +77,7 @@ def placements(span: Span, count: int, knobs: SolverKnobs) -> list[list[int]]:
 
 
 def spacings(span: Span, count: int) -> list[list[int]]:
-    """Returns placements that no fit of the jumps decides: by the misses of the sampler's own single jumps, and even ones."""
+    """Returns two placements that need no fit: with the least misses of the sampler's own single jumps, and an even one."""
     even = sorted({int(step) for step in np.linspace(0, span.steps, count, endpoint=False)})
     return [place_full_steps(single_jump_misses(span), count)[count][0], even]
 
