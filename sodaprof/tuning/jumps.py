@@ -50,7 +50,7 @@ class Jumps:
     times: np.ndarray  # [calls]
 
     def written_to(self, schedule: Schedule, fitted: dict[str, Any]) -> Schedule:
-        """Returns the schedule with these jumps as its update: the first step of a jump moves the latents, the others keep them."""
+        """Returns the schedule with these jumps as its update: a jump's first step moves the latents, the others do not."""
         history, timesteps = max(map(len, self.weights)) - 1, schedule.sampler.timesteps
         rows, times = [[1.0] + [0.0] * history for _ in timesteps], list(timesteps)
         for start, weights, time in zip(self.starts, self.weights, self.times.tolist(), strict=True):

@@ -310,6 +310,11 @@ def _problem(
             f"most {max_cache:,} are allowed (--max-cache). Allow as much, or begin with a schedule that keeps less."
         )
     joint = method != "none" and is_jumps_alone(schedule, own_update(pipe.scheduler, pipe.scheduler.timesteps))
+    if method in ("adam", "gauss-newton") and not joint:
+        raise UnsupportedModelError(
+            "A joint fit takes full and skipped steps alone, and a sampler that draws no noise. Leave --method out, or give a "
+            "schedule of --policy solver."
+        )
     fillers = "-" if joint else "-R" + "S" * has_stack + "F" * ("F" in columns)
     return Problem(schedule, model, cost, cost.schedule(first), max_cache, fillers, joint)
 

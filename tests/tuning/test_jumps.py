@@ -10,6 +10,7 @@ import torch
 
 import sodaprof
 from sodaprof.compiler import compile_schedule
+from sodaprof.errors import UnsupportedModelError
 from sodaprof.pipelines.entries import default_prompts
 from sodaprof.pipelines.replay import Replay
 from sodaprof.tuning.closed_loop import fit_update
@@ -195,3 +196,10 @@ def test_refining_again_begins_at_what_was_refined(pipe, compiled, tmp_path):
     reached = [score_db(distances(jumps_of(schedule), [batch])) for schedule in (once, again)]
     assert reached[1] >= reached[0] - 1e-4
     assert scores[-1][2] == pytest.approx(reached[1], abs=1e-3)
+
+
+def test_a_joint_fit_of_other_steps_is_refused(pipe, profile, tmp_path):
+    drift = compile_schedule(profile.folder, "2.0x", "drift")
+    with pytest.raises(UnsupportedModelError, match="full and skipped steps alone"):
+        refine(pipe, drift, tmp_path / "a.json", evaluations=0, samples=8, method="adam")
+    assert not list(tmp_path.glob("a.json*"))
