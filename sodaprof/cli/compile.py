@@ -52,7 +52,7 @@ def compile_(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Fit on this model's calibration generations: solver's update and placement, N of toca and duca, the choice of mix.",
+            help="Fit on this model's calibration generations: update and placement of solver, N of toca and duca, mix's choice.",
         ),
     ] = None,
     update: Annotated[
