@@ -20,7 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from ..compiler.problem import cache_bytes, within
-from ..errors import BudgetError, FormatError, SodaprofError
+from ..errors import BudgetError, FormatError, SodaprofError, UnsupportedModelError
 from ..formats.cost import CostModel
 from ..formats.disk import locked
 from ..formats.files import digest, encode, refuse_existing, write_json
